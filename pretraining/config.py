@@ -1,0 +1,173 @@
+"""A training run as a TOML file: four tables, each a frozen dataclass, every field checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from reflowlens.config import ModelConfig, nearest, preset
+from reflowlens.errors import ReflowlensError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """``[data]``: a folder made by ``reflowlens prepare``, and how many tokens a training example has."""
+
+    folder: str
+    context: int
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """``[optimizer]``.
+
+    Args:
+        name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
+        learning_rate: AdamW's peak rate.
+        matrix_learning_rate: Muon's peak rate, the spectral norm of a step.
+        weight_decay: decoupled, on the blocks' matrices and the signal basis.
+        schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``, constant
+            and then linear down to it over the last ``decay_fraction`` of the steps.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 6e-4
+    matrix_learning_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """``[run]``.
+
+    Args:
+        steps: optimiser steps; tokens seen are ``steps * batch_size * context``.
+        batch_size: examples a step, over all processes and accumulation steps.
+        accumulation: forward passes a step.
+        dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32.
+        eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
+    """
+
+    out: str
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    dtype: str = "bfloat16"
+    compile: bool = True
+    eval_interval: int = 500
+    eval_tokens: int = 131_072
+    checkpoint_interval: int = 500
+    keep_checkpoints: int = 2
+    wandb_project: str = ""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a run."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        choices = {
+            "optimizer.name": ("adamw", "muon"),
+            "optimizer.schedule": ("constant", "cosine", "wsd"),
+            "run.dtype": ("float32", "bfloat16"),
+        }
+        for path, allowed in choices.items():
+            if (value := self._get(path)) not in allowed:
+                raise ReflowlensError(f"{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        positive = ("data.context", "run.steps", "run.batch_size", "run.accumulation", "run.eval_interval")
+        for path in (
+            *positive,
+            "run.eval_tokens",
+            "run.checkpoint_interval",
+            "run.keep_checkpoints",
+            "optimizer.learning_rate",
+        ):
+            if not self._get(path) > 0:
+                raise ReflowlensError(f"{path} must be positive, got {self._get(path)!r}")
+        if self.data.context > self.model.n_ctx:
+            raise ReflowlensError(f"data.context={self.data.context} exceeds model.n_ctx={self.model.n_ctx}")
+        if self.run.batch_size % self.run.accumulation:
+            raise ReflowlensError(f"run.accumulation must divide run.batch_size={self.run.batch_size}")
+
+    def _get(self, path: str) -> Any:
+        section, name = path.split(".")
+        return getattr(getattr(self, section), name)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.batch_size * self.data.context
+
+    def to_dict(self) -> dict[str, Any]:
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "optimizer", "run")}
+        return {"model": self.model.to_dict(), **sections}
+
+
+Section = TypeVar("Section", DataConfig, OptimizerConfig, RunConfig)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read and check a TOML file; ``[model]`` takes ``preset = "name"`` and/or fields of ``ModelConfig``.
+
+    Raises:
+        ReflowlensError: the file is missing or not TOML, a table or field is unknown or missing, or a value is not allowed.
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise ReflowlensError(f"no configuration file {str(path)!r}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
+    known = ["model", "data", "optimizer", "run"]
+    for name in tables:
+        if name not in known:
+            raise ReflowlensError(f"{path}: unknown table [{name}]{nearest(name, known)}")
+    for name in ("model", "data", "run"):
+        if name not in tables:
+            raise ReflowlensError(f"{path}: the table [{name}] is missing")
+    return TrainConfig(
+        model=_model(tables["model"]),
+        data=_section("data", DataConfig, tables["data"]),
+        optimizer=_section("optimizer", OptimizerConfig, tables.get("optimizer", {})),
+        run=_section("run", RunConfig, tables["run"]),
+    )
+
+
+def _model(fields: dict[str, Any]) -> ModelConfig:
+    base = preset(fields["preset"]).to_dict() if "preset" in fields else {}
+    return ModelConfig.from_dict(base | {name: value for name, value in fields.items() if name != "preset"})
+
+
+def _section(name: str, kind: type[Section], fields: dict[str, Any]) -> Section:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    for key, value in fields.items():
+        if key not in known:
+            raise ReflowlensError(f"unknown field {name}.{key}{nearest(key, list(known))}")
+        expected = str(known[key].type)
+        if not isinstance(value, types[expected]) or (isinstance(value, bool) and expected != "bool"):
+            raise ReflowlensError(f"{name}.{key} must be a {expected}, got {value!r}")
+    missing = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in fields]
+    if missing:
+        raise ReflowlensError(f"the table [{name}] lacks {', '.join(missing)}")
+    return kind(**fields)

@@ -1,0 +1,213 @@
+"""Models on disk: a folder with ``model.safetensors`` and ``manifest.json``, or the safetensors file alone.
+
+The configuration travels in the safetensors header too, so that one file is a whole model. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reflowlens.config import ModelConfig, nearest
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+
+FORMAT = "reflowlens-1"
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+ASSETS = Path(__file__).parent / "assets" / "models"
+
+
+def list_models() -> list[str]:
+    """Names of the packaged models, for :func:`load_model`."""
+    return sorted(folder.name for folder in ASSETS.glob("*") if (folder / WEIGHTS).is_file())
+
+
+def load_model(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> HookedModel:
+    """A trained model: a packaged name, a checkpoint folder, or a safetensors file written by :func:`save_model`.
+
+    Weights stored in 16 bits are widened to ``dtype``.
+
+    Raises:
+        ReflowlensError: there is no such model, the file is corrupt, was not written by reflowlens, does not fit its own
+            configuration, or holds values that are not finite.
+
+    Example: ``model = load_model("reflow-nano")``
+    """
+    path = find_model(name_or_path)
+    cfg = ModelConfig.from_dict(_read_config(path))
+    weights = _read_weights(path)
+    with torch.device("meta"):
+        model = build_model(cfg, device="meta")
+    _check_fit(path, {name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
+    model = build_empty(cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def build_empty(cfg: ModelConfig) -> HookedModel:
+    """A model on the CPU whose parameters are allocated and not yet filled."""
+    from reflowlens.models import MODEL_CLASSES
+
+    return MODEL_CLASSES[cfg.architecture](cfg)
+
+
+def save_model(
+    folder: str | Path,
+    model: HookedModel,
+    manifest: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a checkpoint folder, replacing an earlier one only when the new one is complete.
+
+    Args:
+        manifest: what else to record (tokens seen, losses, the command that made it).
+        dtype: store the weights in this type, e.g. ``torch.float16``.
+
+    Raises:
+        ReflowlensError: the disk is full or the folder cannot be written; nothing has changed then.
+    """
+    weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
+    config = model.cfg.to_dict()
+
+    def write(folder: Path) -> None:
+        write_tensors(folder / WEIGHTS, weights, {"format": FORMAT, "config": json.dumps(config)})
+        record = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS), **(manifest or {})}
+        (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
+
+    return write_folder(Path(folder), write)
+
+
+def model_hash(model: HookedModel) -> str:
+    """SHA-256 over the configuration and the weights, the identity of a model in results and figures."""
+    digest = hashlib.sha256(json.dumps(model.cfg.to_dict(), sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
+    """The JSON written beside the weights; empty for a single file."""
+    path = find_model(name_or_path)
+    manifest = path.with_name(MANIFEST)
+    return json.loads(manifest.read_text(encoding="utf8")) if path.name == WEIGHTS and manifest.is_file() else {}
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The weights file that a packaged name, a checkpoint folder, a training run or a file stands for."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    for folder in (path, ASSETS / str(name_or_path), *reversed(sorted(path.glob("step_*")))):
+        if (folder / WEIGHTS).is_file():
+            return folder / WEIGHTS
+    if path.exists():
+        raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a checkpoint folder")
+    packaged = list_models()
+    raise ReflowlensError(
+        f"no model {str(name_or_path)!r}{nearest(str(name_or_path), packaged)} "
+        f"Packaged models: {', '.join(packaged) or 'none'}; otherwise give a checkpoint folder or a safetensors file"
+    )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=metadata)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a temporary folder beside ``folder`` and move it into place; after any failure ``folder`` is as it was."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    try:
+        write(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            folder.rename(retired / folder.name)
+            temporary.rename(folder)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or "os error" in str(error).lower():  # safetensors wraps the system's error
+            raise _write_error(folder, error) from error
+        raise
+    return folder
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file.read())
+        )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_error(folder: Path, error: BaseException) -> ReflowlensError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return ReflowlensError(f"cannot write {folder}: {'the disk is full' if full else error}; nothing was changed")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a safetensors header (an 8-byte length, then JSON), read without the tensors."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            metadata = json.loads(file.read(length)).get("__metadata__", {})
+    except (OSError, ValueError, struct.error) as error:
+        raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ReflowlensError(
+            f"{path} was not written by reflowlens (format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
+    return json.loads(metadata["config"])
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ReflowlensError(f"{path} is corrupt: {error}") from error
+
+
+def _check_fit(path: Path, expected: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
+    if missing := sorted(set(expected) - set(weights)):
+        raise ReflowlensError(f"{path} lacks {missing[0]!r} ({len(missing)} parameters missing)")
+    if extra := sorted(set(weights) - set(expected)):
+        raise ReflowlensError(f"{path} holds {extra[0]!r}, which its configuration does not have")
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ReflowlensError(f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(shape)}")
+        if not torch.isfinite(weights[name]).all():
+            raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")

@@ -1,0 +1,222 @@
+"""What a model is made of: one frozen dataclass, and the published configurations by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from reflowlens.errors import ReflowlensError
+
+ARCHITECTURES = ("gpt2", "gpt2_new", "reflow", "reflow_topk", "reflow_lite")
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "architecture": ARCHITECTURES,
+    "act_fn": ("gelu", "gelu_new", "relu", "silu"),
+    "normalization_type": ("LN", "RMS"),
+    "positional_embedding_type": ("standard", "rotary"),
+    "tokenizer_name": ("gpt2", "gpt2_16k", "bytes"),
+    "basis_init": ("orthogonal", "gpt2"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model, in TransformerLens's field names.
+
+    Args:
+        architecture: one of ``gpt2``, ``gpt2_new``, ``reflow``, ``reflow_topk``, ``reflow_lite``.
+        n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
+        n_key_value_heads: heads that own keys and values (grouped-query attention); None means one for every head.
+        d_vocab: rows of the embedding, padding included; at least the tokenizer's number of tokens.
+        n_ctx: longest input in tokens.
+        n_signals: S, the width of the recipe; None for a model whose embedding is not factored.
+        topk: entries kept in each row of the recipe (``reflow_topk`` only).
+        rotary_adjacent_pairs: rotate channels (0, 1), (2, 3), … instead of (i, i + d_head / 2).
+        initializer_range: standard deviation of every normal initialisation.
+        basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
+            ``gpt2`` draws the basis like every other matrix.
+        device: where the parameters are; kept up to date by the model.
+        use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. The points behind
+            them exist always and are computed when hooked; a switch adds them to the default cache.
+
+    Raises:
+        ReflowlensError: a field has a value it cannot have; the message names the field and the allowed values.
+
+    >>> ModelConfig(architecture="gpt2_new", n_layers=2, d_model=64, n_heads=2, d_head=32, d_mlp=256, d_vocab=512,
+    ...             n_ctx=64).normalization_type
+    'RMS'
+    """
+
+    architecture: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    n_key_value_heads: int | None = None
+    n_signals: int | None = None
+    topk: int | None = None
+    act_fn: str = ""
+    gated_mlp: bool | None = None
+    normalization_type: str = ""
+    eps: float = 0.0
+    positional_embedding_type: str = ""
+    rotary_base: float = 10_000.0
+    rotary_adjacent_pairs: bool | None = None
+    tokenizer_name: str = "gpt2"
+    initializer_range: float = 0.02
+    basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
+    model_name: str = ""
+    device: str = "cpu"
+    use_attn_result: bool = False
+    use_split_qkv_input: bool = False
+    use_hook_mlp_in: bool = False
+
+    attn_only = False  # TransformerLens asks; none of these architectures is.
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ReflowlensError(_choice_message("architecture", self.architecture))
+        for name, value in _architecture_defaults(self.architecture).items():
+            if getattr(self, name) in ("", None, 0.0):
+                object.__setattr__(self, name, value)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ReflowlensError(_choice_message(name, getattr(self, name)))
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ReflowlensError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        self._check_heads()
+        self._check_signals()
+
+    def _check_heads(self) -> None:
+        if self.n_heads % self.kv_heads:
+            raise ReflowlensError(f"n_key_value_heads must divide n_heads={self.n_heads}, got {self.n_key_value_heads}")
+        if self.positional_embedding_type == "rotary" and self.d_head % 2:
+            raise ReflowlensError(f"d_head must be even for rotary positions, got {self.d_head}")
+
+    def _check_signals(self) -> None:
+        if self.is_factored and not self.n_signals:
+            raise ReflowlensError(f"n_signals must be a positive integer for architecture {self.architecture!r}")
+        if not self.is_factored and self.n_signals is not None:
+            raise ReflowlensError(
+                f"n_signals must be None for architecture {self.architecture!r}: its embedding is not factored"
+            )
+        if self.architecture == "reflow_topk":
+            if self.topk is None or not 1 <= self.topk <= (self.n_signals or 0):
+                raise ReflowlensError(f"topk must be between 1 and n_signals={self.n_signals}, got {self.topk}")
+        elif self.topk is not None:
+            raise ReflowlensError(f"topk must be None for architecture {self.architecture!r}: only reflow_topk prunes")
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the embedding is a product of a recipe and a basis."""
+        return self.architecture.startswith("reflow")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads that own keys and values."""
+        return self.n_key_value_heads or self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that describe the model, without where it is or which points are cached."""
+        runtime = {"device", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in runtime}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ReflowlensError: a field is unknown, missing or has a value it cannot have.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ReflowlensError(f"unknown model field {name!r}{nearest(name, sorted(known))}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(fields)):
+            raise ReflowlensError(f"the model configuration lacks {', '.join(missing)}")
+        return cls(**fields)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{json.dumps(value)}</td></tr>" for name, value in self.to_dict().items()
+        )
+        return f"<table><thead><tr><th>field</th><th>value</th></tr></thead><tbody>{rows}</tbody></table>"
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """A clause such as ``; did you mean 'd_model'?``, or nothing when no candidate is near."""
+    matches = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def _choice_message(field: str, value: object) -> str:
+    return f"{field} must be one of {', '.join(map(repr, _CHOICES[field]))}, got {value!r}"
+
+
+def _architecture_defaults(architecture: str) -> dict[str, Any]:
+    """What the name of an architecture fixes unless a configuration says otherwise.
+
+    nanoGPT's GPT-2 has learned positions, LayerNorm and an ungated exact GELU; everything else here is the modern
+    decoder with RMSNorm, SwiGLU and rotary positions. reFlow's public model file rotates adjacent channels; GPT-2-New
+    rotates halves.
+    """
+    if architecture == "gpt2":
+        return {
+            "act_fn": "gelu",
+            "gated_mlp": False,
+            "normalization_type": "LN",
+            "eps": 1e-5,
+            "positional_embedding_type": "standard",
+            "rotary_adjacent_pairs": False,
+        }
+    return {
+        "act_fn": "silu",
+        "gated_mlp": True,
+        "normalization_type": "RMS",
+        "eps": 1e-6,
+        "positional_embedding_type": "rotary",
+        "rotary_adjacent_pairs": architecture != "gpt2_new",
+    }
+
+
+def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:
+    sizes: dict[str, Any] = {
+        "d_model": 1024,
+        "n_heads": 16,
+        "d_head": 64,
+        "d_mlp": 2816,
+        "d_vocab": 50304,
+        "n_ctx": 1024,
+    }
+    return ModelConfig(architecture=architecture, n_layers=n_layers, **(sizes | fields))
+
+
+# The seven published configurations. Sizes that the published counts determine are derived in the documentation; head
+# counts do not show in a count and follow nanoGPT (head width 64).
+PRESETS: dict[str, ModelConfig] = {
+    "gpt2": _published("gpt2", 36, d_mlp=4096),
+    "gpt2_new": _published("gpt2_new", 36),
+    "reflow_1": _published("reflow", 32, n_signals=1024),
+    "reflow_1_big": _published("reflow", 36, n_signals=1024),
+    "reflow_1_topk_big": _published("reflow_topk", 36, n_signals=1024, topk=64),
+    "reflow_1_lite": _published("reflow_lite", 32, n_signals=1024, n_key_value_heads=4),
+    "reflow_1_small": _published("reflow", 6, d_model=512, n_heads=8, d_mlp=1536, n_signals=512),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """A published configuration by name.
+
+    Raises:
+        ReflowlensError: there is no such preset; the message lists them.
+    """
+    if name not in PRESETS:
+        raise ReflowlensError(f"unknown preset {name!r}{nearest(name, list(PRESETS))} Presets: {', '.join(PRESETS)}")
+    return dataclasses.replace(PRESETS[name], model_name=name)

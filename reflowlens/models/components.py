@@ -1,0 +1,259 @@
+"""The parts of a decoder block, each with its named activation points.
+
+Points whose activations would cost memory nobody asked for (attention scores and patterns, per-head results, per-head
+copies of the residual stream) are computed only when something is attached to them; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+
+def is_hooked(*points: HookPoint) -> bool:
+    """Whether anything is attached to one of the points."""
+    return any(point.fwd_hooks or point.bwd_hooks for point in points)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with a weight and no bias, statistics in float32.
+
+    ``hook_scale`` is the divisor [batch, pos, 1]; ``hook_normalized`` is ``(x - mean) / scale`` before the weight.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.centered = cfg.normalization_type == "LN"
+        self.eps = cfg.eps
+        self.w = nn.Parameter(torch.ones(cfg.d_model))
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
+        wide = x.float()
+        if self.centered:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return (self.hook_normalized(wide / scale) * self.w).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.adjacent = bool(cfg.rotary_adjacent_pairs)
+        frequency = cfg.rotary_base ** (-torch.arange(0, cfg.d_head, 2, dtype=torch.float64, device="cpu") / cfg.d_head)
+        angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)
+        pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
+        self.register_buffer("cos", pairs.cos().float(), persistent=False)
+        self.register_buffer("sin", pairs.sin().float(), persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch pos head d_head"], offset: int) -> Float[Tensor, "batch pos head d_head"]:
+        positions = slice(offset, offset + x.shape[1])
+        cos, sin = self.cos[positions, None, :], self.sin[positions, None, :]
+        wide = x.float()
+        if self.adjacent:
+            even, odd = wide[..., 0::2], wide[..., 1::2]
+            quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
+        else:
+            first, second = wide.chunk(2, dim=-1)
+            quarter_turn = torch.cat((-second, first), dim=-1)
+        return (wide * cos + quarter_turn * sin).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys (already rotated) and values of the positions a model has read, one pair a layer.
+
+    Example: ``past = KeyValueCache(model.cfg, batch=1); model(tokens[:, :5], past_kv_cache=past);
+    model(tokens[:, 5:6], past_kv_cache=past)`` gives the logits of position 5 alone.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (cfg.n_layers, batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
+        self.keys: Float[Tensor, "layer batch n_ctx kv_head d_head"] = torch.empty(
+            shape, dtype=dtype, device=cfg.device
+        )
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def extend(
+        self, layer: int, k: Float[Tensor, "batch pos kv_head d_head"], v: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
+        """Store the new positions of one layer and return all of its positions so far."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
+
+
+def _head_matrix(n_heads: int, d_model: int, d_head: int) -> nn.Parameter:
+    """[n_heads, d_model, d_head], laid out in memory so that all heads are one [d_model, n_heads * d_head] matrix."""
+    return nn.Parameter(torch.empty(d_model, n_heads, d_head).permute(1, 0, 2))
+
+
+def _project(x: Float[Tensor, "batch pos d_model"], W: Float[Tensor, "head d_model d_head"]) -> Tensor:
+    return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, (W.shape[0], W.shape[2]))
+
+
+def _project_per_head(x: Float[Tensor, "batch pos head d_model"], W: Float[Tensor, "kv_head d_model d_head"]) -> Tensor:
+    """Project each head's own input; with grouped queries a key/value head reads its group's first query head's copy."""
+    own = x[:, :, :: x.shape[2] // W.shape[0]]
+    return torch.einsum("bphd,hde->bphe", own, W)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped-query when ``n_key_value_heads`` is smaller than ``n_heads``."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.W_Q = _head_matrix(cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_K = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
+        self.W_V = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
+        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1; likewise the next two
+        self.hook_k_input = HookPoint()
+        self.hook_v_input = HookPoint()
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        if cfg.positional_embedding_type == "rotary":
+            self.rotary = Rotary(cfg)
+            self.hook_rot_q = HookPoint()
+            self.hook_rot_k = HookPoint()
+            self.hook_rot_q.pos_dim = self.hook_rot_k.pos_dim = 1
+        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf above the diagonal
+        self.hook_pattern = HookPoint()  # [batch, head, query_pos, key_pos]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, past: KeyValueCache | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self.queries_keys_values(resid, ln1)
+        offset = past.length if past is not None else 0
+        if self.cfg.positional_embedding_type == "rotary":
+            q = self.hook_rot_q(self.rotary(q, offset))
+            k = self.hook_rot_k(self.rotary(k, offset))
+        if past is not None:
+            k, v = past.extend(self.layer, k, v)
+        z = self.hook_z(self.mix(q, k, v))
+        if is_hooked(self.hook_result):
+            return self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(dim=2)
+        return z.flatten(2) @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model")
+
+    def queries_keys_values(
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; from per-head copies of the residual stream when one of those is hooked."""
+        forks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if is_hooked(*forks):
+            copies = resid.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)
+            q, k, v = (
+                _project_per_head(ln1(fork(copies)), W)
+                for fork, W in zip(forks, (self.W_Q, self.W_K, self.W_V), strict=True)
+            )
+        else:
+            x = ln1(resid)
+            q, k, v = _project(x, self.W_Q), _project(x, self.W_K), _project(x, self.W_V)
+        return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch all_pos kv_head d_head"],
+        v: Float[Tensor, "batch all_pos kv_head d_head"],
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """softmax(q kᵀ / √d_head) v over the positions up to each query's own."""
+        q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
+        new, total = q.shape[2], k.shape[2]
+        if is_hooked(self.hook_attn_scores, self.hook_pattern):
+            group = self.cfg.n_heads // self.cfg.kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            scores = (q @ k.transpose(-1, -2)).float() / self.cfg.d_head**0.5
+            scores = scores.masked_fill(~_causal(new, total, q.device), float("-inf"))
+            pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
+            z = pattern.to(v.dtype) @ v
+        else:
+            mask = None if new in (1, total) else _causal(new, total, q.device)
+            grouped = self.cfg.kv_heads != self.cfg.n_heads
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=grouped
+            )
+        return rearrange(z, "batch head pos d_head -> batch pos head d_head")
+
+
+def _causal(new: int, total: int, device: torch.device) -> Tensor:
+    """[new, total] mask, True where one of the last ``new`` positions may look."""
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+
+
+class MLP(nn.Module):
+    """``act(x W_in) W_out``."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act_fn]
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
+        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp]
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.hook_post(self.act(self.hook_pre(x @ self.W_in))) @ self.W_out
+
+
+class GatedMLP(nn.Module):
+    """``(act(x W_gate) * x W_in) W_out``: SwiGLU when the activation is SiLU (Shazeer, 2020)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[cfg.act_fn]
+        self.W_gate = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
+        self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
+        self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp], x W_gate
+        self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], x W_in
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp], their product after the activation
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        gate, linear = self.hook_pre(x @ self.W_gate), self.hook_pre_linear(x @ self.W_in)
+        return self.hook_post(self.act(gate) * linear) @ self.W_out
+
+
+class Block(nn.Module):
+    """A pre-norm block: attention, then the MLP, each added to the residual stream."""
+
+    hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln1 = Norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.ln2 = Norm(cfg)
+        self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+        self.hook_mlp_in = HookPoint()
+        self.hook_resid_pre = HookPoint()
+        self.hook_attn_out = HookPoint()
+        self.hook_resid_mid = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_post = HookPoint()
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], past: KeyValueCache | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(resid, self.ln1, past)))
+        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid)))))

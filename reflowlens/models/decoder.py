@@ -1,0 +1,189 @@
+"""The decoder that all attention architectures share: embed, blocks, final norm, read out through the tied embedding."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.components import Block, KeyValueCache, Norm
+from reflowlens.models.loss import cross_entropy
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class Readout(NamedTuple):
+    """The last linear map, not yet applied: ``logits = features @ matrix.T``."""
+
+    features: Float[Tensor, "batch pos k"]
+    matrix: Float[Tensor, "d_vocab k"]
+
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.features @ self.matrix.T
+
+    def loss(self, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten())
+
+
+class Embed(nn.Module):
+    """The token embedding, used at both ends of the model."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
+
+
+class Unembed(nn.Module):
+    """The tied readout. It owns no weights: it asks the model for the embedding's."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.tied_weights = model.tied_weights
+
+    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
+        (W_E,) = weights
+        return Readout(x, W_E)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.readout(x, self.tied_weights()).logits()
+
+
+class Decoder(HookedModel):
+    """Pre-norm causal decoder with a tied embedding.
+
+    An architecture overrides what is its own: :meth:`build_embedding`, :meth:`tied_weights` and :meth:`embed_tokens`.
+
+    Example:
+        >>> from reflowlens.config import ModelConfig
+        >>> from reflowlens.models import build_model
+        >>> tiny = ModelConfig(architecture="reflow", n_layers=1, d_model=16, n_heads=2, d_head=8, d_mlp=32, d_vocab=256,
+        ...                    n_ctx=8, n_signals=16, tokenizer_name="bytes")
+        >>> build_model(tiny)("Hi").shape
+        torch.Size([1, 2, 256])
+    """
+
+    embed: nn.Module
+    unembed: nn.Module
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        self.build_embedding(cfg)
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList([Block(cfg, layer) for layer in range(cfg.n_layers)])
+        self.ln_final = Norm(cfg)
+        self.setup()
+
+    def build_embedding(self, cfg: ModelConfig) -> None:
+        """Create the modules at both ends."""
+        self.embed = Embed(cfg)
+        self.unembed = Unembed(self)
+
+    def tied_weights(self) -> tuple[Tensor, ...]:
+        """The embedding's factors as this pass uses them, at both ends."""
+        return (self.embed.W_E,)
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before the first block; ``offset`` is the position of the first token."""
+        (W_E,) = weights
+        return self.hook_embed(F.embedding(tokens, W_E))
+
+    def forward(
+        self,
+        input: TextInput | Float[Tensor, "batch pos d_model"],
+        return_type: ReturnType = "logits",
+        *,
+        targets: Int[Tensor, "batch pos"] | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KeyValueCache | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | None:
+        """Read text or tokens and predict the next token at every position.
+
+        Args:
+            input: a text, a list of texts (padded on the right), tokens [batch, pos] or [pos]; with ``start_at_layer`` the
+                residual stream [batch, pos, d_model] that this layer reads.
+            return_type: ``"logits"`` [batch, pos, d_vocab], ``"loss"`` (mean next-token cross-entropy in nats, padding
+                left out), ``"both"`` (logits, loss) or None to run for the hooks alone.
+            targets: what each position should predict, -100 where nothing counts; default: the input shifted by one.
+            start_at_layer: first block to run; negative counts from the end.
+            stop_at_layer: first block not to run; the residual stream in front of it is returned.
+            past_kv_cache: keys and values of earlier positions; extended by the new ones.
+
+        Raises:
+            ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer does not
+                exist, or a loss is asked for without targets.
+        """
+        offset = past_kv_cache.length if past_kv_cache is not None else 0
+        start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        weights = self.tied_weights()
+        if start_at_layer is None:
+            tokens, input_targets = self.tokens_and_targets(input, offset)
+            targets = input_targets if targets is None else targets
+            resid = self.embed_tokens(tokens, weights, offset)
+        else:
+            if not isinstance(input, Tensor) or input.ndim != 3:
+                raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
+            resid = input
+        for block in self.blocks[start:stop]:
+            resid = block(resid, past_kv_cache)
+        if past_kv_cache is not None:
+            past_kv_cache.length += resid.shape[1]
+        if stop_at_layer is not None:
+            return resid
+        readout = self.unembed.readout(self.ln_final(resid), weights)
+        if return_type is None:
+            return None
+        if return_type == "logits":
+            return readout.logits()
+        if targets is None:
+            raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
+        if return_type == "loss":
+            return readout.loss(targets)
+        if return_type == "both":
+            return readout.logits(), readout.loss(targets)
+        raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+
+    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
+        n_layers = self.cfg.n_layers
+        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and not -n_layers <= layer <= n_layers:
+                raise ReflowlensError(f"{name}={layer} is out of range: this model has blocks 0 to {n_layers - 1}")
+        first, last, _ = slice(start, stop).indices(n_layers)
+        return first, last
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """N(0, initializer_range²); projections into the residual stream divided by √(2 n_layers) (Radford et al., 2019)."""
+        std = self.cfg.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith(".w"):
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("attn.W_O", "mlp.W_out"))
+                parameter.normal_(0.0, std / (2 * self.cfg.n_layers) ** 0.5 if residual else std, generator=generator)
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
+        """The embedding; a ``FactoredMatrix`` where the architecture factors it."""
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding as one matrix (TransformerLens's tools index it), formed anew at each access."""
+        W_E = self.W_E
+        return (W_E.AB if isinstance(W_E, FactoredMatrix) else W_E).T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias: these architectures have none."""
+        return torch.zeros(self.cfg.d_vocab, device=self.cfg.device)

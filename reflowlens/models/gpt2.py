@@ -1,0 +1,34 @@
+"""GPT-2 as nanoGPT trains it: learned positions, bias-free LayerNorm, GELU, tied embedding (Radford et al., 2019)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig
+from reflowlens.models.decoder import Decoder
+
+
+class PosEmbed(nn.Module):
+    """One learned vector a position."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(cfg.n_ctx, cfg.d_model))
+
+
+class GPT2(Decoder):
+    """The baseline with learned positions added to the embedding."""
+
+    def build_embedding(self, cfg: ModelConfig) -> None:
+        super().build_embedding(cfg)
+        self.pos_embed = PosEmbed(cfg)
+        self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        positions = self.pos_embed.W_pos[offset : offset + tokens.shape[1]].expand(tokens.shape[0], -1, -1)
+        return super().embed_tokens(tokens, weights, offset) + self.hook_pos_embed(positions)

@@ -1,0 +1,78 @@
+"""Next-token cross-entropy that never holds a [batch * pos, d_vocab] matrix.
+
+The loss of a chunk of positions needs the logits of that chunk alone, and so do its gradients. They are computed
+together, chunk by chunk, in the forward pass: nothing is computed twice, and peak memory is
+``chunk * d_vocab`` whatever the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORE = -100  # torch's own convention for a target that does not count
+
+
+def cross_entropy(
+    features: Float[Tensor, "n k"],
+    matrix: Float[Tensor, "d_vocab k"],
+    targets: Int[Tensor, " n"],
+    chunk: int = 1024,
+) -> Float[Tensor, ""]:
+    """Mean of ``-log softmax(features @ matrix.T)[target]`` in nats, over the targets that are not ``IGNORE``.
+
+    Under autocast the products run in its dtype; the softmax and the sums are float32.
+
+    >>> features, matrix, targets = torch.randn(5, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, 2, 1])
+    >>> whole = F.cross_entropy(features @ matrix.T, targets)
+    >>> torch.allclose(cross_entropy(features, matrix, targets, chunk=2), whole)
+    True
+    """
+    if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad):
+        return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk)
+    losses = [
+        token_losses(features[i : i + chunk], matrix, targets[i : i + chunk]) for i in range(0, len(targets), chunk)
+    ]
+    return torch.cat(losses).sum() / (targets != IGNORE).sum()
+
+
+def token_losses(
+    features: Float[Tensor, "n k"], matrix: Float[Tensor, "d_vocab k"], targets: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Cross-entropy of each position in nats, 0 where the target is ``IGNORE``."""
+    return F.cross_entropy((features @ matrix.T).float(), targets, ignore_index=IGNORE, reduction="none")
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        dtype = features.dtype
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        W = matrix.to(dtype)
+        counted = targets != IGNORE
+        weight = counted.float() / counted.sum()
+        loss = torch.zeros((), device=features.device)
+        grad_features, grad_matrix = torch.empty_like(features), torch.zeros_like(matrix)
+        for start in range(0, features.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x, share = features[rows].to(dtype), weight[rows, None]
+            target = targets[rows, None].clamp(min=0)
+            log_p = (x @ W.T).float().log_softmax(dim=-1)
+            loss = loss - (log_p.gather(1, target) * share).sum()
+            grad_logits = ((log_p.exp() * share).scatter_add(1, target, -share)).to(dtype)
+            grad_features[rows] = (grad_logits @ W).to(features.dtype)
+            grad_matrix += grad_logits.T @ x
+        ctx.save_for_backward(grad_features, grad_matrix)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        grad_features, grad_matrix = ctx.saved_tensors
+        (scale,) = grad_output
+        return grad_features * scale, grad_matrix * scale, None, None

@@ -1,0 +1,85 @@
+"""reFlow: the embedding is a product E = R B of a recipe R (d_vocab x S) and a signal basis B (S x d_model).
+
+A token enters as its recipe mixed from the basis, ``x = R[t] B``, and leaves the same way: the last residual is read
+against the basis, ``a = B norm(x)``, and ``logits = R a``. Every logit is a sum over S named signals.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig
+from reflowlens.models.components import is_hooked
+from reflowlens.models.decoder import Decoder, Readout, Unembed
+
+
+class RecipeEmbed(nn.Module):
+    """Which signals make up each token, and what the signals are."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.W_recipe = nn.Parameter(torch.empty(cfg.d_vocab, cfg.n_signals or 0))
+        self.W_basis = nn.Parameter(torch.empty(cfg.n_signals or 0, cfg.d_model))
+
+
+class RecipeUnembed(Unembed):
+    """``logits = (x Bᵀ) Rᵀ``: two thin products; E is formed only where that costs less."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.hook_signal = HookPoint()  # [batch, pos, S], a = B norm(x)
+
+    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
+        recipe, basis = weights
+        if not is_hooked(self.hook_signal) and forming_is_cheaper(x.shape[0] * x.shape[1], recipe, basis):
+            return Readout(x, recipe @ basis)
+        return Readout(self.hook_signal(x @ basis.T), recipe)
+
+
+def forming_is_cheaper(n: int, recipe: Float[Tensor, "d_vocab S"], basis: Float[Tensor, "S d_model"]) -> bool:
+    """Whether reading n positions through E = R B takes fewer multiplications than through R and B in turn."""
+    (d_vocab, S), d_model = recipe.shape, basis.shape[1]
+    factored = n * (d_model * S + S * d_vocab)
+    formed = d_vocab * S * d_model + n * d_model * d_vocab
+    return formed < factored
+
+
+class ReFlow(Decoder):
+    """The base architecture: no constraint on the recipe."""
+
+    def build_embedding(self, cfg: ModelConfig) -> None:
+        self.embed = RecipeEmbed(cfg)
+        self.unembed = RecipeUnembed(self)
+        self.hook_recipe = HookPoint()  # [batch, pos, S], the token's effective recipe
+        self.hook_basis = HookPoint()  # [S, d_model], the basis as this pass uses it, at both ends
+
+    def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
+        """R as both ends of the model use it."""
+        return self.embed.W_recipe
+
+    def tied_weights(self) -> tuple[Tensor, ...]:
+        return self.effective_recipe(), self.hook_basis(self.embed.W_basis)
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        recipe, basis = weights
+        mixed = self.hook_recipe(F.embedding(tokens, recipe)) @ basis
+        # Under autocast the product is 16 bits wide; the residual stream stays as wide as the parameters.
+        return self.hook_embed(mixed.to(basis.dtype))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """As the decoder's, but with an orthogonal basis, so that E has the standard deviation of R."""
+        super().init_weights(generator)
+        if self.cfg.basis_init == "orthogonal":
+            nn.init.orthogonal_(self.embed.W_basis, generator=generator)
+
+    @property
+    def W_E(self) -> FactoredMatrix:
+        return FactoredMatrix(self.effective_recipe(), self.embed.W_basis)

@@ -1,0 +1,163 @@
+"""Three byte-level tokenizers, built from ranks that are packaged with the library.
+
+`gpt2`      GPT-2's byte-pair encoding, 50,257 tokens with `<|endoftext|>` (Radford et al. 2019).
+`gpt2_16k`  its first 16,640 ranks and `<|endoftext|>`: a valid encoding of its own, in which every id below 16,640
+            means what it means in GPT-2.
+`bytes`     one token a byte of UTF-8; no special token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:  # numpy and tiktoken take longer to import than the rest of this module
+    import numpy as np
+    import tiktoken
+    from numpy.typing import NDArray
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_NAMES = ("gpt2", "gpt2_16k", "bytes")
+
+_GPT2_RANKS = 50_256
+_PREFIX_RANKS = 16_640
+# GPT-2's word pattern; possessive quantifiers (++) change no match and keep long runs from overflowing the regex stack.
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# With no merges the pieces do not matter: short ones are quick.
+_BYTES_PATTERN = r"[\s\S]{1,64}"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes: `name`; `n_vocab`, the number of real tokens (a model may pad its vocabulary beyond it); `eot_token`,
+    the id of `<|endoftext|>`, or None where there is none.
+
+    >>> tokenizer = get_tokenizer("gpt2")
+    >>> tokenizer.encode("Hello world")
+    [15496, 995]
+    >>> tokenizer.to_str_tokens([15496, 995])
+    ['Hello', ' world']
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self.name: str = encoding.name
+        self.n_vocab: int = encoding.n_vocab
+        self.eot_token: int | None = encoding.eot_token if END_OF_TEXT in encoding.special_tokens_set else None
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`."""
+        if allow_special:
+            return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode_ordinary(text)
+
+    def encode_ordinary_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
+        """`encode` of each text, on `num_threads` threads; no text is special."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """`encode` as an array, without a Python list in between: for corpora. Other threads run meanwhile.
+
+        Raises UnicodeEncodeError if the text holds half of a surrogate pair, which UTF-8 cannot write.
+        """
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises ReflowlensError for an id that is no token.
+        """
+        return b"".join(self._token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+
+    def token_str(self, token: int) -> str:
+        """One token, readable: bytes that are not valid UTF-8 on their own are shown as `\\xNN`."""
+        return self._token_bytes(token).decode("utf-8", errors="backslashreplace")
+
+    def to_str_tokens(self, ids: Iterable[int]) -> list[str]:
+        """`token_str` of each id."""
+        return [self.token_str(i) for i in ids]
+
+    def single_token(self, word: str) -> int:
+        """The id of a word that is exactly one token, leading space included (`" queen"`).
+
+        Raises ReflowlensError that shows how the word splits, and names the form that is a single token if with (or
+        without) the leading space there is one.
+        """
+        ids = self.encode(word)
+        if len(ids) == 1:
+            return ids[0]
+        if not ids:
+            raise ReflowlensError("a word was expected, and the text is empty")
+        pieces = ", ".join(repr(piece) for piece in self.to_str_tokens(ids))
+        message = f"{word!r} is not a single token of {self.name}: it splits into {pieces}"
+        sibling = word[1:] if word.startswith(" ") else f" {word}"
+        if self.is_single_token(sibling):
+            message += f"; {sibling!r} ({'without the' if word.startswith(' ') else 'with a'} leading space) is one"
+        raise ReflowlensError(message)
+
+    def is_single_token(self, word: str) -> bool:
+        """Whether `word`, leading space included, is exactly one token."""
+        return len(self.encode(word)) == 1
+
+    def _token_bytes(self, token: int) -> bytes:
+        token = int(token)  # a tensor's or an array's element is welcome
+        if not 0 <= token < self.n_vocab:
+            raise ReflowlensError(
+                f"no token {token} in {self.name}: its ids are 0 to {self.n_vocab - 1} "
+                "(ids beyond are the padding of a model's vocabulary)"
+            )
+        return self._encoding.decode_single_token_bytes(token)
+
+
+@cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of this name: "gpt2", "gpt2_16k" or "bytes".
+
+    Raises ReflowlensError for any other name. Reads packaged files only; the same object is returned each time.
+
+    >>> get_tokenizer("gpt2_16k").single_token(" queen")
+    16599
+    """
+    import tiktoken
+
+    if name == "gpt2":
+        ranks, special, pattern = _gpt2_ranks(_GPT2_RANKS), {END_OF_TEXT: _GPT2_RANKS}, _GPT2_PATTERN
+    elif name == "gpt2_16k":
+        ranks, special, pattern = _gpt2_ranks(_PREFIX_RANKS), {END_OF_TEXT: _PREFIX_RANKS}, _GPT2_PATTERN
+    elif name == "bytes":
+        ranks, special, pattern = {bytes([value]): value for value in range(256)}, {}, _BYTES_PATTERN
+    else:
+        raise ReflowlensError(f"no tokenizer {name!r}: there are {', '.join(TOKENIZER_NAMES)}")
+    n_vocab = len(ranks) + len(special)
+    return Tokenizer(
+        tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=n_vocab
+        )
+    )
+
+
+def _gpt2_ranks(count: int) -> dict[bytes, int]:
+    """The first `count` ranks: 256 bytes in GPT-2's order, then one token a merge, in the order of `vocab.bpe`."""
+    byte_of = _gpt2_byte_symbols()
+    tokens = [bytes([value]) for value in byte_of.values()]
+    text = (resources.files("reflowlens") / "assets/gpt2_bpe/vocab.bpe").read_text(encoding="utf-8")
+    # split("\n"), not splitlines(): some byte symbols (U+0085) count as line ends for the latter.
+    for line in text.split("\n")[1 : 1 + count - len(tokens)]:
+        left, right = line.split(" ")
+        tokens.append(bytes(byte_of[symbol] for symbol in left + right))
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+def _gpt2_byte_symbols() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte, in rank order: visible Latin-1 stands for itself, the others follow."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [value for value in range(256) if value not in visible]
+    return {chr(value): value for value in visible} | {chr(256 + i): value for i, value in enumerate(hidden)}
