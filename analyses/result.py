@@ -6,11 +6,12 @@ A saved result is `result.json` (everything but frames and figures), `frames/NAM
 
 Frames hold columns of whole numbers, floats, booleans or text, and their dtypes are kept. In a float column a missing
 value is NaN, an empty field in the CSV. A text column has no missing values: what a row does not have is the empty
-string, and spaces (" king"), "NA" and line breaks are text like any other.
+string, and spaces (" king"), "NA" and line breaks are text like any other. Text is quoted in the CSV.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -182,7 +183,7 @@ class Result:
         for name, frame in self.frames.items():
             path = _frame_path(folder, name)
             path.parent.mkdir(exist_ok=True)
-            frame.to_csv(path, index=False, lineterminator="\n")
+            frame.to_csv(path, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         for name, figure in self.figures.items():
             path = _figure_path(folder, name)
             path.parent.mkdir(exist_ok=True)
@@ -240,15 +241,22 @@ def _listed_files(folder: Path) -> list[Path]:
 
 
 def _read_frame(path: Path, dtypes: Mapping[str, str]) -> pd.DataFrame:
-    floats = [column for column, dtype in dtypes.items() if dtype.startswith("float")]
-    return pd.read_csv(
-        path,
-        dtype={column: "str" if dtype == "object" else dtype for column, dtype in dtypes.items()},  # pandas 2's text
-        keep_default_na=False,
-        na_values={column: [""] for column in floats},
-        skip_blank_lines=False,
-        float_precision="round_trip",
-    )
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False)
+    if list(cells.columns) != list(dtypes):
+        raise ReflowlensError(f"{path.name}: the columns {list(dtypes)} were expected, got {list(cells.columns)}")
+    return pd.DataFrame({column: _parse(cells[column], dtype) for column, dtype in dtypes.items()})
+
+
+def _parse(cells: pd.Series, dtype: str) -> pd.Series:
+    """Text to the dtype it was written from: through Python's parser, since not every pandas reads floats exactly."""
+    text = cells.to_numpy(dtype=object)
+    if dtype == "bool":
+        return pd.Series(text == "True")
+    if dtype.startswith("float"):
+        return pd.Series(np.where(text == "", "nan", text).astype(dtype))
+    if "int" in dtype:
+        return pd.Series(text.astype(dtype))
+    return cells
 
 
 def _tidy(frame: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -258,8 +266,9 @@ def _tidy(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     if frame.index.nlevels > 1 or frame.index.name is not None or not pd.api.types.is_integer_dtype(frame.index):
         raise ReflowlensError(f"frames[{name!r}]: the index holds data; make it a column with reset_index()")
     columns = list(frame.columns)
-    if not columns or len(set(columns)) < len(columns) or not all(isinstance(column, str) for column in columns):
-        raise ReflowlensError(f"frames[{name!r}]: distinct column names of text were expected, got {columns}")
+    readable = all(isinstance(column, str) and column and column.isprintable() for column in columns)
+    if not readable or not 0 < len(columns) == len(set(columns)):
+        raise ReflowlensError(f"frames[{name!r}]: distinct, printable column names were expected, got {columns}")
     return pd.DataFrame({column: _tidy_column(frame[column], f"frames[{name!r}][{column!r}]") for column in columns})
 
 

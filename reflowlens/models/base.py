@@ -65,18 +65,21 @@ class HookedModel(HookedRootModule):
         Raises:
             ReflowlensError: the text is empty, too long for ``n_ctx``, or an id is outside the vocabulary.
         """
-        return self._tokenize(input, prepend_bos)[0]
+        return self.tokens_and_lengths(input, prepend_bos=prepend_bos)[0]
 
     def tokens_and_targets(
         self, input: TextInput, offset: int = 0
     ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
         """Ids, and what each position should predict: the next id, -100 at a row's end and over padding."""
-        tokens, lengths = self._tokenize(input, prepend_bos=False, offset=offset)
+        tokens, lengths = self.tokens_and_lengths(input, offset=offset)
         targets = tokens.roll(-1, dims=1)
         last = torch.as_tensor(lengths, device=tokens.device)[:, None] - 1
         return tokens, targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= last, IGNORE)
 
-    def _tokenize(self, input: TextInput, prepend_bos: bool, offset: int = 0) -> tuple[Tensor, list[int]]:
+    def tokens_and_lengths(
+        self, input: TextInput, *, prepend_bos: bool = False, offset: int = 0
+    ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
+        """Ids padded on the right, and how many of each row are the prompt's own."""
         if isinstance(input, Tensor):
             tokens = input[None] if input.ndim == 1 else input
             if tokens.ndim != 2 or tokens.is_floating_point():
@@ -264,11 +267,11 @@ class HookedModel(HookedRootModule):
             return out, activations
         return out, ActivationCache(activations, self, has_batch_dim=not remove_batch_dim)
 
-    def generate(self, input: TextInput, **kwargs: Any) -> Any:
+    def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:
         """Continue a prompt; see :func:`reflowlens.generation.generate`."""
         from reflowlens.generation import generate
 
-        return generate(self, input, **kwargs)
+        return generate(self, input, max_new_tokens, **kwargs)
 
     def _repr_html_(self) -> str:
         title = self.cfg.model_name or self.cfg.architecture

@@ -1,0 +1,145 @@
+"""Sampling from a model, one token at a time."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel, NamesFilter, TextInput
+from reflowlens.models.components import KeyValueCache
+
+
+@torch.no_grad()
+def generate(
+    model: HookedModel,
+    input: TextInput,
+    max_new_tokens: int = 60,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_at_eos: bool = True,
+    stop_token: str | int | None = None,
+    seed: int = 0,
+    use_past_kv_cache: bool = True,
+    return_type: Literal["text", "tokens"] = "text",
+    names_filter: NamesFilter = None,
+    return_cache: bool = False,
+    progress: bool | None = None,
+) -> Any:
+    """Continue one prompt or a batch of prompts of any lengths.
+
+    Prompts are not padded on the left: all rows advance together from the shortest prompt's end, and a row whose prompt
+    goes on reads its own next token instead of a sampled one. A row therefore gets what it would get alone.
+
+    Args:
+        input: a text, a list of texts, or tokens [batch, pos].
+        max_new_tokens: tokens to add to each prompt.
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k: sample among the k most probable tokens.
+        top_p: sample among the fewest most probable tokens whose probabilities reach p.
+        stop_at_eos: end a row after the document-end token.
+        stop_token: end a row after this token too.
+        seed: row i draws from a generator seeded with ``seed + i``.
+        use_past_kv_cache: keep keys and values; False reads the whole text again at every step, for checking.
+        return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch, pos],
+            ended rows filled up with the document end.
+        return_cache: also return the activations over prompt and continuation (``names_filter`` as in ``run_with_cache``),
+            from one pass over the result.
+        progress: show a bar; by default on a terminal.
+
+    Raises:
+        ReflowlensError: a prompt is empty, a setting is out of range, or prompt and continuation exceed ``n_ctx``.
+
+    Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
+    """
+    _check_settings(temperature, top_k, top_p, max_new_tokens)
+    prompts, lengths = model.tokens_and_lengths(input)
+    n_ctx, batch = model.cfg.n_ctx, prompts.shape[0]
+    total = max(lengths) + max_new_tokens
+    if total > n_ctx:
+        raise ReflowlensError(
+            f"{max(lengths)} prompt tokens and max_new_tokens={max_new_tokens} exceed n_ctx={n_ctx}: "
+            f"ask for at most {n_ctx - max(lengths)} new tokens"
+        )
+    stops = _stop_ids(model, stop_at_eos, stop_token)
+    filler = model.tokenizer.eot_token or 0
+    ends = torch.tensor([length + max_new_tokens for length in lengths], device=prompts.device)
+    starts = torch.tensor(lengths, device=prompts.device)
+    tokens = torch.full((batch, total), filler, device=prompts.device)
+    tokens[:, : prompts.shape[1]] = prompts
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(batch)]
+    past = KeyValueCache(model.cfg, batch, next(model.parameters()).dtype) if use_past_kv_cache else None
+    ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
+    final = ends.clone()
+    read, end = 0, min(lengths)
+    bar = tqdm(total=total - end, unit="token", disable=not (sys.stderr.isatty() if progress is None else progress))
+    while end < total and not ended.all():
+        logits = model(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
+        drawn = sample(logits, temperature, top_k, top_p, generators).to(tokens.device)
+        free = (starts <= end) & ~ended
+        tokens[:, end] = torch.where(free, drawn, tokens[:, end])
+        stopped = free & ((torch.isin(drawn, stops)) | (end + 1 == ends))
+        final[stopped] = end + 1
+        ended |= stopped
+        read, end = (end if past is not None else 0), end + 1
+        bar.update()
+    bar.close()
+    tokens = tokens[:, : int(final.max())]
+    for row, stop in enumerate(final.tolist()):
+        tokens[row, stop:] = filler
+    result: Any = tokens
+    if return_type == "text":
+        texts = [model.tokenizer.decode(row[:stop].tolist()) for row, stop in zip(tokens, final.tolist(), strict=True)]
+        result = texts[0] if isinstance(input, str) else texts
+    if return_cache:
+        return result, model.run_with_cache(tokens, names_filter=names_filter)[1]
+    return result
+
+
+def sample(
+    logits: Float[Tensor, "batch d_vocab"],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generators: list[torch.Generator],
+) -> Int[Tensor, " batch"]:
+    """Draw a token for each row from its own generator."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    probabilities = logits.softmax(dim=-1).cpu()
+    draws = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
+    return torch.cat(draws)
+
+
+def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
+    if temperature < 0:
+        raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ReflowlensError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if max_new_tokens < 1:
+        raise ReflowlensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def _stop_ids(model: HookedModel, stop_at_eos: bool, stop_token: str | int | None) -> Int[Tensor, " stop"]:
+    ids = [model.to_single_token(stop_token) if isinstance(stop_token, str) else stop_token]
+    if stop_at_eos:
+        ids.append(model.tokenizer.eot_token)
+    return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.cfg.device)

@@ -1,0 +1,170 @@
+"""Signals: the coordinates in which a prediction is read.
+
+A :class:`SignalView` is a recipe R (d_vocab x S) and a basis B (S x d_model) with R B = W_E. A reFlow model was trained
+with one (its ``native`` view). Every other model gets one after the fact, and so does reFlow itself, so that a claim
+about signals can be held against coordinates that nobody trained:
+
+=============  =================  =============  ==================================================================
+view           recipe             basis          what it is for
+=============  =================  =============  ==================================================================
+``native``     R                  B              the signals that the model was trained with
+``identity``   W_E                I              every model: the residual stream's own axes
+``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
+``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any statement about
+                                                 single signals
+=============  =================  =============  ==================================================================
+
+Readout and write coordinates differ unless B Bᵀ = I; each function says which one it uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import FactoredMatrix
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+ViewName = Literal["native", "identity", "svd", "rotated"]
+VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated")
+
+
+@dataclass(frozen=True)
+class SignalView:
+    """A model seen through S signals.
+
+    Args:
+        name: which view it is.
+        recipe: R, a row a token; rows from ``n_tokens`` on are padding that no tokenizer id reaches.
+        basis: B, a row a signal.
+        model: the model that it was made from.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> view = rl.signal_view(model)
+        >>> logits, cache = model.run_with_cache("The capital of France is")
+        >>> parts = view.contributions(cache["resid_post", -1][0, -1], " Paris")
+        >>> bool((parts.sum() - logits[0, -1, model.to_single_token(" Paris")]).abs() < 1e-3)
+        True
+    """
+
+    name: str
+    recipe: Float[Tensor, "d_vocab S"]
+    basis: Float[Tensor, "S d_model"]
+    model: HookedModel = dataclasses.field(repr=False)
+
+    @property
+    def n_signals(self) -> int:
+        """S."""
+        return self.basis.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        """How many rows of the recipe belong to real tokens."""
+        return self.model.tokenizer.n_vocab
+
+    def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
+        """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x."""
+        return self.model.ln_final(resid) @ self.basis.T
+
+    def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
+        """R a."""
+        return signals @ self.recipe.T
+
+    def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
+        """Write coordinates: what a recipe adds to the residual stream, r B."""
+        return recipe_vector @ self.basis
+
+    def contributions(
+        self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
+    ) -> Float[Tensor, "*batch S"]:
+        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit exactly."""
+        return self.readout(resid) * self.recipe[self._ids(target)]
+
+    def rows(self, words: list[str]) -> Float[Tensor, "word S"]:
+        """Recipes of single-token words."""
+        return self.recipe[[self.model.to_single_token(word) for word in words]]
+
+    def codebook(self, signal: int, k: int = 10) -> pd.DataFrame:
+        """The tokens that a signal speaks for: the k largest entries of its recipe column of either sign.
+
+        Returns:
+            One row a token: ``sign`` (+1 or -1), ``token``, ``text``, ``recipe`` (R entry) and ``z`` (entry minus the column's
+            mean over real tokens, in its standard deviations), strongest first within each sign.
+
+        Raises:
+            ReflowlensError: there is no such signal.
+        """
+        if not 0 <= signal < self.n_signals:
+            raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {self.n_signals - 1}")
+        column = self.recipe[: self.n_tokens, signal].float()
+        z = (column - column.mean()) / column.std()
+        frames = []
+        for sign in (1, -1):
+            values, ids = (sign * column).topk(min(k, len(column)))
+            kept = ids[values > 0].tolist()
+            text = self.model.tokenizer.to_str_tokens(kept)
+            frame = {"sign": sign, "token": kept, "text": text, "recipe": column[kept].tolist(), "z": z[kept].tolist()}
+            frames.append(pd.DataFrame(frame))
+        return pd.concat(frames, ignore_index=True)
+
+    def _ids(self, target: str | int | Tensor) -> int | Tensor:
+        return self.model.to_single_token(target) if isinstance(target, str) else target
+
+    def _repr_html_(self) -> str:
+        title = self.model.cfg.model_name or self.model.cfg.architecture
+        return f"<b>{self.name}</b> view of {title}: {self.n_signals} signals, {self.n_tokens:,} tokens"
+
+
+@torch.no_grad()
+def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int = 0) -> SignalView:
+    """See a model through signals.
+
+    Args:
+        name: ``native``, ``identity``, ``svd`` or ``rotated`` (module docstring); default ``native`` where the model has it,
+            else ``identity``.
+        seed: of the random rotation.
+
+    Raises:
+        ReflowlensError: the name is unknown, or the model has no native signals.
+    """
+    factored = isinstance(model.W_E, FactoredMatrix)
+    name = name or ("native" if factored else "identity")
+    if name not in VIEWS:
+        raise ReflowlensError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {name!r}")
+    if name == "native":
+        if not factored:
+            raise ReflowlensError(
+                f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "
+                "use the 'identity' or 'svd' view"
+            )
+        return SignalView("native", model.W_E.A.detach(), model.W_E.B.detach(), model)
+    if name == "rotated":
+        return rotate(signal_view(model), random_rotation(signal_view(model).n_signals, seed))
+    embedding = model.W_U.T.detach()
+    if name == "identity":
+        identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
+        return SignalView("identity", embedding, identity, model)
+    U, singular_values, Vh = torch.linalg.svd(embedding.float(), full_matrices=False)
+    return SignalView("svd", U, singular_values[:, None] * Vh, model)
+
+
+def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
+    """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes."""
+    A = rotation.to(view.recipe)
+    return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
+
+
+def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:
+    """A Haar-distributed orthogonal matrix: QR of a Gaussian one, signs fixed by the diagonal of R (Mezzadri, 2007)."""
+    gaussian = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    Q, R = torch.linalg.qr(gaussian)
+    return (Q * R.diagonal().sign()).float()

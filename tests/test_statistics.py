@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from analyses.statistics import (
+    Interval,
+    bootstrap_band,
+    bootstrap_interval,
+    holm,
+    paired_permutation_pvalue,
+    permutation_pvalue,
+    verdict,
+)
+from reflowlens.errors import ReflowlensError
+from tests.reference.holm import closed_bonferroni
+
+numbers = st.floats(-1e6, 1e6)
+
+
+@pytest.mark.parametrize(("alternative", "expected"), [("greater", 2 / 5), ("less", 5 / 5), ("two-sided", 4 / 5)])
+def test_permutation_pvalue_counts_ties_and_the_observed(alternative, expected):
+    assert permutation_pvalue(3.0, [0.0, 1.0, 2.0, 3.0], alternative) == pytest.approx(expected)
+
+
+def test_permutation_pvalue_takes_a_sum_in_another_order_as_a_tie():
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    assert permutation_pvalue(0.1 + 0.2 + 0.3, [0.3 + 0.2 + 0.1]) == 1.0
+
+
+@given(numbers, st.lists(numbers, min_size=1, max_size=50))
+def test_permutation_pvalues_lie_above_zero_and_at_most_at_one(observed, null):
+    greater, less, both = (permutation_pvalue(observed, null, a) for a in ("greater", "less", "two-sided"))
+    assert 1 / (1 + len(null)) <= min(greater, less) <= both <= 1
+    assert greater + less >= 1
+    assert permutation_pvalue(-observed, [-value for value in null], "less") == greater
+
+
+def test_permutation_pvalue_is_uniform_under_the_null():
+    draws = np.random.default_rng(0).normal(size=(4000, 20))
+    p = np.array([permutation_pvalue(row[0], row[1:]) for row in draws])
+    for level in (0.05, 0.25, 0.5, 0.9):  # each attainable: 20 exchangeable values, p a multiple of 1/20
+        assert np.mean(p <= level + 1e-9) == pytest.approx(level, abs=0.025)
+
+
+def test_permutation_pvalue_rejects_what_cannot_be_ranked():
+    with pytest.raises(ReflowlensError, match="at least one permutation"):
+        permutation_pvalue(1.0, [])
+    with pytest.raises(ReflowlensError, match="null: finite numbers expected, got 1"):
+        permutation_pvalue(1.0, [0.0, float("nan")])
+    with pytest.raises(ReflowlensError, match="no alternative 'bigger'; there are greater, less, two-sided"):
+        permutation_pvalue(1.0, [0.0], "bigger")
+
+
+def test_paired_pvalue_is_exact_for_few_units():
+    differences = np.array([0.3, 1.2, -0.4, 0.9, 0.5])
+    means = [np.mean(differences * signs) for signs in product((1, -1), repeat=5)]
+    expected = np.mean(np.array(means) >= differences.mean() - 1e-12)
+    assert paired_permutation_pvalue(differences) == pytest.approx(expected)
+
+
+def test_paired_pvalue_of_many_units_is_seeded_and_sees_the_shift():
+    values = np.random.default_rng(1).normal(size=200)
+    shifted = paired_permutation_pvalue(values + 0.5, permutations=999, seed=3)
+    assert shifted == 1 / 1000
+    assert paired_permutation_pvalue(-values - 0.5, "less", permutations=999) == 1 / 1000
+    again = [paired_permutation_pvalue(values, permutations=999, seed=3) for _ in range(2)]
+    assert again[0] == again[1] > 0.01
+
+
+def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
+    samples = np.random.default_rng(2).normal(loc=3.0, size=(400, 40))
+    intervals = [bootstrap_interval(sample, resamples=400, seed=i) for i, sample in enumerate(samples)]
+    coverage = np.mean([interval.low <= 3.0 <= interval.high for interval in intervals])
+    assert 0.90 <= coverage <= 0.98  # a percentile interval of 40 units is slightly too short
+
+
+def test_bootstrap_interval_is_seeded_and_takes_other_statistics():
+    values = np.random.default_rng(3).exponential(size=50)
+    assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
+    assert bootstrap_interval(values, seed=5) != bootstrap_interval(values, seed=6)
+    low, high = bootstrap_interval(values, np.median, confidence=0.8)
+    assert low <= np.median(values) <= high
+    wide = bootstrap_interval(values, np.median)
+    assert wide.low <= low
+    assert wide.high >= high
+
+
+def test_bootstrap_of_identical_values_is_a_point_and_of_one_unit_an_error():
+    assert bootstrap_interval([0.5] * 3) == Interval(0.5, 0.5)
+    with pytest.raises(
+        ReflowlensError, match="at least 2 units of replication are needed to say how sure it is, got 1"
+    ):
+        bootstrap_interval([0.5])
+    with pytest.raises(ReflowlensError, match="values: finite numbers expected"):
+        bootstrap_interval([0.5, float("inf")])
+    with pytest.raises(ReflowlensError, match=r"1 dimension\(s\) expected, got shape \(2, 2\)"):
+        bootstrap_interval([[1.0, 2.0], [3.0, 4.0]])
+
+
+def test_bootstrap_band_resamples_whole_units():
+    curves = np.random.default_rng(4).normal(size=(30, 6))
+    low, high = bootstrap_band(curves, seed=7)
+    assert low.shape == high.shape == (6,)
+    assert (low[2], high[2]) == pytest.approx(bootstrap_interval(curves[:, 2], seed=7))
+    together = np.stack([curves[:, 0], -curves[:, 0]], axis=1)
+    low, high = bootstrap_band(together, seed=7)
+    assert low[0] == pytest.approx(-high[1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
+def test_holm_equals_closed_testing(pvalues):
+    adjusted = holm(pvalues)
+    np.testing.assert_allclose(adjusted, closed_bonferroni(pvalues), rtol=1e-12)
+    assert np.all(adjusted >= np.array(pvalues) * (1 - 1e-12))
+    assert np.all(adjusted <= 1)
+    assert np.all(np.diff(adjusted[np.argsort(pvalues)]) >= 0)
+
+
+def test_holm_of_nothing_and_of_no_pvalue():
+    assert holm([]).shape == (0,)
+    with pytest.raises(ReflowlensError, match="between 0 and 1"):
+        holm([0.1, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("interval", "p", "units", "published", "expected"),
+    [
+        ((0.3, 0.4), 0.001, 100, None, "supported"),
+        ((0.3, 0.4), 0.001, 19, None, "underpowered"),
+        ((0.3, 0.4), 0.05, 100, None, "not supported"),
+        ((0.1, 0.4), 0.001, 100, None, "not supported"),
+        ((0.0, 0.6), 0.2, 100, 0.5, "underpowered"),
+        ((0.0, 0.3), 0.2, 100, 0.5, "not supported"),
+    ],
+)
+def test_verdict_rule(interval, p, units, published, expected):
+    assert verdict(interval, 0.1, p, minimum_units=20, units=units, published=published) == expected
+
+
+@given(numbers, numbers, numbers, st.floats(0, 1), st.none() | numbers)
+def test_a_verdict_is_supported_only_clear_of_the_control(one, other, control, p, published):
+    interval = (min(one, other), max(one, other))
+    judged = verdict(interval, control, p, minimum_units=1, units=10, published=published)
+    assert (judged == "supported") == (p < 0.05 and interval[0] > control)
+
+
+def test_verdict_rejects_impossible_input():
+    with pytest.raises(ReflowlensError, match="low, high"):
+        verdict((0.4, 0.3), 0.1, 0.01, minimum_units=1, units=2)
+    with pytest.raises(ReflowlensError, match=r"and p = 1\.2"):
+        verdict((0.3, 0.4), 0.1, 1.2, minimum_units=1, units=2)
+    with pytest.raises(ReflowlensError, match="finite"):
+        verdict((0.3, float("nan")), 0.1, 0.2, minimum_units=1, units=2)
