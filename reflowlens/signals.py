@@ -26,7 +26,7 @@ from typing import Literal
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from reflowlens.errors import ReflowlensError
@@ -44,6 +44,7 @@ class SignalView:
         name: which view it is.
         recipe: R, a row a token; rows from ``n_tokens`` on are padding that no tokenizer id reaches.
         basis: B, a row a signal.
+        norm: the final norm that a readout goes through.
         model: the model that it was made from.
 
     Example:
@@ -59,6 +60,7 @@ class SignalView:
     name: str
     recipe: Float[Tensor, "d_vocab S"]
     basis: Float[Tensor, "S d_model"]
+    norm: nn.Module = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
 
     @property
@@ -73,7 +75,7 @@ class SignalView:
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
         """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x."""
-        return self.model.ln_final(resid) @ self.basis.T
+        return self.norm(resid) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """R a."""
@@ -146,15 +148,15 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
                 f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "
                 "use the 'identity' or 'svd' view"
             )
-        return SignalView("native", model.W_E.A.detach(), model.W_E.B.detach(), model)
+        return SignalView("native", model.W_E.A.detach(), model.W_E.B.detach(), model.ln_final, model)
     if name == "rotated":
         return rotate(signal_view(model), random_rotation(signal_view(model).n_signals, seed))
     embedding = model.W_U.T.detach()
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
-        return SignalView("identity", embedding, identity, model)
+        return SignalView("identity", embedding, identity, model.ln_final, model)
     U, singular_values, Vh = torch.linalg.svd(embedding.float(), full_matrices=False)
-    return SignalView("svd", U, singular_values[:, None] * Vh, model)
+    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model)
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:

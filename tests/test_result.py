@@ -106,7 +106,7 @@ def frames(draw):
     )
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(frames())
 def test_any_frame_of_numbers_and_text_survives(tmp_path_factory, frame):
     folder = tmp_path_factory.mktemp("frame")

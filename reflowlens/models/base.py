@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
@@ -38,6 +39,8 @@ _LARGE_POINTS = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
+# Where the positions are if not on axis 1.
+_POSITION_AXES = {"hook_attn_scores": 2, "hook_pattern": 2, "hook_basis": None}
 
 
 class HookedModel(HookedRootModule):
@@ -85,6 +88,7 @@ class HookedModel(HookedRootModule):
             if tokens.ndim != 2 or tokens.is_floating_point():
                 raise ReflowlensError(f"tokens must be integers [batch, pos], got {input.dtype} {list(input.shape)}")
             self._check_length(tokens.shape[1], offset)
+            self._check_ids(tokens)
             return tokens.to(self.cfg.device), [tokens.shape[1]] * tokens.shape[0]
         texts = [input] if isinstance(input, str) else list(input)
         end = self.tokenizer.eot_token or 0
@@ -94,7 +98,9 @@ class HookedModel(HookedRootModule):
         lengths = [len(row) for row in rows]
         self._check_length(max(lengths), offset)
         padded = [row + [end] * (max(lengths) - len(row)) for row in rows]
-        return torch.tensor(padded, device=self.cfg.device), lengths
+        tokens = torch.tensor(padded)
+        self._check_ids(tokens)
+        return tokens.to(self.cfg.device), lengths
 
     def _check_length(self, length: int, offset: int) -> None:
         if length == 0:
@@ -102,6 +108,16 @@ class HookedModel(HookedRootModule):
         if offset + length > self.cfg.n_ctx:
             raise ReflowlensError(
                 f"the prompt is too long: {offset + length} tokens, but this model reads at most n_ctx={self.cfg.n_ctx}"
+            )
+
+    def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        # On another device the check would wait for it, and in a compiled graph it would break the graph.
+        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+            return
+        lowest, highest = map(int, tokens.aminmax())
+        if lowest < 0 or highest >= self.cfg.d_vocab:
+            raise ReflowlensError(
+                f"no token {lowest if lowest < 0 else highest}: this model's ids are 0 to {self.cfg.d_vocab - 1}"
             )
 
     def to_string(self, tokens: Int[Tensor, "*batch pos"] | Sequence[int]) -> str | list[str]:
@@ -163,8 +179,13 @@ class HookedModel(HookedRootModule):
         return torch.zeros(self.cfg.d_model, device=self.cfg.device)
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters under TransformerLens's names, ``unembed.W_U`` included."""
-        return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
+        """Parameters under TransformerLens's names: ``unembed.W_U`` too, and shared keys and values once a query head."""
+        parameters: dict[str, Tensor] = dict(self.named_parameters())
+        group = self.cfg.n_heads // self.cfg.kv_heads
+        for name, parameter in parameters.items():
+            if name.endswith(("attn.W_K", "attn.W_V")):
+                parameters[name] = parameter.repeat_interleave(group, dim=0)
+        return parameters | {"unembed.W_U": self.W_U}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedModel:
         super()._apply(fn, recurse)
@@ -234,17 +255,34 @@ class HookedModel(HookedRootModule):
         switch = _LARGE_POINTS.get(name.rsplit(".", 1)[-1])
         return switch is None or bool(switch and getattr(self.cfg, switch))
 
-    def get_caching_hooks(self, names_filter: NamesFilter = None, *args: Any, **kwargs: Any) -> tuple[dict, list, list]:
-        """As TransformerLens's, with an error instead of silence for a filter that matches nothing."""
-        if names_filter is None:
-            names_filter = self.default_names
-        elif not callable(names_filter):
-            names_filter = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-            for name in names_filter:
-                self.check_hook_name(name)
-        if callable(names_filter) and not any(map(names_filter, self.hook_dict)):
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict, list, list]:
+        """As TransformerLens's, but a filter that matches nothing is an error and ``pos_slice`` cuts positions alone.
+
+        A point that was named must be reached; of a predicate's or of the default ones, those that are reached are cached.
+        """
+        names: list[str] = []
+        matches: Callable[[str], bool] = self.default_names
+        if callable(names_filter):
+            matches = names_filter
+        elif names_filter is not None:
+            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            matches = names.__contains__
+        for name in names:
+            self.check_hook_name(name)
+        if not any(map(matches, self.hook_dict)):
             raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
-        return super().get_caching_hooks(names_filter, *args, **kwargs)
+        cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
+        positions = Slice.unwrap(pos_slice)
+        fwd, bwd = ([(name, partial(_sliced, save, positions)) for name, save in hooks] for hooks in (fwd, bwd))
+        return cache, fwd if names else [(matches, fwd[0][1])], bwd
 
     def run_with_cache(
         self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
@@ -281,3 +319,8 @@ class HookedModel(HookedRootModule):
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
     fired.add(index)
     return function(tensor, hook=hook)
+
+
+def _sliced(save: Callable, positions: Slice, tensor: Tensor, hook: HookPoint) -> None:
+    axis = _POSITION_AXES.get((hook.name or "").rsplit(".", 1)[-1], 1)
+    save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)

@@ -23,6 +23,11 @@ def is_hooked(*points: HookPoint) -> bool:
     return any(point.fwd_hooks or point.bwd_hooks for point in points)
 
 
+def through_copy(point: HookPoint, x: Tensor) -> Tensor:
+    """Pass a tensor that others read too: a hook that writes in place then changes only what this point feeds."""
+    return point(x.clone() if is_hooked(point) else x)
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm with a weight and no bias, statistics in float32.
 
@@ -37,12 +42,15 @@ class Norm(nn.Module):
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    def forward(self, x: Float[Tensor, "batch pos *head d_model"]) -> Float[Tensor, "batch pos *head d_model"]:
+    def forward(
+        self, x: Float[Tensor, "batch pos *head d_model"], hooked: bool = True
+    ) -> Float[Tensor, "batch pos *head d_model"]:
         wide = x.float()
         if self.centered:
             wide = wide - wide.mean(-1, keepdim=True)
-        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return (self.hook_normalized(wide / scale) * self.w).to(x.dtype)
+        scale = (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        normalized = self.hook_normalized(wide / self.hook_scale(scale)) if hooked else wide / scale
+        return (normalized * self.w).to(x.dtype)
 
 
 class Rotary(nn.Module):
@@ -103,16 +111,6 @@ def _head_matrix(n_heads: int, d_model: int, d_head: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(d_model, n_heads, d_head).permute(1, 0, 2))
 
 
-def _project(x: Float[Tensor, "batch pos d_model"], W: Float[Tensor, "head d_model d_head"]) -> Tensor:
-    return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, (W.shape[0], W.shape[2]))
-
-
-def _project_per_head(x: Float[Tensor, "batch pos head d_model"], W: Float[Tensor, "kv_head d_model d_head"]) -> Tensor:
-    """Project each head's own input; with grouped queries a key/value head reads its group's first query head's copy."""
-    own = x[:, :, :: x.shape[2] // W.shape[0]]
-    return torch.einsum("bphd,hde->bphe", own, W)
-
-
 class Attention(nn.Module):
     """Causal self-attention, grouped-query when ``n_key_value_heads`` is smaller than ``n_heads``."""
 
@@ -123,17 +121,16 @@ class Attention(nn.Module):
         self.W_K = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
         self.W_V = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
         self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
-        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1; likewise the next two
-        self.hook_k_input = HookPoint()
-        self.hook_v_input = HookPoint()
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
         if cfg.positional_embedding_type == "rotary":
             self.rotary = Rotary(cfg)
-            self.hook_rot_q = HookPoint()
-            self.hook_rot_k = HookPoint()
-            self.hook_rot_q.pos_dim = self.hook_rot_k.pos_dim = 1
+            self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
+            self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf above the diagonal
         self.hook_pattern = HookPoint()  # [batch, head, query_pos, key_pos]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
@@ -157,18 +154,27 @@ class Attention(nn.Module):
     def queries_keys_values(
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; from per-head copies of the residual stream when one of those is hooked."""
-        forks = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        if is_hooked(*forks):
-            copies = resid.unsqueeze(2).expand(-1, -1, self.cfg.n_heads, -1)
-            q, k, v = (
-                _project_per_head(ln1(fork(copies)), W)
-                for fork, W in zip(forks, (self.W_Q, self.W_K, self.W_V), strict=True)
-            )
-        else:
-            x = ln1(resid)
-            q, k, v = _project(x, self.W_Q), _project(x, self.W_K), _project(x, self.W_V)
+        """Queries, keys and values; from per-head copies of the residual stream where one of those is hooked."""
+        x = ln1(resid)
+        q = self._project(x, self.W_Q, self.hook_q_input, resid, ln1)
+        k = self._project(x, self.W_K, self.hook_k_input, resid, ln1)
+        v = self._project(x, self.W_V, self.hook_v_input, resid, ln1)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def _project(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        W: Float[Tensor, "head d_model d_head"],
+        fork: HookPoint,
+        resid: Float[Tensor, "batch pos d_model"],
+        ln1: Norm,
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        if not is_hooked(fork):
+            return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, W.shape[::2])
+        copies = fork(resid.unsqueeze(2).repeat(1, 1, W.shape[0], 1))
+        # What ln1's own points made of the stream is x, and they run once: an edited copy adds what it changes.
+        change = ln1(copies, hooked=False) - ln1(resid, hooked=False).unsqueeze(2)
+        return torch.einsum("bphd,hde->bphe", x.unsqueeze(2) + change, W)
 
     def mix(
         self,
@@ -256,4 +262,6 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         resid = self.hook_resid_pre(resid)
         resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(resid, self.ln1, past)))
-        return self.hook_resid_post(resid + self.hook_mlp_out(self.mlp(self.ln2(self.hook_mlp_in(resid)))))
+        return self.hook_resid_post(
+            resid + self.hook_mlp_out(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid))))
+        )

@@ -133,7 +133,7 @@ class Decoder(HookedModel):
         else:
             if not isinstance(input, Tensor) or input.ndim != 3:
                 raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
-            resid = input
+            resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
         for block in self.blocks[start:stop]:
             resid = block(resid, past_kv_cache)
         if past_kv_cache is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
+from reflowlens.models.components import through_copy
 from reflowlens.models.decoder import Decoder
 
 
@@ -31,4 +32,4 @@ class GPT2(Decoder):
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
     ) -> Float[Tensor, "batch pos d_model"]:
         positions = self.pos_embed.W_pos[offset : offset + tokens.shape[1]].expand(tokens.shape[0], -1, -1)
-        return super().embed_tokens(tokens, weights, offset) + self.hook_pos_embed(positions)
+        return super().embed_tokens(tokens, weights, offset) + through_copy(self.hook_pos_embed, positions)

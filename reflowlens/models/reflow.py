@@ -14,7 +14,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
-from reflowlens.models.components import is_hooked
+from reflowlens.models.components import is_hooked, through_copy
 from reflowlens.models.decoder import Decoder, Readout, Unembed
 
 
@@ -63,7 +63,7 @@ class ReFlow(Decoder):
         return self.embed.W_recipe
 
     def tied_weights(self) -> tuple[Tensor, ...]:
-        return self.effective_recipe(), self.hook_basis(self.embed.W_basis)
+        return self.effective_recipe(), through_copy(self.hook_basis, self.embed.W_basis)
 
     def embed_tokens(
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int

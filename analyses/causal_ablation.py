@@ -1,0 +1,340 @@
+"""Experiment 9, Causal Ablation: knock signals out and watch the prediction.
+
+A reFlow prediction is a sum over S signals, so single signals can be removed exactly and for free. Whether that says
+anything about *these* signals is another matter: with S = d_model the same function can be written in any rotated
+basis, (R A, Aᵀ B), and has S signals there too. Every figure therefore stands beside ``rotated_basis``, the same
+measurement on the same predictions in random rotations; beside ``random_signal``, a signal drawn at random; beside
+``matched_signal``, the signal that moves all logits together as much (``|a_s| ‖R_:s‖``) as the one chosen; and beside
+``untrained``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from analyses.knockout import (
+    Site,
+    codebook_texts,
+    curve_area,
+    curve_counts,
+    knockout_curve,
+    matched_order,
+    random_order,
+    single_effects,
+    upstream_effects,
+    write_norms,
+)
+from analyses.lens import first_settled, residual_stack
+from analyses.lexicon import Lexicon, load_lexicon
+from analyses.result import Result
+from analyses.statistics import bootstrap_band, bootstrap_interval, holm, paired_permutation_pvalue, verdict
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
+
+MINIMUM_PROMPTS = 20
+RECOVERED = 0.9
+DEFINITIONS = {
+    "probability_before": "probability of the target of the prompt shown in detail",
+    "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most",
+    "remaining_after_one": "share of the top-1 token's probability that is left after zeroing the single most damaging "
+    "signal at the readout; mean over prompts. matched_signal: the other signal nearest in |a_s| ‖R_:s‖. rotated_basis: the "
+    "most damaging signal of each rotated basis",
+    "knockout_area": "area between the curve of random order and the curve of contribution order: share of the top-1 "
+    "token's probability against the share of signals zeroed at the readout; mean over prompts",
+    "sufficient_share": "smallest share of signals, kept in order of contribution with all others zeroed, that restores "
+    f"{RECOVERED:.0%} of the top-1 token's probability; mean over prompts",
+}
+PUBLISHED = {
+    "probability_before": 0.0831,
+    "probability_after_one": 0.0003,
+    "remaining_after_one": 0.0003 / 0.0831,
+}
+
+
+@torch.no_grad()
+def causal_ablation(
+    model: HookedModel,
+    prompt: str | None = None,
+    target: str | None = None,
+    *,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    rotations: int = 5,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Single and progressive signal knock-out at the readout, and the same signals removed upstream.
+
+    Args:
+        prompt: shown in detail, at every site; default the lexicon's first factual prompt.
+        target: the token to watch there; default the model's top-1. Over the prompts it is each prompt's top-1.
+        view: whose signals to remove; default the model's own, or the residual axes of a model without any.
+        rotations: random rotations in the ``rotated_basis`` null.
+        quick: a third of the prompts, two rotations.
+
+    Returns:
+        A Result with frames ``signals`` (every signal of the prompt in detail: contribution, effects by site and kind of
+        replacement, codebook), ``prompts`` (a row a prompt and control), ``curves`` (means over prompts) and ``sites`` (the
+        most damaging signals removed at every site), and figures ``knockout``, ``signals``, ``sites``, ``single``.
+
+    Raises:
+        ReflowlensError: the prompt is empty or too long, the target several tokens, or the lexicon has fewer than two prompts.
+
+    Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
+    """
+    chosen = view if isinstance(view, SignalView) else signal_view(model, view)
+    lexicon = lexicon or load_lexicon()
+    prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
+    if len(prompts) < 2:
+        raise ReflowlensError("causal_ablation needs at least two factual prompts in the lexicon")
+    prompt = prompt or prompts[0]
+    final = residual_stack(model, prompts)[-1]
+    untrained = build_model(model.cfg, seed=seed + 1, device=model.cfg.device)
+    rotated = [rotate(chosen, random_rotation(chosen.n_signals, seed + i)) for i in range(2 if quick else rotations)]
+    bar = tqdm(total=3 + len(rotated), desc="causal ablation", disable=not progress)
+    native = _measure(chosen, final, seed)
+    bar.update()
+    controls = {"untrained": _measure(signal_view(untrained), residual_stack(untrained, prompts)[-1], seed)}
+    bar.update()
+    for i, other in enumerate(rotated):
+        controls[f"rotated_{i}"] = _measure(other, final, seed)
+        bar.update()
+    frames = {
+        "signals": _signal_frame(model, chosen, prompt, target, lexicon, seed),
+        "prompts": _prompts_frame(native, controls, prompts),
+        "curves": _curve_frame(native, controls, seed),
+    }
+    frames["sites"] = _site_frame(model, chosen, prompt, frames["signals"])
+    bar.update()
+    bar.close()
+    result = Result(
+        name="causal_ablation",
+        title="Causal Ablation",
+        params={
+            "prompt": prompt,
+            "target": frames["signals"]["target"].iloc[0],
+            "view": chosen.name,
+            "rotations": len(rotated),
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": model_hash(model),
+        },
+        frames=frames,
+        definitions=DEFINITIONS,
+        published=PUBLISHED,
+    )
+    return _with_metrics(result, native, controls, seed)
+
+
+class Measured(NamedTuple):
+    """What one view says of every prompt; arrays are [prompt], curves [prompt, count]."""
+
+    counts: list[int]
+    worst: NDArray[np.int64]
+    single: dict[str, NDArray[np.float64]]  # share of the probability left, by which signal was zeroed
+    curves: dict[str, NDArray[np.float64]]  # share of the probability left, by order
+
+    def area(self, order: str = "contribution") -> NDArray[np.float64]:
+        """Area between the random-order curve and another."""
+        return curve_area(self.curves["random"] - self.curves[order], self.counts)
+
+    def sufficient_share(self) -> NDArray[np.float64]:
+        """Smallest share of signals whose keeping restores the probability, from there on."""
+        enough = self.curves["keep"] >= RECOVERED
+        return np.asarray(self.counts)[first_settled(enough.T)] / self.counts[-1]
+
+
+def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int) -> Measured:
+    a = view.readout(final).float()
+    targets = view.logits(a)[:, : view.n_tokens].argmax(dim=-1)
+    effects = single_effects(view, a, targets)
+    left = (effects.after / effects.before[:, None]).cpu()
+    worst = left.argmin(dim=-1)
+    contribution = (a * view.recipe[targets]).cpu()
+    by_contribution = contribution.argsort(dim=-1, descending=True)
+    norms = write_norms(view, a).cpu()
+    partner = matched_order(worst[:, None], norms)[:, 0]
+    rows = torch.arange(len(left))
+    counts = curve_counts(view.n_signals)
+    orders = {
+        "contribution": by_contribution,
+        "matched": matched_order(by_contribution, norms),
+        "random": random_order(tuple(left.shape), seed),
+    }
+    curves = {name: knockout_curve(view, a, targets, order.to(a.device), counts) for name, order in orders.items()}
+    curves["keep"] = knockout_curve(view, a, targets, by_contribution.to(a.device), counts, keep=True)
+    return Measured(
+        counts,
+        worst.numpy(),
+        {
+            "worst": left[rows, worst].double().numpy(),
+            "random_signal": left.mean(dim=-1).double().numpy(),
+            "matched_signal": left[rows, partner].double().numpy(),
+        },
+        {name: (curve / effects.before[:, None]).double().cpu().numpy() for name, curve in curves.items()},
+    )
+
+
+def _with_metrics(result: Result, native: Measured, controls: dict[str, Measured], seed: int) -> Result:
+    rotated = [measured for name, measured in controls.items() if name.startswith("rotated")]
+    values = {
+        "remaining_after_one": native.single["worst"],
+        "knockout_area": native.area(),
+        "sufficient_share": native.sufficient_share(),
+    }
+    nulls = {
+        "remaining_after_one": np.mean([m.single["worst"] for m in rotated], axis=0),
+        "knockout_area": np.mean([m.area() for m in rotated], axis=0),
+        "sufficient_share": np.mean([m.sufficient_share() for m in rotated], axis=0),
+    }
+    untrained = controls["untrained"]
+    others = {
+        "remaining_after_one": {
+            "random_signal": native.single["random_signal"],
+            "matched_signal": native.single["matched_signal"],
+            "untrained": untrained.single["worst"],
+        },
+        "knockout_area": {"matched_signal": native.area("matched"), "untrained": untrained.area()},
+        "sufficient_share": {"untrained": untrained.sufficient_share()},
+    }
+    signals = result.frames["signals"]
+    result.metrics["probability_before"] = float(signals["probability_before"].iloc[0])
+    result.metrics["probability_after_one"] = float(signals["after_zero"].min())
+    raw = {}
+    for metric, per_prompt in values.items():
+        result.metrics[metric] = float(per_prompt.mean())
+        result.intervals[metric] = bootstrap_interval(per_prompt, seed=seed)
+        result.controls[metric] = {name: float(v.mean()) for name, v in others[metric].items()}
+        result.controls[metric]["rotated_basis"] = float(nulls[metric].mean())
+        sign = 1 if metric == "knockout_area" else -1  # a privileged basis leaves less and needs fewer
+        raw[metric] = paired_permutation_pvalue(sign * (per_prompt - nulls[metric]), seed=seed)
+    adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+    for metric, p in adjusted.items():
+        sign = 1 if metric == "knockout_area" else -1
+        low, high = sorted(sign * end for end in result.intervals[metric])
+        control = sign * result.controls[metric]["rotated_basis"]
+        result.verdicts[metric] = verdict(
+            (low, high), control, p, minimum_units=MINIMUM_PROMPTS, units=len(values[metric])
+        )
+        result.notes.append(f"{metric} against rotated_basis: sign-flip p = {raw[metric]:.2g}, Holm {p:.2g}")
+    return result
+
+
+def _signal_frame(
+    model: HookedModel, view: SignalView, prompt: str, target: str | None, lexicon: Lexicon, seed: int
+) -> pd.DataFrame:
+    """Every signal of one prompt: what it contributes, and the target's probability without it."""
+    resid = residual_stack(model, prompt)[-1]
+    a = view.readout(resid).float()
+    logits = view.logits(a)[:, : view.n_tokens]
+    target_id = int(logits.argmax()) if target is None else model.to_single_token(target)
+    targets = torch.tensor([target_id])
+    reference = _reference_signals(model, view, lexicon)
+    elsewhere = reference[
+        torch.randint(len(reference), (view.n_signals,), generator=torch.Generator().manual_seed(seed))
+    ]
+    replacements: dict[str, Tensor | float] = {
+        "zero": 0.0,
+        "mean": reference.mean(dim=0)[None],
+        "resample": elsewhere.diagonal()[None],
+    }
+    effects = {kind: single_effects(view, a, targets, value) for kind, value in replacements.items()}
+    tokens = model.to_tokens(prompt)
+    every = torch.arange(view.n_signals, device=tokens.device)
+    upstream = {site: upstream_effects(model, view, tokens, target_id, every, site) for site in ("embed", "everywhere")}
+    frame = pd.DataFrame(
+        {
+            "signal": every.cpu().numpy(),
+            "target": model.to_single_str_token(target_id),
+            "readout": a[0].cpu().numpy(),
+            "contribution": (a[0] * view.recipe[target_id]).cpu().numpy(),
+            "probability_before": float(effects["zero"].before),
+            **{f"after_{kind}": e.after[0].cpu().numpy() for kind, e in effects.items()},
+            "kl_zero": effects["zero"].kl[0].cpu().numpy(),
+            **{f"after_{site}": values.cpu().numpy() for site, values in upstream.items()},
+            "codebook": codebook_texts(view),
+        }
+    )
+    return frame.sort_values("contribution", ascending=False, ignore_index=True)
+
+
+@torch.no_grad()
+def _reference_signals(model: HookedModel, view: SignalView, lexicon: Lexicon) -> Float[Tensor, "n S"]:
+    """Readouts at every position of the lexicon's neutral texts."""
+    readouts = []
+    for text in lexicon.neutral_texts:
+        ids = model.tokenizer.encode(text)[: model.cfg.n_ctx]
+        tokens = torch.tensor([ids], device=model.cfg.device)
+        readouts.append(view.readout(model(tokens, stop_at_layer=model.cfg.n_layers))[0].float())
+    return torch.cat(readouts)
+
+
+def _site_frame(model: HookedModel, view: SignalView, prompt: str, signals: pd.DataFrame, k: int = 8) -> pd.DataFrame:
+    """The k most damaging signals of the prompt in detail, and as many random ones, removed at every site."""
+    tokens = model.to_tokens(prompt)
+    target = model.to_single_token(signals["target"].iloc[0])
+    before = signals["probability_before"].iloc[0]
+    damaging = signals.nsmallest(k, "after_zero")["signal"].tolist()
+    others = [s for s in random_order((1, view.n_signals), 0)[0].tolist() if s not in damaging][:k]
+    chosen: Int[Tensor, " k"] = torch.tensor([*damaging, *others], device=tokens.device)
+    after_readout = signals.set_index("signal")["after_zero"]
+    sites: list[Site] = ["embed", *range(model.cfg.n_layers + 1), "everywhere"]
+    rows = []
+    for site in sites:
+        after = upstream_effects(model, view, tokens, target, chosen, site).tolist()
+        label = f"resid {site}" if isinstance(site, int) else site
+        for i, (signal, probability) in enumerate(zip(chosen.tolist(), after, strict=True)):
+            group = "most damaging" if i < len(damaging) else "random"
+            rows.append({"site": label, "signal": signal, "group": group, "left": probability / before})
+    for i, signal in enumerate(chosen.tolist()):
+        group = "most damaging" if i < len(damaging) else "random"
+        rows.append({"site": "readout", "signal": signal, "group": group, "left": after_readout[signal] / before})
+    return pd.DataFrame(rows)
+
+
+def _prompts_frame(native: Measured, controls: dict[str, Measured], prompts: list[str]) -> pd.DataFrame:
+    frames = []
+    for name, measured in {"native": native, **controls}.items():
+        frames.append(
+            pd.DataFrame(
+                {
+                    "basis": name,
+                    "prompt": prompts,
+                    "worst_signal": measured.worst,
+                    "left_worst": measured.single["worst"],
+                    "left_random_signal": measured.single["random_signal"],
+                    "left_matched_signal": measured.single["matched_signal"],
+                    "knockout_area": measured.area(),
+                    "sufficient_share": measured.sufficient_share(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _curve_frame(native: Measured, controls: dict[str, Measured], seed: int) -> pd.DataFrame:
+    """Mean curves over prompts with pointwise bootstrap bands."""
+    curves = dict(native.curves)
+    rotated = [m.curves for name, m in controls.items() if name.startswith("rotated")]
+    for order in ("contribution", "keep"):
+        curves[f"{order}, rotated basis"] = np.mean([c[order] for c in rotated], axis=0)
+    frames = []
+    for order, curve in curves.items():
+        low, high = bootstrap_band(curve, seed=seed)
+        frames.append(
+            pd.DataFrame({"order": order, "removed": native.counts, "left": curve.mean(0), "low": low, "high": high})
+        )
+    return pd.concat(frames, ignore_index=True)

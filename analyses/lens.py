@@ -1,0 +1,126 @@
+"""The logit lens through a signal view: what the model would predict if the residual stream ended here.
+
+Depth is counted in blocks: 0 is the embedding, l + 0.5 the stream between attention and MLP of block l, l + 1 the
+stream behind it. ``resid_post`` of a block and ``resid_pre`` of the next are one stream and one point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.signals import SignalView
+
+
+class ResidualPoint(NamedTuple):
+    """A place to read the residual stream."""
+
+    depth: float
+    label: str
+    hook: str
+
+
+def residual_points(n_layers: int) -> list[ResidualPoint]:
+    """The 2 n_layers + 1 distinct points from the embedding to the end.
+
+    >>> [point.label for point in residual_points(1)]
+    ['0_pre', '0_mid', '0_post']
+    """
+    points = [ResidualPoint(0.0, "0_pre", "blocks.0.hook_resid_pre")]
+    for layer in range(n_layers):
+        points.append(ResidualPoint(layer + 0.5, f"{layer}_mid", f"blocks.{layer}.hook_resid_mid"))
+        points.append(ResidualPoint(layer + 1.0, f"{layer}_post", f"blocks.{layer}.hook_resid_post"))
+    return points
+
+
+@torch.no_grad()
+def residual_stack(
+    model: HookedModel, input: TextInput, *, last_only: bool = True
+) -> Float[Tensor, "point prompt *pos d_model"]:
+    """The residual stream of each prompt at every point: at its own last token, or at every position (padding included)."""
+    tokens, lengths = model.tokens_and_lengths(input)
+    points = residual_points(model.cfg.n_layers)
+    _, cache = model.run_with_cache(
+        tokens, return_type=None, names_filter=[point.hook for point in points], return_cache_object=False
+    )
+    stack = torch.stack([cache[point.hook] for point in points])
+    if not last_only:
+        return stack
+    rows = torch.arange(len(lengths), device=stack.device)
+    return stack[:, rows, torch.tensor(lengths, device=stack.device) - 1]
+
+
+@dataclass(frozen=True)
+class LensReading:
+    """What the lens says of each prompt's next token at every point; arrays are [point, prompt].
+
+    Args:
+        probability, rank, logit: of the target; rank 1 is the most probable of the real tokens.
+        top: the most probable token.
+        top_probability: its probability.
+        entropy: of the lens's distribution, in nats.
+        kl: from the model's own distribution to the lens's, KL(final ‖ lens), in nats.
+    """
+
+    probability: NDArray[np.float64]
+    rank: NDArray[np.int64]
+    logit: NDArray[np.float64]
+    top: NDArray[np.int64]
+    top_probability: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+    kl: NDArray[np.float64]
+
+    @property
+    def crystallisation(self) -> NDArray[np.int64]:
+        """For each prompt the first point from which the final top-1 stays top-1."""
+        return first_settled(self.top == self.top[-1])
+
+
+@torch.no_grad()
+def read_lens(
+    view: SignalView, stack: Float[Tensor, "point prompt d_model"], targets: Int[Tensor, " prompt"] | Sequence[int]
+) -> LensReading:
+    """Read every point of every prompt through the final norm and the view's readout, over the real tokens."""
+    targets = torch.as_tensor(targets, device=stack.device)
+    final = lens_log_probabilities(view, stack[-1])
+    parts: list[list[Tensor]] = []
+    for point in stack:
+        logits = view.logits(view.readout(point))[:, : view.n_tokens].float()
+        log_p = logits.log_softmax(dim=-1)
+        target_logit = logits.gather(1, targets[:, None])
+        top = log_p.max(dim=-1)
+        parts.append(
+            [
+                log_p.gather(1, targets[:, None]).squeeze(1).exp(),
+                (logits > target_logit).sum(dim=-1) + 1,
+                target_logit.squeeze(1),
+                top.indices,
+                top.values.exp(),
+                -(log_p.exp() * log_p).sum(dim=-1),
+                (final.exp() * (final - log_p)).sum(dim=-1),
+            ]
+        )
+    return LensReading(*(torch.stack(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def lens_log_probabilities(view: SignalView, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
+    """log softmax of the lens's logits over the real tokens."""
+    return view.logits(view.readout(resid))[..., : view.n_tokens].float().log_softmax(dim=-1)
+
+
+def first_settled(holds: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """For each column of [point, prompt] the first point from which the condition holds to the end.
+
+    >>> first_settled(np.array([[True], [False], [True], [True]]))
+    array([2])
+    """
+    settled = np.logical_and.accumulate(holds[::-1], axis=0)
+    return len(holds) - settled.sum(axis=0)

@@ -1,0 +1,60 @@
+"""Models small enough for every test, with weights large enough that a wrong sign anywhere shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reflowlens.config import ModelConfig
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+
+_SIZES: dict[str, Any] = {
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 4,
+    "d_head": 8,
+    "d_mlp": 48,
+    "d_vocab": 288,  # 256 bytes and some padding
+    "n_ctx": 24,
+    "tokenizer_name": "bytes",
+}
+CONFIGS: dict[str, ModelConfig] = {
+    "gpt2": ModelConfig(architecture="gpt2", **_SIZES),
+    "gpt2_new": ModelConfig(architecture="gpt2_new", **_SIZES),
+    "reflow": ModelConfig(architecture="reflow", n_signals=32, **_SIZES),
+    "reflow_wide": ModelConfig(architecture="reflow", n_signals=40, **_SIZES),
+    "reflow_topk": ModelConfig(architecture="reflow_topk", n_signals=40, topk=6, **_SIZES),
+    "reflow_lite": ModelConfig(architecture="reflow_lite", n_signals=24, n_key_value_heads=2, **_SIZES),
+}
+NAMES = list(CONFIGS)
+FACTORED = [name for name in NAMES if name.startswith("reflow")]
+
+
+def tiny_config(name: str, **changes: Any) -> ModelConfig:
+    return dataclasses.replace(CONFIGS[name], **changes)
+
+
+def random_model(cfg: ModelConfig | str, seed: int = 0) -> HookedModel:
+    """Every parameter random, norms included: fresh weights are too near zero, or one, to tell a mistake by."""
+    model = build_model(CONFIGS[cfg] if isinstance(cfg, str) else cfg, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if name.endswith(".w") else noise * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def random_tokens(cfg: ModelConfig, batch: int = 2, pos: int = 7, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-5, what: str = "") -> None:
+    """The largest difference is below ``relative`` times the largest expected value."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
+    difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert difference <= relative * scale, f"{what}: differs by {difference:.3g} where values reach {scale:.3g}"
