@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ from analyses.result import Result
 from analyses.statistics import bootstrap_band, bootstrap_interval, holm, paired_permutation_pvalue, verdict
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures import bars, histogram_with_control, line_with_band
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
@@ -133,6 +135,7 @@ def causal_ablation(
             "model_hash": model_hash(model),
         },
         frames=frames,
+        figures=_figures(frames, prompt),
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
@@ -338,3 +341,52 @@ def _curve_frame(native: Measured, controls: dict[str, Measured], seed: int) -> 
             pd.DataFrame({"order": order, "removed": native.counts, "left": curve.mean(0), "low": low, "high": high})
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
+    signals = frames["signals"]
+    strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
+    target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
+    sites = frames["sites"].groupby(["site", "group"], sort=False, as_index=False)["left"].mean()
+    prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
+    return {
+        "knockout": line_with_band(
+            frames["curves"],
+            "removed",
+            "left",
+            "low",
+            "high",
+            color="order",
+            controls=("random", "matched", "contribution, rotated basis", "keep, rotated basis"),
+            title="Knocking signals out at the readout",
+            x_title="signals removed (keep: signals kept)",
+            y_title="share of the probability left",
+        ),
+        "signals": bars(
+            strongest,
+            "name",
+            "after_zero",
+            horizontal=True,
+            hover=["contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook"],
+            title=f"“{prompt}” → “{target}” ({before:.2%}) without one signal",
+            x_title="signal",
+            y_title="probability left",
+        ),
+        "sites": bars(
+            sites,
+            "site",
+            "left",
+            color="group",
+            controls=("random",),
+            title="The same signals removed upstream",
+            y_title="share of the probability left",
+        ),
+        "single": histogram_with_control(
+            prompts,
+            "left_worst",
+            "basis",
+            controls=("untrained", "rotated_basis"),
+            title="Probability left without the most damaging signal",
+            x_title="share of the probability left",
+        ),
+    }

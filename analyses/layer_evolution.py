@@ -26,6 +26,7 @@ from analyses.result import Result
 from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, paired_permutation_pvalue
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures import heatmap, histogram_with_control, line_with_band
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, signal_view
@@ -105,6 +106,7 @@ def layer_evolution(
             "model_hash": model_hash(model),
         },
         frames=frames,
+        figures=_figures(frames, prompt),
         definitions=DEFINITIONS,
         published={"crystallisation_share": 0.5},
         notes=[f"skipped {len(skipped)} prompts whose target is several tokens: {', '.join(skipped)}"]
@@ -266,3 +268,52 @@ def _depth_frame(readings: dict[str, LensReading], n_layers: int, seed: int) -> 
                 )
             )
     return pd.concat(frames, ignore_index=True)
+
+
+def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
+    depth = frames["depth"]
+    settled = depth[depth["quantity"] == "final_top1"]
+    controls = ("untrained", "shuffled_norm")
+    return {
+        "probability": line_with_band(
+            frames["layers"],
+            "depth",
+            "probability",
+            color="token",
+            hover=["rank"],
+            title=f"What the lens expects after “{prompt}”",
+            x_title="depth (blocks)",
+        ),
+        "positions": heatmap(
+            frames["positions"],
+            "position",
+            "point",
+            "probability",
+            text="top",
+            x_labels="token",
+            z_range=(0, 1),
+            title="Most probable next token at every position",
+            x_title="position",
+            y_title="residual stream",
+        ),
+        "depth": line_with_band(
+            settled,
+            "depth",
+            "mean",
+            "low",
+            "high",
+            color="model",
+            controls=controls,
+            title="Prompts whose lens already shows the final token",
+            x_title="depth (blocks)",
+            y_title="share of prompts",
+        ),
+        "crystallisation": histogram_with_control(
+            frames["prompts"],
+            "crystallisation_layer",
+            "model",
+            controls=controls,
+            title="Where predictions crystallise",
+            x_title="depth (blocks)",
+        ),
+    }

@@ -27,7 +27,7 @@ class Neighbors(NamedTuple):
 
 
 def unit_rows(rows: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch S"]:
-    """Rows of Euclidean length 1, in float32 at least; a row of zeros stays one, so that its cosine with any row is 0."""
+    """Rows of length 1, in float32 at least; a row of zeros stays one, so that its cosine with any row is 0."""
     return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
 
 
@@ -74,7 +74,7 @@ def rank_among(
     candidates: Bool[Tensor, "row sets"],
     exclude: Int[Tensor, "query excluded"] | None = None,
 ) -> Int[Tensor, "query sets"]:
-    """Rank of each query's target within several sets of candidates: 1 + the number of others that score at least as high.
+    """Rank of each query's target in several sets of candidates: 1 + the number of others that score at least as high.
 
     Ties count against the target, so that a space in which everything is alike ranks nothing first. A target outside a
     set is ranked as if it were in it.

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from reflowlens.errors import ReflowlensError
 
@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "tokenizer_name": ("gpt2", "gpt2_16k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
 }
+_OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,20 @@ class ModelConfig:
         if self.architecture not in ARCHITECTURES:
             raise ReflowlensError(_choice_message("architecture", self.architecture))
         for name, value in _architecture_defaults(self.architecture).items():
-            if getattr(self, name) in ("", None, 0.0):
+            given = getattr(self, name)
+            if given is None or given == "" or (name == "eps" and given == 0):
                 object.__setattr__(self, name, value)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ReflowlensError(_choice_message(name, getattr(self, name)))
-        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ReflowlensError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", *_OPTIONAL_SIZES):
+            value = getattr(self, name)
+            if not (_is_integer(value) and value >= 1) and not (name in _OPTIONAL_SIZES and value is None):
+                raise ReflowlensError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("eps", "rotary_base", "initializer_range"):
+            value = getattr(self, name)
+            if not (_is_integer(value) or isinstance(value, float)) or not value > 0:
+                raise ReflowlensError(f"{name} must be a positive number, got {value!r}")
         self._check_heads()
         self._check_signals()
 
@@ -100,15 +107,17 @@ class ModelConfig:
             raise ReflowlensError(f"d_head must be even for rotary positions, got {self.d_head}")
 
     def _check_signals(self) -> None:
-        if self.is_factored and not self.n_signals:
+        if self.is_factored and self.n_signals is None:
             raise ReflowlensError(f"n_signals must be a positive integer for architecture {self.architecture!r}")
         if not self.is_factored and self.n_signals is not None:
             raise ReflowlensError(
                 f"n_signals must be None for architecture {self.architecture!r}: its embedding is not factored"
             )
         if self.architecture == "reflow_topk":
-            if self.topk is None or not 1 <= self.topk <= (self.n_signals or 0):
-                raise ReflowlensError(f"topk must be between 1 and n_signals={self.n_signals}, got {self.topk}")
+            if not (_is_integer(self.topk) and 1 <= self.topk <= (self.n_signals or 0)):
+                raise ReflowlensError(
+                    f"topk must be an integer between 1 and n_signals={self.n_signals}, got {self.topk!r}"
+                )
         elif self.topk is not None:
             raise ReflowlensError(f"topk must be None for architecture {self.architecture!r}: only reflow_topk prunes")
 
@@ -154,6 +163,10 @@ def nearest(name: str, candidates: list[str]) -> str:
     """A clause such as ``; did you mean 'd_model'?``, or nothing when no candidate is near."""
     matches = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _choice_message(field: str, value: object) -> str:

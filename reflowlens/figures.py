@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import html
+import importlib.util
 import os
 import tempfile
 import textwrap
@@ -28,54 +29,7 @@ from reflowlens.errors import ReflowlensError
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-TEMPLATE = "reflowlens"
 SUFFIXES = (".html", ".json", ".png", ".svg", ".pdf")
-
-# Okabe and Ito (2008), without black and yellow, which vanish on a dark and on a light page.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-CONTROL_GREYS = ("#8C8C8C", "#A9A9A9", "#737373", "#BDBDBD")
-INK = "#7A7A7A"  # contrast 4.3 against white and against #14161A
-_GRID = "rgba(128, 128, 128, 0.22)"
-_CLEAR = "rgba(0, 0, 0, 0)"
-_DASHES = ("dash", "dot", "dashdot", "longdash")
-_HATCHES = ("/", "x", ".", "\\")
-
-
-@functools.cache
-def register_template() -> go.layout.Template:
-    """Register the template with plotly as ``"reflowlens"`` and return it; builders do so by themselves.
-
-    Example: ``register_template(); plotly.io.templates.default = "reflowlens"`` for a notebook's own figures.
-    """
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
-    axis = {
-        "automargin": True,
-        "gridcolor": _GRID,
-        "linecolor": INK,
-        "showline": True,
-        "tickcolor": INK,
-        "ticks": "outside",
-        "ticklen": 4,
-        "title": {"standoff": 10},
-        "zeroline": False,
-    }
-    layout = {
-        "colorway": PALETTE,
-        "colorscale": {"sequential": "Cividis", "sequentialminus": "Cividis"},
-        "font": {"family": "Inter, system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 13, "color": INK},
-        "hoverlabel": {"bgcolor": "#24272D", "bordercolor": "#5A5F69", "font": {"color": "#F4F4F4"}, "align": "left"},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
-        "paper_bgcolor": _CLEAR,
-        "plot_bgcolor": _CLEAR,
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "yref": "container", "y": 0.97, "yanchor": "top"},
-        "xaxis": axis,
-        "yaxis": axis,
-    }
-    pio.templates[TEMPLATE] = go.layout.Template(layout=layout)
-    return pio.templates[TEMPLATE]
 
 
 def line_with_band(
@@ -108,17 +62,21 @@ def line_with_band(
 
     Example: ``line_with_band(layers, "depth", "probability", "low", "high", "token", controls=["untrained"])``
     """
-    _check_columns(frame, [x, y, low, high, color, *hover])
-    figure = _figure(title, x_title or _words(x), y_title or _words(y))
-    for series in _series(frame, color, controls):
+    check_columns(frame, [x, y, low, high, color, *hover])
+    figure = blank_figure(title, x_title or words(x), y_title or words(y))
+    numbers = frame[[column for column in (y, low, high) if column]]
+    floor = (
+        numbers[numbers > 0].min().min() if log_y else -np.inf
+    )  # a logarithmic axis would tear a band that touches 0
+    for series in series_of(frame, color, controls):
         shared = {"legendgroup": series.name, "name": series.name}
         if low is not None and high is not None:
             band = series.rows.dropna(subset=[low, high])
             figure.add_scatter(
                 x=[*band[x], *band[x][::-1]],
-                y=[*band[high], *band[low][::-1]],
+                y=[*band[high].clip(floor), *band[low].clip(floor)[::-1]],
                 fill="toself",
-                fillcolor=_faded(series.color, 0.18),
+                fillcolor=faded(series.color, 0.18),
                 line={"width": 0},
                 mode="lines",
                 hoverinfo="skip",
@@ -131,8 +89,8 @@ def line_with_band(
             mode="lines+markers" if len(series.rows) <= 60 else "lines",
             line={"color": series.color, "width": 2, "dash": series.dash},
             marker={"size": 5},
-            customdata=_hover(series.rows, [y, *hover], low, high),
-            hovertemplate="%{customdata}",
+            customdata=hover_texts(series.rows, hover, low, high),
+            hovertemplate="%{y:.4g}  %{customdata}",
             showlegend=color is not None,
             **shared,
         )
@@ -168,24 +126,33 @@ def bars(
 
     Example: ``bars(sections, "section", "accuracy", "low", "high", "space", controls=["shuffled_recipe"])``
     """
-    _check_columns(frame, [x, y, low, high, color, *hover])
-    figure = _figure(title, x_title or _words(x), y_title or _words(y))
-    groups = list(_series(frame, color, controls))
+    check_columns(frame, [x, y, low, high, color, *hover])
+    y_title = y_title or words(y)
+    titles = (y_title, x_title or "") if horizontal else (x_title or words(x), y_title)
+    figure = blank_figure(title, *titles)
+    groups = list(series_of(frame, color, controls))
     categories = _categories(frame[x])
     for series in groups:
         places = series.rows[x] if categories is None else series.rows[x].map(label)
         spread = {}
         if low is not None and high is not None:
             above, below = series.rows[high] - series.rows[y], series.rows[y] - series.rows[low]
-            whiskers = {"symmetric": False, "array": above, "arrayminus": below, "color": INK, "thickness": 1.2, "width": 2}
+            whiskers = {
+                "symmetric": False,
+                "array": above,
+                "arrayminus": below,
+                "color": INK,
+                "thickness": 1.2,
+                "width": 2,
+            }
             spread = {"error_x" if horizontal else "error_y": whiskers}
         figure.add_bar(
             x=series.rows[y] if horizontal else places,
             y=places if horizontal else series.rows[y],
             orientation="h" if horizontal else "v",
             name=series.name,
-            marker={"color": series.color, "pattern": {"shape": series.hatch, "fgopacity": 0.5}, "line": {"width": 0}},
-            customdata=_hover(series.rows, [x, y, *hover], low, high),
+            marker={"color": series.color, "pattern": series.pattern, "line": {"width": 0}},
+            customdata=hover_texts(series.rows, [x, y, *hover], low, high),
             hovertemplate="%{customdata}<extra>%{fullData.name}</extra>",
             showlegend=color is not None,
             **spread,
@@ -199,8 +166,6 @@ def bars(
         else:
             figure.update_xaxes(**axis, showgrid=False)
             figure.update_layout(meta={"min_width": 100 + len(categories) * max(12 * len(groups), 24)})
-    if horizontal:
-        figure.update_layout(xaxis_title=y_title or _words(y), yaxis_title=x_title or None)
     return figure
 
 
@@ -230,16 +195,16 @@ def dots(
 
     Example: ``dots(published, "rank", "analogy", "space", reference="published_rank", log_x=True)``
     """
-    _check_columns(frame, [x, y, color, reference, *hover])
-    figure = _figure(title, x_title or _words(x), "")
-    for series in _series(frame, color, controls):
+    check_columns(frame, [x, y, color, reference, *hover])
+    figure = blank_figure(title, x_title or words(x), "")
+    for series in series_of(frame, color, controls):
         figure.add_scatter(
             x=series.rows[x],
             y=series.rows[y].map(label),
             mode="markers",
             name=series.name,
             marker={"color": series.color, "size": 11, "opacity": 0.9, "symbol": series.symbol},
-            customdata=_hover(series.rows, [y, x, *hover]),
+            customdata=hover_texts(series.rows, [y, x, *hover]),
             hovertemplate="%{customdata}<extra>%{fullData.name}</extra>",
             showlegend=color is not None,
         )
@@ -291,7 +256,7 @@ def heatmap(
 
     Example: ``heatmap(cells, "position", "layer", "probability", text="top", x_labels="token", z_range=(0, 1))``
     """
-    _check_columns(frame, [x, y, z, text, x_labels, y_labels, *hover])
+    check_columns(frame, [x, y, z, text, x_labels, y_labels, *hover])
     if (repeated := frame.duplicated([x, y])).any():
         row = frame[repeated].iloc[0]
         raise ReflowlensError(f"a heatmap needs one row a cell: {x} = {row[x]!r}, {y} = {row[y]!r} has several")
@@ -302,8 +267,8 @@ def heatmap(
         return cells.reindex(index=list(lines), columns=list(columns)).to_numpy()
 
     names = [x, x_labels, y, y_labels, text, z, *hover]
-    shown = pd.Series(_hover(frame, [name for name in dict.fromkeys(names) if name]), index=frame.index)
-    figure = _figure(title, x_title or _words(x_labels or x), y_title or _words(y_labels or y))
+    shown = pd.Series(hover_texts(frame, [name for name in dict.fromkeys(names) if name]), index=frame.index)
+    figure = blank_figure(title, x_title or words(x_labels or x), y_title or words(y_labels or y))
     figure.add_heatmap(
         z=grid(frame[z].astype(float)),
         zmin=z_range[0] if z_range else None,
@@ -313,9 +278,10 @@ def heatmap(
         customdata=grid(shown),
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
+        colorscale="Cividis",
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": z_title or _words(z), "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        colorbar={"title": {"text": z_title or words(z), "side": "right"}, "thickness": 12, "outlinewidth": 0},
     )
     figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns.values()), showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(lines))), ticktext=list(lines.values()), showgrid=False)
@@ -346,13 +312,13 @@ def histogram_with_control(
 
     Example: ``histogram_with_control(effects, "log_ratio", "basis", controls=["rotated_basis"])``
     """
-    _check_columns(frame, [x, color])
+    check_columns(frame, [x, color])
     values = frame[x].to_numpy(dtype=float)
     if not np.isfinite(values).all():
         raise ReflowlensError(f"a histogram of {x!r} needs finite numbers; leave out the others first")
     edges = np.histogram_bin_edges(values, bins=bins)
-    figure = _figure(title, x_title or _words(x), "share of rows")
-    for series in _series(frame, color, controls):
+    figure = blank_figure(title, x_title or words(x), "share of rows")
+    for series in series_of(frame, color, controls):
         counts, _ = np.histogram(series.rows[x], bins=edges)
         figure.add_scatter(
             x=np.repeat(edges, 2),
@@ -361,7 +327,7 @@ def histogram_with_control(
             name=series.name,
             line={"color": series.color, "width": 1.5, "dash": series.dash},
             fill="tozeroy",
-            fillcolor=_faded(series.color, 0.25),
+            fillcolor=faded(series.color, 0.25),
             hovertemplate="%{x:.3g}: %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     if log_y:
@@ -403,117 +369,23 @@ def save_figure(figure: go.Figure, path: str | Path, *, share_plotlyjs: bool = F
     return path
 
 
-def label(value: object) -> str:
-    """A value as plotly shows it literally: markup escaped, blank tokens and line breaks made visible.
-
-    >>> label("\\n"), label(" "), label(" Paris"), label("<b>")
-    ('⏎', '␣', ' Paris', '&lt;b&gt;')
-    """
-    text = str(value)
-    if text and not text.strip(" "):
-        text = "␣" * len(text)
-    for blank, sign in (("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
-        text = text.replace(blank, sign)
-    return html.escape(text, quote=False)
-
-
 def _write_static(figure: go.Figure, path: Path) -> None:
+    if importlib.util.find_spec("kaleido") is None:
+        raise ReflowlensError(
+            f"writing {path.suffix} needs kaleido: pip install 'kaleido>=1' (.html and .json need nothing)"
+        )
     try:
         figure.write_image(path, scale=2)
-    except (ImportError, ValueError) as error:
-        if "kaleido" not in str(error).lower():
-            raise
-        raise ReflowlensError(
-            f"writing {path.suffix} needs kaleido: pip install 'kaleido>=1'; .html and .json need nothing"
-        ) from error
     except RuntimeError as error:
-        raise ReflowlensError(f"writing {path.suffix} needs Chrome or Chromium, and kaleido found none: {error}") from error
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One group of rows and how it is drawn."""
-
-    name: str
-    rows: pd.DataFrame
-    color: str
-    dash: str
-    hatch: str
-    symbol: str
-
-
-def _series(frame: pd.DataFrame, color: str | None, controls: Collection[str]) -> Iterator[_Series]:
-    """The groups in order of appearance: measurements take the palette's colours, controls its greys."""
-    if color is None:
-        yield _Series("", frame, PALETTE[0], "solid", "", "circle")
-        return
-    names = list(dict.fromkeys(frame[color]))
-    if missing := [control for control in controls if control not in names]:
-        raise ReflowlensError(f"controls: {color!r} has no value {missing[0]!r}; it has {', '.join(map(repr, names))}")
-    measured = 0
-    control = 0
-    for name in names:
-        rows = frame[frame[color] == name]
-        if name in controls:
-            i, control = control, control + 1
-            grey = CONTROL_GREYS[i % len(CONTROL_GREYS)]
-            yield _Series(label(name), rows, grey, _DASHES[i % len(_DASHES)], _HATCHES[i % len(_HATCHES)], "x")
-        else:
-            yield _Series(label(name), rows, PALETTE[measured % len(PALETTE)], "solid", "", "circle")
-            measured += 1
-
-
-def _figure(title: str, x_title: str, y_title: str) -> go.Figure:
-    template = register_template()
-    import plotly.graph_objects as go
-
-    figure = go.Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": label(y_title)})
-    if title:
-        figure.update_layout(title_text=label(title), margin_t=90)
-    return figure
-
-
-def _check_columns(frame: pd.DataFrame, columns: Sequence[str | None]) -> None:
-    if frame.empty:
-        raise ReflowlensError("a figure needs at least one row; this frame has none")
-    for column in columns:
-        if column is not None and column not in frame.columns:
-            raise ReflowlensError(f"no column {column!r}; the frame has {', '.join(map(repr, frame.columns))}")
-
-
-def _hover(frame: pd.DataFrame, columns: Sequence[str], low: str | None = None, high: str | None = None) -> list[str]:
-    """One text a row: "column: value" lines, the interval behind the value it belongs to (the last before `low`)."""
-    texts = []
-    for row in frame.to_dict("records"):
-        lines = [f"{_words(column)}: {_shown(row[column])}" for column in columns]
-        if low is not None and high is not None:
-            lines.append(f"95% interval: {_shown(row[low])} to {_shown(row[high])}")
-        texts.append("<br>".join(lines))
-    return texts
-
-
-def _shown(value: Any) -> str:
-    """A cell for a hover box: numbers to four digits, long text wrapped, which plotly does not do."""
-    if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
-    return "<br>".join(label(line) for line in textwrap.wrap(str(value), 60, drop_whitespace=False)) or "''"
+        raise ReflowlensError(f"writing {path.suffix} failed: {' '.join(str(error).split())}") from error
 
 
 def _axis_labels(frame: pd.DataFrame, column: str, labels: str | None) -> dict[Any, str]:
     """The values of a column in order of appearance, each with what the axis shows for it."""
-    shown = frame[labels or column]
-    return {value: label(text) for value, text in zip(frame[column][::-1], shown[::-1], strict=True)}
+    first = frame.drop_duplicates(column)
+    return dict(zip(first[column], first[labels or column].map(label), strict=True))
 
 
 def _categories(values: pd.Series) -> list[str] | None:
     """The labels of a text column in order of appearance; None for numbers."""
     return None if pd.api.types.is_numeric_dtype(values) else list(dict.fromkeys(values.map(label)))
-
-
-def _faded(color: str, opacity: float) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, {opacity})"
-
-
-def _words(column: str) -> str:
-    return column.replace("_", " ")

@@ -74,7 +74,7 @@ def test_a_target_outside_the_candidates_is_ranked_as_if_inside() -> None:
 def test_word_tokens_are_a_space_and_letters() -> None:
     tokenizer = get_tokenizer("gpt2_16k")
     words = set(word_tokens(tokenizer))
-    for text, is_word in ((" queen", True), ("queen", False), (" 1990", False), (" (", False), (" ", False)):
+    for text, is_word in ((" queen", True), ("able", False), (" 1990", False), (" (", False), (" ", False)):
         assert (tokenizer.single_token(text) in words) is is_word, text
     assert max(words) < tokenizer.n_vocab
     assert word_tokens(get_tokenizer("bytes")) == []

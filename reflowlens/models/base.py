@@ -179,7 +179,7 @@ class HookedModel(HookedRootModule):
         return torch.zeros(self.cfg.d_model, device=self.cfg.device)
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters under TransformerLens's names: ``unembed.W_U`` too, and shared keys and values once a query head."""
+        """Parameters under TransformerLens's names: ``unembed.W_U`` too, and shared keys and values per query head."""
         parameters: dict[str, Tensor] = dict(self.named_parameters())
         group = self.cfg.n_heads // self.cfg.kv_heads
         for name, parameter in parameters.items():
@@ -266,7 +266,7 @@ class HookedModel(HookedRootModule):
     ) -> tuple[dict, list, list]:
         """As TransformerLens's, but a filter that matches nothing is an error and ``pos_slice`` cuts positions alone.
 
-        A point that was named must be reached; of a predicate's or of the default ones, those that are reached are cached.
+        A point that was named must be reached; of a predicate's, or of the default, those that are reached are cached.
         """
         names: list[str] = []
         matches: Callable[[str], bool] = self.default_names
