@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from analyses.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
 from analyses.neighbors import BLOCK, rank_among, shuffle_columns, unit_rows, word_tokens
 from analyses.result import Result
-from analyses.statistics import Verdict, bootstrap_band, verdict
+from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, verdict
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import bars, dots
@@ -42,20 +43,28 @@ MINIMUM_FOR_VERDICT = 30
 QUICK_ANALOGIES = 100
 EPSILON = 1e-3  # of 3CosMul, as Levy and Goldberg (2014) set it
 
-_HEADLINE = "3CosAdd: candidates x by cos(x, r_a - r_b + r_c) of raw rows; candidates are the tokens that are a space "
-_HEADLINE += "and then a letter; a, b and c excluded; ties count against the expected word"
 RANKINGS = {
-    "add": _HEADLINE,
-    "add_unit": "as add, but rows scaled to length 1 before adding (Levy and Goldberg 2014)",
-    "mul": "3CosMul (Levy and Goldberg 2014): s(x,a) s(x,c) / (s(x,b) + 0.001) with s = (cos + 1) / 2; else as add",
-    "c_alone": "cos(x, r_c) alone; else as add",
-    "a_plus_c": "cos(x, r_a + r_c); else as add",
-    "with_inputs": "as add, but a, b and c are candidates too",
-    "all_tokens": "as add, over all real tokens (padding rows of the vocabulary excluded)",
+    "add": "3CosAdd on raw rows: candidates x by cos(x, r_a - r_b + r_c); candidates are the tokens that begin with a space "
+    "and a letter; a, b and c excluded; ties count against the expected word",
+    "add_unit": "as add, with rows scaled to length 1 before they are added (Levy and Goldberg 2014)",
+    "mul": "as add, by 3CosMul (Levy and Goldberg 2014): s(x, a) s(x, c) / (s(x, b) + 0.001) with s = (1 + cos) / 2",
+    "c_alone": "as add, by cos(x, r_c)",
+    "a_plus_c": "as add, by cos(x, r_a + r_c)",
+    "with_inputs": "as add, with a, b and c among the candidates",
+    "all_tokens": "as add, over all real tokens; the vocabulary's padding rows are never candidates",
     "lexicon": "as add, over the words of the lexicon's categories and of the analogies asked",
 }
-MEASURES = ("accuracy_at_1", "accuracy_at_5", "mean_reciprocal_rank")
+MEASURES = {
+    "accuracy_at_1": "share of questions whose expected word has rank 1",
+    "accuracy_at_5": "share of questions whose expected word has rank 5 or better",
+    "mean_reciprocal_rank": "mean over questions of 1 / rank of the expected word",
+}
 NULLS = ("c_alone", "a_plus_c", "shuffled_recipe", "untrained")
+VARIANTS = tuple(ranking for ranking in RANKINGS if ranking not in ("add", *NULLS))
+_UNITS_NOTE = (
+    "Intervals and p-values take questions as the units; questions of one relation share words, so they are narrower and "
+    "smaller than new relations and new words would give."
+)
 
 
 @torch.no_grad()
@@ -84,8 +93,8 @@ def semantic_algebra(
         A Result whose headline metrics are ``accuracy_at_1``, ``accuracy_at_5`` and ``mean_reciprocal_rank`` of R, the same
         with ``_E`` of E, ``recipe_minus_E`` (accuracy@1, paired) and ``rank_queen``, ``rank_ran``, ``rank_Beijing``.
         Frames: ``quadruples`` (a row a question, space and kind of weights, a column a ranking of `RANKINGS`),
-        ``overall`` (a row a space, weights and ranking), ``sections`` (a row a relation and series), ``published``,
-        ``tests``.
+        ``overall`` (a row a space and series: rankings, then other weights), ``sections`` (a row a relation and series) and
+        ``published``.
 
     Raises:
         ReflowlensError: fewer than 10 questions consist of single tokens of the model's tokenizer.
@@ -347,8 +356,102 @@ def _sections(quadruples: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def _add_metrics(result: Result, seed: int) -> None:
-    quadruples, overall = result.frames["quadruples"], result.frames["overall"].set_index(["space", "series"])
+    quadruples = result.frames["quadruples"]
     answers = {space: _answers(quadruples, space) for space in quadruples["space"].unique()}
+    for space in answers:
+        _add_space(result, space, answers)
+    difference = answers["R"]["add"] - answers["R"]["rotated_basis"]
+    result.metrics["rotated_basis_rank_difference"] = float(np.abs(difference).max())
+    result.definitions["rotated_basis_rank_difference"] = (
+        "largest change of a rank by add when the signals of R are rotated at random: 0 but for words whose cosines differ "
+        "by less than rounding"
+    )
+    if "E" in answers:
+        _add_comparison(result, answers["R"]["add"] == 1, answers["E"]["add"] == 1, seed)
+    else:
+        result.notes.append("the identity view's recipe is E itself: R and E are one space and are not compared")
+    if "published" in result.frames:
+        _add_published(result)
 
-    def add(metric: str, values: NDArray[np.float64], row: tuple[str, str], measure: str) -> None:
-        pass
+
+def _add_space(result: Result, space: str, answers: dict[str, dict[str, NDArray[np.int64]]]) -> None:
+    quadruples, overall = result.frames["quadruples"], result.frames["overall"].set_index(["space", "series"])
+    suffix = "" if space == "R" else f"_{space}"
+    controls = _controls(space, answers)
+
+    def add(metric: str, measure: str, ranking: str) -> None:
+        row = overall.loc[(space, ranking)]
+        result.metrics[metric] = row[measure]
+        result.intervals[metric] = (row[f"{measure}_low"], row[f"{measure}_high"])
+        result.definitions[metric] = f"{MEASURES[measure]}, in {space}; ranks {RANKINGS[ranking]}"
+
+    for i, measure in enumerate(MEASURES):
+        add(measure + suffix, measure, "add")
+        result.controls[measure + suffix] = {n: float(_measures(r)[:, i].mean()) for n, r in controls.items()}
+    for ranking in VARIANTS:
+        metric = f"accuracy_at_1_{ranking}{suffix}"
+        add(metric, "accuracy_at_1", ranking)
+        null_rows = quadruples[(quadruples["space"] == space) & quadruples["weights"].isin(NULLS)]
+        hits = (null_rows[f"rank_{ranking}"] == 1).groupby(null_rows["weights"]).mean()
+        result.controls[metric] = {str(name): float(hit) for name, hit in hits.items()}
+    result.verdicts["accuracy_at_1" + suffix] = carries_analogies(
+        answers[space]["add"] == 1,
+        result.intervals["accuracy_at_1" + suffix],
+        {name: answers[space][name] == 1 for name in NULLS},
+    )
+
+
+def _controls(space: str, answers: dict[str, dict[str, NDArray[np.int64]]]) -> dict[str, NDArray[np.int64]]:
+    """What stands beside a space's ``add``: its nulls, its rotation where it was rotated, and the other space."""
+    own = {name: answers[space][name] for name in (*NULLS, "rotated_basis") if name in answers[space]}
+    return own | {other: answers[other]["add"] for other in answers if other != space}
+
+
+def _add_comparison(result: Result, hits: NDArray[np.bool_], other: NDArray[np.bool_], seed: int) -> None:
+    """Claim: R is a better semantic space than E, that is, accuracy@1 of R minus that of E, paired, is above 0."""
+    difference = hits.astype(float) - other
+    interval = bootstrap_interval(difference, seed=seed)
+    p = paired_hits_pvalue(hits, other)
+    result.metrics["recipe_minus_E"] = float(difference.mean())
+    result.intervals["recipe_minus_E"] = interval
+    result.controls["recipe_minus_E"] = {"no_difference": 0.0}
+    result.definitions["recipe_minus_E"] = "accuracy_at_1 of R minus that of E, paired over questions"
+    result.verdicts["recipe_minus_E"] = verdict(interval, 0.0, p, minimum_units=MINIMUM_FOR_VERDICT, units=len(hits))
+
+
+def _add_published(result: Result) -> None:
+    """``rank_<expected>`` of each published analogy; of two with the same expected word the first."""
+    frame = result.frames["published"]
+    answers = {space: _answers(frame, space) for space in frame["space"].unique()}
+    for i, row in frame[frame["series"] == "R"].drop_duplicates("expected").iterrows():
+        metric = f"rank_{row['expected']}"
+        result.metrics[metric] = float(row["rank_add"])
+        result.published[metric] = row["published_rank"]
+        result.controls[metric] = {name: float(ranks[i]) for name, ranks in _controls("R", answers).items()}
+        result.definitions[metric] = f"rank of the answer to {row['analogy']} in R; ranks {RANKINGS['add']}"
+
+
+def _figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
+    accuracy = ["accuracy_at_1", "accuracy_at_1_low", "accuracy_at_1_high"]
+    overall, sections = frames["overall"], frames["sections"]
+    figures = {
+        "accuracy": bars(overall, "series", *accuracy, "space", y_title="accuracy@1"),
+        "sections": bars(
+            sections, "relation", *accuracy, "series", controls=NULLS, horizontal=True, y_title="accuracy@1"
+        ),
+    }
+    if "published" in frames:
+        published = frames["published"].query("weights == 'trained' or (space == 'R' and weights != 'rotated_basis')")
+        controls = [name for name in NULLS if name in set(published["series"])]
+        figures["published"] = dots(
+            published,
+            "rank_add",
+            "analogy",
+            "series",
+            reference="published_rank",
+            controls=controls,
+            log_x=True,
+            hover=["predicted", "rank_mul", "rank_with_inputs"],
+            x_title="rank of the expected word",
+        )
+    return figures

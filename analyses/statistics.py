@@ -73,6 +73,28 @@ def paired_permutation_pvalue(
     return float(result.pvalue)
 
 
+def predictive_pvalue(observed: float, null: ArrayLike, alternative: Alternative = "greater") -> float:
+    """p-value of `observed` as one more draw from where the `null` draws [m] came from, taken as normal.
+
+    t = (observed - mean) / (sd · √(1 + 1/m)) with m - 1 degrees of freedom: the prediction interval of one new
+    observation. For nulls of few expensive draws, such as random rotations of a basis, each a mean over many prompts,
+    where counting the draws beyond (`permutation_pvalue`) could not go below 1/(1 + m). Raises ReflowlensError for
+    fewer than 2 draws or values that are not finite.
+
+    >>> round(predictive_pvalue(3.0, [0.0, 1.0, 2.0]), 3)
+    0.113
+    """
+    _check_choice(alternative)
+    values = _units(_finite(null, "null", dimensions=1), "null")
+    difference = float(_finite(observed, "observed", dimensions=0)) - values.mean()
+    spread = values.std(ddof=1) * np.sqrt(1 + 1 / len(values))
+    if spread == 0:  # draws that cannot differ, as when every rotation gives the same: only a tie is compatible
+        spread = np.finfo(float).tiny
+    distribution = stats.t(len(values) - 1)
+    greater, less = distribution.sf(difference / spread), distribution.cdf(difference / spread)
+    return float({"greater": greater, "less": less, "two-sided": 2 * min(greater, less)}[alternative])
+
+
 def bootstrap_interval(
     values: ArrayLike,
     statistic: Statistic = np.mean,

@@ -1,8 +1,7 @@
-"""Figures from DataFrames: one plotly template, the few builders that experiments share, and export.
+"""Figures from DataFrames: the few builders that experiments share, and export.
 
 Every builder takes a tidy frame (a row an observation) and names of its columns, and returns a plotly figure in the
-``reflowlens`` template: Okabe and Ito's palette, which colour-blind readers can tell apart, and greys that can be read on
-a light and on a dark page, the background being transparent. Series named in ``controls`` are drawn in greys, dashed or
+``reflowlens`` template (:mod:`reflowlens.figure_style`). Series named in ``controls`` are drawn in greys, dashed or
 hatched, so that a control is never mistaken for a measurement. Text from a frame is shown as it is, never as markup.
 
 plotly is imported with the first figure, not with this module.
@@ -10,14 +9,8 @@ plotly is imported with the first figure, not with this module.
 
 from __future__ import annotations
 
-import functools
-import html
 import importlib.util
-import os
-import tempfile
-import textwrap
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +18,22 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.figure_style import (
+    INK,
+    blank_figure,
+    check_columns,
+    hover_texts,
+    label,
+    register_template,
+    series_of,
+    words,
+)
+from reflowlens.files import replacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+__all__ = ["bars", "dots", "heatmap", "histogram_with_control", "line_with_band", "register_template", "save_figure"]
 SUFFIXES = (".html", ".json", ".png", ".svg", ".pdf")
 
 
@@ -51,7 +56,7 @@ def line_with_band(
 
     Args:
         color: the column that tells curves apart; None draws one.
-        controls: values of ``color`` that are drawn as controls.
+        controls: values of ``color`` that are drawn as controls; those that do not occur are ignored.
         hover: further columns shown when pointing at a curve.
         x_title, y_title: default the columns' names.
 
@@ -76,7 +81,7 @@ def line_with_band(
                 x=[*band[x], *band[x][::-1]],
                 y=[*band[high].clip(floor), *band[low].clip(floor)[::-1]],
                 fill="toself",
-                fillcolor=faded(series.color, 0.18),
+                fillcolor=series.faded(0.18),
                 line={"width": 0},
                 mode="lines",
                 hoverinfo="skip",
@@ -141,7 +146,7 @@ def bars(
                 "symmetric": False,
                 "array": above,
                 "arrayminus": below,
-                "color": INK,
+                "color": series.color,
                 "thickness": 1.2,
                 "width": 2,
             }
@@ -151,7 +156,11 @@ def bars(
             y=places if horizontal else series.rows[y],
             orientation="h" if horizontal else "v",
             name=series.name,
-            marker={"color": series.color, "pattern": series.pattern, "line": {"width": 0}},
+            marker={
+                "color": series.faded(0.55),  # the whisker is drawn over it in the full colour
+                "line": {"color": series.color, "width": 1 if categories is not None else 0},
+                "pattern": {"shape": series.hatch, "fillmode": "overlay", "fgcolor": series.color},
+            },
             customdata=hover_texts(series.rows, [x, y, *hover], low, high),
             hovertemplate="%{customdata}<extra>%{fullData.name}</extra>",
             showlegend=color is not None,
@@ -242,12 +251,12 @@ def heatmap(
     y_title: str | None = None,
     z_title: str | None = None,
 ) -> go.Figure:
-    """A cell for each row of the frame, coloured by ``z``, with ``text`` written in it; the first ``y`` is at the bottom.
+    """A cell for each row of the frame, coloured by ``z``, with ``text`` written in it; the first ``y`` below.
 
     Args:
         x, y: columns that place the cell, in the order of their first appearance; a place no row names stays empty.
-        x_labels, y_labels: columns shown on the axes instead of ``x`` and ``y``, whose values may then repeat (the tokens
-            of a prompt, say, over their positions).
+        x_labels, y_labels: columns shown on the axes instead of ``x`` and ``y``; their values may repeat (the tokens
+            of a prompt over its positions).
         z_range: ends of the colour scale; default those of the data.
         hover, x_title, y_title: as in :func:`line_with_band`; ``z_title`` names the colour scale.
 
@@ -327,7 +336,7 @@ def histogram_with_control(
             name=series.name,
             line={"color": series.color, "width": 1.5, "dash": series.dash},
             fill="tozeroy",
-            fillcolor=faded(series.color, 0.25),
+            fillcolor=series.faded(0.25),
             hovertemplate="%{x:.3g}: %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     if log_y:
@@ -351,21 +360,13 @@ def save_figure(figure: go.Figure, path: str | Path, *, share_plotlyjs: bool = F
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ReflowlensError(f"cannot write {path.name!r}: a name ending in {', '.join(SUFFIXES)} was expected")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".html":
             figure.write_html(temporary, include_plotlyjs="directory" if share_plotlyjs else True, div_id=path.stem)
         elif path.suffix == ".json":
             figure.write_json(temporary)
         else:
             _write_static(figure, temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

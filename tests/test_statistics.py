@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from analyses.statistics import (
     Interval,
@@ -14,6 +15,7 @@ from analyses.statistics import (
     holm,
     paired_permutation_pvalue,
     permutation_pvalue,
+    predictive_pvalue,
     verdict,
 )
 from reflowlens.errors import ReflowlensError
@@ -156,3 +158,15 @@ def test_verdict_rejects_impossible_input():
         verdict((0.3, 0.4), 0.1, 1.2, minimum_units=1, units=2)
     with pytest.raises(ReflowlensError, match="finite"):
         verdict((0.3, float("nan")), 0.1, 0.2, minimum_units=1, units=2)
+
+
+def test_predictive_p_is_uniform_for_one_more_draw():
+    generator = np.random.default_rng(0)
+    p = [predictive_pvalue(row[0], row[1:]) for row in generator.normal(3.0, 2.0, size=(4000, 9))]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_predictive_p_of_draws_that_are_all_alike():
+    assert predictive_pvalue(2.0, [1.0, 1.0, 1.0]) == 0
+    assert predictive_pvalue(0.0, [1.0, 1.0, 1.0]) == 1
+    assert predictive_pvalue(1.0, [1.0, 1.0, 1.0]) == 0.5

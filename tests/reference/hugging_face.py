@@ -59,7 +59,7 @@ def gpt2(cfg: ModelConfig) -> tuple[GPT2LMHeadModel, Layout]:
 
 
 def llama(cfg: ModelConfig) -> tuple[LlamaForCausalLM, Layout]:
-    """Llama turns channels (i, i + d_head / 2) together; where ours turn (2i, 2i + 1) the channels of q and k are permuted."""
+    """Llama turns channels (i, i + d_head / 2) together; where ours are (2i, 2i + 1) those of q and k are permuted."""
     hf = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=cfg.d_vocab,

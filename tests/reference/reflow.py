@@ -68,7 +68,7 @@ def attention(xs: list[Tensor], part: dict[str, Tensor], base: float) -> list[Te
 
 
 def rotate(x: Tensor, position: int, base: float) -> Tensor:
-    """Channels 2i and 2i + 1 are the real and imaginary part of a number that turns by position * base^(-2i / width)."""
+    """Channels 2i and 2i + 1 are a complex number that turns by position * base^(-2i / width)."""
     numbers = torch.view_as_complex(x.reshape(-1, 2))
     angle = position * base ** (-2 * torch.arange(len(numbers), dtype=torch.float64) / len(x))
     return torch.view_as_real(numbers * torch.polar(torch.ones_like(angle), angle)).reshape(-1).to(x.dtype)

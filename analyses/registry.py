@@ -1,0 +1,74 @@
+"""The experiments that there are, by number. Adding one is one line in `EXPERIMENTS`; nothing is imported until it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reflowlens.config import nearest
+from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:
+    from analyses.result import Result
+
+SEMANTIC = "B. Semantic properties"
+MECHANISTIC = "C. Mechanistic analysis"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: the function `name` of the module `analyses.<name>`, and what a report says of it."""
+
+    number: int
+    name: str
+    title: str
+    group: str
+    question: str
+
+    def load(self) -> Callable[..., Result]:
+        """The function, imported now: called as `function(model, seed=, quick=, progress=)` it returns a `Result`."""
+        return getattr(importlib.import_module(f"analyses.{self.name}"), self.name)
+
+
+_LISTED = (
+    Experiment(
+        5, "semantic_algebra", "Semantic Algebra", SEMANTIC, "Do recipes add up: is a − b + c the expected word?"
+    ),
+    Experiment(7, "layer_evolution", "Layer Evolution", MECHANISTIC, "From which layer on is the prediction decided?"),
+    Experiment(9, "causal_ablation", "Causal Ablation", MECHANISTIC, "Which signals caused this prediction?"),
+)
+EXPERIMENTS: dict[int, Experiment] = {experiment.number: experiment for experiment in _LISTED}
+
+
+def parse_selection(selection: str | int | Iterable[str | int]) -> list[int]:
+    """The numbers of the selected experiments, ascending, each once.
+
+    `selection`: "all", numbers and names, one or many, also as a list separated by commas or spaces.
+    Raises ReflowlensError for one that does not exist, naming those that do, and for an empty selection.
+
+    >>> parse_selection("9, layer_evolution")
+    [7, 9]
+    """
+    parts = [selection] if isinstance(selection, str | int) else list(selection)
+    words = [word for part in parts for word in str(part).replace(",", " ").split()]
+    if not words:
+        raise ReflowlensError(f"no experiment is selected: 'all' or some of {_available()} was expected")
+    numbers = {number for word in words for number in (EXPERIMENTS if word == "all" else [_number(word)])}
+    return sorted(numbers)
+
+
+def _number(word: str) -> int:
+    for experiment in EXPERIMENTS.values():
+        if word in (str(experiment.number), experiment.name):
+            return experiment.number
+    names = [experiment.name for experiment in EXPERIMENTS.values()]
+    hint = nearest(word, names)
+    raise ReflowlensError(
+        f"no experiment {word!r}{f'{hint} There' if hint else '; there'} are {_available()}, or 'all'"
+    )
+
+
+def _available() -> str:
+    return ", ".join(f"{experiment.number} {experiment.name}" for experiment in EXPERIMENTS.values())

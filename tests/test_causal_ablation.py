@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from analyses.causal_ablation import causal_ablation
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from tests.planted import CONFIG, LEXICON, empty_model, one_signal_model
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return causal_ablation(one_signal_model(), lexicon=LEXICON, rotations=6)
+
+
+@pytest.fixture(scope="module")
+def empty():
+    return causal_ablation(empty_model(), lexicon=LEXICON, rotations=6)
+
+
+def test_the_planted_signal_is_found(planted):
+    prompts = planted.frames["prompts"].query("basis == 'native'")
+    assert (prompts["worst_signal"] == 0).all()
+    assert planted.metrics["remaining_after_one"] < 0.001
+    assert planted.metrics["sufficient_share"] == pytest.approx(1 / 32)
+    assert planted.params["target"] == " Paris"
+
+
+def test_the_planted_signal_beats_every_control(planted):
+    controls = planted.controls["remaining_after_one"]
+    assert controls["random_signal"] > 0.9
+    assert controls["matched_signal"] > 0.5
+    assert controls["rotated_basis"] > 0.1
+    assert planted.verdicts["remaining_after_one"] == "supported"
+    assert planted.verdicts["sufficient_share"] == "supported"
+
+
+def test_nothing_is_found_where_nothing_is(empty):
+    assert set(empty.verdicts.values()) == {"not supported"}
+    for metric in ("remaining_after_one", "knockout_area", "sufficient_share"):
+        low, high = empty.intervals[metric]
+        width = high - low
+        assert low - width <= empty.controls[metric]["rotated_basis"] <= high + width
+
+
+def test_contributions_sum_to_the_logit_and_effects_agree_with_the_model(planted):
+    model = one_signal_model()
+    signals = planted.frames["signals"]
+    logits = model(planted.params["prompt"])[0, -1]
+    target = model.to_single_token(" Paris")
+    assert signals["contribution"].sum() == pytest.approx(float(logits[target]), rel=1e-4)
+    p = float(logits[: model.tokenizer.n_vocab].softmax(-1)[target])
+    assert signals["probability_before"].iloc[0] == pytest.approx(p, rel=1e-4)
+    assert signals["contribution"].is_monotonic_decreasing
+    assert signals.loc[0, "codebook"].startswith("' Paris'")
+
+
+def test_removing_the_signal_anywhere_from_the_embedding_on_removes_the_prediction(planted):
+    sites = planted.frames["sites"]
+    wired = sites[sites["signal"] == 0].set_index("site")["left"]
+    assert set(wired.index) == {"embed", "everywhere", "readout", *(f"resid {layer}" for layer in range(5))}
+    assert (wired < 0.01).all()
+    assert sites.loc[sites["group"] == "random", "left"].min() > 0.5
+
+
+def test_curves_begin_at_one_and_the_random_order_is_slower(planted):
+    curves = planted.frames["curves"].set_index(["order", "removed"])["left"]
+    assert curves["contribution", 0] == pytest.approx(1, rel=1e-5)
+    assert curves["keep", 32] == pytest.approx(1, rel=1e-5)
+    assert curves["contribution", 1] < 0.001
+    assert curves["random", 1] > 0.5
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt2_new", "reflow_topk", "reflow_lite"])
+def test_every_architecture_runs(architecture):
+    fields = CONFIG.to_dict() | {"architecture": architecture, "act_fn": "", "gated_mlp": None, "eps": 0.0}
+    fields |= {"normalization_type": "", "positional_embedding_type": "", "rotary_adjacent_pairs": None, "n_layers": 1}
+    if not architecture.startswith("reflow"):
+        fields["n_signals"] = None
+    if architecture == "reflow_topk":
+        fields["topk"] = 4
+    if architecture == "reflow_lite":
+        fields["n_key_value_heads"] = 1
+    from reflowlens.config import ModelConfig
+
+    model = build_model(ModelConfig.from_dict(fields))
+    result = causal_ablation(model, lexicon=LEXICON, rotations=2, quick=True)
+    assert result.params["view"] == ("native" if architecture.startswith("reflow") else "identity")
+    assert 0 < result.metrics["remaining_after_one"] <= 1
+
+
+def test_the_same_seed_gives_the_same_frames_and_leaves_the_weights():
+    model = one_signal_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first, second = (causal_ablation(model, lexicon=LEXICON, rotations=2, quick=True, seed=2) for _ in range(2))
+    for name, frame in first.frames.items():
+        pd.testing.assert_frame_equal(frame, second.frames[name], check_exact=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_prompt_that_is_too_long_is_an_error():
+    with pytest.raises(ReflowlensError, match="too long"):
+        causal_ablation(one_signal_model(), "king " * 50, lexicon=LEXICON)
