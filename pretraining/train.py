@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pretraining.batches import batch_at, sequential_batches
+from pretraining.batches import batch_at
 from pretraining.config import TrainConfig, load_config
 from pretraining.data import open_tokens
+from pretraining.evaluate import mean_loss
 from pretraining.optimizers import make_optimizers, schedule
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
@@ -182,18 +183,12 @@ def _accumulate(forward: Any, batch: tuple[Tensor, Tensor], cfg: TrainConfig, gr
     return total.item()
 
 
-@torch.no_grad()
 def evaluate(model: HookedModel, tokens: Any, cfg: TrainConfig, max_tokens: int | None = None) -> float:
     """Mean next-token loss in nats over the validation stream in order, or over its first ``max_tokens``."""
-    total, count = 0.0, 0
-    device = torch.device(model.cfg.device)
     rows = max(1, cfg.run.batch_size // cfg.run.accumulation)
     limit = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
-    for x, y in sequential_batches(tokens[:limit], rows, cfg.data.context):
-        with _autocast(cfg, device):
-            loss = model(x.to(device), "loss", targets=y.to(device))
-        total, count = total + loss.item() * y.numel(), count + y.numel()
-    return total / count
+    with _autocast(cfg, torch.device(model.cfg.device)):
+        return mean_loss(model, tokens[:limit], rows, cfg.data.context)[0]
 
 
 class Log:

@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_prepare(commands)
     _add_train(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
     _add_bench(commands)
     return parser
 
@@ -180,6 +182,43 @@ def _train(options: argparse.Namespace) -> None:
     from pretraining.train import load_config, train
 
     print(train(load_config(options.config), resume=options.resume))
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "evaluate", "validation loss of a model on prepared data")
+    parser.add_argument("model", help="packaged name, checkpoint folder or file")
+    parser.add_argument("data", type=Path, help="a folder made by prepare")
+    parser.add_argument("--split", default="val", choices=["train", "val"])
+    parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from pretraining.evaluate import evaluate_model
+    from reflowlens.checkpoints import load_model
+
+    result = evaluate_model(load_model(options.model, device=options.device), options.data, split=options.split)
+    print(
+        f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}, "
+        f"{result.bits_per_byte:.4f} bits a byte, {result.tokens:,} tokens"
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "export", "write a checkpoint's model alone, without the training state")
+    parser.add_argument("model", help="packaged name, checkpoint folder or file")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the weights")
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from reflowlens.checkpoints import load_model, read_manifest, save_model
+
+    facts = {k: v for k, v in read_manifest(options.model).items() if k not in ("format", "config", "weights_sha256")}
+    print(save_model(options.out, load_model(options.model), facts, dtype=getattr(torch, options.dtype)))
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -82,12 +82,13 @@ def generate(
     bar = tqdm(total=total - end, unit="token", disable=not (sys.stderr.isatty() if progress is None else progress))
     while end < total and not ended.all():
         logits = model(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
-        drawn = sample(logits, temperature, top_k, top_p, generators).to(tokens.device)
-        free = (starts <= end) & ~ended
-        tokens[:, end] = torch.where(free, drawn, tokens[:, end])
-        stopped = free & ((torch.isin(drawn, stops)) | (end + 1 == ends))
+        free = (starts <= end) & ~ended  # rows still inside their prompt draw nothing, so that they stay as if alone
+        drawing = free.nonzero().squeeze(1)
+        drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
+        tokens[drawing, end] = drawn = drawn.to(tokens.device)
+        stopped = drawing[torch.isin(drawn, stops) | (end + 1 == ends[drawing])]
         final[stopped] = end + 1
-        ended |= stopped
+        ended[stopped] = True
         read, end = (end if past is not None else 0), end + 1
         bar.update()
     bar.close()

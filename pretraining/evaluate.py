@@ -1,0 +1,58 @@
+"""Validation loss of any model on any prepared data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretraining.batches import sequential_batches
+from pretraining.data import open_tokens
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over ``tokens`` predicted tokens.
+
+    Args:
+        loss: mean cross-entropy in nats a token.
+        bits_per_byte: the same information spread over the text's UTF-8 bytes, comparable between tokenizers.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate_model(model: HookedModel, folder: str | Path, *, split: str = "val", batch_size: int = 32) -> Evaluation:
+    """Read a whole split in order, in blocks of the model's context; every token but the first is predicted once.
+
+    Raises:
+        ReflowlensError: the data were prepared with another tokenizer.
+
+    Example: ``evaluate_model(rl.load_model("reflow-nano"), "data/mix16k").loss``
+    """
+    data = open_tokens(folder, split)
+    if data.manifest.tokenizer != model.cfg.tokenizer_name:
+        raise ReflowlensError(
+            f"{folder} was prepared with {data.manifest.tokenizer!r}, but the model reads {model.cfg.tokenizer_name!r}"
+        )
+    loss, tokens = mean_loss(model, data.tokens, batch_size, model.cfg.n_ctx)
+    bits = loss * tokens / math.log(2)
+    return Evaluation(loss, math.exp(loss), bits / data.manifest.splits[split].text_bytes, tokens)
+
+
+@torch.no_grad()
+def mean_loss(model: HookedModel, tokens: Any, batch_size: int, context: int) -> tuple[float, int]:
+    """Mean next-token loss in nats over a token stream, and how many tokens were predicted."""
+    total, count = 0.0, 0
+    for x, y in sequential_batches(tokens, batch_size, context):
+        loss = model(x.to(model.cfg.device), "loss", targets=y.to(model.cfg.device))
+        total, count = total + loss.item() * y.numel(), count + y.numel()
+    return total / count, count

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from reflowlens.checkpoints import save_model
+from reflowlens.cli import main
+from tests.tiny import random_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_model(tmp_path / "model", random_model("reflow"), {"tokens_seen": 10, "val_loss": 2.5})
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, reflowlens.cli as cli\n"
+        "try: cli.main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformer_lens', 'pandas', 'plotly', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: reflowlens run" in done.stdout
+    assert time.perf_counter() - began < 10  # a hang, not a speed: `reflowlens bench` measures
+
+
+@pytest.mark.parametrize("command", ["run", "models", "sample", "prepare", "train", "evaluate", "export", "bench"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: reflowlens {command}" in capsys.readouterr().out
+
+
+def test_models_lists_presets_with_their_counts(capsys):
+    assert main(["models"]) == 0
+    assert "reflow_1_lite          413,336,576 parameters" in capsys.readouterr().out
+
+
+def test_sample_continues_every_prompt(checkpoint, capsys):
+    assert main(["sample", str(checkpoint), "The", "An", "--tokens", "4", "--temperature", "0"]) == 0
+    first, second = capsys.readouterr().out.split("\n---\n")
+    assert first.startswith("The")
+    assert second.startswith("An")
+
+
+def test_prepare_train_evaluate_and_export_in_turn(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"the cat {i} sat on the mat" for i in range(200)))
+    data = tmp_path / "data"
+    assert (
+        main(
+            ["prepare", str(tmp_path / "text.txt"), "--out", str(data), "--tokenizer", "bytes", "--val-fraction", "0.2"]
+        )
+        == 0
+    )
+    config = tmp_path / "tiny.toml"
+    config.write_text(f"""
+[model]
+architecture = "reflow"
+n_layers = 1
+d_model = 16
+n_heads = 2
+d_head = 8
+d_mlp = 32
+d_vocab = 256
+n_ctx = 16
+n_signals = 16
+tokenizer_name = "bytes"
+[data]
+folder = "{data}"
+context = 16
+[run]
+out = "{tmp_path / "run"}"
+steps = 3
+batch_size = 4
+compile = false
+dtype = "float32"
+""")
+    assert main(["train", str(config)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), str(data)]) == 0
+    loss = float(capsys.readouterr().out.split()[1])
+    manifest = json.loads((tmp_path / "run" / "step_0000003" / "manifest.json").read_text())
+    assert loss == pytest.approx(manifest["val_loss"], abs=1e-4)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokens_seen"] == 3 * 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "reflow-nanno", "The"], "no model 'reflow-nanno'"),
+        (["train", "nowhere.toml"], "no configuration file 'nowhere.toml'"),
+        (["evaluate", "nowhere", "data"], "no model 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_empty_prompt_and_a_long_one_are_errors(checkpoint, capsys):
+    assert main(["sample", str(checkpoint), ""]) == 2
+    assert "empty" in capsys.readouterr().err
+    assert main(["sample", str(checkpoint), "x" * 200]) == 2
+    assert "n_ctx=24" in capsys.readouterr().err

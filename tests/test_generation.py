@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.generation import sample
+from tests.tiny import NAMES, assert_close, random_model
+
+PROMPTS = ["The cap", "x", "A longer one"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cached_path_writes_what_the_uncached_one_does(name, tiny_models):
+    model = tiny_models[name]
+    settings = {"return_type": "tokens", "seed": 3, "top_k": 20}
+    cached = model.generate(PROMPTS, 8, **settings)
+    assert torch.equal(cached, model.generate(PROMPTS, 8, use_past_kv_cache=False, **settings))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "reflow", "reflow_lite"])
+def test_a_row_of_a_batch_gets_what_it_gets_alone(name, tiny_models):
+    model = tiny_models[name]
+    together = model.generate(PROMPTS, 6, seed=5, temperature=0.7)
+    for row, prompt in enumerate(PROMPTS):
+        assert model.generate(prompt, 6, seed=5 + row, temperature=0.7) == together[row]
+
+
+def test_greedy_takes_the_most_probable_token():
+    model = random_model("reflow")
+    greedy = model.generate("The", 5, temperature=0, return_type="tokens")[0]
+    expected = model.to_tokens("The")
+    for _ in range(5):
+        expected = torch.cat([expected, model(expected)[:, -1:, :256].argmax(-1)], dim=1)
+    assert greedy.tolist() == expected[0].tolist()
+
+
+def test_the_seed_decides():
+    model = random_model("reflow")
+    assert model.generate("The", 12, seed=1) == model.generate("The", 12, seed=1)
+    assert model.generate("The", 12, seed=1) != model.generate("The", 12, seed=2)
+
+
+def test_a_stop_token_ends_a_row():
+    model = random_model("reflow")
+    free = model.generate("The", 10, temperature=0, return_type="tokens")[0].tolist()
+    stop = free[5]
+    stopped = model.generate("The", 10, temperature=0, stop_token=stop, return_type="tokens")[0].tolist()
+    assert stopped == free[: free.index(stop, 3) + 1]
+
+
+def test_padding_rows_are_never_drawn():
+    model = random_model("reflow")
+    with torch.no_grad():
+        model.embed.W_recipe[256:] *= 100
+    assert model.generate(PROMPTS, 10, return_type="tokens").max() < 256
+
+
+def test_activations_of_the_whole_text_come_along():
+    model = random_model("reflow")
+    tokens, cache = model.generate(
+        "The", 6, return_type="tokens", return_cache=True, names_filter="unembed.hook_signal"
+    )
+    assert cache["unembed.hook_signal"].shape == (1, 9, 32)
+    _, whole = model.run_with_cache(tokens)
+    assert_close(cache["unembed.hook_signal"], whole["unembed.hook_signal"])
+
+
+@given(st.integers(1, 12), st.floats(0.05, 1.0), st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_filters_keep_the_smallest_sufficient_set(k, p, seed):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(seed))
+    probabilities = logits[0].softmax(-1)
+    order = probabilities.argsort(descending=True)
+    nucleus = order[: int((probabilities[order].cumsum(0) < p - 1e-6).sum()) + 1].tolist()
+    for draw in range(20):
+        generator = [torch.Generator().manual_seed(draw)]
+        assert int(sample(logits, 1.0, k, None, generator)) in order[:k].tolist()
+        assert int(sample(logits, 1.0, None, p, [torch.Generator().manual_seed(draw)])) in nucleus
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 30}, "at most 21 new tokens"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings, message):
+    with pytest.raises(ReflowlensError, match=message):
+        random_model("reflow").generate("The", **({"max_new_tokens": 3} | settings))
+
+
+def test_an_empty_prompt_is_an_error():
+    with pytest.raises(ReflowlensError, match="empty"):
+        random_model("reflow").generate("", 3)
