@@ -100,13 +100,14 @@ def _block_ranks(
     inputs, expected, words = ids[:, :3], ids[:, 3], candidates[:, :1]
     cos_a, cos_b, cos_c = (cosines[place] for place in places.unbind(1))
     length_a, length_b, length_c = lengths[places][:, :, None].unbind(1)
-    # cos(x, r_a - r_b + r_c) but for a positive factor that is the same for all x, which moves no rank.
-    add = length_a * cos_a - length_b * cos_b + length_c * cos_c
+    # Scores are those of `RANKINGS` but for a positive factor that is the same for all x, which moves no rank.
+    a_plus_c = length_a * cos_a + length_c * cos_c
+    add = a_plus_c - length_b * cos_b
     scores = {
-        "add_unit": cos_a - cos_b + cos_c,
-        "mul": (cos_a + 1) / 2 * (cos_c + 1) / 2 / ((cos_b + 1) / 2 + EPSILON),
+        "add_unit": cos_a + cos_c - cos_b,
+        "mul": (1 + cos_a) * (1 + cos_c) / (1 + 2 * EPSILON + cos_b),
         "c_alone": cos_c,
-        "a_plus_c": length_a * cos_a + length_c * cos_c,
+        "a_plus_c": a_plus_c,
     }
     ranks = {f"rank_{name}": rank_among(score, expected, words, inputs)[:, 0] for name, score in scores.items()}
     among_words, among_tokens, among_lexicon = rank_among(add, expected, candidates, inputs).unbind(1)

@@ -58,12 +58,12 @@ DEFINITIONS = {
     "probability_before": "probability of the target of the prompt shown in detail",
     "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most",
     "remaining_after_one": "share of the top-1 token's probability that is left after zeroing the single most damaging "
-    "signal at the readout; mean over prompts. matched_signal: the other signal nearest in |a_s| ‖R_:s‖. rotated_basis: the "
-    "most damaging signal of each rotated basis",
+    "signal at the readout, mean over prompts. matched_signal: the other signal nearest in |a_s| ‖R_:s‖; "
+    "rotated_basis: the most damaging signal of each rotated basis",
     "knockout_area": "area between the curve of random order and the curve of contribution order: share of the top-1 "
     "token's probability against the share of signals zeroed at the readout; mean over prompts",
-    "sufficient_share": "smallest share of signals, kept in order of contribution with all others zeroed, that restores "
-    f"{RECOVERED:.0%} of the top-1 token's probability; mean over prompts",
+    "sufficient_share": "smallest share of signals, kept in order of contribution with all others zeroed, that "
+    f"restores {RECOVERED:.0%} of the top-1 token's probability; mean over prompts",
 }
 PUBLISHED = {
     "probability_before": 0.0831,
@@ -95,12 +95,14 @@ def causal_ablation(
         quick: a third of the prompts.
 
     Returns:
-        A Result with frames ``signals`` (every signal of the prompt in detail: contribution, effects by site and kind of
-        replacement, codebook), ``prompts`` (a row a prompt and control), ``curves`` (means over prompts) and ``sites`` (the
-        most damaging signals removed at every site), and figures ``knockout``, ``signals``, ``sites``, ``single``.
+        A Result with frames ``signals`` (every signal of the prompt in detail: contribution, effects by site and kind
+        of replacement, codebook), ``prompts`` (a row a prompt and control), ``curves`` (means over prompts) and
+        ``sites`` (the most damaging signals removed at every site), and figures ``knockout``, ``signals``, ``sites``,
+        ``single``.
 
     Raises:
-        ReflowlensError: the prompt is empty or too long, the target several tokens, or the lexicon has fewer than two prompts.
+        ReflowlensError: the prompt is empty or too long, the target several tokens, or the lexicon has fewer than two
+            prompts.
 
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """

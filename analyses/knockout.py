@@ -1,9 +1,11 @@
 """Removing signals: what a prediction owes to each.
 
-At the readout the logits are linear in the signals, ``logits = R a``, so replacing one signal is a closed form and needs
-no forward pass. Upstream of it the edited residual streams of many signals are one batch that starts at the edited layer.
+At the readout the logits are linear in the signals, ``logits = R a``, so replacing one signal is a closed form and
+needs no forward pass. Upstream of it the edited residual streams of many signals are one batch that starts at the
+edited layer.
 
-Every removal is a *replacement*: by zero, by the signal's mean over reference text, or by its value elsewhere (resample).
+Every removal is a *replacement*: by zero, by the signal's mean over reference text, or by its value elsewhere
+(resample).
 """
 
 from __future__ import annotations
@@ -137,8 +139,8 @@ def upstream_effects(
     """The target's probability at the last position after zeroing each signal at a site before the readout.
 
     Sites: ``"embed"``, each token enters without r_s B_s; a layer, the component along B_s is projected out of the
-    residual stream that this block reads, at every position; ``"everywhere"``, the basis row is zero for the whole pass:
-    ``embed`` and readout together.
+    residual stream that this block reads, at every position; ``"everywhere"``, the basis row is zero for the whole
+    pass: ``embed`` and readout together.
     """
     layer = site if isinstance(site, int) else 0
     resid = model(tokens, stop_at_layer=layer)

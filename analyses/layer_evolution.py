@@ -33,10 +33,11 @@ from reflowlens.signals import SignalView, ViewName, signal_view
 
 MINIMUM_PROMPTS = 20
 DEFINITIONS = {
-    "crystallisation_share": "first point from which the final top-1 token stays top-1, as a share of the depth (0: the "
-    "embedding, 1: the end); mean over prompts, last token of each. Published: layer 18 of 36 at the latest for short prompts",
+    "crystallisation_share": "first point from which the final top-1 token stays top-1, as a share of the depth (0: "
+    "the embedding, 1: the end); mean over prompts, last token of each. Published: layer 18 of 36 at the latest for "
+    "short prompts",
     "crystallisation_layer": "the same in blocks",
-    "lens_top1_at_half_depth": "share of prompts whose lens after half of the blocks already shows the final top-1 token",
+    "lens_top1_at_half_depth": "share of prompts whose lens after half of the blocks shows the final top-1 token",
     "kl_at_half_depth": "KL(final ‖ lens) in nats after half of the blocks, mean over prompts",
     "target_accuracy": "share of prompts whose expected continuation is the most probable token",
     "target_probability": "probability of the expected continuation, mean over prompts",
@@ -65,13 +66,13 @@ def layer_evolution(
         quick: a third of the prompts.
 
     Returns:
-        A Result with frames ``layers`` (prompt in detail, a row a point and token), ``positions`` (top-1 of every point and
-        position), ``prompts`` (a row a prompt and model) and ``depth`` (means over prompts with intervals), and figures
-        ``probability``, ``positions``, ``depth``, ``crystallisation``.
+        A Result with frames ``layers`` (prompt in detail, a row a point and token), ``positions`` (top-1 of every
+        point and position), ``prompts`` (a row a prompt and model) and ``depth`` (means over prompts with intervals),
+        and figures ``probability``, ``positions``, ``depth``, ``crystallisation``.
 
     Raises:
-        ReflowlensError: the prompt is empty or too long, the target several tokens, or fewer than two factual prompts of the
-            lexicon can be used.
+        ReflowlensError: the prompt is empty or too long, the target several tokens, or fewer than two factual prompts
+            of the lexicon can be used.
 
     Example: ``layer_evolution(model, "The capital of France is", target=" Paris").metrics["crystallisation_layer"]``
     """
@@ -119,8 +120,8 @@ def layer_evolution(
 def crystallisation_verdict(shares: Sequence[float], interval: tuple[float, float], untrained: float) -> Verdict:
     """Claim: predictions are decided by half depth (published: layer 18 of 36 at the latest).
 
-    Supported if the whole interval of the mean share lies at or below 0.5 and excludes the untrained model's, which is early
-    for want of any change; underpowered with fewer than 20 prompts, or if the interval contains 0.5.
+    Supported if the whole interval of the mean share lies at or below 0.5 and excludes the untrained model's, which is
+    early for want of any change; underpowered with fewer than 20 prompts, or if the interval contains 0.5.
     """
     low, high = interval
     if len(shares) < MINIMUM_PROMPTS or low < 0.5 < high:

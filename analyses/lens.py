@@ -45,7 +45,7 @@ def residual_points(n_layers: int) -> list[ResidualPoint]:
 def residual_stack(
     model: HookedModel, input: TextInput, *, last_only: bool = True
 ) -> Float[Tensor, "point prompt *pos d_model"]:
-    """The residual stream of each prompt at every point: at its own last token, or at every position (padding included)."""
+    """The residual stream of each prompt at every point: at its own last token, or at every position, padding too."""
     tokens, lengths = model.tokens_and_lengths(input)
     points = residual_points(model.cfg.n_layers)
     _, cache = model.run_with_cache(

@@ -16,7 +16,7 @@ from torch import Tensor
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers import Tokenizer
 
-BLOCK = 128  # queries at a time: with GPT-2's 50,257 tokens 26 MB a matrix of scores
+BLOCK = 32  # queries at a time: scores over GPT-2's 50,257 tokens are 6 MB, which a cache can hold
 
 
 class Neighbors(NamedTuple):
@@ -100,5 +100,6 @@ def shuffle_columns(matrix: Float[Tensor, "row S"], seed: int) -> Float[Tensor, 
 
     Every signal keeps its distribution over tokens; what tokens share across signals is destroyed.
     """
-    shuffled = np.random.default_rng(seed).permuted(matrix.detach().cpu().float().numpy(), axis=0)
+    values = matrix.detach().cpu().to(torch.promote_types(matrix.dtype, torch.float32)).numpy()  # numpy has no bfloat16
+    shuffled = np.random.default_rng(seed).permuted(values, axis=0)
     return torch.from_numpy(shuffled).to(matrix)

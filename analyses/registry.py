@@ -1,4 +1,4 @@
-"""The experiments that there are, by number. Adding one is one line in `EXPERIMENTS`; nothing is imported until it runs."""
+"""The experiments that there are, by number. Adding one is one line below; none is imported before it runs."""
 
 from __future__ import annotations
 

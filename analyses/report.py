@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds everything, opens without a network, and draws its figures when they are seen."""
+"""The report: one HTML file that holds everything, opens without a network and draws its figures when seen."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file and return its path.
 
-    `results` appear in the order given. `errors`: experiment's name -> why it has no result. `model_card`: facts about the
-    model by their names for people, "name" among them (`analyses.suite.model_card`). Links to the frames' CSV files are
-    made where `Result.save` put them beside the report, in a folder of the experiment's name.
+    `results` appear in the order given. `errors`: experiment's name -> why it has no result. `model_card`: facts about
+    the model by their names for people, "name" among them (`analyses.suite.model_card`). Frames are linked to their CSV
+    files where `Result.save` put them beside the report, in a folder of the experiment's name.
 
     Example: `write_report([layer_evolution(model)], {}, {"name": "reflow-nano"}, "out/report.html")`
     """
@@ -109,14 +109,11 @@ def _footer() -> str:
 
 # -- the headline table -----------------------------------------------------------------------------------------------
 
-_KEY = """<p class="key">
-<span><svg class="strip" viewBox="0 0 26 14" aria-hidden="true"><line class="interval" x1="2" x2="24" y1="7" y2="7"/>
-<circle class="value" cx="13" cy="7" r="4"/></svg> value, 95% interval</span>
-<span><svg class="strip" viewBox="0 0 26 14" aria-hidden="true"><line class="control" x1="13" x2="13" y1="1" y2="13"/></svg>
-controls</span>
-<span><svg class="strip" viewBox="0 0 26 14" aria-hidden="true"><path class="published" d="M13 1l6 6-6 6-6-6z"/></svg>
-published</span>
-<span>every row has its own scale</span></p>"""
+_KEYS = {
+    "value, 95% interval": '<path class="interval" d="M2 7h22"/><circle class="value" cx="13" cy="7" r="4"/>',
+    "controls": '<path class="control" d="M13 1v12"/>',
+    "published": '<path class="published" d="M13 1l6 6-6 6-6-6z"/>',
+}
 
 
 def _headline(results: Sequence[Result]) -> str:
@@ -128,7 +125,8 @@ def _headline(results: Sequence[Result]) -> str:
     if not bodies:
         return "<p>No experiment returned a metric.</p>"
     table = f'<table class="headline"><thead><tr>{head}</tr></thead>\n{bodies}\n</table>'
-    return _scroll(table, "Results at a glance") + _KEY
+    keys = "".join(f"<span>{_svg(26, 14, marks)} {name}</span>" for name, marks in _KEYS.items())
+    return _scroll(table, "Results at a glance") + f'<p class="key">{keys}<span>every row has its own scale</span></p>'
 
 
 def _headline_rows(result: Result) -> str:
@@ -141,17 +139,17 @@ def _headline_rows(result: Result) -> str:
         )
         cells = [
             f'<th scope="row">{escape(_words(metric))}</th>',
-            f'<td class="number">{_number(entry["value"])}'
+            f'<td class="number value">{_number(entry["value"])}'
             + (
                 f'<br><span class="interval">{_number(interval[0])} to {_number(interval[1])}</span>'
                 if interval
                 else ""
             )
             + "</td>",
-            f"<td>{_strip(entry)}</td>",
-            f'<td><ul class="controls">{controls}</ul></td>' if controls else "<td></td>",
-            f'<td class="number">{"" if entry["published"] is None else _number(entry["published"])}</td>',
-            f"<td>{_chip(entry['verdict']) if entry['verdict'] else ''}</td>",
+            f'<td class="drawn">{_strip(entry)}</td>',
+            f'<td class="controlled"><ul class="controls">{controls}</ul></td>' if controls else "<td></td>",
+            f'<td class="number published">{"" if entry["published"] is None else _number(entry["published"])}</td>',
+            f'<td class="verdict-of">{_chip(entry["verdict"]) if entry["verdict"] else ""}</td>',
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return "<tbody>" + "\n".join(rows) + "</tbody>"
@@ -175,7 +173,11 @@ def _strip(entry: Mapping[str, Any]) -> str:
         marks.append(f'<line class="interval" x1="{left}" x2="{right}" y1="11" y2="11"/>')
     marks.append(f'<circle class="value" cx="{at(entry["value"])}" cy="11" r="4.5"/>')
     marks += [f'<path class="published" d="M{at(x)} 3l8 8-8 8-8-8z"/>' for x in published]
-    return f'<svg class="strip" viewBox="0 0 150 22" aria-hidden="true">{"".join(marks)}</svg>'
+    return _svg(150, 22, "".join(marks))
+
+
+def _svg(width: int, height: int, marks: str) -> str:
+    return f'<svg class="strip" viewBox="0 0 {width} {height}" aria-hidden="true">{marks}</svg>'
 
 
 # -- one experiment ---------------------------------------------------------------------------------------------------
@@ -210,10 +212,10 @@ def _section(result: Result, folder: Path) -> str:
 
 def _failure(name: str, error: str) -> str:
     experiment = _experiment(name)
-    return (
-        f'<section id="{escape(name)}" class="experiment"><p class="group">{escape(experiment.group if experiment else _OWN)}</p>'
-        f'<h2>{_numbered(experiment, _title(name))}</h2><p class="failure">No result: {escape(error)}</p></section>'
-    )
+    group = escape(experiment.group if experiment else _OWN)
+    heading = f'<p class="group">{group}</p><h2>{_numbered(experiment, _title(name))}</h2>'
+    text = f'<p class="failure">No result: {escape(error)}</p>'
+    return f'<section id="{escape(name)}" class="experiment">{heading}{text}</section>'
 
 
 def _definition(result: Result, metric: str) -> str:
@@ -241,7 +243,9 @@ def _figure(identifier: str, figure: go.Figure) -> str:
 def _frame(experiment: str, name: str, frame: pd.DataFrame, folder: Path) -> str:
     """The first rows, folded away; a link to all of them where they were saved."""
     numeric = [pd.api.types.is_numeric_dtype(frame[column]) and frame[column].dtype != bool for column in frame]
-    head = "".join(f'<th scope="col"{_kind(n)}>{escape(_words(c))}</th>' for c, n in zip(frame, numeric, strict=True))
+    head = "".join(
+        f'<th scope="col"{_kind(n)}>{escape(_words(str(c)))}</th>' for c, n in zip(frame, numeric, strict=True)
+    )
     rows = "".join(
         "<tr>" + "".join(f"<td{_kind(n)}>{_cell(value)}</td>" for value, n in zip(row, numeric, strict=True)) + "</tr>"
         for row in frame.head(FIRST_ROWS).itertuples(index=False)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from reflowlens.errors import ReflowlensError
@@ -26,18 +29,27 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENTS", "Experiment", "SuiteRun", "model_card", "parse_selection", "run_suite"]
 
 INTERRUPTED = "interrupted before it was done"
+ERROR_FILE = "error.txt"
 
 
 @dataclass(frozen=True)
 class SuiteRun:
     """What a run left behind. `results`, `errors` and `seconds` are by the experiments' names."""
 
-    results: dict[str, Result]
-    errors: dict[str, str]
-    seconds: dict[str, float]
     folder: Path
-    report: Path
-    interrupted: bool = False
+    results: dict[str, Result] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def report(self) -> Path:
+        """The HTML file."""
+        return self.folder / "report.html"
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C stopped it."""
+        return INTERRUPTED in self.errors.values()
 
 
 def run_suite(
@@ -65,49 +77,33 @@ def run_suite(
             packaged model if this is one.
 
     The folder holds `report.html`, `results.json` ({experiment: {"metrics", "seconds", "error"}}, written anew after
-    each experiment) and a saved `Result` a folder; an experiment that failed leaves its traceback in
-    `<name>/error.txt` and does not stop the others. Ctrl-C stops: what is done is reported, and the rest is marked.
+    each experiment) and a saved `Result` a folder. An experiment that fails leaves its traceback in `<name>/error.txt`
+    and does not stop the others. Ctrl-C does: what is done is reported, and what is not is named.
+
+    Raises ReflowlensError for an unknown experiment and for a folder that cannot be written, before anything is run.
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
-    from tqdm import tqdm
-
     from analyses.report import write_report
 
     selected = [EXPERIMENTS[number] for number in parse_selection(experiments)]
     name = model_name or model.cfg.model_name or model.cfg.architecture
-    folder = Path(out) if out is not None else _new_folder(name)
+    run = SuiteRun(_make_folder(out, name))
     card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
-    run = SuiteRun({}, {}, {}, folder, folder / "report.html")
     bar = tqdm(selected, unit="experiment", disable=not (sys.stderr.isatty() if progress is None else progress))
-    interrupted = False
-    for experiment in bar:
-        bar.set_description(experiment.title)
-        started = time.perf_counter()
-        try:
-            result = _call(experiment.load(), model, seed=seed, quick=quick, analogies=analogies)
-            run.seconds[experiment.name] = time.perf_counter() - started
-            result.seconds = run.seconds[experiment.name]
-            result.save(folder / experiment.name)
-            run.results[experiment.name] = result
-        except KeyboardInterrupt:
-            interrupted = True
-            break
-        except Exception as error:
-            run.seconds[experiment.name] = time.perf_counter() - started
-            run.errors[experiment.name] = _message(error)
-            with replacing(folder / experiment.name / "error.txt") as path:
-                path.write_text(traceback.format_exc(), encoding="utf-8")
-        _write_metrics(run)
-    bar.close()
-    if interrupted:
-        missing = [e.name for e in selected if e.name not in run.results and e.name not in run.errors]
+    try:
+        for experiment in bar:
+            bar.set_description(experiment.title)
+            _run_one(run, experiment, model, seed=seed, quick=quick, analogies=analogies)
+            _write_metrics(run)
+    except KeyboardInterrupt:
+        missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
         run.errors.update(dict.fromkeys(missing, INTERRUPTED))
-        _write_metrics(run)
-        done = f"{len(selected) - len(missing)} of {len(selected)} experiments done"
-        print(f"interrupted: {done}, without {', '.join(missing)}; writing the report", file=sys.stderr)
+        bar.close()
+        print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
+    _write_metrics(run)
     write_report([*run.results.values()], run.errors, card, run.report)
-    return SuiteRun(run.results, run.errors, run.seconds, folder, run.report, interrupted)
+    return run
 
 
 def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> dict[str, str | int | float]:
@@ -134,6 +130,22 @@ def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> di
             card[known.get(key, key.replace("_", " "))] = value
     card["hash"] = model_hash(model)
     return {key: value for key, value in card.items() if value is not None}
+
+
+def _run_one(run: SuiteRun, experiment: Experiment, model: HookedModel, **options: Any) -> None:
+    """Run, time and save one experiment; enter it in `run.results` or, if it fails, in `run.errors`."""
+    folder, started = run.folder / experiment.name, time.perf_counter()
+    try:
+        result = _call(experiment.load(), model, **options)
+        result.seconds = time.perf_counter() - started
+        result.save(folder)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        run.results[experiment.name] = result
+    except Exception as error:
+        run.errors[experiment.name] = _message(error)
+        with replacing(folder / ERROR_FILE) as path:
+            path.write_text(traceback.format_exc(), encoding="utf-8")
+    run.seconds[experiment.name] = time.perf_counter() - started
 
 
 def _call(function: Callable[..., Result], model: HookedModel, **options: Any) -> Result:
@@ -164,12 +176,18 @@ def _write_metrics(run: SuiteRun) -> None:
         path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _new_folder(name: str) -> Path:
-    """`out/<model>/<date-time>`, with a number behind it should that second already have a run."""
-    base = Path("out") / re.sub(r"[^\w.-]+", "_", name)
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folders = (base / (f"{stamp}_{i}" if i else stamp) for i in range(1000))
-    return next(folder for folder in folders if not folder.exists())
+def _make_folder(out: str | Path | None, name: str) -> Path:
+    """`out`, or a new `out/<model>/<date-time>`, with a number behind it should that second have one already."""
+    if out is None:
+        base = Path("out") / re.sub(r"[^\w.-]+", "_", name)
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        names = itertools.chain([stamp], (f"{stamp}_{i}" for i in itertools.count(2)))
+        out = next(base / name for name in names if not (base / name).exists())
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReflowlensError(f"cannot write into {out}: {error.strerror}") from error
+    return Path(out)
 
 
 def _packaged_manifest(model: HookedModel, name: str) -> dict[str, Any]:

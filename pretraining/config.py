@@ -34,8 +34,8 @@ class OptimizerConfig:
         learning_rate: AdamW's peak rate.
         matrix_learning_rate: Muon's peak rate, the spectral norm of a step.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
-        schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``, constant
-            and then linear down to it over the last ``decay_fraction`` of the steps.
+        schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``,
+            constant and then linear down to it over the last ``decay_fraction`` of the steps.
     """
 
     name: str = "adamw"
@@ -130,7 +130,8 @@ def load_config(path: str | Path) -> TrainConfig:
     """Read and check a TOML file; ``[model]`` takes ``preset = "name"`` and/or fields of ``ModelConfig``.
 
     Raises:
-        ReflowlensError: the file is missing or not TOML, a table or field is unknown or missing, or a value is not allowed.
+        ReflowlensError: the file is missing or not TOML, a table or field is unknown or missing, or a value is not
+            allowed.
     """
     try:
         tables = tomllib.loads(Path(path).read_text(encoding="utf8"))

@@ -61,8 +61,8 @@ def make_optimizers(model: nn.Module, cfg: OptimizerConfig) -> list[torch.optim.
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix steps are orthogonalised (Jordan et al., 2024).
 
-    torch's own takes two-dimensional parameters only; here each head of a [head, rows, columns] parameter is a matrix of
-    its own. A step has spectral norm ``lr * max(1, rows / columns) ** 0.5``.
+    torch's own takes two-dimensional parameters only; here each head of a [head, rows, columns] parameter is a matrix
+    of its own. A step has spectral norm ``lr * max(1, rows / columns) ** 0.5``.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:

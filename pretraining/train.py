@@ -81,8 +81,8 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: the data do not fit the model, ``out`` already holds a run, there is nothing to resume, or the loss
-            stops being finite.
+        ReflowlensError: the data do not fit the model, ``out`` already holds a run, there is nothing to resume, or the
+            loss stops being finite.
     """
     with processes() as group, _stop_requests() as stop:
         return _train(cfg, group, stop, resume, sys.stderr.isatty() if progress is None else progress)
@@ -168,7 +168,7 @@ def _autocast(cfg: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def _accumulate(forward: Any, batch: tuple[Tensor, Tensor], cfg: TrainConfig, group: Processes) -> float:
-    """Gradients of the step's mean loss, summed over micro-batches; processes are averaged once, on the last of them."""
+    """Gradients of the step's mean loss, summed over micro-batches; processes average once, on the last of them."""
     n = cfg.run.accumulation
     total = torch.zeros((), device=group.device)
     for i, (x, y) in enumerate(zip(*(part.chunk(n) for part in batch), strict=True)):

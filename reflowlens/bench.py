@@ -1,4 +1,4 @@
-"""Benchmarks: each a ratio of two ways of doing one thing, alternated in one process so that both meet the same machine."""
+"""Benchmarks: each a ratio of two ways of doing one thing, alternated in one process so that both meet one machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.config import ModelConfig, preset
+from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import KeyValueCache
-from reflowlens.models.decoder import Readout, Unembed
+from reflowlens.models.decoder import Unembed
 from reflowlens.models.reflow import ReFlow
 
 NANO = ModelConfig(
@@ -38,7 +38,8 @@ def run_benchmarks(which: str = "all") -> pd.DataFrame:
     """Run ``hooks``, ``decode`` or ``all``.
 
     Returns:
-        One row a comparison: ``benchmark``, ``ours_ms``, ``other_ms`` (medians), ``ratio`` (other / ours: above 1 we are
+        One row a comparison: ``benchmark``, ``ours_ms``, ``other_ms`` (medians), ``ratio`` (other / ours: above 1 we
+            are
         faster) and ``of``, what was compared.
     """
     rows: list[dict[str, Any]] = []
@@ -50,7 +51,7 @@ def run_benchmarks(which: str = "all") -> pd.DataFrame:
 
 
 def bench_hooks(batch: int = 8, context: int = 128) -> list[dict[str, Any]]:
-    """A forward and a training step of a nano-sized reFlow with its HookPoints against the same weights without them."""
+    """A forward and a training step of a nano-sized reFlow with HookPoints against the same weights without them."""
     tokens = torch.randint(NANO.d_vocab, (batch, context), generator=torch.Generator().manual_seed(0))
     rows = []
     for compiled in (False, True):
@@ -73,7 +74,7 @@ def bench_hooks(batch: int = 8, context: int = 128) -> list[dict[str, Any]]:
 
 
 def bench_decode(steps: int = 24) -> dict[str, Any]:
-    """Tokens decoded at batch 1 with a key-value cache, reflow_1_small: R and B in turn against forming E at each step."""
+    """Decoding at batch 1 with a key-value cache, reflow_1_small: R and B in turn against forming E at each step."""
     ours = build_model("reflow_1_small")
     published = FormingReFlow(ours.cfg).eval()
     published.load_state_dict(ours.state_dict())

@@ -41,8 +41,8 @@ def load_model(
     Weights stored in 16 bits are widened to ``dtype``.
 
     Raises:
-        ReflowlensError: there is no such model, the file is corrupt, was not written by reflowlens, does not fit its own
-            configuration, or holds values that are not finite.
+        ReflowlensError: there is no such model, the file is corrupt, was not written by reflowlens, does not fit its
+            own configuration, or holds values that are not finite.
 
     Example: ``model = load_model("reflow-nano")``
     """
@@ -80,9 +80,13 @@ def save_model(
         dtype: store the weights in this type, e.g. ``torch.float16``.
 
     Raises:
-        ReflowlensError: the disk is full or the folder cannot be written; nothing has changed then.
+        ReflowlensError: a weight is not finite (in ``dtype``), the disk is full or the folder cannot be written; then
+            nothing has changed.
     """
     weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{name} holds values that are not finite in {tensor.dtype}: the model is not saved")
     config = model.cfg.to_dict()
 
     def write(folder: Path) -> None:
@@ -114,7 +118,7 @@ def find_model(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    for folder in (path, ASSETS / str(name_or_path), *reversed(sorted(path.glob("step_*")))):
+    for folder in (path, ASSETS / str(name_or_path), *sorted(path.glob("step_*"), reverse=True)):
         if (folder / WEIGHTS).is_file():
             return folder / WEIGHTS
     if path.exists():
@@ -143,10 +147,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         write(temporary)
         temporary.chmod(0o755)
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(retired / folder.name)
-            temporary.rename(folder)
-            shutil.rmtree(retired)
+            _replace(folder, temporary)
         else:
             temporary.rename(folder)
     except BaseException as error:
@@ -155,6 +156,21 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
             raise _write_error(folder, error) from error
         raise
     return folder
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Move ``new`` to ``folder``, which exists; what was there is put back if that fails, and removed if not."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = retired / folder.name
+    try:
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(retired)
 
 
 def file_hash(path: Path) -> str:
@@ -181,14 +197,24 @@ def _read_config(path: Path) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("the header is longer than the file")
-            metadata = json.loads(file.read(length)).get("__metadata__", {})
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("the header is not an object")
     except (OSError, ValueError, struct.error) as error:
         raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
+    found = header.get("__metadata__")
+    metadata = found if isinstance(found, dict) else {}
     if metadata.get("format") != FORMAT:
         raise ReflowlensError(
             f"{path} was not written by reflowlens (format {metadata.get('format')!r}, expected {FORMAT!r})"
         )
-    return json.loads(metadata["config"])
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, TypeError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise ReflowlensError(f"{path} holds no readable configuration")
+    return config
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

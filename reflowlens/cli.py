@@ -1,4 +1,4 @@
-"""The command line: a thin layer that parses, calls one function and prints. Heavy imports wait until they are needed."""
+"""The command line: a thin layer that parses, calls one function and prints. Heavy imports wait until needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="reflowlens",
-        description="Language models whose predictions are sums over readable signals, and the experiments that test it.",
+        description="Language models whose predictions are sums over readable signals, and experiments that test it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> int:
 
     # `reflowlens run 5 7` leaves out the model
     model, experiments = options.model, options.experiments
-    if model == "all" or model[0].isdigit() and not Path(model).exists() and model not in list_models():
+    if model == "all" or (model[0].isdigit() and not Path(model).exists() and model not in list_models()):
         given = [] if experiments == ["all"] else experiments
         model, experiments = DEFAULT_MODEL, [model, *given]
     selection = parse_selection(experiments)

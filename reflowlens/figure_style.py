@@ -42,11 +42,13 @@ def register_template() -> go.layout.Template:
         "automargin": True,
         "gridcolor": "rgba(128, 128, 128, 0.22)",
         "linecolor": INK,
+        "spikecolor": INK,
+        "spikethickness": 1,
         "showline": True,
         "tickcolor": INK,
         "ticks": "outside",
         "ticklen": 4,
-        "title": {"standoff": 10},
+        "title": {"standoff": 10, "font": {"size": 13}},
         "zeroline": False,
     }
     layout = {
@@ -54,7 +56,8 @@ def register_template() -> go.layout.Template:
         "font": {"family": "Inter, system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 13, "color": INK},
         "hoverlabel": {"bgcolor": "#24272D", "bordercolor": "#5A5F69", "font": {"color": "#F4F4F4"}, "align": "left"},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
-        "margin": {"l": 60, "r": 20, "t": 40, "b": 50},
+        "margin": {"l": 60, "r": 20, "t": 16, "b": 50},
+        "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": INK, "activecolor": PALETTE[0]},
         "paper_bgcolor": "rgba(0, 0, 0, 0)",
         "plot_bgcolor": "rgba(0, 0, 0, 0)",
         "title": {"x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 16}},
@@ -70,7 +73,8 @@ def blank_figure(title: str, x_title: str, y_title: str) -> go.Figure:
     template = register_template()
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": label(y_title)})
+    upright = "<br>".join(map(label, textwrap.wrap(y_title, 36)))  # plotly would let a long one run out of the figure
+    figure = go.Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": upright})
     if title:
         figure.update_layout(title_text=label(title), margin_t=90)
     return figure
@@ -94,7 +98,7 @@ class Series:
 
 
 def series_of(frame: pd.DataFrame, color: str | None, controls: Collection[str]) -> Iterator[Series]:
-    """The groups of the column ``color`` in order of appearance: controls in greys, the others in the palette's colours."""
+    """The groups of the column ``color`` in order of appearance: controls in greys, the others in colours."""
     if color is None:
         yield Series("", frame)
         return

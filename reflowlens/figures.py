@@ -95,7 +95,7 @@ def line_with_band(
             line={"color": series.color, "width": 2, "dash": series.dash},
             marker={"size": 5},
             customdata=hover_texts(series.rows, hover, low, high),
-            hovertemplate="%{y:.4g}  %{customdata}",
+            hovertemplate="%{y:.4~g}  %{customdata}",
             showlegend=color is not None,
             **shared,
         )
@@ -157,7 +157,9 @@ def bars(
             orientation="h" if horizontal else "v",
             name=series.name,
             marker={
-                "color": series.faded(0.55),  # the whisker is drawn over it in the full colour
+                "color": series.faded(0.55)
+                if spread
+                else series.color,  # whiskers are drawn over it in the full colour
                 "line": {"color": series.color, "width": 1 if categories is not None else 0},
                 "pattern": {"shape": series.hatch, "fillmode": "overlay", "fgcolor": series.color},
             },
@@ -171,7 +173,8 @@ def bars(
         axis = {"type": "category", "categoryorder": "array", "categoryarray": categories}
         if horizontal:
             figure.update_yaxes(**axis, autorange="reversed", showgrid=False)
-            figure.update_layout(height=120 + len(categories) * (14 * len(groups) + 10))
+            height = 120 + len(categories) * (14 * len(groups) + 10)
+            figure.update_layout(height=height, meta=_room_for(categories))
         else:
             figure.update_xaxes(**axis, showgrid=False)
             figure.update_layout(meta={"min_width": 100 + len(categories) * max(12 * len(groups), 24)})
@@ -229,7 +232,7 @@ def dots(
         )
     lines = list(dict.fromkeys(frame[y].map(label)))
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=lines, range=[len(lines) - 0.5, -0.5])
-    figure.update_layout(height=120 + 44 * len(lines))
+    figure.update_layout(height=120 + 44 * len(lines), meta=_room_for(lines))
     if log_x:
         figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside", "ticklen": 2})
     return figure
@@ -278,6 +281,7 @@ def heatmap(
     names = [x, x_labels, y, y_labels, text, z, *hover]
     shown = pd.Series(hover_texts(frame, [name for name in dict.fromkeys(names) if name]), index=frame.index)
     figure = blank_figure(title, x_title or words(x_labels or x), y_title or words(y_labels or y))
+    scale = {"text": label(z_title or words(z)), "side": "right", "font": {"size": 13}}
     figure.add_heatmap(
         z=grid(frame[z].astype(float)),
         zmin=z_range[0] if z_range else None,
@@ -288,14 +292,15 @@ def heatmap(
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
         colorscale="Cividis",
+        textfont={"size": 11},
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": z_title or words(z), "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        colorbar={"title": scale, "thickness": 12, "outlinewidth": 0},
     )
     figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns.values()), showgrid=False)
     figure.update_yaxes(tickvals=list(range(len(lines))), ticktext=list(lines.values()), showgrid=False)
     if text is not None:
-        figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 68 * len(columns)})
+        figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 84 * len(columns)})
     return figure
 
 
@@ -362,7 +367,12 @@ def save_figure(figure: go.Figure, path: str | Path, *, share_plotlyjs: bool = F
         raise ReflowlensError(f"cannot write {path.name!r}: a name ending in {', '.join(SUFFIXES)} was expected")
     with replacing(path) as temporary:
         if path.suffix == ".html":
-            figure.write_html(temporary, include_plotlyjs="directory" if share_plotlyjs else True, div_id=path.stem)
+            figure.write_html(
+                temporary,
+                config={"displaylogo": False, "showSendToCloud": False},  # plotly's button that uploads the data
+                include_plotlyjs="directory" if share_plotlyjs else True,
+                div_id=path.stem,
+            )
         elif path.suffix == ".json":
             figure.write_json(temporary)
         else:
@@ -385,6 +395,11 @@ def _axis_labels(frame: pd.DataFrame, column: str, labels: str | None) -> dict[A
     """The values of a column in order of appearance, each with what the axis shows for it."""
     first = frame.drop_duplicates(column)
     return dict(zip(first[column], first[labels or column].map(label), strict=True))
+
+
+def _room_for(names: Sequence[str]) -> dict[str, int]:
+    """The least width, for a page that reads it, at which names beside the axis leave the plot 300 pixels."""
+    return {"min_width": 300 + 7 * max(map(len, names))}
 
 
 def _categories(values: pd.Series) -> list[str] | None:

@@ -48,10 +48,10 @@ def generate(
         stop_token: end a row after this token too.
         seed: row i draws from a generator seeded with ``seed + i``.
         use_past_kv_cache: keep keys and values; False reads the whole text again at every step, for checking.
-        return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch, pos],
-            ended rows filled up with the document end.
-        return_cache: also return the activations over prompt and continuation (``names_filter`` as in ``run_with_cache``),
-            from one pass over the result.
+        return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch,
+            pos], ended rows filled up with the document end.
+        return_cache: also return the activations over prompt and continuation (``names_filter`` as in
+            ``run_with_cache``), from one pass over the result.
         progress: show a bar; by default on a terminal.
 
     Raises:
@@ -124,8 +124,8 @@ def sample(
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
     probabilities = logits.softmax(dim=-1).cpu()
-    draws = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
-    return torch.cat(draws)
+    draws = [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(probabilities, generators, strict=True)]
+    return torch.tensor(draws, dtype=torch.long)
 
 
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:

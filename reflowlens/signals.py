@@ -10,7 +10,8 @@ view           recipe             basis          what it is for
 ``native``     R                  B              the signals that the model was trained with
 ``identity``   W_E                I              every model: the residual stream's own axes
 ``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
-``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any statement about
+``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any statement
+about
                                                  single signals
 =============  =================  =============  ==================================================================
 
@@ -99,7 +100,8 @@ class SignalView:
         """The tokens that a signal speaks for: the k largest entries of its recipe column of either sign.
 
         Returns:
-            One row a token: ``sign`` (+1 or -1), ``token``, ``text``, ``recipe`` (R entry) and ``z`` (entry minus the column's
+            One row a token: ``sign`` (+1 or -1), ``token``, ``text``, ``recipe`` (R entry) and ``z`` (entry minus the
+                column's
             mean over real tokens, in its standard deviations), strongest first within each sign.
 
         Raises:
@@ -131,8 +133,8 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     """See a model through signals.
 
     Args:
-        name: ``native``, ``identity``, ``svd`` or ``rotated`` (module docstring); default ``native`` where the model has it,
-            else ``identity``.
+        name: ``native``, ``identity``, ``svd`` or ``rotated`` (module docstring); default ``native`` where the model
+            has it, else ``identity``.
         seed: of the random rotation.
 
     Raises:

@@ -21,7 +21,10 @@ CONFIG = ModelConfig(
     n_signals=32,
     tokenizer_name="gpt2_16k",
 )
-WORDS = "red blue green king queen house river stone bread water city France light music horse winter summer".split()
+WORDS = (
+    *("red", "blue", "green", "king", "queen", "house", "river", "stone"),
+    *("bread", "water", "city", "France", "light", "music", "horse", "winter"),
+)
 LEXICON = Lexicon(
     version="planted",
     factual=tuple(FactualPrompt(f"The {other} of the {word}", " Paris") for word in WORDS for other in WORDS[:2]),
@@ -40,7 +43,7 @@ def silent_blocks(model: HookedModel, *loud: int) -> HookedModel:
 
 
 def one_signal_model(seed: int = 0) -> HookedModel:
-    """Signal 0 alone carries every prediction, " Paris": B is the identity, every token enters as signal 0 and noise."""
+    """Signal 0 alone carries every prediction, " Paris": B is the identity, tokens enter as signal 0 and noise."""
     model = silent_blocks(build_model(CONFIG, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,7 +63,7 @@ def empty_model(seed: int = 0) -> HookedModel:
 
 
 def deciding_model(layer: int, seed: int = 0) -> HookedModel:
-    """Every block is silent but one, whose MLP adds the direction of " Paris" to every stream: that is where it is decided."""
+    """Every block is silent but one, whose MLP adds the direction of " Paris" to every stream: it decides."""
     model = silent_blocks(build_model(CONFIG, seed=seed))
     with torch.no_grad():
         model.embed.W_recipe.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))

@@ -51,6 +51,14 @@ def test_a_stop_token_ends_a_row():
     assert stopped == free[: free.index(stop, 3) + 1]
 
 
+def test_a_row_may_end_before_another_row_s_prompt_does():
+    model = random_model("reflow")
+    first = int(model.generate("x", 1, seed=0, return_type="tokens")[0, -1])
+    short, long = model.generate(["x", "A longer one"], 4, seed=0, stop_token=first)
+    assert len(short) == 2 or "\ufffd" in short
+    assert long.startswith("A longer one")
+
+
 def test_padding_rows_are_never_drawn():
     model = random_model("reflow")
     with torch.no_grad():

@@ -54,22 +54,6 @@ def test_equals_cross_entropy_of_the_whole(n: int, k: int, d_vocab: int, chunk: 
         torch.testing.assert_close(cross_entropy(features, matrix, targets, chunk), expected[0], rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_by_finite_differences() -> None:
-    features, matrix, targets = inputs(5, 3, 7, 0.3, 0)
-    f, m = features.double().requires_grad_(), matrix.double().requires_grad_()
-
-    def loss(f: Tensor, m: Tensor) -> Tensor:
-        return F.cross_entropy(f @ m.T, targets)
-
-    expected = torch.autograd.grad(loss(f, m), (f, m))
-    assert torch.autograd.gradcheck(loss, (f, m))
-    actual = torch.autograd.grad(
-        cross_entropy(features.requires_grad_(), matrix.requires_grad_(), targets, 2), (features, matrix)
-    )
-    for one, two in zip(actual, expected, strict=True):
-        assert_close(one, two.float(), 1e-6)
-
-
 def test_one_side_may_be_fixed() -> None:
     """Features of a frozen model, or a frozen readout."""
     features, matrix, targets = inputs(9, 4, 11, 0.0, 1)

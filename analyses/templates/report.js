@@ -13,8 +13,13 @@ function draw(plot) {
   const figure = JSON.parse(plot.querySelector("script").textContent);
   Object.assign(figure.layout, { paper_bgcolor: "rgba(0, 0, 0, 0)", plot_bgcolor: "rgba(0, 0, 0, 0)" });
   figure.layout.font = { ...figure.layout.font, color: ink() };
-  const image = { format: "svg", filename: plot.id };
-  Plotly.newPlot(canvas, figure.data, figure.layout, { responsive: true, displaylogo: false, toImageButtonOptions: image });
+  Plotly.newPlot(canvas, figure.data, figure.layout, {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+    showSendToCloud: false,
+    toImageButtonOptions: { format: "svg", filename: plot.id },
+  });
 }
 
 function repaint(color) {

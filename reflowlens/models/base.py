@@ -146,7 +146,7 @@ class HookedModel(HookedRootModule):
         return self.tokenizer.token_str(token)
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
-        """The direction that a *normalised* residual is read along for each token's logit, the final norm's weight included.
+        """The direction that a *normalised* residual is read along for each token's logit, the norm's weight included.
 
         With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit exactly.
         """
@@ -247,7 +247,7 @@ class HookedModel(HookedRootModule):
         silent = [name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str)]
         if silent and reset_hooks_end:
             raise ReflowlensError(
-                f"the hook on {silent[0]!r} never ran: no forward pass reached it (check start_at_layer and stop_at_layer)"
+                f"the hook on {silent[0]!r} never ran: no forward pass reached it (see start_at_layer, stop_at_layer)"
             )
 
     def default_names(self, name: str) -> bool:
@@ -313,7 +313,8 @@ class HookedModel(HookedRootModule):
 
     def _repr_html_(self) -> str:
         title = self.cfg.model_name or self.cfg.architecture
-        return f"<b>{title}</b>: {self.n_parameters:,} parameters, {len(self.hook_dict)} hook points{self.cfg._repr_html_()}"
+        sizes = f"{self.n_parameters:,} parameters, {len(self.hook_dict)} hook points"
+        return f"<b>{title}</b>: {sizes}{self.cfg._repr_html_()}"
 
 
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:

@@ -1,4 +1,4 @@
-"""The decoder that all attention architectures share: embed, blocks, final norm, read out through the tied embedding."""
+"""The decoder that all attention architectures share: embed, blocks, final norm, readout through the embedding."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Decoder(HookedModel):
     Example:
         >>> from reflowlens.config import ModelConfig
         >>> from reflowlens.models import build_model
-        >>> tiny = ModelConfig(architecture="reflow", n_layers=1, d_model=16, n_heads=2, d_head=8, d_mlp=32, d_vocab=256,
-        ...                    n_ctx=8, n_signals=16, tokenizer_name="bytes")
+        >>> tiny = ModelConfig(architecture="reflow", n_layers=1, d_model=16, n_heads=2, d_head=8, d_mlp=32,
+        d_vocab=256, ...                    n_ctx=8, n_signals=16, tokenizer_name="bytes")
         >>> build_model(tiny)("Hi").shape
         torch.Size([1, 2, 256])
     """
@@ -110,8 +110,8 @@ class Decoder(HookedModel):
         """Read text or tokens and predict the next token at every position.
 
         Args:
-            input: a text, a list of texts (padded on the right), tokens [batch, pos] or [pos]; with ``start_at_layer`` the
-                residual stream [batch, pos, d_model] that this layer reads.
+            input: a text, a list of texts (padded on the right), tokens [batch, pos] or [pos]; with ``start_at_layer``
+                the residual stream [batch, pos, d_model] that this layer reads.
             return_type: ``"logits"`` [batch, pos, d_vocab], ``"loss"`` (mean next-token cross-entropy in nats, padding
                 left out), ``"both"`` (logits, loss) or None to run for the hooks alone.
             targets: what each position should predict, -100 where nothing counts; default: the input shifted by one.
@@ -120,8 +120,8 @@ class Decoder(HookedModel):
             past_kv_cache: keys and values of earlier positions; extended by the new ones.
 
         Raises:
-            ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer does not
-                exist, or a loss is asked for without targets.
+            ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
+                does not exist, or a loss is asked for without targets.
         """
         offset = past_kv_cache.length if past_kv_cache is not None else 0
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
@@ -163,7 +163,7 @@ class Decoder(HookedModel):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, initializer_range²); projections into the residual stream divided by √(2 n_layers) (Radford et al., 2019)."""
+        """N(0, initializer_range²), divided by √(2 n_layers) for residual projections (Radford et al., 2019)."""
         std = self.cfg.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith(".w"):

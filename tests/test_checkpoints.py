@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reflowlens import checkpoints
+from reflowlens.checkpoints import (
+    find_model,
+    list_models,
+    load_model,
+    model_hash,
+    read_manifest,
+    save_model,
+    write_folder,
+)
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+from tests.tiny import CONFIGS, random_model, random_tokens
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "saved", random_model("reflow_lite"), {"step": 7})
+
+
+def same_weights(one: HookedModel, two: HookedModel) -> bool:
+    ours, theirs = dict(one.named_parameters()), dict(two.named_parameters())
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file and its contents' hash."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- round trips
+
+
+def test_round_trip_is_bit_for_bit(model: HookedModel, tokens: Tensor, tmp_path: Path) -> None:
+    """From the folder and from the file alone."""
+    folder = save_model(tmp_path / "saved", model)
+    for path in (folder, str(folder), folder / "model.safetensors"):
+        loaded = load_model(path)
+        assert loaded.cfg == model.cfg
+        assert not loaded.training
+        assert same_weights(loaded, model)
+        assert torch.equal(loaded(tokens), model(tokens))
+        assert model_hash(loaded) == model_hash(model)
+
+
+def test_memory_layout_is_that_of_a_fresh_model(model: HookedModel, tmp_path: Path) -> None:
+    """Heads lie side by side, so that a projection of all of them is one product of unpermuted memory."""
+    fresh = build_model(model.cfg)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_model(save_model(tmp_path / "saved", model), dtype=dtype)
+        for (name, one), (_, two) in zip(fresh.named_parameters(), loaded.named_parameters(), strict=True):
+            assert one.stride() == two.stride(), name
+            assert two.dtype == dtype
+    assert not fresh.blocks[0].attn.W_Q.is_contiguous()
+    heads_as_columns = fresh.blocks[0].attn.W_Q.permute(1, 0, 2)
+    assert heads_as_columns.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_sixteen_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = random_model("reflow_topk")
+    folder = save_model(tmp_path / "saved", model, dtype=dtype)
+    stored = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    loaded = load_model(folder)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, model.get_parameter(name).to(dtype).float())
+    again = load_file(save_model(tmp_path / "again", loaded, dtype=dtype) / "model.safetensors")
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+
+
+def test_manifest(saved: Path) -> None:
+    manifest = read_manifest(saved)
+    assert manifest["step"] == 7
+    assert manifest["config"] == CONFIGS["reflow_lite"].to_dict()
+    assert manifest["weights_sha256"] == listing(saved)["model.safetensors"]
+    alone = saved.rename(saved.with_name("other")) / "model.safetensors"
+    moved = alone.rename(saved.with_name("alone.safetensors"))
+    assert read_manifest(moved) == {}
+
+
+def test_hash_tells_models_apart() -> None:
+    one, two = random_model("reflow"), random_model("reflow")
+    assert model_hash(one) == model_hash(two)
+    with torch.no_grad():
+        two.ln_final.w[0] += 1e-6
+    assert model_hash(one) != model_hash(two)
+    assert model_hash(random_model("gpt2")) != model_hash(random_model("gpt2_new"))
+
+
+def test_a_training_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (10, 20, 100):
+        save_model(tmp_path / f"step_{step:07d}", random_model("gpt2", seed=step))
+    (tmp_path / "step_0000200").mkdir()  # without weights: not complete
+    assert find_model(tmp_path) == tmp_path / "step_0000100" / "model.safetensors"
+    assert same_weights(load_model(tmp_path), random_model("gpt2", seed=100))
+
+
+def test_packaged_models_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "ASSETS", tmp_path)
+    assert list_models() == []
+    for name in ("pico", "nano"):
+        save_model(tmp_path / name, random_model("reflow"))
+    (tmp_path / "draft").mkdir()
+    assert list_models() == ["nano", "pico"]
+    assert same_weights(load_model("nano"), random_model("reflow"))
+    with pytest.raises(ReflowlensError, match=r"no model 'nan0'; did you mean 'nano'.* Packaged models: nano, pico;"):
+        load_model("nan0")
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_folders_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ReflowlensError, match="no model 'nowhere'"):
+        load_model("nowhere")
+    with pytest.raises(ReflowlensError, match=r"holds no model\.safetensors: expected a checkpoint folder"):
+        load_model(tmp_path)
+
+
+def test_truncated_and_corrupt_files(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    whole = path.read_bytes()
+    (header,) = struct.unpack("<Q", whole[:8])
+    for length in (0, 4, 8, 100, 8 + header, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ReflowlensError, match=r"is not a readable safetensors file|is corrupt"):
+            load_model(saved)
+    for damaged in (
+        b"\xff" * 8 + whole[8:],
+        whole[:8] + b"{" * header + whole[8 + header :],
+        whole[:8] + b"\xff" * header + whole[8 + header :],
+        whole[:8] + b"[]".ljust(header) + whole[8 + header :],
+        b"PK\x03\x04" + whole,
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ReflowlensError, match=r"is not a readable safetensors file|is corrupt"):
+            load_model(saved)
+
+
+def test_files_of_others_are_refused_and_never_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ReflowlensError, match="was not written by reflowlens"):
+        load_model(path)
+    save_file({"weight": torch.zeros(3)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ReflowlensError, match=r"was not written by reflowlens \(format 'pt', expected 'reflowlens-1'\)"
+    ):
+        load_model(path)
+
+    pickled = tmp_path / "model.pt"
+    torch.save({"payload": Payload()}, pickled)
+    with pytest.raises(ReflowlensError, match="is not a readable safetensors file"):
+        load_model(pickled)
+    assert not Payload.ran
+
+
+class Payload:
+    """Leaves a trace when it is unpickled."""
+
+    ran = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (Payload, "ran", True)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "holds no readable configuration"),
+        ("{", "holds no readable configuration"),
+        ("[1]", "holds no readable configuration"),
+        ('{"architecture": "mamba"}', "lacks d_head"),
+        (json.dumps(CONFIGS["gpt2"].to_dict() | {"n_layers": -1}), "n_layers must be a positive integer"),
+        (json.dumps(CONFIGS["gpt2"].to_dict() | {"depth": 2}), "unknown model field 'depth'"),
+    ],
+)
+def test_configurations_that_cannot_be_used(tmp_path: Path, config: str | None, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {"format": "reflowlens-1"} | ({} if config is None else {"config": config})
+    save_file({"weight": torch.zeros(3)}, path, metadata=metadata)
+    with pytest.raises(ReflowlensError, match=message):
+        load_model(path)
+
+
+def rewrite(saved: Path, change: Any) -> None:
+    """Change the stored tensors and leave the configuration."""
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    config = json.dumps(CONFIGS["reflow_lite"].to_dict())
+    save_file(tensors, path, metadata={"format": "reflowlens-1", "config": config})
+
+
+def test_weights_that_do_not_fit_the_configuration(saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.pop("ln_final.w"))
+    with pytest.raises(ReflowlensError, match=r"lacks 'ln_final.w' \(1 parameters missing\)"):
+        load_model(saved)
+    rewrite(saved, lambda tensors: tensors.update({"ln_final.w": torch.ones(32), "head": torch.ones(2)}))
+    with pytest.raises(ReflowlensError, match="holds 'head', which its configuration does not have"):
+        load_model(saved)
+    rewrite(saved, lambda tensors: (tensors.pop("head"), tensors.update({"ln_final.w": torch.ones(31)})))
+    with pytest.raises(ReflowlensError, match=r"ln_final.w has shape \[31\], expected \[32\]"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(saved: Path, bad: float) -> None:
+    rewrite(saved, lambda tensors: tensors["blocks.1.mlp.W_in"][3].fill_(bad))
+    with pytest.raises(ReflowlensError, match=r"blocks.1.mlp.W_in holds NaN or infinite values"):
+        load_model(saved)
+
+
+def test_storing_in_sixteen_bits_must_not_overflow(tmp_path: Path) -> None:
+    model = random_model("reflow")
+    with torch.no_grad():
+        model.ln_final.w[0] = 1e6
+    with pytest.raises(ReflowlensError, match=r"ln_final\.w holds values that are not finite in torch\.float16"):
+        save_model(tmp_path / "saved", model, dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------- replacing a checkpoint
+
+
+def test_a_new_checkpoint_replaces_the_old_one(saved: Path) -> None:
+    (saved / "stray").write_text("of the old checkpoint")
+    save_model(saved, random_model("gpt2"))
+    assert load_model(saved).cfg == CONFIGS["gpt2"]
+    assert sorted(path.name for path in saved.iterdir()) == ["manifest.json", "model.safetensors"]
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # as the safetensors library reports it
+    ],
+)
+def test_a_full_disk_leaves_the_old_checkpoint(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    before = listing(saved)
+
+    def fail(path: Path, tensors: Any, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(checkpoints, "write_tensors", fail)
+    with pytest.raises(ReflowlensError, match=r"cannot write .*saved: the disk is full; nothing was changed"):
+        save_model(saved, random_model("gpt2"))
+    assert listing(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_real_full_device(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+
+    def write(folder: Path) -> None:
+        with open("/dev/full", "wb") as file:
+            file.write(b"x" * 100_000)
+
+    with pytest.raises(ReflowlensError, match="the disk is full; nothing was changed"):
+        write_folder(tmp_path / "out", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_to_move_into_place_puts_the_old_one_back(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, rename = listing(saved), Path.rename
+
+    def fail(source: Path, target: Path) -> Path:
+        if Path(target) == saved and "old" not in source.parent.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ReflowlensError, match=r"cannot write .*saved: .*Input/output error; nothing was changed"):
+        save_model(saved, random_model("gpt2"))
+    monkeypatch.undo()
+    assert listing(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_an_interruption_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = listing(saved)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_tensors", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(saved, random_model("gpt2"))
+    assert listing(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ReflowlensError, match=r"cannot write .*; nothing was changed"):
+        save_model(tmp_path / "file" / "saved", random_model("gpt2"))
+
+
+def test_loading_needs_no_more_than_the_weights(saved: Path) -> None:
+    """The manifest is for people: a model opens without it."""
+    (saved / "manifest.json").unlink()
+    tokens = random_tokens(CONFIGS["reflow_lite"])
+    assert torch.equal(load_model(saved)(tokens), random_model("reflow_lite")(tokens))
+    assert read_manifest(saved) == {}
