@@ -372,7 +372,7 @@ def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figur
     signals = frames["signals"]
     strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
     target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
-    sites = frames["sites"].groupby(["site", "group"], sort=False, as_index=False)["left"].mean()
+    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].mean().reset_index()
     prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
     return {
         "knockout": line_with_band(

@@ -85,7 +85,7 @@ def write_norms(view: SignalView, signals: Float[Tensor, "prompt S"]) -> Float[T
     return signals.abs() * view.recipe[: view.n_tokens].float().norm(dim=0)
 
 
-def random_order(shape: tuple[int, int], seed: int) -> Int[Tensor, "prompt S"]:
+def random_order(shape: tuple[int, ...], seed: int) -> Int[Tensor, "prompt S"]:
     """A random order of the signals for each prompt."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
 
@@ -114,8 +114,8 @@ def curve_counts(n_signals: int, points: int = 14) -> list[int]:
     >>> curve_counts(16, points=4)
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 16]
     """
-    tail = np.geomspace(8, n_signals, points) if n_signals > 8 else []
-    return sorted({*range(min(8, n_signals) + 1), *(round(x) for x in tail)})
+    tail = np.geomspace(8, max(8, n_signals), points).round().astype(int).tolist() if n_signals > 8 else []
+    return sorted({*range(min(8, n_signals) + 1), *tail})
 
 
 def curve_area(curve: NDArray[np.float64], counts: list[int]) -> NDArray[np.float64]:

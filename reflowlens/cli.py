@@ -43,10 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, **options: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
 ) -> argparse.ArgumentParser:
     return commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
+        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
 

@@ -27,11 +27,12 @@ from typing import Literal
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Norm
 
 ViewName = Literal["native", "identity", "svd", "rotated"]
 VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated")
@@ -61,7 +62,7 @@ class SignalView:
     name: str
     recipe: Float[Tensor, "d_vocab S"]
     basis: Float[Tensor, "S d_model"]
-    norm: nn.Module = dataclasses.field(repr=False)
+    norm: Norm = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
 
     @property

@@ -22,6 +22,7 @@ from transformer_lens.utilities import Slice
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.components import Norm
 from reflowlens.models.loss import IGNORE
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
@@ -47,7 +48,7 @@ class HookedModel(HookedRootModule):
     """Base class of the architectures."""
 
     blocks: torch.nn.ModuleList
-    ln_final: torch.nn.Module
+    ln_final: Norm
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +65,13 @@ class Decoder(HookedModel):
         >>> from reflowlens.config import ModelConfig
         >>> from reflowlens.models import build_model
         >>> tiny = ModelConfig(architecture="reflow", n_layers=1, d_model=16, n_heads=2, d_head=8, d_mlp=32,
-        d_vocab=256, ...                    n_ctx=8, n_signals=16, tokenizer_name="bytes")
+        ...                    d_vocab=256, n_ctx=8, n_signals=16, tokenizer_name="bytes")
         >>> build_model(tiny)("Hi").shape
         torch.Size([1, 2, 256])
     """
 
     embed: nn.Module
-    unembed: nn.Module
+    unembed: Unembed
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -88,7 +88,7 @@ class Decoder(HookedModel):
 
     def tied_weights(self) -> tuple[Tensor, ...]:
         """The embedding's factors as this pass uses them, at both ends."""
-        return (self.embed.W_E,)
+        return (cast(Embed, self.embed).W_E,)
 
     def embed_tokens(
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
@@ -175,7 +175,7 @@ class Decoder(HookedModel):
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
         """The embedding; a ``FactoredMatrix`` where the architecture factors it."""
-        return self.embed.W_E
+        return cast(Embed, self.embed).W_E
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -52,6 +52,8 @@ def forming_is_cheaper(n: int, recipe: Float[Tensor, "d_vocab S"], basis: Float[
 class ReFlow(Decoder):
     """The base architecture: no constraint on the recipe."""
 
+    embed: RecipeEmbed
+
     def build_embedding(self, cfg: ModelConfig) -> None:
         self.embed = RecipeEmbed(cfg)
         self.unembed = RecipeUnembed(self)
