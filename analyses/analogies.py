@@ -53,19 +53,19 @@ def usable_analogies(analogies: Sequence[Analogy], tokenizer: Tokenizer) -> tupl
     return kept, notes
 
 
-def candidate_sets(tokenizer: Tokenizer, lexicon: Lexicon, ids: Int[Tensor, "quadruple 4"]) -> Bool[Tensor, "token 3"]:
+def candidate_sets(tokenizer: Tokenizer, lexicon: Lexicon, ids: Int[Tensor, "quadruple 4"]) -> Bool[Tensor, "3 token"]:
     """Which real tokens are words (a space, then a letter), which are tokens (all), which the lexicon or `ids` hold."""
     listed = {f" {word}" for words in lexicon.categories.values() for word in words}
-    candidates = torch.zeros(tokenizer.n_vocab, 3, dtype=torch.bool)
-    candidates[word_tokens(tokenizer), 0] = True
-    candidates[:, 1] = True
-    candidates[[tokenizer.single_token(word) for word in listed if tokenizer.is_single_token(word)], 2] = True
-    candidates[ids.flatten(), 2] = True
+    candidates = torch.zeros(3, tokenizer.n_vocab, dtype=torch.bool)
+    candidates[0, word_tokens(tokenizer)] = True
+    candidates[1] = True
+    candidates[2, [tokenizer.single_token(word) for word in listed if tokenizer.is_single_token(word)]] = True
+    candidates[2, ids.flatten()] = True
     return candidates
 
 
 def analogy_ranks(
-    rows: Float[Tensor, "token S"], ids: Int[Tensor, "quadruple 4"], candidates: Bool[Tensor, "token 3"]
+    rows: Float[Tensor, "token S"], ids: Int[Tensor, "quadruple 4"], candidates: Bool[Tensor, "3 token"]
 ) -> dict[str, NDArray[np.int64]]:
     """Rank of the expected word of each quadruple (a, b, c, expected) by every rule of `RANKINGS`.
 
@@ -95,21 +95,22 @@ def _block_ranks(
     lengths: Float[Tensor, " word"],
     places: Int[Tensor, "quadruple 3"],
     ids: Int[Tensor, "quadruple 4"],
-    candidates: Bool[Tensor, "token 3"],
+    candidates: Bool[Tensor, "3 token"],
 ) -> dict[str, Tensor]:
-    inputs, expected, words = ids[:, :3], ids[:, 3], candidates[:, :1]
-    cos_a, cos_b, cos_c = (cosines[place] for place in places.unbind(1))
+    inputs, expected, words = ids[:, :3], ids[:, 3], candidates[:1]
+    cos_a, cos_b, cos_c = (cosines.index_select(0, place) for place in places.unbind(1))
     length_a, length_b, length_c = lengths[places][:, :, None].unbind(1)
     # Scores are those of `RANKINGS` but for a positive factor that is the same for all x, which moves no rank.
     a_plus_c = length_a * cos_a + length_c * cos_c
     add = a_plus_c - length_b * cos_b
     scores = {
         "add_unit": cos_a + cos_c - cos_b,
-        "mul": (1 + cos_a) * (1 + cos_c) / (1 + 2 * EPSILON + cos_b),
+        "mul": (1 + cos_a).mul_(1 + cos_c).div_(1 + 2 * EPSILON + cos_b),
         "c_alone": cos_c,
         "a_plus_c": a_plus_c,
     }
     ranks = {f"rank_{name}": rank_among(score, expected, words, inputs)[:, 0] for name, score in scores.items()}
+    barred = torch.zeros_like(add[:1]).masked_fill_(~words, -torch.inf)
     among_words, among_tokens, among_lexicon = rank_among(add, expected, candidates, inputs).unbind(1)
     return {
         "rank_add": among_words,
@@ -117,5 +118,5 @@ def _block_ranks(
         "rank_with_inputs": rank_among(add, expected, words)[:, 0],
         "rank_all_tokens": among_tokens,
         "rank_lexicon": among_lexicon,
-        "predicted": add.masked_fill(~words.T, -torch.inf).scatter(1, inputs, -torch.inf).argmax(dim=1),
+        "predicted": (add + barred).scatter_(1, inputs, -torch.inf).argmax(dim=1),
     }

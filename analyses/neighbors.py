@@ -71,22 +71,24 @@ def cosine_neighbors(
 def rank_among(
     scores: Float[Tensor, "query row"],
     target: Int[Tensor, " query"],
-    candidates: Bool[Tensor, "row sets"],
+    candidates: Bool[Tensor, "set row"],
     exclude: Int[Tensor, "query excluded"] | None = None,
-) -> Int[Tensor, "query sets"]:
+) -> Int[Tensor, "query set"]:
     """Rank of each query's target in several sets of candidates: 1 + the number of others that score at least as high.
 
     Ties count against the target, so that a space in which everything is alike ranks nothing first. A target outside a
     set is ranked as if it were in it.
 
-    >>> rank_among(torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([1]), torch.ones(3, 1, dtype=torch.bool)).tolist()
+    >>> rank_among(torch.tensor([[0.9, 0.5, 0.7]]), torch.tensor([1]), torch.ones(1, 3, dtype=torch.bool)).tolist()
     [[3]]
     """
-    rivals = (scores >= scores.gather(1, target[:, None])).float().scatter_(1, target[:, None], 0.0)
+    # Written as 0.0 and 1.0 at once: a boolean matrix and its conversion cost ten times as much.
+    rivals = torch.ge(scores, scores.gather(1, target[:, None]), out=torch.empty_like(scores))
+    rivals.scatter_(1, target[:, None], 0.0)
     if exclude is not None:
         rivals.scatter_(1, exclude, 0.0)
     # A matrix product counts several sets at once; whole numbers below 2^24 are exact in float32.
-    return 1 + (rivals @ candidates.float()).round().long()
+    return 1 + (rivals @ candidates.to(rivals).T).round().long()
 
 
 def word_tokens(tokenizer: Tokenizer) -> list[int]:

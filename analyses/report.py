@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
 import re
 from collections import Counter
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 
+from analyses.metric_table import group_row, key, metric_rows, metric_table, number, scroll_box, verdict_chip, words
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import Result
 from analyses.statistics import Verdict
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FIRST_ROWS = 10
-_SIGNS = {"supported": "✓", "not supported": "✗", "underpowered": "?"}
 _OWN = "Other experiments"
 
 
@@ -80,7 +79,9 @@ def _lead(results: Sequence[Result], errors: Mapping[str, str]) -> str:
 def _tally(verdicts: Iterable[Verdict]) -> str:
     """How many claims were supported and how many not."""
     counts = Counter(verdicts)
-    return " ".join(_chip(verdict, f"{counts[verdict]} {verdict}") for verdict in get_args(Verdict) if counts[verdict])
+    return " ".join(
+        verdict_chip(verdict, f"{counts[verdict]} {verdict}") for verdict in get_args(Verdict) if counts[verdict]
+    )
 
 
 def _contents(results: Sequence[Result], errors: Mapping[str, str]) -> str:
@@ -97,87 +98,28 @@ def _contents(results: Sequence[Result], errors: Mapping[str, str]) -> str:
 
 
 def _fact(name: str, value: Any) -> str:
-    text = _number(value) if isinstance(value, int | float) else str(value)
+    text = number(value) if isinstance(value, int | float) else str(value)
     shown = f"<code>{escape(text)}</code>" if name in ("hash", "command") else escape(text)
     return f"<div{' class=wide' if len(text) > 40 else ''}><dt>{escape(name)}</dt><dd>{shown}</dd></div>"
+
+
+def _headline(results: Sequence[Result]) -> str:
+    """What was judged or published of each experiment; all metrics of one that has neither."""
+    measured = [result for result in results if result.metrics]
+    if not measured:
+        return "<p>No experiment returned a metric.</p>"
+    bodies = []
+    for result in measured:
+        told = [metric for metric in result.metrics if metric in result.verdicts or metric in result.published]
+        link = f'<a href="#{result.name}">{_numbered(_experiment(result.name), result.title)}</a>'
+        bodies.append(group_row(link) + metric_rows(result, told or result.metrics))
+    note = "<span>every row has its own scale; the remaining metrics are with their experiments</span>"
+    return metric_table(bodies, "Results at a glance") + f'<p class="key">{key()}{note}</p>'
 
 
 def _footer() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("reflowlens", "torch", "plotly")]
     return escape(" · ".join([*versions, f"Python {platform.python_version()}"]))
-
-
-# -- the headline table -----------------------------------------------------------------------------------------------
-
-_KEYS = {
-    "value, 95% interval": '<path class="interval" d="M2 7h22"/><circle class="value" cx="13" cy="7" r="4"/>',
-    "controls": '<path class="control" d="M13 1v12"/>',
-    "published": '<path class="published" d="M13 1l6 6-6 6-6-6z"/>',
-}
-
-
-def _headline(results: Sequence[Result]) -> str:
-    """Every metric with its interval, controls beside it, the published value and the verdict."""
-    heads = ("Metric", "Value", "", "Controls", "Published", "Verdict")
-    kinds = ("", ' class="number"', "", "", ' class="number"', "")
-    head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(heads, kinds, strict=True))
-    bodies = "\n".join(_headline_rows(result) for result in results if result.metrics)
-    if not bodies:
-        return "<p>No experiment returned a metric.</p>"
-    table = f'<table class="headline"><thead><tr>{head}</tr></thead>\n{bodies}\n</table>'
-    keys = "".join(f"<span>{_svg(26, 14, marks)} {name}</span>" for name, marks in _KEYS.items())
-    return _scroll(table, "Results at a glance") + f'<p class="key">{keys}<span>every row has its own scale</span></p>'
-
-
-def _headline_rows(result: Result) -> str:
-    title = _numbered(_experiment(result.name), result.title)
-    rows = [f'<tr><th colspan="6" scope="rowgroup"><a href="#{result.name}">{title}</a></th></tr>']
-    for metric, entry in result.to_json_metrics().items():
-        interval = entry["interval"]
-        controls = "".join(
-            f"<li>{escape(_words(name))} <b>{_number(value)}</b></li>" for name, value in entry["controls"].items()
-        )
-        cells = [
-            f'<th scope="row">{escape(_words(metric))}</th>',
-            f'<td class="number value">{_number(entry["value"])}'
-            + (
-                f'<br><span class="interval">{_number(interval[0])} to {_number(interval[1])}</span>'
-                if interval
-                else ""
-            )
-            + "</td>",
-            f'<td class="drawn">{_strip(entry)}</td>',
-            f'<td class="controlled"><ul class="controls">{controls}</ul></td>' if controls else "<td></td>",
-            f'<td class="number published">{"" if entry["published"] is None else _number(entry["published"])}</td>',
-            f'<td class="verdict-of">{_chip(entry["verdict"]) if entry["verdict"] else ""}</td>',
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return "<tbody>" + "\n".join(rows) + "</tbody>"
-
-
-def _strip(entry: Mapping[str, Any]) -> str:
-    """The row drawn on its own axis; the numbers stand beside it, so that it is hidden from screen readers."""
-    published = [] if entry["published"] is None else [entry["published"]]
-    numbers = [entry["value"], *(entry["interval"] or ()), *entry["controls"].values(), *published]
-    low, high = min(numbers), max(numbers)
-    if not high > low:
-        return ""
-
-    def at(number: float) -> str:
-        return f"{8 + 134 * (number - low) / (high - low):.1f}"
-
-    marks = ['<line class="axis" x1="2" x2="148" y1="11" y2="11"/>']
-    marks += [f'<line class="control" x1="{at(x)}" x2="{at(x)}" y1="4" y2="18"/>' for x in entry["controls"].values()]
-    if entry["interval"]:
-        left, right = map(at, entry["interval"])
-        marks.append(f'<line class="interval" x1="{left}" x2="{right}" y1="11" y2="11"/>')
-    marks.append(f'<circle class="value" cx="{at(entry["value"])}" cy="11" r="4.5"/>')
-    marks += [f'<path class="published" d="M{at(x)} 3l8 8-8 8-8-8z"/>' for x in published]
-    return _svg(150, 22, "".join(marks))
-
-
-def _svg(width: int, height: int, marks: str) -> str:
-    return f'<svg class="strip" viewBox="0 0 {width} {height}" aria-hidden="true">{marks}</svg>'
 
 
 # -- one experiment ---------------------------------------------------------------------------------------------------
@@ -193,6 +135,7 @@ def _section(result: Result, folder: Path) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(str(value))}</td></tr>'
         for name, value in result.params.items()
     )
+    metrics = metric_table([metric_rows(result, result.metrics)], f"{result.title}: all metrics")
     frames = "\n".join(_frame(result.name, name, frame, folder) for name, frame in result.frames.items())
     return _template("experiment.html").substitute(
         name=result.name,
@@ -203,10 +146,9 @@ def _section(result: Result, folder: Path) -> str:
         figures="\n".join(_figure(f"{result.name}-{name}", figure) for name, figure in result.figures.items()),
         definitions=f'<h3>Definitions used</h3><dl class="definitions">{definitions}</dl>' if definitions else "",
         notes=f'<h3>Notes</h3><ul class="notes">{notes}</ul>' if notes else "",
-        frames=f"<h3>Data</h3>{frames}" if frames else "",
-        params=f"<details><summary>Parameters</summary>{_scroll(f'<table>{params}</table>', 'Parameters')}</details>"
-        if params
-        else "",
+        metrics=_folded("All metrics", f"{len(result.metrics)}", metrics) if result.metrics else "",
+        frames=frames,
+        params=_folded("Parameters", "", scroll_box(f"<table>{params}</table>", "Parameters")) if params else "",
     )
 
 
@@ -219,9 +161,9 @@ def _failure(name: str, error: str) -> str:
 
 
 def _definition(result: Result, metric: str) -> str:
-    value = _number(result.metrics[metric]) if metric in result.metrics else "not computed"
+    value = number(result.metrics[metric]) if metric in result.metrics else "not computed"
     text = escape(result.definitions.get(metric, ""))
-    return f"<dt>{escape(_words(metric))} <b>{value}</b></dt><dd>{text}</dd>"
+    return f"<dt>{escape(words(metric))} <b>{value}</b></dt><dd>{text}</dd>"
 
 
 def _figure(identifier: str, figure: go.Figure) -> str:
@@ -229,22 +171,23 @@ def _figure(identifier: str, figure: go.Figure) -> str:
     import plotly.graph_objects as go
 
     copy = go.Figure(figure)
-    title = re.sub(r"<[^>]*>", " ", copy.layout.title.text or "")
+    title = unescape(re.sub(r"<[^>]*>", " ", copy.layout.title.text or ""))
+    title = title or words(identifier.split("-", 1)[1]).capitalize()
     copy.update_layout(title=None, margin_t=None)
     height = copy.layout.height or 420
-    width = (copy.layout.meta or {}).get("min_width", 0)
+    width = copy.layout.meta.get("min_width", 0) if isinstance(copy.layout.meta, dict) else 0
     data = copy.to_json().replace("<", "\\u003c")  # no "</script>" and no comment can begin inside
-    caption = escape(unescape(title)) or escape(_words(identifier.split("-", 1)[1]))
     canvas = f'<div class="canvas" style="height:{height:.0f}px;min-width:{width:.0f}px"></div>'
     script = f'<script type="application/json">{data}</script>'
-    return f'<figure id="{identifier}"><figcaption>{caption}</figcaption>{_scroll(canvas, caption)}{script}</figure>'
+    caption = f"<figcaption>{escape(title)}</figcaption>"
+    return f'<figure id="{identifier}">{caption}{scroll_box(canvas, title)}{script}</figure>'
 
 
 def _frame(experiment: str, name: str, frame: pd.DataFrame, folder: Path) -> str:
     """The first rows, folded away; a link to all of them where they were saved."""
     numeric = [pd.api.types.is_numeric_dtype(frame[column]) and frame[column].dtype != bool for column in frame]
     head = "".join(
-        f'<th scope="col"{_kind(n)}>{escape(_words(str(c)))}</th>' for c, n in zip(frame, numeric, strict=True)
+        f'<th scope="col"{_kind(n)}>{escape(words(str(c)))}</th>' for c, n in zip(frame, numeric, strict=True)
     )
     rows = "".join(
         "<tr>" + "".join(f"<td{_kind(n)}>{_cell(value)}</td>" for value, n in zip(row, numeric, strict=True)) + "</tr>"
@@ -253,9 +196,12 @@ def _frame(experiment: str, name: str, frame: pd.DataFrame, folder: Path) -> str
     file = f"{experiment}/frames/{name}.csv"
     link = f'<a href="{file}">{file}</a>' if (folder / file).is_file() else "the saved result"
     more = f"<p>The first {FIRST_ROWS} rows; all of them are in {link}.</p>" if len(frame) > FIRST_ROWS else ""
-    table = _scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>", f"{name}, first rows")
-    summary = f"{escape(_words(name))} <small>{len(frame):,} rows, {frame.shape[1]} columns</small>"
-    return f"<details><summary>{summary}</summary>{table}{more}</details>"
+    table = scroll_box(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>", f"{name}, first rows")
+    return _folded(words(name).capitalize(), f"{len(frame):,} rows, {frame.shape[1]} columns", table + more)
+
+
+def _folded(title: str, note: str, content: str) -> str:
+    return f"<details><summary>{escape(title)} <small>{escape(note)}</small></summary>{content}</details>"
 
 
 # -- small pieces -----------------------------------------------------------------------------------------------------
@@ -267,42 +213,19 @@ def _experiment(name: str) -> Experiment | None:
 
 def _title(name: str) -> str:
     experiment = _experiment(name)
-    return experiment.title if experiment else _words(name)
+    return experiment.title if experiment else words(name)
 
 
 def _numbered(experiment: Experiment | None, title: str) -> str:
     return f"{experiment.number}. {escape(title)}" if experiment else escape(title)
 
 
-def _chip(verdict: Verdict, text: str = "") -> str:
-    kind = verdict.replace(" ", "-")
-    return f'<span class="verdict {kind}">{_SIGNS[verdict]} {escape(text or verdict)}</span>'
-
-
-def _scroll(content: str, label: str) -> str:
-    """A box that scrolls sideways by itself, with the keyboard too, so that the page never does."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{content}</div>'
-
-
 def _cell(value: Any) -> str:
-    return _number(value) if isinstance(value, int | float) else escape(str(value))
+    return number(value) if isinstance(value, int | float) else escape(str(value))
 
 
 def _kind(numeric: bool) -> str:
     return ' class="number"' if numeric else ""
-
-
-def _number(value: float) -> str:
-    """Whole numbers in full, others to four digits."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if math.isnan(value):
-        return "–"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _template(name: str) -> Template:

@@ -40,6 +40,7 @@ def register_template() -> go.layout.Template:
 
     axis = {
         "automargin": True,
+        "exponentformat": "power",
         "gridcolor": "rgba(128, 128, 128, 0.22)",
         "linecolor": INK,
         "spikecolor": INK,

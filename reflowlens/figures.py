@@ -101,7 +101,7 @@ def line_with_band(
         )
     figure.update_layout(hovermode="x unified")
     if log_y:
-        figure.update_yaxes(type="log", exponentformat="power")
+        figure.update_yaxes(type="log")
     return figure
 
 
@@ -157,10 +157,9 @@ def bars(
             orientation="h" if horizontal else "v",
             name=series.name,
             marker={
-                "color": series.faded(0.55)
-                if spread
-                else series.color,  # whiskers are drawn over it in the full colour
-                "line": {"color": series.color, "width": 1 if categories is not None else 0},
+                # pale, so that the whisker shows on it; bars over numbers may be hundreds, too thin for an edge
+                "color": series.color if categories is None else series.faded(0.55),
+                "line": {"color": series.color, "width": 0 if categories is None else 1},
                 "pattern": {"shape": series.hatch, "fillmode": "overlay", "fgcolor": series.color},
             },
             customdata=hover_texts(series.rows, [x, y, *hover], low, high),
@@ -168,6 +167,7 @@ def bars(
             showlegend=color is not None,
             **spread,
         )
+    figure.update_layout({"xaxis" if horizontal else "yaxis": {"rangemode": "tozero"}})
     figure.update_layout(bargap=0.25 if categories is not None else 0.1)
     if categories is not None:
         axis = {"type": "category", "categoryorder": "array", "categoryarray": categories}
@@ -209,13 +209,14 @@ def dots(
     """
     check_columns(frame, [x, y, color, reference, *hover])
     figure = blank_figure(title, x_title or words(x), "")
-    for series in series_of(frame, color, controls):
+    for i, series in enumerate(series_of(frame, color, controls)):
         figure.add_scatter(
             x=series.rows[x],
             y=series.rows[y].map(label),
             mode="markers",
             name=series.name,
-            marker={"color": series.color, "size": 11, "opacity": 0.9, "symbol": series.symbol},
+            # smaller one after the other, so that of equal numbers every dot shows
+            marker={"color": series.color, "size": max(6, 15 - 4 * i), "symbol": series.symbol},
             customdata=hover_texts(series.rows, [y, x, *hover]),
             hovertemplate="%{customdata}<extra>%{fullData.name}</extra>",
             showlegend=color is not None,
@@ -227,14 +228,16 @@ def dots(
             y=marked[y].map(label),
             mode="markers",
             name=label(reference_name),
-            marker={"color": INK, "size": 17, "symbol": "diamond-open", "line": {"width": 2}},
+            marker={"color": INK, "size": 22, "symbol": "diamond-open", "line": {"width": 2}},
             hovertemplate="%{x:.4g}<extra>%{fullData.name}</extra>",
         )
     lines = list(dict.fromkeys(frame[y].map(label)))
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=lines, range=[len(lines) - 0.5, -0.5])
     figure.update_layout(height=120 + 44 * len(lines), meta=_room_for(lines))
     if log_x:
-        figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside", "ticklen": 2})
+        figure.update_xaxes(
+            type="log", dtick=1, exponentformat="none", separatethousands=True, minor={"ticks": "outside", "ticklen": 2}
+        )
     return figure
 
 
@@ -271,7 +274,7 @@ def heatmap(
     check_columns(frame, [x, y, z, text, x_labels, y_labels, *hover])
     if (repeated := frame.duplicated([x, y])).any():
         row = frame[repeated].iloc[0]
-        raise ReflowlensError(f"a heatmap needs one row a cell: {x} = {row[x]!r}, {y} = {row[y]!r} has several")
+        raise ReflowlensError(f"a heatmap needs one row a cell: {x} = {row[x]}, {y} = {row[y]} has several")
     columns, lines = _axis_labels(frame, x, x_labels), _axis_labels(frame, y, y_labels)
 
     def grid(values: pd.Series) -> np.ndarray:
@@ -345,7 +348,7 @@ def histogram_with_control(
             hovertemplate="%{x:.3g}: %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     if log_y:
-        figure.update_yaxes(type="log", exponentformat="power")
+        figure.update_yaxes(type="log")
     return figure
 
 

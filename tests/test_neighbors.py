@@ -60,13 +60,13 @@ def test_unit_rows_keep_zero_rows_and_widen_halves() -> None:
 
 
 def test_ties_count_against_the_target() -> None:
-    everything = torch.ones(4, 1, dtype=torch.bool)
+    everything = torch.ones(1, 4, dtype=torch.bool)
     assert rank_among(torch.zeros(1, 4), torch.tensor([2]), everything).item() == 4
     assert rank_among(torch.zeros(1, 4), torch.tensor([2]), everything, torch.tensor([[0, 0]])).item() == 3
 
 
 def test_a_target_outside_the_candidates_is_ranked_as_if_inside() -> None:
-    candidates = torch.tensor([[True], [True], [False], [False]])
+    candidates = torch.tensor([[True, True, False, False]])
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.7]])
     assert rank_among(scores, torch.tensor([2]), candidates).item() == 2
 

@@ -90,9 +90,9 @@ def test_ranks_are_those_of_plain_loops(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(24, 5, generator=generator, dtype=torch.float64)
     ids = torch.stack([torch.randperm(24, generator=generator)[:4] for _ in range(6)])
-    candidates = torch.rand(24, 3, generator=generator) < 0.7
+    candidates = torch.rand(3, 24, generator=generator) < 0.7
     ranks = analogy_ranks(rows, ids, candidates)
-    words, tokens, lexicon = (set(column.nonzero().flatten().tolist()) for column in candidates.T)
+    words, tokens, lexicon = (set(column.nonzero().flatten().tolist()) for column in candidates)
     plain = rows.numpy()
     for i, quadruple in enumerate(ids.tolist()):
         for method in RANK_COLUMNS:
@@ -110,7 +110,7 @@ def test_ranks_know_neither_rotation_nor_scale(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(200, 8, generator=generator, dtype=torch.float64)
     ids = torch.stack([torch.randperm(200, generator=generator)[:4] for _ in range(5)])
-    everything = torch.ones(200, 3, dtype=torch.bool)
+    everything = torch.ones(3, 200, dtype=torch.bool)
     before = analogy_ranks(rows, ids, everything)
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
     after = analogy_ranks(scale * rows @ rotation, ids, everything)
@@ -119,7 +119,7 @@ def test_ranks_know_neither_rotation_nor_scale(seed: int, scale: float) -> None:
 
 
 def test_a_space_in_which_all_is_alike_answers_nothing() -> None:
-    ranks = analogy_ranks(torch.ones(50, 4), torch.tensor([[0, 1, 2, 3]]), torch.ones(50, 3, dtype=torch.bool))
+    ranks = analogy_ranks(torch.ones(50, 4), torch.tensor([[0, 1, 2, 3]]), torch.ones(3, 50, dtype=torch.bool))
     assert [ranks[f"rank_{method}"].item() for method in RANK_COLUMNS] == [47] * 5
     assert ranks["rank_with_inputs"].item() == 50
 
@@ -221,10 +221,10 @@ def test_candidates_are_words_tokens_and_the_lexicon() -> None:
     king, paris = tokenizer.single_token(" king"), tokenizer.single_token(" Paris")
     lexicon = Lexicon("1", categories={"royalty": ("king", "zyzzyva")})
     candidates = candidate_sets(tokenizer, lexicon, torch.tensor([[paris] * 4]))
-    assert candidates.shape == (tokenizer.n_vocab, 3)
-    assert candidates[:, 2].nonzero().flatten().tolist() == sorted([king, paris])
-    assert candidates[:, 1].all()
-    assert candidates[:, 0].sum() < tokenizer.n_vocab
+    assert candidates.shape == (3, tokenizer.n_vocab)
+    assert candidates[2].nonzero().flatten().tolist() == sorted([king, paris])
+    assert candidates[1].all()
+    assert candidates[0].sum() < tokenizer.n_vocab
 
 
 def test_answers_among_the_inputs_are_not_asked() -> None:

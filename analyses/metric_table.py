@@ -1,0 +1,113 @@
+"""Metrics as a table of HTML: a row a metric, drawn and in numbers, with its controls, published value and verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from analyses.result import Result
+from analyses.statistics import Verdict
+
+_COLUMNS = {"Metric": "", "Value": "number", "": "", "Controls": "", "Published": "number", "Verdict": ""}
+_SIGNS = {"supported": "✓", "not supported": "✗", "underpowered": "?"}
+
+
+def metric_table(bodies: Sequence[str], label: str) -> str:
+    """The table around groups of `metric_rows`; `label` names it for screen readers."""
+    head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in _COLUMNS.items())
+    groups = "".join(f"<tbody>{body}</tbody>" for body in bodies)
+    return scroll_box(f'<table class="metrics"><thead><tr>{head}</tr></thead>{groups}</table>', label)
+
+
+def group_row(title: str) -> str:
+    """A row that heads a group; `title` is HTML."""
+    return f'<tr><th colspan="{len(_COLUMNS)}" scope="rowgroup">{title}</th></tr>'
+
+
+def metric_rows(result: Result, metrics: Iterable[str]) -> str:
+    """A row for each of the metrics."""
+    return "\n".join(_row(result, metric) for metric in metrics)
+
+
+def key() -> str:
+    """What the marks in a row's drawing mean."""
+    marks = {
+        "value, 95% interval": '<path class="interval" d="M2 7h22"/><circle class="value" cx="13" cy="7" r="4"/>',
+        "controls": '<path class="control" d="M13 1v12"/>',
+        "published": '<path class="published" d="M13 1l6 6-6 6-6-6z"/>',
+    }
+    return "".join(f"<span>{_svg(26, 14, [mark])} {name}</span>" for name, mark in marks.items())
+
+
+def verdict_chip(verdict: Verdict, text: str = "") -> str:
+    """A verdict in its colour, with a sign and in words."""
+    return f'<span class="verdict {verdict.replace(" ", "-")}">{_SIGNS[verdict]} {escape(text or verdict)}</span>'
+
+
+def scroll_box(content: str, label: str) -> str:
+    """A box that scrolls sideways by itself, with the keyboard too, so that the page never does."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{content}</div>'
+
+
+def number(value: float) -> str:
+    """Whole numbers in full, others to four digits.
+
+    >>> number(9123456), number(0.12345678), number(True)
+    ('9,123,456', '0.1235', 'yes')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
+
+
+def words(name: str) -> str:
+    """An identifier for people."""
+    return name.replace("_", " ")
+
+
+def _row(result: Result, metric: str) -> str:
+    value, interval = number(result.metrics[metric]), ""
+    if metric in result.intervals:
+        interval = '<br><span class="interval">{} to {}</span>'.format(*map(number, result.intervals[metric]))
+    controls = "".join(
+        f"<li>{escape(words(name))} <b>{number(control)}</b></li>"
+        for name, control in result.controls.get(metric, {}).items()
+    )
+    published = number(result.published[metric]) if metric in result.published else ""
+    verdict = verdict_chip(result.verdicts[metric]) if metric in result.verdicts else ""
+    return (
+        f'<tr><th scope="row">{escape(words(metric))}</th>'
+        f'<td class="number value">{value}{interval}</td>'
+        f'<td class="drawn">{_drawing(result, metric)}</td>'
+        f'<td class="controls">{f"<ul>{controls}</ul>" if controls else ""}</td>'
+        f'<td class="number published">{published}</td>'
+        f'<td class="judged">{verdict}</td></tr>'
+    )
+
+
+def _drawing(result: Result, metric: str) -> str:
+    """The numbers of a row on an axis of their own; hidden from screen readers, which read the numbers."""
+    value, interval = result.metrics[metric], result.intervals.get(metric)
+    controls = list(result.controls.get(metric, {}).values())
+    published = [result.published[metric]] if metric in result.published else []
+    numbers = [value, *(interval or ()), *controls, *published]
+    low, high = min(numbers), max(numbers)
+    if low == high:
+        return ""
+
+    def at(x: float) -> str:
+        return f"{8 + 134 * (x - low) / (high - low):.1f}"
+
+    marks = ['<path class="axis" d="M2 11h146"/>', *(f'<path class="control" d="M{at(x)} 4v14"/>' for x in controls)]
+    if interval:
+        marks.append('<path class="interval" d="M{} 11H{}"/>'.format(*map(at, interval)))
+    marks.append(f'<circle class="value" cx="{at(value)}" cy="11" r="4.5"/>')
+    marks += [f'<path class="published" d="M{at(x)} 3l8 8-8 8-8-8z"/>' for x in published]
+    return _svg(150, 22, marks)
+
+
+def _svg(width: int, height: int, marks: Iterable[str]) -> str:
+    return f'<svg class="strip" viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(marks)}</svg>'

@@ -1,0 +1,38 @@
+"""The packaged models are what their manifests say, and have learned something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reflowlens as rl
+from analyses import load_lexicon
+from reflowlens.checkpoints import ASSETS, WEIGHTS, file_hash, read_manifest
+
+
+@pytest.mark.parametrize("name", rl.list_models())
+def test_the_manifest_describes_the_weights(name):
+    manifest = read_manifest(name)
+    assert file_hash(ASSETS / name / WEIGHTS) == manifest["weights_sha256"]
+    assert manifest["tokens_seen"] == manifest["step"] * 32 * 256
+    assert (ASSETS / name / "README.md").read_text(encoding="utf8").startswith(f"# {name}")
+
+
+def test_reflow_nano_predicts_plain_prose_far_better_than_chance():
+    model = rl.load_model("reflow-nano")
+    with torch.no_grad():
+        losses = [float(model(text, "loss")) for text in load_lexicon().neutral_texts]
+    assert max(losses) < 6.0  # the logarithm of its 16,641 tokens is 9.7
+    assert sum(losses) / len(losses) < 4.6
+
+
+def test_reflow_nano_is_the_documented_size():
+    model = rl.load_model("reflow-nano")
+    assert model.n_parameters == 9_178_368
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_greedy_text_is_english():
+    text = rl.load_model("reflow-nano").generate("The king of France was", 12, temperature=0)
+    assert text.startswith("The king of France was")
+    assert {" the", " a", " of", " in", " to", ","} & set(rl.load_model("reflow-nano").to_str_tokens(text)[5:])

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from html.parser import HTMLParser
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from analyses.metric_table import number
+from analyses.report import write_report
+from analyses.result import Result
+from reflowlens.figures import line_with_band
+
+NASTY = "</script><script>alert(1)</script><!-- & \" '"
+VOID = {"meta", "br", "link", "img", "path", "circle"}
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed in order and collects what the tests ask about."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.links, self.sources, self.data, self.text = [], [], [], [], [], []
+        self.scripts = 0
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.sources += [attributes["src"]] if "src" in attributes else []
+        self.scripts += tag == "script"
+        if tag not in VOID:
+            self.open.append((tag, attributes.get("type")))
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in VOID
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == ("script", "application/json"):
+            self.data.append(json.loads(data))
+        elif self.open and self.open[-1][0] not in ("script", "style"):
+            self.text.append(data)
+
+
+def result(**changes):
+    frame = pd.DataFrame({"layer": range(12), "p": [i / 12 for i in range(12)], "token": [NASTY, *["a"] * 11]})
+    fields = {
+        "name": "layer_evolution",
+        "title": "Layer Evolution",
+        "params": {"prompt": NASTY, "seed": 0},
+        "metrics": {"share": 0.62, "layer": 3.0, "unjudged": 1.0},
+        "controls": {"share": {"untrained": 0.08, "shuffled_norm": 0.74}},
+        "intervals": {"share": (0.55, 0.69)},
+        "published": {"share": 0.5},
+        "verdicts": {"share": "not supported", "layer": "supported"},
+        "frames": {"layers": frame},
+        "figures": {"probability": line_with_band(frame, "layer", "p", color="token", title="p < 1")},
+        "notes": [NASTY],
+        "definitions": {"share": NASTY, "entropy": "in nats"},
+        "seconds": 12.0,
+    }
+    return Result(**fields | changes)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(results, errors=None, card=None):
+        path = write_report(results, errors or {}, card or {"name": "nano"}, tmp_path / "new" / "report.html")
+        assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["report.html"]
+        return path.read_text(encoding="utf-8")
+
+    return write
+
+
+def visible(page):
+    return " ".join(" ".join(page.text).split())
+
+
+def test_the_page_is_whole_well_formed_and_needs_no_network(written):
+    html = written([result()], {"causal_ablation": NASTY}, {"name": NASTY, "hash": "ab" * 32})
+    page = Page(html)
+    assert page.sources == []
+    assert all(link.startswith("#") for link in page.links)
+    assert "url(" not in re.search(r"<style>(.*?)</style>", html, re.S).group(1)
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} <= set(page.ids), "every entry of the contents leads somewhere"
+    assert page.scripts == 4, "theme, plotly, one figure, the page's own: none of them from the data"
+    assert visible(page).count("alert(1)") == html.count("alert(1)") - json.dumps(page.data).count("alert(1)") >= 5
+
+
+def test_figures_are_data_that_the_page_draws_later(written):
+    html = written([result()])
+    (figure,) = Page(html).data
+    assert figure["data"][0]["type"] == "scatter"
+    assert not figure["layout"].get("title"), "it is the caption"
+    assert "<figcaption>p &lt; 1</figcaption>" in html
+    assert "IntersectionObserver" in html
+    assert "showSendToCloud: false" in html
+
+
+def test_a_figures_size_is_kept_free_before_it_is_drawn(written):
+    figure = go.Figure(layout={"height": 777, "meta": {"min_width": 555}})
+    html = written([result(figures={"a_plot": figure, "other": go.Figure(layout={"meta": "mine"})})])
+    assert 'style="height:777px;min-width:555px"' in html
+    assert 'style="height:420px;min-width:0px"' in html
+    assert "<figcaption>A plot</figcaption>" in html, "a figure without a title has its name"
+
+
+def test_the_given_result_is_not_changed(written):
+    own = result()
+    written([own])
+    assert own.figures["probability"].layout.title.text == "p &lt; 1"
+
+
+def test_headline_shows_interval_controls_published_and_verdict(written):
+    html = written([result()])
+    table = re.search(r'<section id="headline">(.*?)</section>', html, re.S).group(1)
+    rows = [unescape(re.sub(r"<[^>]*>", " ", row)).split() for row in re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]]
+    assert rows[0] == ["7.", "Layer", "Evolution"]
+    assert " ".join(rows[1]) == "share 0.62 0.55 to 0.69 untrained 0.08 shuffled norm 0.74 0.5 ✗ not supported"
+    assert " ".join(rows[2]) == "layer 3 ✓ supported"
+    assert len(rows) == 3, "metrics neither judged nor published stand with their experiment"
+    assert 'class="verdict not-supported"' in table
+
+
+def test_an_experiment_without_claims_shows_all_its_metrics(written):
+    html = written([result(verdicts={}, published={})])
+    table = re.search(r'<section id="headline">(.*?)</section>', html, re.S).group(1)
+    assert "unjudged" in table
+
+
+def test_the_section_holds_question_definitions_notes_frames_and_params(written):
+    html = written([result()])
+    section = re.search(r'<section id="layer_evolution".*?</section>', html, re.S).group(0)
+    text = visible(Page(section))
+    assert "From which layer on is the prediction decided?" in text
+    assert "C. Mechanistic analysis" in text
+    assert "entropy not computed in nats" in text
+    assert "Layers 12 rows, 3 columns" in text
+    assert "The first 10 rows; all of them are in the saved result." in text
+    assert section.count("<tr><td") == 10
+    assert "All metrics 3" in text
+    assert "unjudged 1" in text
+
+
+def test_frames_are_linked_where_they_were_saved(written, tmp_path):
+    result().save(tmp_path / "new" / "layer_evolution")
+    html = written([result()])
+    link = re.search(r'<a href="(layer_evolution/frames/layers.csv)">', html).group(1)
+    assert (tmp_path / "new" / link).is_file()
+
+
+def test_the_top_counts_experiments_errors_and_verdicts(written):
+    card = {"name": "nano", "parameters": 9123456, "tokens seen": 61_440_000, "validation loss": 3.7421, "none": "–"}
+    text = visible(Page(written([result()], {"causal_ablation": "boom"}, card)))
+    assert "1 experiment · 1 without a result · 12 s" in text
+    assert "✓ 1 supported ✗ 1 not supported" in text
+    assert "parameters 9,123,456" in text
+    assert "validation loss 3.742" in text
+    assert "No result: boom" in text
+
+
+def test_an_experiment_of_ones_own_and_nothing_at_all(written):
+    own = Result("my_probe", "My Probe", metrics={"x": 1.0})
+    text = visible(Page(written([own])))
+    assert "Other experiments" in text
+    assert "My Probe" in text
+    assert "No experiment returned a metric." in visible(Page(written([])))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (9123456, "9,123,456"),
+        (1.0, "1"),
+        (0.00012345678, "0.0001235"),
+        (float("nan"), "–"),
+        (-0.5, "-0.5"),
+        (True, "yes"),
+    ],
+)
+def test_number(value, shown):
+    assert number(value) == shown
