@@ -39,20 +39,24 @@ def single_effects(
 ) -> SingleEffects:
     """The target's probability after replacing each signal alone, in closed form.
 
-    With d = replacement - a, replacing signal s moves the logits by d_s R_:s; for the distribution p before,
-    KL = logsumexp(after) - logsumexp(before) - d_s (Rᵀ p)_s.
+    With d = replacement - a, replacing signal s moves the logits by d_s R_:s, and with p the distribution before, the
+    normaliser grows by g_s = log Σ_v p_v exp(d_s R_vs). Then p_after = p exp(d_s R_:s - g_s) and
+    KL(p ‖ p_after) = g_s - d_s (Rᵀ p)_s.
     """
     columns = view.recipe[: view.n_tokens].float().T.contiguous()
+    lowest, highest = columns.aminmax(dim=-1)
     delta = replacement - signals
     before, after, kl = [], [], []
     for a, d, target in zip(signals, delta, targets.tolist(), strict=True):
-        logits = a @ columns
-        total = logits.logsumexp(-1)
-        # 64 signals at a time stay in the processor's cache
-        totals = torch.cat([(logits + d[s, None] * columns[s]).logsumexp(-1) for s in torch.arange(len(a)).split(64)])
-        before.append((logits[target] - total).exp())
-        after.append((logits[target] + d * columns[:, target] - totals).exp())
-        kl.append(totals - total - d * (columns @ (logits - total).exp()))
+        p = (a @ columns).softmax(dim=-1)
+        largest = torch.maximum(d * lowest, d * highest)  # keeps every exponent at or below zero
+        growth = torch.cat(
+            [((d[s, None] * columns[s] - largest[s, None]).exp_() @ p).log() for s in torch.arange(len(a)).split(32)]
+        )
+        growth += largest
+        before.append(p[target])
+        after.append(p[target] * (d * columns[:, target] - growth).exp())
+        kl.append(growth - d * (columns @ p))
     return SingleEffects(torch.stack(before), torch.stack(after), torch.stack(kl))
 
 
@@ -76,7 +80,8 @@ def knockout_curve(
     curves = []
     for a, places, target in zip(signals, place, targets.tolist(), strict=True):
         kept = places < cuts if keep else places >= cuts
-        curves.append(((kept * a) @ R.T).log_softmax(dim=-1)[:, target].exp())
+        logits = (kept * a) @ R.T
+        curves.append((logits[:, target] - logits.logsumexp(dim=-1)).exp())
     return torch.stack(curves)
 
 

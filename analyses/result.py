@@ -30,6 +30,7 @@ import pandas as pd
 
 from analyses.statistics import Interval, Verdict
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures import save_figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -188,7 +189,7 @@ class Result:
             path = _figure_path(folder, name)
             path.parent.mkdir(exist_ok=True)
             figure.write_json(path)
-            figure.write_html(path.with_suffix(".html"), include_plotlyjs="directory", div_id=name)
+            save_figure(figure, path.with_suffix(".html"), share_plotlyjs=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:

@@ -143,6 +143,8 @@ def load_config(path: str | Path) -> TrainConfig:
     for name in tables:
         if name not in known:
             raise ReflowlensError(f"{path}: unknown table [{name}]{nearest(name, known)}")
+        if not isinstance(tables[name], dict):
+            raise ReflowlensError(f"{path}: [{name}] must be a table, got {tables[name]!r}")
     for name in ("model", "data", "run"):
         if name not in tables:
             raise ReflowlensError(f"{path}: the table [{name}] is missing")

@@ -90,6 +90,11 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
 
 def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume: bool, progress: bool) -> Path:
     run, out = cfg.run, Path(cfg.run.out)
+    rows = run.batch_size // run.accumulation
+    if rows % group.world_size:
+        raise ReflowlensError(
+            f"run.batch_size / run.accumulation = {rows} examples do not divide among {group.world_size} processes"
+        )
     train_tokens, val_tokens = (_open(cfg, split) for split in ("train", "val"))
     model = build_model(cfg.model, seed=run.seed, device=group.device).train()
     optimizers = make_optimizers(model, cfg.optimizer)
@@ -200,7 +205,8 @@ class Log:
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start]
+        whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= start]
         self.path.write_text("".join(kept), encoding="utf8")
         if cfg.run.wandb_project:
             import wandb

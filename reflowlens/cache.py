@@ -21,6 +21,22 @@ class ActivationCache(transformer_lens.ActivationCache):
         torch.Size([1, 5, 256])
     """
 
+    def __getitem__(self, key: str | tuple) -> Tensor:
+        """An activation by name, or by TransformerLens's shorthand such as ``("resid_pre", 3)``.
+
+        Raises:
+            ReflowlensError: it was not cached; the message says how to cache it.
+        """
+        try:
+            return super().__getitem__(key)
+        except KeyError as error:
+            name = str(error.args[0])
+            self.model.check_hook_name(name)
+            raise ReflowlensError(
+                f"{name!r} is not in this cache; run_with_cache(..., names_filter=lambda name: True) keeps every "
+                "point, attention squares too"
+            ) from error
+
     def resid(self, layer: int | None = None) -> Float[Tensor, "*batch pos d_model"]:
         """The residual stream that block ``layer`` reads; ``n_layers``, or None, is the one that is unembedded."""
         n_layers = self.model.cfg.n_layers

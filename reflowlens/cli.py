@@ -64,7 +64,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _run(options: argparse.Namespace) -> int:
     from analyses.suite import parse_selection, run_suite
-    from reflowlens.checkpoints import list_models, load_model
+    from reflowlens.checkpoints import list_models, load_model, read_manifest
 
     # `reflowlens run 5 7` leaves out the model
     model, experiments = options.model, options.experiments
@@ -79,7 +79,8 @@ def _run(options: argparse.Namespace) -> int:
         seed=options.seed,
         quick=options.quick,
         analogies=options.analogies,
-        model_name=Path(model).name,
+        model_name=Path(model).resolve().name if Path(model).exists() else model,
+        manifest=read_manifest(model),
     )
     print(run.report)
     return 1 if run.errors else 0

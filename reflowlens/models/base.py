@@ -71,14 +71,13 @@ class HookedModel(HookedRootModule):
         """
         return self.tokens_and_lengths(input, prepend_bos=prepend_bos)[0]
 
-    def tokens_and_targets(
-        self, input: TextInput, offset: int = 0
-    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-        """Ids, and what each position should predict: the next id, -100 at a row's end and over padding."""
-        tokens, lengths = self.tokens_and_lengths(input, offset=offset)
-        targets = tokens.roll(-1, dims=1)
+    def next_tokens(self, tokens: Int[Tensor, "batch pos"], lengths: list[int]) -> Int[Tensor, "batch pos"]:
+        """What each position should predict: the next id, -100 at a row's end and over padding."""
+        if max(lengths) < 2:
+            raise ReflowlensError("a loss needs two tokens at least: one to predict from and one to predict")
         last = torch.as_tensor(lengths, device=tokens.device)[:, None] - 1
-        return tokens, targets.masked_fill(torch.arange(tokens.shape[1], device=tokens.device) >= last, IGNORE)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens.roll(-1, dims=1).masked_fill(positions >= last, IGNORE)
 
     def tokens_and_lengths(
         self, input: TextInput, *, prepend_bos: bool = False, offset: int = 0

@@ -123,12 +123,15 @@ class Decoder(HookedModel):
             ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
                 does not exist, or a loss is asked for without targets.
         """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
         offset = past_kv_cache.length if past_kv_cache is not None else 0
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         weights = self.tied_weights()
         if start_at_layer is None:
-            tokens, input_targets = self.tokens_and_targets(input, offset)
-            targets = input_targets if targets is None else targets
+            tokens, lengths = self.tokens_and_lengths(input, offset=offset)
+            if targets is None and return_type in ("loss", "both"):
+                targets = self.next_tokens(tokens, lengths)
             resid = self.embed_tokens(tokens, weights, offset)
         else:
             if not isinstance(input, Tensor) or input.ndim != 3:
@@ -149,9 +152,7 @@ class Decoder(HookedModel):
             raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
         if return_type == "loss":
             return readout.loss(targets)
-        if return_type == "both":
-            return readout.logits(), readout.loss(targets)
-        raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+        return readout.logits(), readout.loss(targets)
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         n_layers = self.cfg.n_layers
