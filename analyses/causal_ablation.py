@@ -97,8 +97,8 @@ def causal_ablation(
     Returns:
         A Result with frames ``signals`` (every signal of the prompt in detail: contribution, effects by site and kind
         of replacement, codebook), ``prompts`` (a row a prompt and control), ``curves`` (means over prompts) and
-        ``sites`` (the most damaging signals removed at every site), and figures ``knockout``, ``signals``, ``sites``,
-        ``single``.
+        ``sites`` (the most damaging signals removed at every site), and figures ``knockout``, ``sufficiency``,
+        ``signals``, ``sites``, ``single``.
 
     Raises:
         ReflowlensError: the prompt is empty or too long, the target several tokens, or the lexicon has fewer than two
@@ -374,19 +374,39 @@ def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figur
     target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
     sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].mean().reset_index()
     prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
-    return {
-        "knockout": line_with_band(
-            frames["curves"],
+    curves = frames["curves"].query("removed > 0")  # nothing is removed, or kept, at 0, which a logarithm cannot show
+    kept = curves["order"].str.startswith("keep")
+    knockout, sufficiency = (
+        line_with_band(
+            rows,
             "removed",
             "left",
             "low",
             "high",
             color="order",
-            controls=("random", "matched", "contribution, rotated basis", "keep, rotated basis"),
-            title="Knocking signals out at the readout",
-            x_title="signals removed (keep: signals kept)",
-            y_title="share of the probability left",
-        ),
+            controls=controls,
+            title=title,
+            x_title=x_title,
+            y_title="share of the probability",
+        ).update_xaxes(type="log")
+        for rows, controls, title, x_title in (
+            (
+                curves[~kept],
+                ("random", "matched", "contribution, rotated basis"),
+                "Knocking signals out at the readout",
+                "signals zeroed",
+            ),
+            (
+                curves[kept],
+                ("keep, rotated basis",),
+                "Keeping only the largest contributions",
+                "signals kept, all others zeroed",
+            ),
+        )
+    )
+    return {
+        "knockout": knockout,
+        "sufficiency": sufficiency,
         "signals": bars(
             strongest,
             "name",

@@ -347,7 +347,17 @@ def _figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     low, high, y = "accuracy_at_1_low", "accuracy_at_1_high", "accuracy_at_1"
     trained = frames["overall"][~frames["overall"]["series"].isin(["rotated_basis"])]
     figures = {
-        "accuracy": bars(trained, "series", y, low, high, "space", y_title="accuracy@1"),
+        "accuracy": bars(
+            trained,
+            "series",
+            y,
+            low,
+            high,
+            "space",
+            title="Analogies answered, by ranking and null",
+            x_title="ranking",
+            y_title="accuracy@1",
+        ),
         "sections": bars(
             frames["sections"],
             "relation",
@@ -357,6 +367,7 @@ def _figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             "series",
             controls=NULLS,
             horizontal=True,
+            title="Analogies answered, by relation",
             y_title="accuracy@1",
         ),
     }
@@ -370,6 +381,7 @@ def _figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             controls=("shuffled_recipe", "untrained"),
             log_x=True,
             hover=["predicted", "rank_mul", "rank_with_inputs"],
+            title="The three published analogies",
             x_title="rank of the expected word",
         )
     return figures

@@ -107,7 +107,7 @@ def run_suite(
 
 
 def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """What a report says of a model: its name, sizes and hash, and the single facts (no tables) of its manifest."""
+    """What a report says of a model: its name, sizes and hash, and of its manifest what was seen and reached."""
     from reflowlens.checkpoints import model_hash
 
     cfg = model.cfg
@@ -123,11 +123,8 @@ def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> di
         "tokenizer": cfg.tokenizer_name,
         "context": cfg.n_ctx,
     }
-    known = {"val_loss": "validation loss"}
-    hidden = {"format", "weights_sha256"}
-    for key, value in manifest.items():
-        if isinstance(value, str | int | float) and key not in hidden:
-            card[known.get(key, key.replace("_", " "))] = value
+    facts = {"tokens_seen": "tokens seen", "val_loss": "validation loss"}
+    card |= {name: manifest[key] for key, name in facts.items() if key in manifest}
     card["hash"] = model_hash(model)
     return {key: value for key, value in card.items() if value is not None}
 
