@@ -145,7 +145,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         raise _write_error(folder, error) from error
     try:
         write(temporary)
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp and safetensors keep what they write to its owner
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if folder.exists():
             _replace(folder, temporary)
         else:
