@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.controls import untrained_view
 from analyses.knockout import (
     Site,
     codebook_texts,
@@ -33,7 +34,7 @@ from analyses.knockout import (
     upstream_effects,
     write_norms,
 )
-from analyses.lens import first_settled, residual_stack
+from analyses.lens import first_settled, lens_log_probabilities, residual_stack
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
 from analyses.statistics import (
@@ -48,7 +49,6 @@ from analyses.statistics import (
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import bars, histogram_with_control, line_with_band
-from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
 
@@ -56,14 +56,16 @@ MINIMUM_PROMPTS = 20
 RECOVERED = 0.9
 DEFINITIONS = {
     "probability_before": "probability of the target of the prompt shown in detail",
-    "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most",
+    "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most. random_signal: "
+    "mean over all signals; rotated_basis: the most damaging signal of each rotated basis, mean over rotations",
     "remaining_after_one": "share of the top-1 token's probability that is left after zeroing the single most damaging "
     "signal at the readout, mean over prompts. matched_signal: the other signal nearest in |a_s| ‖R_:s‖; "
     "rotated_basis: the most damaging signal of each rotated basis",
     "knockout_area": "area between the curve of random order and the curve of contribution order: share of the top-1 "
     "token's probability against the share of signals zeroed at the readout; mean over prompts",
     "sufficient_share": "smallest share of signals, kept in order of contribution with all others zeroed, that "
-    f"restores {RECOVERED:.0%} of the top-1 token's probability; mean over prompts",
+    f"restores {RECOVERED:.0%} of the top-1 token's probability from there on, among the numbers of signals in the "
+    "curves; mean over prompts",
 }
 PUBLISHED = {
     "probability_before": 0.0831,
@@ -102,7 +104,7 @@ def causal_ablation(
 
     Raises:
         ReflowlensError: the prompt is empty or too long, the target several tokens, or the lexicon has fewer than two
-            prompts.
+            prompts or no neutral texts.
 
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """
@@ -111,27 +113,30 @@ def causal_ablation(
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:
         raise ReflowlensError("causal_ablation needs at least two factual prompts in the lexicon")
-    prompt = prompt or prompts[0]
-    model.to_tokens(prompt)  # a bad prompt is an error before the work begins, not after it
-    final = residual_stack(model, prompts)[-1]
-    untrained = build_model(model.cfg, seed=seed + 1, device=model.cfg.device)
+    if not lexicon.neutral_texts:
+        raise ReflowlensError("causal_ablation needs neutral_texts in the lexicon: they are its reference text")
     if rotations < 2:
         raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
+    prompt = prompt if prompt is not None else prompts[0]
+    detail = residual_stack(model, prompt)[-1]
+    target_id = _target_id(model, chosen, detail, target)
+    final = residual_stack(model, prompts)[-1]
+    untrained = untrained_view(chosen, seed)
     rotated = [rotate(chosen, random_rotation(chosen.n_signals, seed + i)) for i in range(rotations)]
     bar = tqdm(total=3 + len(rotated), desc="causal ablation", disable=not progress)
     native = _measure(chosen, final, seed)
     bar.update()
-    controls = {"untrained": _measure(signal_view(untrained), residual_stack(untrained, prompts)[-1], seed)}
+    controls = {"untrained": _measure(untrained, residual_stack(untrained.model, prompts)[-1], seed)}
     bar.update()
     for i, other in enumerate(rotated):
         controls[f"rotated_{i}"] = _measure(other, final, seed)
         bar.update()
     frames = {
-        "signals": _signal_frame(model, chosen, prompt, target, lexicon, seed),
+        "signals": _signal_frame(model, chosen, prompt, target_id, lexicon, seed),
         "prompts": _prompts_frame(native, controls, prompts),
         "curves": _curve_frame(native, controls, seed),
     }
-    frames["sites"] = _site_frame(model, chosen, prompt, frames["signals"])
+    frames["sites"] = _site_frame(model, chosen, prompt, target_id, frames["signals"])
     bar.update()
     bar.close()
     result = Result(
@@ -152,7 +157,12 @@ def causal_ablation(
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
-    return _with_metrics(result, native, controls, seed)
+    result = _with_metrics(result, native, controls, seed)
+    result.controls["probability_after_one"] = {
+        "random_signal": float(frames["signals"]["after_zero"].mean()),
+        "rotated_basis": float(np.mean([_least_without_one(other, detail, target_id) for other in rotated])),
+    }
+    return result
 
 
 class Measured(NamedTuple):
@@ -263,14 +273,22 @@ def _privileged(metric: str) -> Alternative:
     return "greater" if metric == "knockout_area" else "less"
 
 
+def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d_model"], target: str | None) -> int:
+    """The token to watch: the one given, else the most probable one."""
+    return int(lens_log_probabilities(view, resid).argmax()) if target is None else model.to_single_token(target)
+
+
+def _least_without_one(view: SignalView, resid: Float[Tensor, "one d_model"], target_id: int) -> float:
+    """The target's probability without the signal whose removal lowers it most."""
+    return float(single_effects(view, view.readout(resid).float(), torch.tensor([target_id])).after.min())
+
+
 def _signal_frame(
-    model: HookedModel, view: SignalView, prompt: str, target: str | None, lexicon: Lexicon, seed: int
+    model: HookedModel, view: SignalView, prompt: str, target_id: int, lexicon: Lexicon, seed: int
 ) -> pd.DataFrame:
     """Every signal of one prompt: what it contributes, and the target's probability without it."""
     resid = residual_stack(model, prompt)[-1]
     a = view.readout(resid).float()
-    logits = view.logits(a)[:, : view.n_tokens]
-    target_id = int(logits.argmax()) if target is None else model.to_single_token(target)
     targets = torch.tensor([target_id])
     reference = _reference_signals(model, view, lexicon)
     elsewhere = reference[
@@ -312,10 +330,11 @@ def _reference_signals(model: HookedModel, view: SignalView, lexicon: Lexicon) -
     return torch.cat(readouts)
 
 
-def _site_frame(model: HookedModel, view: SignalView, prompt: str, signals: pd.DataFrame, k: int = 8) -> pd.DataFrame:
+def _site_frame(
+    model: HookedModel, view: SignalView, prompt: str, target_id: int, signals: pd.DataFrame, k: int = 8
+) -> pd.DataFrame:
     """The k most damaging signals of the prompt in detail, and as many random ones, removed at every site."""
     tokens = model.to_tokens(prompt)
-    target = model.to_single_token(signals["target"].iloc[0])
     before = signals["probability_before"].iloc[0]
     damaging = signals.nsmallest(k, "after_zero")["signal"].tolist()
     others = [s for s in random_order((1, view.n_signals), 0)[0].tolist() if s not in damaging][:k]
@@ -324,7 +343,7 @@ def _site_frame(model: HookedModel, view: SignalView, prompt: str, signals: pd.D
     sites: list[Site] = ["embed", *range(model.cfg.n_layers + 1), "everywhere"]
     rows = []
     for site in sites:
-        after = upstream_effects(model, view, tokens, target, chosen, site).tolist()
+        after = upstream_effects(model, view, tokens, target_id, chosen, site).tolist()
         label = f"resid {site}" if isinstance(site, int) else site
         for i, (signal, probability) in enumerate(zip(chosen.tolist(), after, strict=True)):
             group = "most damaging" if i < len(damaging) else "random"

@@ -152,10 +152,10 @@ def upstream_effects(
     rows = view.basis[signals]
     if isinstance(site, int):
         directions = rows / rows.norm(dim=-1, keepdim=True)
-        removed = torch.einsum("pd,kd,ke->kpe", resid[0], directions, directions)
+        removed = torch.einsum("pd,kd,ke->kpe", resid[0].to(rows), directions, directions)
     else:
         removed = torch.einsum("pk,kd->kpd", view.recipe[tokens[0]][:, signals], rows)
-    last = model(resid - removed, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)[:, -1]
+    last = model((resid - removed).to(resid), start_at_layer=layer, stop_at_layer=model.cfg.n_layers)[:, -1]
     a = view.readout(last)
     if site == "everywhere":
         a[torch.arange(len(signals)), signals] = 0.0

@@ -20,14 +20,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.controls import untrained_view
 from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
-from analyses.lexicon import Lexicon, load_lexicon
+from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
 from analyses.result import Result
 from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, paired_permutation_pvalue
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import heatmap, histogram_with_control, line_with_band
-from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, signal_view
 
@@ -59,7 +59,7 @@ def layer_evolution(
     """Read the logit lens at every residual point: of one prompt in detail, and over the lexicon's factual prompts.
 
     Args:
-        prompt: shown in detail; default the lexicon's first factual prompt.
+        prompt: shown in detail; default the lexicon's first factual prompt whose target is one token.
         target: the continuation to follow, a single token; default the lexicon's for its prompt, else the model's own
             top-1.
         view: readout to look through; all exact views of one model give the same lens.
@@ -78,14 +78,15 @@ def layer_evolution(
     """
     chosen = view if isinstance(view, SignalView) else signal_view(model, view)
     lexicon = lexicon or load_lexicon()
-    prompts, targets, skipped = _usable_prompts(model, lexicon, quick)
+    usable, skipped = _usable_prompts(model, lexicon, quick)
+    prompts, targets = [item.prompt for item in usable], [model.to_single_token(item.target) for item in usable]
     if prompt is None:
-        prompt, target = prompts[0], target or lexicon.factual[0].target
-    untrained = build_model(model.cfg, seed=seed + 1, device=model.cfg.device)
+        prompt, target = usable[0].prompt, target or usable[0].target
+    untrained = untrained_view(chosen, seed)
     stack = residual_stack(model, prompts)
     readings = {
         "model": read_lens(chosen, stack, targets),
-        "untrained": read_lens(signal_view(untrained), residual_stack(untrained, prompts), targets),
+        "untrained": read_lens(untrained, residual_stack(untrained.model, prompts), targets),
         "shuffled_norm": read_lens(_shuffled_norm(chosen, seed), stack, targets),
     }
     frames = {
@@ -129,14 +130,15 @@ def crystallisation_verdict(shares: Sequence[float], interval: tuple[float, floa
     return "supported" if high <= 0.5 and not low <= untrained <= high else "not supported"
 
 
-def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[str], list[int], list[str]]:
+def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[FactualPrompt], list[str]]:
+    """The factual prompts whose target is one token, and the targets of the others."""
     usable = [item for item in lexicon.factual if model.tokenizer.is_single_token(item.target)]
     skipped = [item.target for item in lexicon.factual if not model.tokenizer.is_single_token(item.target)]
     if quick:
         usable = usable[::3]
     if len(usable) < 2:
         raise ReflowlensError("layer_evolution needs at least two factual prompts with single-token targets")
-    return [item.prompt for item in usable], [model.to_single_token(item.target) for item in usable], skipped
+    return usable, skipped
 
 
 def _shuffled_norm(view: SignalView, seed: int) -> SignalView:

@@ -26,15 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.analogies import RANKINGS, analogy_ranks, candidate_sets, usable_analogies
+from analyses.controls import untrained_view
 from analyses.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
 from analyses.neighbors import shuffle_columns
 from analyses.result import Result
 from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, verdict
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import bars, dots
-from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import VIEWS, SignalView, ViewName, random_rotation, rotate, signal_view
+from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
 
 Ranks: TypeAlias = "NDArray[np.int64]"  # of the expected word, [question]
 Hits: TypeAlias = "NDArray[np.bool_]"  # whether it is first, [question]
@@ -100,7 +100,7 @@ def semantic_algebra(
     usable, notes = usable_analogies(given, model.tokenizer)
     asked = _draw(usable, max_per_section, QUICK_ANALOGIES if quick else None, seed)
     published, _ = single_token_analogies([item for item in lexicon.analogies if item.published_rank], model.tokenizer)
-    ranked = _rank_all(model, _spaces(model, chosen, seed), [*asked, *published], lexicon, progress)
+    ranked = _rank_all(model, _spaces(chosen, seed), [*asked, *published], lexicon, progress)
     position = ranked.groupby(["space", "weights"]).cumcount()
     quadruples = ranked[position < len(asked)].reset_index(drop=True)
     frames = {
@@ -176,14 +176,12 @@ def _draw(asked: list[Analogy], per_section: int | None, total: int | None, seed
     return [asked[i] for i in sorted(relations.index[:total])]
 
 
-def _spaces(model: HookedModel, view: SignalView, seed: int) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
+def _spaces(view: SignalView, seed: int) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
     """Kind of weights, space, and its rows without padding."""
     yield from _both("trained", view)
     shuffled = shuffle_columns(view.recipe[: view.n_tokens], seed)
     yield from _both("shuffled_recipe", dataclasses.replace(view, recipe=shuffled))
-    untrained = build_model(model.cfg, seed=seed + 1, device=model.cfg.device)
-    name = next((name for name in VIEWS if name == view.name), None)  # a view made by hand has no untrained twin
-    yield from _both("untrained", signal_view(untrained, name, seed=seed))
+    yield from _both("untrained", untrained_view(view, seed))
     rotated = rotate(view, random_rotation(view.n_signals, seed))
     yield "rotated_basis", "R", rotated.recipe[: view.n_tokens]
 

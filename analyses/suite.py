@@ -80,13 +80,17 @@ def run_suite(
     each experiment) and a saved `Result` a folder. An experiment that fails leaves its traceback in `<name>/error.txt`
     and does not stop the others. Ctrl-C does: what is done is reported, and what is not is named.
 
-    Raises ReflowlensError for an unknown experiment and for a folder that cannot be written, before anything is run.
+    Raises ReflowlensError for an unknown experiment, a file of analogies that cannot be read and a folder that cannot
+    be written, before anything is run.
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
+    from analyses.lexicon import read_questions_words
     from analyses.report import write_report
 
     selected = [EXPERIMENTS[number] for number in parse_selection(experiments)]
+    if isinstance(analogies, str | Path):
+        read_questions_words(analogies)
     name = model_name or model.cfg.model_name or model.cfg.architecture
     run = SuiteRun(_make_folder(out, name))
     card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)

@@ -17,6 +17,23 @@ else:
     import tomli as tomllib
 
 
+_POSITIVE = (
+    "data.context",
+    "run.steps",
+    "run.batch_size",
+    "run.accumulation",
+    "run.eval_interval",
+    "run.eval_tokens",
+    "run.checkpoint_interval",
+    "run.keep_checkpoints",
+    "optimizer.learning_rate",
+    "optimizer.matrix_learning_rate",
+    "optimizer.grad_clip",
+)
+_NOT_NEGATIVE = ("run.seed", "optimizer.weight_decay", "optimizer.warmup_steps")
+_SHARES = ("optimizer.beta1", "optimizer.beta2", "optimizer.decay_fraction", "optimizer.final_fraction")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """``[data]``: a folder made by ``reflowlens prepare``, and how many tokens a training example has."""
@@ -34,6 +51,7 @@ class OptimizerConfig:
         learning_rate: AdamW's peak rate.
         matrix_learning_rate: Muon's peak rate, the spectral norm of a step.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
+        grad_clip: largest norm of the whole gradient; ``inf`` never clips.
         schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``,
             constant and then linear down to it over the last ``decay_fraction`` of the steps.
     """
@@ -95,16 +113,15 @@ class TrainConfig:
         for path, allowed in choices.items():
             if (value := self._get(path)) not in allowed:
                 raise ReflowlensError(f"{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        positive = ("data.context", "run.steps", "run.batch_size", "run.accumulation", "run.eval_interval")
-        for path in (
-            *positive,
-            "run.eval_tokens",
-            "run.checkpoint_interval",
-            "run.keep_checkpoints",
-            "optimizer.learning_rate",
-        ):
+        for path in _POSITIVE:
             if not self._get(path) > 0:
                 raise ReflowlensError(f"{path} must be positive, got {self._get(path)!r}")
+        for path in _NOT_NEGATIVE:
+            if not self._get(path) >= 0:
+                raise ReflowlensError(f"{path} must not be negative, got {self._get(path)!r}")
+        for path in _SHARES:
+            if not 0 <= self._get(path) <= 1:
+                raise ReflowlensError(f"{path} must be between 0 and 1, got {self._get(path)!r}")
         if self.data.context > self.model.n_ctx:
             raise ReflowlensError(f"data.context={self.data.context} exceeds model.n_ctx={self.model.n_ctx}")
         if self.run.batch_size % self.run.accumulation:

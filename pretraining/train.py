@@ -33,6 +33,7 @@ from pretraining.evaluate import mean_loss
 from pretraining.optimizers import make_optimizers, schedule
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import replacing
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
@@ -134,7 +135,8 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
         last = done == run.steps
         if last or done % run.eval_interval == 0:
             record["val_loss"] = evaluate(model, val_tokens, cfg, None if last else run.eval_tokens)
-            bar.write(f"step {done}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
+            if group.is_first:
+                bar.write(f"step {done}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
         log.write(done, record)
         stopping = _any_rank(stop(), group)
         if last or stopping or done % run.checkpoint_interval == 0:
@@ -207,9 +209,13 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
         kept = [line for line in whole if json.loads(line)["step"] <= start]
-        self.path.write_text("".join(kept), encoding="utf8")
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf8")
         if cfg.run.wandb_project:
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise ReflowlensError("run.wandb_project needs wandb: pip install 'reflowlens[wandb]'") from error
 
             self.wandb = wandb.init(project=cfg.run.wandb_project, config=cfg.to_dict(), resume="allow")
 
@@ -282,6 +288,8 @@ def _resume(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.O
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
     if manifest["config"] != cfg.model.to_dict():
         raise ReflowlensError(f"{folder} holds another model than the configuration describes")
+    if (name := manifest["training"]["optimizer"]["name"]) != cfg.optimizer.name:
+        raise ReflowlensError(f"{folder} holds the state of {name!r}, but optimizer.name is {cfg.optimizer.name!r}")
     weights = load_file(folder / WEIGHTS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -290,9 +298,9 @@ def _resume(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.O
     for key, value in load_file(folder / STATE).items():
         i, name, entry = key.split("/")
         parameter = parameters[name]
-        if entry != "step":  # a moment lies in memory as its parameter does
-            value = torch.empty_like(parameter).copy_(value)
-        optimizers[int(i)].state[parameter][entry] = value
+        # A moment lies in memory as its parameter does; a step count only has to be on the same device.
+        kept = value.to(parameter.device) if entry == "step" else torch.empty_like(parameter).copy_(value)
+        optimizers[int(i)].state[parameter][entry] = kept
     return int(manifest["step"])
 
 

@@ -40,8 +40,7 @@ def run_benchmarks(which: str = "all") -> pd.DataFrame:
 
     Returns:
         One row a comparison: ``benchmark``, ``ours_ms``, ``other_ms`` (medians), ``ratio`` (other / ours: above 1 we
-            are
-        faster) and ``of``, what was compared.
+        are faster) and ``of``, what was compared.
     """
     rows: list[dict[str, Any]] = []
     if which in ("hooks", "all"):

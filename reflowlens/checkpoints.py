@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import build_model
+from reflowlens.models import MODEL_CLASSES, build_model
 from reflowlens.models.base import HookedModel
 
 FORMAT = "reflowlens-1"
@@ -49,21 +49,16 @@ def load_model(
     path = find_model(name_or_path)
     cfg = ModelConfig.from_dict(_read_config(path))
     weights = _read_weights(path)
-    with torch.device("meta"):
-        model = build_model(cfg, device="meta")
-    _check_fit(path, {name: tuple(p.shape) for name, p in model.named_parameters()}, weights)
-    model = build_empty(cfg)
+    shapes = {name: tuple(p.shape) for name, p in build_model(cfg, device="meta").named_parameters()}
+    _check_fit(path, shapes, weights)
+    model = MODEL_CLASSES[cfg.architecture](cfg)  # on the CPU, its parameters not yet filled
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def build_empty(cfg: ModelConfig) -> HookedModel:
-    """A model on the CPU whose parameters are allocated and not yet filled."""
-    from reflowlens.models import MODEL_CLASSES
-
-    return MODEL_CLASSES[cfg.architecture](cfg)
+    try:
+        return model.to(device=device, dtype=dtype).eval()
+    except (RuntimeError, AssertionError) as error:  # torch's answers to a device that it does not know or have
+        raise ReflowlensError(f"cannot compute on device {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
 def save_model(
@@ -80,9 +75,12 @@ def save_model(
         dtype: store the weights in this type, e.g. ``torch.float16``.
 
     Raises:
-        ReflowlensError: a weight is not finite (in ``dtype``), the disk is full or the folder cannot be written; then
-            nothing has changed.
+        ReflowlensError: a weight is not finite (in ``dtype``), the folder holds something other than a checkpoint, the
+            disk is full or the folder cannot be written; then nothing has changed.
     """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
+        raise ReflowlensError(f"{folder} holds other files and no checkpoint to replace: choose a new folder")
     weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
@@ -94,7 +92,7 @@ def save_model(
         record = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS), **(manifest or {})}
         (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
 
-    return write_folder(Path(folder), write)
+    return write_folder(folder, write)
 
 
 def model_hash(model: HookedModel) -> str:

@@ -14,7 +14,7 @@ DEFAULT_MODEL = "reflow-nano"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Bad input is one line on stderr, without a traceback."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.command(options) or 0
     except ReflowlensError as error:
@@ -23,6 +23,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if not rest:
+        return options
+    # argparse gives out all positional arguments at the first option: `run MODEL --quick 5 7` leaves 5 and 7 over.
+    if options.command is not _run or any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.experiments = [*options.experiments, *rest]
+    return options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,15 +57,21 @@ def build_parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
 ) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    return commands.add_parser(name, help=summary, description=summary, formatter_class=_Help)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "run", "run experiments on a model and write a report")
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="packaged name, checkpoint folder or file")
-    parser.add_argument("experiments", nargs="*", default=["all"], help="'all', numbers or names, e.g. 5 7 9")
+    parser.add_argument("experiments", nargs="*", default=[], help="numbers or names, e.g. 5 7 9 (default: all)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: out/MODEL/DATE-TIME)")
     parser.add_argument("--analogies", type=Path, help="a questions-words file for experiment 5")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
@@ -63,15 +81,15 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _run(options: argparse.Namespace) -> int:
-    from analyses.suite import parse_selection, run_suite
+    from analyses.suite import EXPERIMENTS, parse_selection, run_suite
     from reflowlens.checkpoints import list_models, load_model, read_manifest
 
-    # `reflowlens run 5 7` leaves out the model
     model, experiments = options.model, options.experiments
-    if model == "all" or (model[0].isdigit() and not Path(model).exists() and model not in list_models()):
-        given = [] if experiments == ["all"] else experiments
-        model, experiments = DEFAULT_MODEL, [model, *given]
-    selection = parse_selection(experiments)
+    named = {"all", *(experiment.name for experiment in EXPERIMENTS.values())}
+    # `reflowlens run 5 7` leaves out the model
+    if model in named or (model[:1].isdigit() and not Path(model).exists() and model not in list_models()):
+        model, experiments = DEFAULT_MODEL, [model, *experiments]
+    selection = parse_selection(experiments or "all")
     run = run_suite(
         load_model(model, device=options.device),
         selection,
@@ -82,6 +100,8 @@ def _run(options: argparse.Namespace) -> int:
         model_name=Path(model).resolve().name if Path(model).exists() else model,
         manifest=read_manifest(model),
     )
+    for name, error in run.errors.items():
+        print(f"{name}: {error}", file=sys.stderr)
     print(run.report)
     return 1 if run.errors else 0
 

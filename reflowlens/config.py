@@ -211,8 +211,8 @@ def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:
     return ModelConfig(architecture=architecture, n_layers=n_layers, **(sizes | fields))
 
 
-# The seven published configurations. Sizes that the published counts determine are derived in the documentation; head
-# counts do not show in a count and follow nanoGPT (head width 64).
+# The seven published configurations. The published parameter counts determine the sizes; head counts do not show in a
+# count and follow nanoGPT (head width 64).
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": _published("gpt2", 36, d_mlp=4096),
     "gpt2_new": _published("gpt2_new", 36),

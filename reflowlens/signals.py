@@ -10,9 +10,8 @@ view           recipe             basis          what it is for
 ``native``     R                  B              the signals that the model was trained with
 ``identity``   W_E                I              every model: the residual stream's own axes
 ``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
-``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any statement
-about
-                                                 single signals
+``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any
+                                                 statement about single signals
 =============  =================  =============  ==================================================================
 
 Readout and write coordinates differ unless B Bᵀ = I; each function says which one it uses.
@@ -76,8 +75,8 @@ class SignalView:
         return self.model.tokenizer.n_vocab
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
-        """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x."""
-        return self.norm(resid) @ self.basis.T
+        """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x. No hook of the norm runs."""
+        return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """R a."""
@@ -102,8 +101,7 @@ class SignalView:
 
         Returns:
             One row a token: ``sign`` (+1 or -1), ``token``, ``text``, ``recipe`` (R entry) and ``z`` (entry minus the
-                column's
-            mean over real tokens, in its standard deviations), strongest first within each sign.
+            column's mean over real tokens, in its standard deviations), strongest first within each sign.
 
         Raises:
             ReflowlensError: there is no such signal.
@@ -131,7 +129,7 @@ class SignalView:
 
 @torch.no_grad()
 def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int = 0) -> SignalView:
-    """See a model through signals.
+    """See a model through signals, in float32 at least: a model of 16 bits is read without rounding once more.
 
     Args:
         name: ``native``, ``identity``, ``svd`` or ``rotated`` (module docstring); default ``native`` where the model
@@ -151,15 +149,21 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
                 f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "
                 "use the 'identity' or 'svd' view"
             )
-        return SignalView("native", model.W_E.A.detach(), model.W_E.B.detach(), model.ln_final, model)
+        factors = model.W_E
+        return SignalView("native", _wide(factors.A), _wide(factors.B), model.ln_final, model)
     if name == "rotated":
-        return rotate(signal_view(model), random_rotation(signal_view(model).n_signals, seed))
-    embedding = model.W_U.T.detach()
+        view = signal_view(model)
+        return rotate(view, random_rotation(view.n_signals, seed))
+    embedding = _wide(model.W_U.T)
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
         return SignalView("identity", embedding, identity, model.ln_final, model)
-    U, singular_values, Vh = torch.linalg.svd(embedding.float(), full_matrices=False)
+    U, singular_values, Vh = torch.linalg.svd(embedding, full_matrices=False)
     return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:

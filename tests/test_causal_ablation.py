@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from analyses.causal_ablation import causal_ablation
+from analyses.controls import untrained_view
+from analyses.lexicon import FactualPrompt, Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.signals import signal_view
 from tests.planted import CONFIG, LEXICON, empty_model, one_signal_model
+from tests.tiny import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,8 @@ def test_the_planted_signal_beats_every_control(planted):
     assert controls["random_signal"] > 0.9
     assert controls["matched_signal"] > 0.5
     assert controls["rotated_basis"] > 0.1
+    one = planted.controls["probability_after_one"]
+    assert one["random_signal"] > one["rotated_basis"] > 100 * planted.metrics["probability_after_one"]
     assert planted.verdicts["remaining_after_one"] == "supported"
     assert planted.verdicts["sufficient_share"] == "supported"
 
@@ -100,6 +106,29 @@ def test_the_same_seed_gives_the_same_frames_and_leaves_the_weights():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_the_document_end_can_be_the_target():
+    model = one_signal_model()
+    with torch.no_grad():
+        model.embed.W_recipe[model.tokenizer.eot_token, 0] = 6.0
+    result = causal_ablation(model, lexicon=LEXICON, rotations=2, quick=True)
+    assert result.params["target"] == "<|endoftext|>"
+    assert result.metrics["probability_before"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["native", "identity", "svd"])
+def test_the_untrained_model_is_seen_through_a_view_of_the_same_kind(name):
+    view = signal_view(one_signal_model(), name)
+    twin = untrained_view(view, seed=3)
+    assert twin.name == name
+    assert_close(twin.recipe @ twin.basis, build_model(CONFIG, seed=4).W_U.T)
+
+
 def test_a_prompt_that_is_too_long_is_an_error():
     with pytest.raises(ReflowlensError, match="too long"):
         causal_ablation(one_signal_model(), "king " * 50, lexicon=LEXICON)
+
+
+def test_a_lexicon_without_reference_text_is_an_error():
+    lexicon = Lexicon(version="x", factual=(FactualPrompt("The king", " queen"), FactualPrompt("The city", " is")))
+    with pytest.raises(ReflowlensError, match="neutral_texts"):
+        causal_ablation(one_signal_model(), lexicon=lexicon)

@@ -252,6 +252,13 @@ def test_a_new_checkpoint_replaces_the_old_one(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ReflowlensError, match="holds other files and no checkpoint to replace"):
+        save_model(tmp_path, random_model("gpt2"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     "failure",
     [

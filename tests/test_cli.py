@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from analyses.suite import SuiteRun
 from reflowlens.checkpoints import save_model
 from reflowlens.cli import main
 from tests.tiny import random_model
@@ -115,3 +117,49 @@ def test_an_empty_prompt_and_a_long_one_are_errors(checkpoint, capsys):
     assert "empty" in capsys.readouterr().err
     assert main(["sample", str(checkpoint), "x" * 200]) == 2
     assert "n_ctx=24" in capsys.readouterr().err
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The arguments of every run of the suite, which is not run."""
+    calls = []
+
+    def record(model, experiments, **options):
+        calls.append((options["model_name"], experiments, options["quick"]))
+        return SuiteRun(Path("out"), errors={"layer_evolution": "too few prompts"})
+
+    monkeypatch.setattr("analyses.suite.run_suite", record)
+    monkeypatch.setattr("reflowlens.checkpoints.load_model", lambda *_, **__: None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", ("reflow-nano", [5, 7, 9], False)),
+        ("all", ("reflow-nano", [5, 7, 9], False)),
+        ("5 7", ("reflow-nano", [5, 7], False)),
+        ("layer_evolution", ("reflow-nano", [7], False)),
+        ("reflow-nano 9", ("reflow-nano", [9], False)),
+        ("reflow-nano --quick 5 7", ("reflow-nano", [5, 7], True)),
+        ("--quick 5 --seed 1 7", ("reflow-nano", [5, 7], True)),
+    ],
+)
+def test_run_knows_models_from_experiments(runs, arguments, expected, capsys):
+    assert main(["run", *arguments.split()]) == 1
+    assert runs == [expected]
+    assert "layer_evolution: too few prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", ["run --fast", "run 5 --fast 7", "models reflow-nano"])
+def test_arguments_that_do_not_exist(runs, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+    assert runs == []
+
+
+def test_a_device_that_is_not_there_is_one_line(checkpoint, capsys):
+    assert main(["sample", str(checkpoint), "The", "--device", "gpu"]) == 2
+    assert "cannot compute on device 'gpu'" in capsys.readouterr().err

@@ -16,7 +16,8 @@ SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglo
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: ".".join(path.relative_to(ROOT).with_suffix("").parts))
-def test_examples(path: Path) -> None:
+def test_examples(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     if 'load_model("reflow-nano")' in path.read_text() and "reflow-nano" not in list_models():
         pytest.skip("the packaged model is not there")
     parts = path.relative_to(ROOT).with_suffix("").parts

@@ -71,3 +71,10 @@ def test_a_target_of_several_tokens_is_an_error():
 )
 def test_the_verdict_follows_its_rule(n, interval, untrained, expected):
     assert crystallisation_verdict([0.4] * n, interval, untrained) == expected
+
+
+def test_the_default_prompt_comes_with_its_own_target():
+    split = FactualPrompt("The emperor of", " Constantinople is")
+    lexicon = Lexicon(version="x", factual=(split, *LEXICON.factual))
+    result = layer_evolution(empty_model(), lexicon=lexicon)
+    assert (result.params["prompt"], result.params["target"]) == (LEXICON.factual[0].prompt, " Paris")

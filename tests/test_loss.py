@@ -66,6 +66,13 @@ def test_one_side_may_be_fixed() -> None:
         assert (f, m)[1 - i].grad is None
 
 
+def test_a_second_derivative_is_refused() -> None:
+    features, matrix, targets = inputs(9, 4, 11, 0.0, 1)
+    features.requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(cross_entropy(features.tanh(), matrix, targets, 4), features, create_graph=True)
+
+
 def test_under_autocast() -> None:
     """Products in bfloat16, softmax and sums in float32: within rounding of the factors."""
     features, matrix, targets = inputs(200, 32, 300, 0.2, 2)

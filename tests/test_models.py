@@ -296,6 +296,13 @@ def test_in_sixteen_bits(tiny_models: dict[str, HookedModel], dtype: torch.dtype
         assert (logits - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
 
 
+def test_rotary_angles_stay_exact_in_sixteen_bits() -> None:
+    model = random_model("reflow")
+    exact = model.blocks[0].attn.rotary.cos.clone()
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(model.to(dtype).blocks[0].attn.rotary.cos, exact)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 

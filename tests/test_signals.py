@@ -42,6 +42,31 @@ def test_the_final_signals_are_what_the_model_reads_out():
     assert_close(cache.signals(), cache["unembed.hook_signal"])
 
 
+def test_a_readout_is_seen_by_no_hook_of_the_model():
+    model = random_model("reflow")
+    view = signal_view(model)
+    _, cache = model.run_with_cache(PROMPT)
+    expected, seen = cache.signals(), []
+
+    def double(x, hook):
+        seen.append(hook.name)
+        return 2 * x
+
+    with model.hooks([("ln_final.hook_normalized", double)]):
+        assert torch.equal(view.readout(cache.resid()), expected)
+        assert seen == []
+        model(PROMPT)
+
+
+@pytest.mark.parametrize(("name", "view_name"), CASES)
+def test_views_of_a_sixteen_bit_model_are_wide(name, view_name):
+    model = random_model(name).bfloat16()
+    logits, cache = model.run_with_cache(PROMPT)
+    view = signal_view(model, view_name)
+    assert cache.signals(view=view).dtype == torch.float32
+    assert_close(view.logits(cache.signals(view=view)), logits.float(), 0.03)
+
+
 def test_signals_of_a_layer_are_the_factored_logit_lens():
     model = random_model("reflow")
     _, cache = model.run_with_cache(PROMPT)

@@ -193,8 +193,17 @@ def test_analogies_go_to_the_experiment_that_takes_them(tiny, stubs, tmp_path):
         return Result("semantic_algebra", "Semantic Algebra", {"analogies": analogies})
 
     stubs["semantic_algebra"] = algebra
-    run = run_suite(tiny, out=tmp_path, analogies="questions-words.txt")
-    assert run.results["semantic_algebra"].params == {"analogies": "questions-words.txt"}
+    path = tmp_path / "questions-words.txt"
+    path.write_text(": family\nking queen man woman\n")
+    run = run_suite(tiny, out=tmp_path, analogies=str(path))
+    assert run.results["semantic_algebra"].params == {"analogies": str(path)}
+
+
+def test_analogies_that_cannot_be_read_are_found_before_anything_runs(tiny, stubs, tmp_path):
+    with pytest.raises(ReflowlensError, match=r"cannot read .*nowhere\.txt"):
+        run_suite(tiny, out=tmp_path / "out", analogies=tmp_path / "nowhere.txt")
+    assert stubs["calls"] == {}
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bar_is_shown_when_asked_for(tiny, stubs, tmp_path, capsys):

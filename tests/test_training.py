@@ -493,6 +493,9 @@ def test_a_preset_with_changes(write: Callable[..., Path]) -> None:
         ({"run": {"batch_size": 0}}, "run.batch_size must be positive, got 0"),
         ({"run": {"keep_checkpoints": 0}}, "run.keep_checkpoints must be positive, got 0"),
         ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate must be positive, got 0"),
+        ({"optimizer": {"grad_clip": 0}}, "optimizer.grad_clip must be positive, got 0"),
+        ({"optimizer": {"warmup_steps": -1}}, "optimizer.warmup_steps must not be negative, got -1"),
+        ({"optimizer": {"final_fraction": 2.0}}, "optimizer.final_fraction must be between 0 and 1, got 2.0"),
         ({"data": {"context": 17}}, "data.context=17 exceeds model.n_ctx=16"),
         ({"run": {"accumulation": 3}}, "run.accumulation must divide run.batch_size=8"),
     ],
@@ -532,6 +535,8 @@ def test_a_run_is_not_overwritten_and_only_its_own_is_resumed(write: Callable[..
         train(cfg)
     with pytest.raises(ReflowlensError, match="holds another model than the configuration describes"):
         train(load_config(write(run={"steps": 2}, model={"d_mlp": 33})), resume=True)
+    with pytest.raises(ReflowlensError, match=r"holds the state of 'muon', but optimizer\.name is 'adamw'"):
+        train(load_config(write(run={"steps": 2}, optimizer={"name": "adamw"})), resume=True)
     assert train(cfg, resume=True) == folder  # nothing is left to do
     assert len(records(cfg.run.out)) == 2
 

@@ -130,8 +130,9 @@ class HookedModel(HookedRootModule):
     def to_str_tokens(self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool = False) -> list[str]:
         """The text of each token of one prompt, for labels."""
         if isinstance(input, str):
-            input = self.to_tokens(input, prepend_bos)[0]
-        return self.tokenizer.to_str_tokens(torch.as_tensor(np.asarray(input)).reshape(-1).tolist())
+            input = self.to_tokens(input, prepend_bos)
+        ids = input if isinstance(input, Tensor) else torch.as_tensor(np.asarray(input))
+        return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
     def to_single_token(self, word: str) -> int:
         """The id of a word that is one token.

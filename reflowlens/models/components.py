@@ -6,6 +6,8 @@ copies of the residual stream) are computed only when something is attached to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -67,6 +69,12 @@ class Rotary(nn.Module):
         pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
         self.register_buffer("cos", pairs.cos().float(), persistent=False)
         self.register_buffer("sin", pairs.sin().float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)  # a 16-bit model turns by exact angles
+        return self
 
     def forward(self, x: Float[Tensor, "batch pos head d_head"], offset: int) -> Float[Tensor, "batch pos head d_head"]:
         positions = slice(offset, offset + x.shape[1])

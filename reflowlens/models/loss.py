@@ -73,6 +73,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        ):  # create_graph: their own part would be missing
+            raise RuntimeError("the chunked loss has no second derivative: take F.cross_entropy of the logits")
         grad_features, grad_matrix = ctx.saved_tensors
         (scale,) = grad_output
         return grad_features * scale, grad_matrix * scale, None, None

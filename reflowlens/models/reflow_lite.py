@@ -8,6 +8,6 @@ from reflowlens.models.reflow import ReFlow
 class ReFlowLite(ReFlow):
     """Queries share ``cfg.n_key_value_heads`` heads of keys and values; everything else is reFlow.
 
-    The published parameter count leaves the MLP at its full width (docs: the architecture page), so it is not reduced
-    here.
+    The published parameter count leaves no room for the reduced MLP that the publication mentions beside it: the MLP
+    has its full width here.
     """
