@@ -55,7 +55,7 @@ from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, si
 MINIMUM_PROMPTS = 20
 RECOVERED = 0.9
 DEFINITIONS = {
-    "probability_before": "probability of the target of the prompt shown in detail",
+    "probability_before": "probability of the target of the prompt shown in detail; untrained: of the same token",
     "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most. random_signal: "
     "mean over all signals; rotated_basis: the most damaging signal of each rotated basis, mean over rotations",
     "remaining_after_one": "share of the top-1 token's probability that is left after zeroing the single most damaging "
@@ -158,6 +158,8 @@ def causal_ablation(
         published=PUBLISHED,
     )
     result = _with_metrics(result, native, controls, seed)
+    at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
+    result.controls["probability_before"] = {"untrained": float(at_start[0, target_id].exp())}
     result.controls["probability_after_one"] = {
         "random_signal": float(frames["signals"]["after_zero"].mean()),
         "rotated_basis": float(np.mean([_least_without_one(other, detail, target_id) for other in rotated])),

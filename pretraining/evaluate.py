@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +14,9 @@ from pretraining.batches import sequential_batches
 from pretraining.data import open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+
+if TYPE_CHECKING:
+    from pretraining.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,16 @@ def evaluate_model(model: HookedModel, folder: str | Path, *, split: str = "val"
         raise ReflowlensError(
             f"{folder} was prepared with {data.manifest.tokenizer!r}, but the model reads {model.cfg.tokenizer_name!r}"
         )
-    loss, tokens = mean_loss(model, data.tokens, batch_size, model.cfg.n_ctx)
-    bits = loss * tokens / math.log(2)
-    return Evaluation(loss, math.exp(loss), bits / data.manifest.splits[split].text_bytes, tokens)
+    total, tokens = summed_loss(model, sequential_batches(data.tokens, batch_size, model.cfg.n_ctx))
+    loss, text_bytes = total / tokens, data.manifest.splits[split].text_bytes
+    return Evaluation(loss, math.exp(loss), total / math.log(2) / text_bytes, tokens)
 
 
 @torch.no_grad()
-def mean_loss(model: HookedModel, tokens: Any, batch_size: int, context: int) -> tuple[float, int]:
-    """Mean next-token loss in nats over a token stream, and how many tokens were predicted."""
+def summed_loss(model: HookedModel, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Next-token loss in nats summed over batches of inputs and targets, and how many tokens were predicted."""
     total, count = 0.0, 0
-    for x, y in sequential_batches(tokens, batch_size, context):
+    for x, y in batches:
         loss = model(x.to(model.cfg.device), "loss", targets=y.to(model.cfg.device))
         total, count = total + loss.item() * y.numel(), count + y.numel()
-    return total / count, count
+    return total, count

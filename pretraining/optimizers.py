@@ -62,7 +62,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrix steps are orthogonalised (Jordan et al., 2024).
 
     torch's own takes two-dimensional parameters only; here each head of a [head, rows, columns] parameter is a matrix
-    of its own. A step has spectral norm ``lr * max(1, rows / columns) ** 0.5``.
+    of its own. Parameters here map rows to columns (inputs to outputs), and a step has spectral norm
+    ``lr * max(1, rows / columns) ** 0.5``: larger for matrices that narrow. The published factor is the other way
+    round, larger for those that widen; the packaged models were trained with this one.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:

@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +28,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from pretraining.batches import batch_at
+from pretraining.batches import batch_at, sequential_batches
 from pretraining.config import TrainConfig, load_config
 from pretraining.data import open_tokens
-from pretraining.evaluate import mean_loss
+from pretraining.evaluate import summed_loss
 from pretraining.optimizers import make_optimizers, schedule
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
@@ -103,7 +105,6 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     forward = _forward(model, cfg, group)
     log = Log(out, start, cfg, enabled=group.is_first)
     peak_rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in optimizers]
-    folder = out
     bar = tqdm(total=run.steps, initial=start, unit="step", disable=not (progress and group.is_first))
     for step in range(start, run.steps):
         began = time.perf_counter()
@@ -134,23 +135,20 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
         }
         last = done == run.steps
         if last or done % run.eval_interval == 0:
-            record["val_loss"] = evaluate(model, val_tokens, cfg, None if last else run.eval_tokens)
+            record["val_loss"] = evaluate(model, val_tokens, cfg, group, None if last else run.eval_tokens)
             if group.is_first:
                 bar.write(f"step {done}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
         log.write(done, record)
         stopping = _any_rank(stop(), group)
         if last or stopping or done % run.checkpoint_interval == 0:
-            if group.is_first:
-                folder = _save(cfg, model, optimizers, done, record)
-            if group.world_size > 1:
-                dist.barrier()
+            _on_first_process(group, partial(_save, cfg, model, optimizers, done, record))
         if stopping and not last:
             bar.close()
             if group.is_first:
                 print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
             break
     bar.close()
-    return folder if folder != out else newest_checkpoint(out)
+    return newest_checkpoint(out)
 
 
 def _open(cfg: TrainConfig, split: str) -> Any:
@@ -190,12 +188,19 @@ def _accumulate(forward: Any, batch: tuple[Tensor, Tensor], cfg: TrainConfig, gr
     return total.item()
 
 
-def evaluate(model: HookedModel, tokens: Any, cfg: TrainConfig, max_tokens: int | None = None) -> float:
-    """Mean next-token loss in nats over the validation stream in order, or over its first ``max_tokens``."""
+def evaluate(
+    model: HookedModel, tokens: Any, cfg: TrainConfig, group: Processes, max_tokens: int | None = None
+) -> float:
+    """Mean next-token loss in nats over the validation stream, or its first ``max_tokens``; shared by processes."""
     rows = max(1, cfg.run.batch_size // cfg.run.accumulation)
     limit = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
-    with _autocast(cfg, torch.device(model.cfg.device)):
-        return mean_loss(model, tokens[:limit], rows, cfg.data.context)[0]
+    batches = sequential_batches(tokens[:limit], rows, cfg.data.context)
+    with _autocast(cfg, group.device):
+        share = summed_loss(model, islice(batches, group.rank, None, group.world_size))
+    sums = torch.tensor(share, dtype=torch.float64, device=group.device)
+    if group.world_size > 1:
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 class Log:
@@ -288,8 +293,13 @@ def _resume(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.O
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
     if manifest["config"] != cfg.model.to_dict():
         raise ReflowlensError(f"{folder} holds another model than the configuration describes")
-    if (name := manifest["training"]["optimizer"]["name"]) != cfg.optimizer.name:
-        raise ReflowlensError(f"{folder} holds the state of {name!r}, but optimizer.name is {cfg.optimizer.name!r}")
+    ours, theirs = cfg.to_dict(), manifest["training"]
+    for section, name in (("data", "context"), ("run", "batch_size"), ("run", "seed"), ("optimizer", "name")):
+        if ours[section][name] != theirs[section][name]:
+            raise ReflowlensError(
+                f"{folder} was trained with {section}.{name}={theirs[section][name]!r}, but the configuration has "
+                f"{ours[section][name]!r}: a resumed run must repeat the uninterrupted one"
+            )
     weights = load_file(folder / WEIGHTS)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -327,6 +337,21 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _on_first_process(group: Processes, action: Callable[[], object]) -> None:
+    """Let the first process act while the others wait; if it fails, all of them stop, none waits for ever."""
+    error: Exception | None = None
+    if group.is_first:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    failed = _any_rank(error is not None, group)
+    if error is not None:
+        raise error
+    if failed:
+        raise ReflowlensError("the first process could not write the checkpoint")
 
 
 def _any_rank(flag: bool, group: Processes) -> bool:

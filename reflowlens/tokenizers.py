@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -53,15 +53,9 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`. `<|endoftext|>` in it is ordinary text unless `allow_special`."""
-        if allow_special:
-            return self._encoding.encode(text, allowed_special="all")
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, in which `<|endoftext|>` is ordinary text: `eot_token` is an id, never a spelling."""
         return self._encoding.encode_ordinary(text)
-
-    def encode_ordinary_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
-        """`encode` of each text, on `num_threads` threads; no text is special."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
         """`encode` as an array, without a Python list in between: for corpora. Other threads run meanwhile.

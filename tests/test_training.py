@@ -32,6 +32,7 @@ from tests.tiny import CONFIGS, assert_close
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
+ALONE = train_module.Processes(0, 1, torch.device("cpu"))
 MODEL: dict[str, Any] = {
     "architecture": "reflow",
     "n_layers": 2,
@@ -137,7 +138,7 @@ def test_loss_falls(write: Callable[..., Path], architecture: str) -> None:
     model = load_model(folder)
     assert model.cfg == cfg.model
     val = open_tokens(cfg.data.folder, "val").tokens
-    assert evaluate(model, val, cfg) == pytest.approx(history[-1]["val_loss"], abs=1e-6)
+    assert evaluate(model, val, cfg, ALONE) == pytest.approx(history[-1]["val_loss"], abs=1e-6)
 
 
 def test_checkpoints_of_a_run(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -174,8 +175,8 @@ def test_validation_reads_every_token_once(write: Callable[..., Path]) -> None:
     assert len(every) == len(val) - 1
     for batch_size in (1, 8, 1000):
         changed = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, batch_size=batch_size))
-        assert evaluate(model, val, changed) == pytest.approx(every.mean().item(), rel=1e-5)
-        assert evaluate(model, val, changed, 100) == pytest.approx(every[:100].mean().item(), rel=1e-5)
+        assert evaluate(model, val, changed, ALONE) == pytest.approx(every.mean().item(), rel=1e-5)
+        assert evaluate(model, val, changed, ALONE, 100) == pytest.approx(every[:100].mean().item(), rel=1e-5)
 
 
 def test_gradient_accumulation_changes_nothing(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -535,8 +536,12 @@ def test_a_run_is_not_overwritten_and_only_its_own_is_resumed(write: Callable[..
         train(cfg)
     with pytest.raises(ReflowlensError, match="holds another model than the configuration describes"):
         train(load_config(write(run={"steps": 2}, model={"d_mlp": 33})), resume=True)
-    with pytest.raises(ReflowlensError, match=r"holds the state of 'muon', but optimizer\.name is 'adamw'"):
+    with pytest.raises(
+        ReflowlensError, match=r"was trained with optimizer\.name='muon', but the configuration has 'adamw'"
+    ):
         train(load_config(write(run={"steps": 2}, optimizer={"name": "adamw"})), resume=True)
+    with pytest.raises(ReflowlensError, match=r"was trained with run\.seed=\d+, but the configuration has 77"):
+        train(load_config(write(run={"steps": 2, "seed": 77})), resume=True)
     assert train(cfg, resume=True) == folder  # nothing is left to do
     assert len(records(cfg.run.out)) == 2
 
