@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.ablation_figures import ablation_figures
 from analyses.controls import untrained_view
 from analyses.knockout import (
     Site,
@@ -48,7 +48,6 @@ from analyses.statistics import (
 )
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures import bars, histogram_with_control, line_with_band
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
 
@@ -153,7 +152,7 @@ def causal_ablation(
             "model_hash": model_hash(model),
         },
         frames=frames,
-        figures=_figures(frames, prompt),
+        figures=ablation_figures(frames, prompt),
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
@@ -387,72 +386,3 @@ def _curve_frame(native: Measured, controls: dict[str, Measured], seed: int) -> 
             pd.DataFrame({"order": order, "removed": native.counts, "left": curve.mean(0), "low": low, "high": high})
         )
     return pd.concat(frames, ignore_index=True)
-
-
-def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
-    signals = frames["signals"]
-    strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
-    target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
-    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].mean().reset_index()
-    prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
-    curves = frames["curves"].query("removed > 0")  # nothing is removed, or kept, at 0, which a logarithm cannot show
-    kept = curves["order"].str.startswith("keep")
-    knockout, sufficiency = (
-        line_with_band(
-            rows,
-            "removed",
-            "left",
-            "low",
-            "high",
-            color="order",
-            controls=controls,
-            title=title,
-            x_title=x_title,
-            y_title="share of the probability",
-        ).update_xaxes(type="log")
-        for rows, controls, title, x_title in (
-            (
-                curves[~kept],
-                ("random", "matched", "contribution, rotated basis"),
-                "Knocking signals out at the readout",
-                "signals zeroed",
-            ),
-            (
-                curves[kept],
-                ("keep, rotated basis",),
-                "Keeping only the largest contributions",
-                "signals kept, all others zeroed",
-            ),
-        )
-    )
-    return {
-        "knockout": knockout,
-        "sufficiency": sufficiency,
-        "signals": bars(
-            strongest,
-            "name",
-            "after_zero",
-            horizontal=True,
-            hover=["contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook"],
-            title=f"“{prompt}” → “{target}” ({before:.2%}) without one signal",
-            x_title="signal",
-            y_title="probability left",
-        ),
-        "sites": bars(
-            sites,
-            "site",
-            "left",
-            color="group",
-            controls=("random",),
-            title="The same signals removed upstream",
-            y_title="share of the probability left",
-        ),
-        "single": histogram_with_control(
-            prompts,
-            "remaining_after_one",
-            "basis",
-            controls=("untrained", "rotated_basis"),
-            title="Probability left without the most damaging signal",
-            x_title="share of the probability left",
-        ),
-    }

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -33,13 +32,11 @@ from pretraining.config import TrainConfig, load_config
 from pretraining.data import open_tokens
 from pretraining.evaluate import summed_loss
 from pretraining.optimizers import make_optimizers, schedule
-from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
+from pretraining.state import newest_checkpoint, resume_state, save_state, start_fresh
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-
-STATE = "training_state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     train_tokens, val_tokens = (_open(cfg, split) for split in ("train", "val"))
     model = build_model(cfg.model, seed=run.seed, device=group.device).train()
     optimizers = make_optimizers(model, cfg.optimizer)
-    start = _resume(cfg, model, optimizers) if resume else _fresh(out)
+    start = resume_state(cfg, model, optimizers) if resume else start_fresh(out)
     forward = _forward(model, cfg, group)
     log = Log(out, start, cfg, enabled=group.is_first)
     peak_rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in optimizers]
@@ -141,7 +138,7 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
         log.write(done, record)
         stopping = _any_rank(stop(), group)
         if last or stopping or done % run.checkpoint_interval == 0:
-            _on_first_process(group, partial(_save, cfg, model, optimizers, done, record))
+            _on_first_process(group, partial(save_state, cfg, model, optimizers, done, record))
         if stopping and not last:
             bar.close()
             if group.is_first:
@@ -234,84 +231,6 @@ class Log:
             file.write(json.dumps({"step": step, "tokens": step * self.tokens_per_step, **record}) + "\n")
         if self.wandb is not None:
             self.wandb.log(record, step=step)
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def newest_checkpoint(out: Path) -> Path:
-    """The folder of the last complete checkpoint of a run.
-
-    Raises:
-        ReflowlensError: there is none.
-    """
-    complete = sorted(folder for folder in out.glob("step_*") if (folder / STATE).is_file())
-    if not complete:
-        raise ReflowlensError(f"{out} holds no checkpoint to resume from")
-    return complete[-1]
-
-
-def _fresh(out: Path) -> int:
-    if any(out.glob("step_*")):
-        raise ReflowlensError(f"{out} already holds a run: continue it with --resume, or choose another run.out")
-    return 0
-
-
-def _save(
-    cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.Optimizer], step: int, record: dict[str, float]
-) -> Path:
-    """A checkpoint folder: the model as anyone may load it, and beside it what resuming needs."""
-    out = Path(cfg.run.out)
-    tensors = {f"{i}/{name}/{key}": value.contiguous() for i, name, key, value in _state(model, optimizers)}
-    manifest = {"step": step, "tokens_seen": step * cfg.tokens_per_step, **record, "training": cfg.to_dict()}
-
-    def write(folder: Path) -> None:
-        save_model(folder / "model", model, manifest)
-        for name in (WEIGHTS, MANIFEST):
-            (folder / "model" / name).rename(folder / name)
-        (folder / "model").rmdir()
-        write_tensors(folder / STATE, tensors, {"step": str(step)})
-
-    folder = write_folder(out / f"step_{step:07d}", write)
-    for old in sorted(out.glob("step_*"))[: -cfg.run.keep_checkpoints]:
-        shutil.rmtree(old)
-    return folder
-
-
-def _state(model: HookedModel, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[int, str, str, Tensor]]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for i, optimizer in enumerate(optimizers):
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                yield i, names[parameter], key, value
-
-
-def _resume(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.Optimizer]) -> int:
-    from safetensors.torch import load_file
-
-    folder = newest_checkpoint(Path(cfg.run.out))
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-    if manifest["config"] != cfg.model.to_dict():
-        raise ReflowlensError(f"{folder} holds another model than the configuration describes")
-    ours, theirs = cfg.to_dict(), manifest["training"]
-    for section, name in (("data", "context"), ("run", "batch_size"), ("run", "seed"), ("optimizer", "name")):
-        if ours[section][name] != theirs[section][name]:
-            raise ReflowlensError(
-                f"{folder} was trained with {section}.{name}={theirs[section][name]!r}, but the configuration has "
-                f"{ours[section][name]!r}: a resumed run must repeat the uninterrupted one"
-            )
-    weights = load_file(folder / WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-    parameters = dict(model.named_parameters())
-    for key, value in load_file(folder / STATE).items():
-        i, name, entry = key.split("/")
-        parameter = parameters[name]
-        # A moment lies in memory as its parameter does; a step count only has to be on the same device.
-        kept = value.to(parameter.device) if entry == "step" else torch.empty_like(parameter).copy_(value)
-        optimizers[int(i)].state[parameter][entry] = kept
-    return int(manifest["step"])
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from pretraining.batches import batch_at
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import open_tokens, prepare
 from pretraining.optimizers import Muon, make_optimizers, orthogonalize, schedule
-from pretraining.train import evaluate, newest_checkpoint, train
+from pretraining.state import newest_checkpoint
+from pretraining.train import evaluate, train
 from reflowlens.checkpoints import load_model, read_manifest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
