@@ -1,6 +1,7 @@
 """Models on disk: a folder with ``model.safetensors`` and ``manifest.json``, or the safetensors file alone.
 
-The configuration travels in the safetensors header too, so that one file is a whole model. Nothing is unpickled.
+The configuration travels in the safetensors header too, so that one file is a whole model; only an imported model's
+tokenizer lies beside it, as ``tokenizer.json``. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
 from reflowlens.models import MODEL_CLASSES, build_model
 from reflowlens.models.base import HookedModel
 
@@ -42,15 +44,31 @@ def load_model(
 
     Raises:
         ReflowlensError: there is no such model, the file is corrupt, was not written by reflowlens, does not fit its
-            own configuration, or holds values that are not finite.
+            own configuration, or holds values that are not finite; or the tokenizer beside it is another than its.
 
     Example: ``model = load_model("reflow-nano")``
     """
     path = find_model(name_or_path)
     cfg = ModelConfig.from_dict(_read_config(path))
+    _open_tokenizer(path, cfg)
     weights = _read_weights(path)
     shapes = {name: tuple(p.shape) for name, p in build_model(cfg, device="meta").named_parameters()}
     _check_fit(path, shapes, weights)
+    return model_from_weights(cfg, weights, device=device, dtype=dtype)
+
+
+def model_from_weights(
+    cfg: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> HookedModel:
+    """A model in evaluation mode with these weights, which are known to fit.
+
+    Raises:
+        ReflowlensError: there is no such device.
+    """
     model = MODEL_CLASSES[cfg.architecture](cfg)  # on the CPU, its parameters not yet filled
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,8 +97,7 @@ def save_model(
             disk is full or the folder cannot be written; then nothing has changed.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
-        raise ReflowlensError(f"{folder} holds other files and no checkpoint to replace: choose a new folder")
+    check_replaceable(folder, (WEIGHTS, MANIFEST))
     weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
@@ -91,8 +108,18 @@ def save_model(
         write_tensors(folder / WEIGHTS, weights, {"format": FORMAT, "config": json.dumps(config)})
         record = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS), **(manifest or {})}
         (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
+        if model.cfg.tokenizer_name in OPENED:
+            OPENED[model.cfg.tokenizer_name].write(folder)
 
     return write_folder(folder, write)
+
+
+def check_replaceable(folder: Path, files: tuple[str, ...]) -> None:
+    """Raise if a folder holds something else than what the writer of these files left there."""
+    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in files):
+        raise ReflowlensError(
+            f"{folder} holds other files and no checkpoint to replace ({', '.join(files)}): choose a new folder"
+        )
 
 
 def model_hash(model: HookedModel) -> str:
@@ -215,6 +242,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ReflowlensError(f"{path} holds no readable configuration")
     return config
+
+
+def _open_tokenizer(path: Path, cfg: ModelConfig) -> None:
+    """Make the tokenizer beside the weights known by its name; without one the model reads token ids alone."""
+    if not cfg.has_file_tokenizer or not path.with_name(TOKENIZER).is_file():
+        return
+    found = open_tokenizer(path.parent).name
+    if found != cfg.tokenizer_name:
+        raise ReflowlensError(f"{path.parent} holds {found!r}, but its model reads {cfg.tokenizer_name!r}")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -48,8 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_prepare(commands)
     _add_train(commands)
+    _add_finetune(commands)
     _add_evaluate(commands)
     _add_export(commands)
+    _add_import(commands)
+    _add_inspect(commands)
     _add_bench(commands)
     return parser
 
@@ -134,6 +137,7 @@ def _add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="sample among the fewest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="prompt i draws with seed + i")
+    parser.add_argument("--chat", action="store_true", help="answer each prompt as a question, after finetune on chats")
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
     parser.set_defaults(command=_sample)
 
@@ -142,31 +146,43 @@ def _sample(options: argparse.Namespace) -> None:
     from reflowlens.checkpoints import load_model
 
     model = load_model(options.model, device=options.device)
-    texts = model.generate(
-        options.prompt,
-        options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    if options.chat:
+        from pretraining.chat import chat, recorded_template
+
+        texts = chat(model, recorded_template(options.model), options.prompt, options.tokens, **settings)
+    else:
+        texts = model.generate(options.prompt, options.tokens, **settings)
     print("\n---\n".join(texts))
 
 
 def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "prepare", "turn text into memory-mapped tokens")
+    parser = _command(commands, "prepare", "turn text into memory-mapped tokens; continues an interrupted run")
     parser.add_argument(
-        "sources", nargs="+", help="text or JSON-lines files (.xz and .gz too), folders, or a dataset's name"
+        "sources",
+        nargs="+",
+        help="files (.txt, .jsonl, also .xz and .gz; .parquet, .arrow, .json), folders of them, or datasets of the "
+        "hub: openwebtext, lima, tinystories, or any name",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--tokenizer", default="gpt2_16k", help="gpt2, gpt2_16k or bytes")
+    parser.add_argument("--tokenizer", default="gpt2_16k", help="gpt2, gpt2_16k, bytes or a tokenizer.json")
     parser.add_argument(
         "--val", nargs="+", metavar="SOURCE", help="validation sources (default: split off by document)"
     )
+    parser.add_argument("--val-split", metavar="NAME", help="which split validates: of --val, else of the sources")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="share of documents for validation")
+    parser.add_argument("--split", default="train", metavar="NAME", help="which split of folders and datasets to read")
+    parser.add_argument("--config", metavar="NAME", help="which configuration (subset) of folders and datasets")
+    parser.add_argument("--revision", help="commit, branch or tag of datasets (default: the newest)")
+    parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field of tables and JSON lines that holds the text, or a list of turns (default: text; of lima its own)",
+    )
     parser.add_argument("--separator", default="<|endoftext|>", help="line between documents of a text file")
-    parser.add_argument("--text-field", default="text", help="field of JSON lines and datasets that holds the text")
-    parser.add_argument("--workers", type=int, help="threads (default: one a core)")
+    parser.add_argument("--max-documents", type=int, metavar="N", help="read no more, validation share included")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="write no more, validation share included")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--seed", type=int, default=0, help="of the train/validation split")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is already prepared")
     parser.set_defaults(command=_prepare)
@@ -181,28 +197,71 @@ def _prepare(options: argparse.Namespace) -> None:
         options.tokenizer,
         val_fraction=options.val_fraction,
         val_sources=options.val,
+        val_split=options.val_split,
         separator=options.separator,
+        text_field=options.text_field,
+        split=options.split,
+        config=options.config,
+        revision=options.revision,
+        max_documents=options.max_documents,
+        max_tokens=options.max_tokens,
         workers=options.workers,
         seed=options.seed,
-        text_field=options.text_field,
         overwrite=options.overwrite,
     )
     for name, split in manifest.splits.items():
-        print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents")
+        n = sum(source.documents > 0 and source.role in (name, "both") for source in manifest.sources)
+        print(f"{name}: {split.tokens:,} tokens, {split.documents:,} documents of {n} file{'s' if n > 1 else ''}")
     print(options.out)
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from pretraining.command import add_arguments, run
+
     parser = _command(commands, "train", "train a model (several processes: torchrun -m pretraining.train CONFIG)")
-    parser.add_argument("config", type=Path, help="a TOML file, e.g. pretraining/configs/reflow_nano.toml")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    parser.set_defaults(command=_train)
+    add_arguments(parser)
+    parser.set_defaults(command=run)
 
 
-def _train(options: argparse.Namespace) -> None:
-    from pretraining.train import load_config, train
+def _add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "finetune", "teach a model to complete prompts or to answer in chats, from examples")
+    parser.add_argument("model", help="packaged name, checkpoint folder or file")
+    parser.add_argument(
+        "data", nargs="+", type=Path, help="JSON-lines files (.xz and .gz too): prompt and completion, or messages"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="files to validate on")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.05, help="share of prompts held out if no --val is given"
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the examples")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate; 3e-4 suits reflow-nano")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows a step, each packed with examples")
+    parser.add_argument("--context", type=int, help="tokens of a row; longer examples are left out (default: n_ctx)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the order")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matrix products")
+    parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
+    parser.set_defaults(command=_finetune)
 
-    print(train(load_config(options.config), resume=options.resume))
+
+def _finetune(options: argparse.Namespace) -> None:
+    from pretraining.finetune import FinetuneConfig, finetune
+
+    cfg = FinetuneConfig(
+        epochs=options.epochs,
+        learning_rate=options.lr,
+        batch_size=options.batch_size,
+        context=options.context,
+        seed=options.seed,
+        val_fraction=options.val_fraction,
+        dtype=options.dtype,
+    )
+    tuned = finetune(options.model, options.data, options.out, cfg, val=options.val, device=options.device)
+    if tuned.last.step < tuned.last.steps:
+        print(f"stopped at step {tuned.last.step} of {tuned.last.steps}; saved in {tuned.folder}", file=sys.stderr)
+        return
+    print(f"held-out completion loss {tuned.val_losses[0]:.4f} -> {tuned.val_losses[-1]:.4f} nats a token")
+    print(tuned.folder)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -229,6 +288,12 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = _command(commands, "export", "write a checkpoint's model alone, without the training state")
     parser.add_argument("model", help="packaged name, checkpoint folder or file")
     parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--format",
+        default="reflowlens",
+        choices=["reflowlens", "hf"],
+        help="hf: a LlamaForCausalLM or GPT2LMHeadModel with its tokenizer, as transformers opens it",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the weights")
     parser.set_defaults(command=_export)
 
@@ -238,20 +303,90 @@ def _export(options: argparse.Namespace) -> None:
 
     from reflowlens.checkpoints import load_model, read_manifest, save_model
 
+    model, dtype = load_model(options.model), getattr(torch, options.dtype)
+    if options.format == "hf":
+        from reflowlens.conversion import export_hf
+
+        print(export_hf(model, options.out, dtype=dtype))
+        return
     facts = {k: v for k, v in read_manifest(options.model).items() if k not in ("format", "config", "weights_sha256")}
-    print(save_model(options.out, load_model(options.model), facts, dtype=getattr(torch, options.dtype)))
+    print(save_model(options.out, model, facts, dtype=dtype))
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "import", "make a checkpoint of a model that transformers or nanoGPT saved")
+    parser.add_argument("source", type=Path, help="a transformers folder (GPT-2, Llama, Mistral, Qwen2), or a ckpt.pt")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "--from", dest="source_format", choices=["hf", "nanogpt"], help="default: hf for a folder, nanogpt for a file"
+    )
+    parser.add_argument("--tokenizer", help="gpt2, gpt2_16k, bytes or a tokenizer.json (default: the folder's; gpt2)")
+    parser.add_argument(
+        "--n-ctx", type=int, help="longest input to keep (default: the model's own, at most 4096 for hf)"
+    )
+    parser.add_argument("--n-heads", type=int, help="of a nanogpt file that does not say (default: heads 64 wide)")
+    parser.add_argument("--topk", type=int, help="signals that each token keeps, of a nanogpt file that does not say")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as stored)"
+    )
+    parser.set_defaults(command=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    import torch
+
+    from reflowlens.conversion import import_model
+
+    names = ("tokenizer", "n_ctx", "n_heads", "topk")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    print(import_model(options.source, options.out, options.source_format, dtype=dtype, **chosen))
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "inspect", "tell what any file or folder holds, without executing anything in it")
+    parser.add_argument("path", help="packaged name, checkpoint, run, prepared data, or anything else")
+    parser.add_argument("--against", metavar="OTHER", help="another model to compare the tensors with, by name")
+    parser.add_argument("--tensors", action="store_true", help="a line for each tensor, layers not taken together")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from reflowlens.inspection import inspect_path
+
+    found = inspect_path(options.path, against=options.against)
+    print(found.to_json() if options.json else found.to_text(all_tensors=options.tensors))
+    return 1 if found.problems else 0
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "bench", "measure this machine, each figure a ratio taken side by side in one process")
-    parser.add_argument("benchmark", nargs="?", default="all", choices=["all", "hooks", "decode"], help="which")
+    parser.add_argument(
+        "benchmark", nargs="?", default="all", choices=["all", "hooks", "decode", "train"], help="which"
+    )
+    train = parser.add_argument_group("of train")
+    train.add_argument("--preset", help="model's shape, e.g. reflow_1_small (default: reflow_nano on a CPU)")
+    train.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
+    train.add_argument("--batch", type=int, default=16, help="examples a step")
+    train.add_argument("--context", type=int, help="tokens of an example (default: n_ctx)")
+    train.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of products")
+    train.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
+    train.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on a GPU)"
+    )
     parser.set_defaults(command=_bench)
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from reflowlens.bench import run_benchmarks
+    from reflowlens.benchmarks import TrainBench, bench_train, run_benchmarks
 
-    print(run_benchmarks(options.benchmark).to_string(index=False))
+    if options.benchmark != "train":
+        print(run_benchmarks(options.benchmark).to_string(index=False))
+    if options.benchmark in ("all", "train"):
+        fields = {name: getattr(options, name) for name in ("batch", "context", "dtype")}
+        bench = TrainBench.named(options.preset, device=options.device, compiled=options.compile, **fields)
+        print(bench_train(bench, steps=options.steps))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from reflowlens.errors import ReflowlensError
 
-ARCHITECTURES = ("gpt2", "gpt2_new", "reflow", "reflow_topk", "reflow_lite")
+ARCHITECTURES = ("gpt2", "gpt2_new", "llama", "reflow", "reflow_topk", "reflow_lite")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "architecture": ARCHITECTURES,
     "act_fn": ("gelu", "gelu_new", "relu", "silu"),
@@ -18,8 +19,38 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "positional_embedding_type": ("standard", "rotary"),
     "tokenizer_name": ("gpt2", "gpt2_16k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
+    **dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings"), (False, True)),
 }
 _OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
+FILE_TOKENIZER = "tokenizer.json:"  # begins the name of a tokenizer that is a file; its hash follows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How Llama 3.1 and later stretch rotary positions beyond the context of their pretraining.
+
+    A channel pair whose wavelength exceeds ``original_context / low_freq_factor`` turns ``factor`` times slower, one
+    below ``original_context / high_freq_factor`` turns as before, and those between are interpolated (transformers'
+    rope type ``llama3``).
+
+    Raises:
+        ReflowlensError: a value is not a positive number, or the factors are not in order.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not _is_positive(value):
+                raise ReflowlensError(f"rotary_scaling.{name} must be a positive number, got {value!r}")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ReflowlensError(
+                f"rotary_scaling.low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "
+                f"got {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +58,7 @@ class ModelConfig:
     """The shape of a model, in TransformerLens's field names.
 
     Args:
-        architecture: one of ``gpt2``, ``gpt2_new``, ``reflow``, ``reflow_topk``, ``reflow_lite``.
+        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``.
         n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
         n_key_value_heads: heads that own keys and values (grouped-query attention); None means one for every head.
         d_vocab: rows of the embedding, padding included; at least the tokenizer's number of tokens.
@@ -35,6 +66,13 @@ class ModelConfig:
         n_signals: S, the width of the recipe; None for a model whose embedding is not factored.
         topk: entries kept in each row of the recipe (``reflow_topk`` only).
         rotary_adjacent_pairs: rotate channels (0, 1), (2, 3), … instead of (i, i + d_head / 2).
+        rotary_scaling: a :class:`RotaryScaling` (or its fields); None turns every pair by the plain formula.
+        norm_bias: norms have a bias ``b`` beside their weight.
+        qkv_bias, attn_out_bias: attention has ``b_Q``, ``b_K``, ``b_V``; it has ``b_O``.
+        mlp_bias: MLPs have ``b_in`` and ``b_out``, gated ones ``b_gate`` too.
+        tie_word_embeddings: logits are read through the embedding; False gives the model a matrix ``unembed.W_U``.
+        tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
+            weights (:func:`reflowlens.tokenizers.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
             ``gpt2`` draws the basis like every other matrix.
@@ -68,6 +106,12 @@ class ModelConfig:
     positional_embedding_type: str = ""
     rotary_base: float = 10_000.0
     rotary_adjacent_pairs: bool | None = None
+    rotary_scaling: RotaryScaling | None = None
+    norm_bias: bool = False
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True
     tokenizer_name: str = "gpt2"
     initializer_range: float = 0.02
     basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
@@ -87,28 +131,39 @@ class ModelConfig:
             if given is None or given == "" or (name == "eps" and given == 0):
                 object.__setattr__(self, name, value)
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and not (name == "tokenizer_name" and self.has_file_tokenizer):
                 raise ReflowlensError(_choice_message(name, getattr(self, name)))
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", *_OPTIONAL_SIZES):
             value = getattr(self, name)
             if not (_is_integer(value) and value >= 1) and not (name in _OPTIONAL_SIZES and value is None):
                 raise ReflowlensError(f"{name} must be a positive integer, got {value!r}")
         for name in ("eps", "rotary_base", "initializer_range"):
-            value = getattr(self, name)
-            if not (_is_integer(value) or isinstance(value, float)) or not value > 0:
-                raise ReflowlensError(f"{name} must be a positive number, got {value!r}")
+            if not _is_positive(getattr(self, name)):
+                raise ReflowlensError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         self._check_heads()
+        self._check_rotary()
         self._check_signals()
 
     def _check_heads(self) -> None:
         if self.n_heads % self.kv_heads:
             raise ReflowlensError(f"n_key_value_heads must divide n_heads={self.n_heads}, got {self.n_key_value_heads}")
+
+    def _check_rotary(self) -> None:
         if self.positional_embedding_type == "rotary" and self.d_head % 2:
             raise ReflowlensError(f"d_head must be even for rotary positions, got {self.d_head}")
+        if isinstance(self.rotary_scaling, Mapping):
+            object.__setattr__(self, "rotary_scaling", _rotary_scaling(self.rotary_scaling))
+        if not isinstance(self.rotary_scaling, RotaryScaling | None):
+            raise ReflowlensError(f"rotary_scaling must be None or a RotaryScaling, got {self.rotary_scaling!r}")
 
     def _check_signals(self) -> None:
         if self.is_factored and self.n_signals is None:
             raise ReflowlensError(f"n_signals must be a positive integer for architecture {self.architecture!r}")
+        if self.is_factored and not self.tie_word_embeddings:
+            raise ReflowlensError(
+                f"tie_word_embeddings must be True for architecture {self.architecture!r}: "
+                "recipe and basis serve both ends"
+            )
         if not self.is_factored and self.n_signals is not None:
             raise ReflowlensError(
                 f"n_signals must be None for architecture {self.architecture!r}: its embedding is not factored"
@@ -127,14 +182,24 @@ class ModelConfig:
         return self.architecture.startswith("reflow")
 
     @property
+    def has_file_tokenizer(self) -> bool:
+        """Whether the tokenizer is a ``tokenizer.json`` that lies beside the weights."""
+        return isinstance(self.tokenizer_name, str) and self.tokenizer_name.startswith(FILE_TOKENIZER)
+
+    @property
     def kv_heads(self) -> int:
         """Number of heads that own keys and values."""
         return self.n_key_value_heads or self.n_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that describe the model, without where it is or which points are cached."""
-        runtime = {"device", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in runtime}
+        """The fields that describe the model, without where it is or which points are cached.
+
+        What only imported models have is left out where a model does not have it: the description, and with it the
+        hash, of a model written before these fields existed stays what it was.
+        """
+        fields = dataclasses.asdict(self)
+        absent = {name for name, value in _OF_IMPORTED_MODELS.items() if fields[name] == value}
+        return {name: value for name, value in fields.items() if name not in absent | _RUNTIME}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
@@ -159,6 +224,17 @@ class ModelConfig:
         return f"<table><thead><tr><th>field</th><th>value</th></tr></thead><tbody>{rows}</tbody></table>"
 
 
+_RUNTIME = {"device", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
+_OF_IMPORTED_MODELS = {
+    "rotary_scaling": None,
+    "norm_bias": False,
+    "qkv_bias": False,
+    "attn_out_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+}
+
+
 def nearest(name: str, candidates: list[str]) -> str:
     """A clause such as ``; did you mean 'd_model'?``, or nothing when no candidate is near."""
     matches = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
@@ -167,6 +243,18 @@ def nearest(name: str, candidates: list[str]) -> str:
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return (_is_integer(value) or isinstance(value, float)) and value > 0
+
+
+def _rotary_scaling(fields: Mapping[str, Any]) -> RotaryScaling:
+    try:
+        return RotaryScaling(**fields)
+    except TypeError as error:
+        names = ", ".join(field.name for field in dataclasses.fields(RotaryScaling))
+        raise ReflowlensError(f"rotary_scaling must have {names}, got {', '.join(fields)}") from error
 
 
 def _choice_message(field: str, value: object) -> str:
@@ -178,7 +266,7 @@ def _architecture_defaults(architecture: str) -> dict[str, Any]:
 
     nanoGPT's GPT-2 has learned positions, LayerNorm and an ungated exact GELU; everything else here is the modern
     decoder with RMSNorm, SwiGLU and rotary positions. reFlow's public model file rotates adjacent channels; GPT-2-New
-    rotates halves.
+    and Llama, as transformers stores it, rotate halves.
     """
     if architecture == "gpt2":
         return {
@@ -195,7 +283,7 @@ def _architecture_defaults(architecture: str) -> dict[str, Any]:
         "normalization_type": "RMS",
         "eps": 1e-6,
         "positional_embedding_type": "rotary",
-        "rotary_adjacent_pairs": architecture != "gpt2_new",
+        "rotary_adjacent_pairs": architecture.startswith("reflow"),
     }
 
 

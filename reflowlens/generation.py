@@ -97,7 +97,9 @@ def generate(
         tokens[row, stop:] = filler
     result: Any = tokens
     if return_type == "text":
-        texts = [model.tokenizer.decode(row[:stop].tolist()) for row, stop in zip(tokens, final.tolist(), strict=True)]
+        start = 0 if isinstance(input, Tensor) else len(model.text_start())
+        rows = [row[start:stop].tolist() for row, stop in zip(tokens, final.tolist(), strict=True)]
+        texts = [model.tokenizer.decode(row) for row in rows]
         result = texts[0] if isinstance(input, str) else texts
     if return_cache:
         return result, model.run_with_cache(tokens, names_filter=names_filter)[1]

@@ -1,8 +1,9 @@
 """Signals: the coordinates in which a prediction is read.
 
-A :class:`SignalView` is a recipe R (d_vocab x S) and a basis B (S x d_model) with R B = W_E. A reFlow model was trained
-with one (its ``native`` view). Every other model gets one after the fact, and so does reFlow itself, so that a claim
-about signals can be held against coordinates that nobody trained:
+A :class:`SignalView` is a recipe R (d_vocab x S) and a basis B (S x d_model) with R B = W_E. (Where a model reads its
+logits through a matrix of its own, W_E stands for W_Uᵀ here.) A reFlow model was trained with one (its ``native``
+view). Every other model gets one after the fact, and so does reFlow itself, so that a claim about signals can be held
+against coordinates that nobody trained:
 
 =============  =================  =============  ==================================================================
 view           recipe             basis          what it is for

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from tests.tiny import FACTORED, assert_close, random_model, random_tokens
+from tests.tiny import FACTORED, assert_close, bias, random_model, random_tokens
 
 BLOCK = {
     "hook_resid_pre": "b p d",
@@ -225,13 +225,14 @@ def test_forks_reach_one_input_of_one_head(model: HookedModel, tokens: Tensor) -
 
     watched = [f"blocks.1.attn.hook_{letter}" for letter in "qkv"] + ["blocks.1.hook_resid_mid"]
     watch: list[tuple[str, Any]] = [(name, lambda x, hook: seen.update({hook.name: x})) for name in watched]
-    for letter, W in zip("qkv", (block.attn.W_Q, block.attn.W_K, block.attn.W_V), strict=True):
+    for letter in "qkv":
+        W, b = (getattr(block.attn, f"{kind}_{letter.upper()}") for kind in "Wb")
         model.run_with_hooks(tokens, fwd_hooks=[(f"blocks.1.attn.hook_{letter}_input", edit), *watch])
         for other in "qkv":
             name = f"blocks.1.attn.hook_{other}"
             expected = cache[name].clone()
             if other == letter:
-                expected[:, :, 1] = block.ln1(cache["resid_pre", 1] + direction) @ W[1]
+                expected[:, :, 1] = block.ln1(cache["resid_pre", 1] + direction) @ W[1] + bias(b)[1 % len(bias(b))]
             assert_close(seen[name], expected, what=name)
         attn_out = seen["blocks.1.hook_resid_mid"] - cache["resid_pre", 1]
         assert (attn_out - cache["attn_out", 1]).abs().max() > 1e-3

@@ -74,13 +74,15 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_initialisation(name: str) -> None:
-    """Standard deviation 0.02, residual projections divided by √(2 L), norms 1, the basis orthogonal."""
+    """Standard deviation 0.02, residual projections divided by √(2 L), norms 1, biases 0, the basis orthogonal."""
     cfg = tiny_config(name, d_model=128, d_mlp=512, d_head=64)
     model = build_model(cfg)
     assert not model.training
     for parameter, value in model.named_parameters():
         if parameter.endswith(".w"):
             assert torch.equal(value, torch.ones_like(value))
+        elif parameter.rsplit(".", 1)[-1][0] == "b":
+            assert torch.equal(value, torch.zeros_like(value))
         elif parameter != "embed.W_basis":
             expected = 0.02 / 2 if parameter.endswith(("W_O", "W_out")) else 0.02
             assert value.std().item() == pytest.approx(expected, rel=0.05), parameter
@@ -167,6 +169,9 @@ def test_embedding_as_a_factored_matrix(model: HookedModel) -> None:
     factored = model.cfg.is_factored
     assert isinstance(model.W_E, FactoredMatrix) == factored
     dense = model.W_E.AB if factored else model.W_E
+    if not model.cfg.tie_word_embeddings:
+        assert dense.shape == model.unembed.W_U.T.shape
+        dense = model.unembed.W_U.T
     assert torch.equal(model.W_U, dense.T)
     assert model.W_U.shape == (model.cfg.d_model, model.cfg.d_vocab)
     ids = torch.tensor([[3, 280], [0, 3]])
@@ -215,7 +220,11 @@ def test_gradients_are_the_same_on_every_path(model: HookedModel, tokens: Tensor
     with model.hooks(fwd_hooks=[(lambda name: True, lambda x, hook: None)]):
         actual = torch.autograd.grad(model(tokens, return_type="loss"), parameters)
     for (name, _), one, two in zip(model.named_parameters(), actual, expected, strict=True):
-        assert_close(one, two, 2e-5, name)
+        if name.endswith("b_K") and model.cfg.positional_embedding_type == "standard":
+            # Every key moved by the same vector: a query's scores change together, and the softmax does not.
+            assert max(one.abs().max(), two.abs().max()) < 1e-6
+        else:
+            assert_close(one, two, 2e-5, name)
 
 
 def test_starting_and_stopping_at_any_layer_composes(model: HookedModel, tokens: Tensor) -> None:
@@ -334,6 +343,21 @@ def test_the_cache_counts_towards_the_length(model: HookedModel) -> None:
     model("x" * 20, past_kv_cache=past)
     with pytest.raises(ReflowlensError, match="too long: 25 tokens"):
         model("x" * 5, past_kv_cache=past)
+    with pytest.raises(ReflowlensError, match="too long: 25 tokens"):
+        model(torch.zeros(1, 5, model.cfg.d_model), start_at_layer=1, past_kv_cache=past)
+
+
+def test_a_residual_stream_longer_than_the_context(model: HookedModel) -> None:
+    with pytest.raises(ReflowlensError, match=r"too long: 25 tokens, .* at most n_ctx=24"):
+        model(torch.zeros(1, 25, model.cfg.d_model), start_at_layer=1)
+
+
+def test_a_cache_of_another_batch(model: HookedModel, tokens: Tensor) -> None:
+    past = KeyValueCache(model.cfg, batch=3)
+    with pytest.raises(ReflowlensError, match="holds a batch of 3, and the input is a batch of 2"):
+        model(tokens, past_kv_cache=past)
+    with pytest.raises(ReflowlensError, match="holds a batch of 3, and the input is a batch of 1"):
+        model(tokens[:1], past_kv_cache=past)
 
 
 def test_words_of_several_tokens(model: HookedModel) -> None:
@@ -351,6 +375,8 @@ def test_layers_that_do_not_exist(model: HookedModel, tokens: Tensor) -> None:
         model(tokens, start_at_layer=1)
     with pytest.raises(ReflowlensError, match="a loss needs targets"):
         model(model(tokens, stop_at_layer=1), "loss", start_at_layer=1)
+    with pytest.raises(ReflowlensError, match="this residual stream is 31 wide, but d_model=32"):
+        model(torch.zeros(1, 4, 31), start_at_layer=1)
     with pytest.raises(ReflowlensError, match=r"return_type must be .*, got 'logit'"):
         model(tokens, return_type="logit")
 

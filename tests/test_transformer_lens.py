@@ -17,7 +17,7 @@ from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from reflowlens.cache import ActivationCache
 from reflowlens.models.base import HookedModel
-from tests.tiny import assert_close, random_tokens
+from tests.tiny import assert_close, bias, random_tokens
 
 POS = 4
 TARGET, WRONG = 65, 66
@@ -31,6 +31,11 @@ def difference(logits: Tensor) -> Tensor:
 def assert_same_effect(actual: Tensor, expected: Tensor) -> None:
     """Differences of logits, which are of size 1, may be small themselves."""
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def of_final_bias(model: HookedModel) -> Tensor:
+    """[d_vocab], what the final norm's bias adds to each logit: no part of the stream writes it."""
+    return bias(model.ln_final.b).expand(model.cfg.d_model) @ model.W_U
 
 
 @pytest.fixture
@@ -172,7 +177,8 @@ def test_direct_paths(model: HookedModel, clean: Tensor, corrupted: Tensor, clea
     delta = (clean_cache["z", 0][:, :, 1] - cache["z", 0][:, :, 1]) @ model.blocks[0].attn.W_O[1]
     block = model.blocks[1]
     for head in range(model.cfg.n_heads):
-        query = block.ln1(cache["resid_pre", 1] + delta) @ block.attn.W_Q[head]
+        b_Q = bias(block.attn.b_Q)
+        query = block.ln1(cache["resid_pre", 1] + delta) @ block.attn.W_Q[head] + b_Q[head % len(b_Q)]
 
         def replace(q: Tensor, hook: Any, head: int = head, query: Tensor = query) -> Tensor:
             return torch.cat([q[:, :, :head], query[:, :, None], q[:, :, head + 1 :]], dim=2)
@@ -203,10 +209,11 @@ def test_residual_stream_is_the_sum_of_its_parts(model: HookedModel, clean: Tens
     assert_close(components.sum(0), final)
     assert_close(cache.decompose_resid(1, mlp_input=True).sum(0), cache["resid_mid", 1])
     for layer in range(n_layers):
+        block = model.blocks[layer]
         heads = cache.stack_head_results(layer + 1)[-model.cfg.n_heads :]
-        assert_close(heads.sum(0), cache["attn_out", layer])
+        assert_close(heads.sum(0) + bias(block.attn.b_O), cache["attn_out", layer])
         neurons = cache.stack_neuron_results(layer + 1)[-model.cfg.d_mlp :]
-        assert_close(neurons.sum(0), cache["mlp_out", layer])
+        assert_close(neurons.sum(0) + bias(block.mlp.b_out), cache["mlp_out", layer])
     for expand in (True, False):
         assert_close(cache.get_full_resid_decomposition(expand_neurons=expand).sum(0), final)
         whole = cache.get_full_resid_decomposition(1, mlp_input=True, expand_neurons=expand)
@@ -229,12 +236,13 @@ def test_parts_of_the_normalised_stream(model: HookedModel, clean: Tensor, clean
     projected = clean_cache.stack_neuron_results(
         -1, apply_ln=True, incl_remainder=True, project_output_onto=direction, pos_slice=-1
     )
-    assert_close(projected.sum(0), model(clean)[:, -1, TARGET])
+    assert_close(projected.sum(0), model(clean)[:, -1, TARGET] - of_final_bias(model)[TARGET])
 
 
 def test_logit_attributions_sum_to_the_logit(model: HookedModel, clean: Tensor) -> None:
     logits, cache = model.run_with_cache(clean)
     stack = cache.decompose_resid()
+    logits = logits - of_final_bias(model)
     targets = torch.tensor([70, 80])
     assert_close(cache.logit_attrs(stack, TARGET).sum(0), logits[..., TARGET])
     assert_close(cache.logit_attrs(stack, "A").sum(0), logits[..., TARGET])
@@ -248,7 +256,7 @@ def test_logit_attributions_sum_to_the_logit(model: HookedModel, clean: Tensor) 
 
 @pytest.mark.parametrize("unit", ["component", "head"])
 def test_direct_logit_attribution(model: HookedModel, clean: Tensor, unit: str) -> None:
-    logits = model(clean)
+    logits = model(clean) - of_final_bias(model)
     result = direct_logit_attribution(model, clean, TARGET, unit=unit)
     assert_close(result.attribution.sum(0), logits[:, -1, TARGET])
     assert len(result.labels) == len(result.attribution)
@@ -258,7 +266,7 @@ def test_direct_logit_attribution(model: HookedModel, clean: Tensor, unit: str) 
 
 def test_direct_logit_attribution_by_layer_ends_at_the_logit(model: HookedModel, clean: Tensor) -> None:
     result = direct_logit_attribution(model, clean, TARGET, unit="layer")
-    assert_close(result.attribution[-1], model(clean)[:, -1, TARGET])
+    assert_close(result.attribution[-1], model(clean)[:, -1, TARGET] - of_final_bias(model)[TARGET])
 
 
 def test_lenses(model: HookedModel, clean: Tensor) -> None:

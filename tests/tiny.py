@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reflowlens.config import ModelConfig
+from reflowlens.config import ModelConfig, RotaryScaling
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
@@ -29,6 +29,25 @@ CONFIGS: dict[str, ModelConfig] = {
     "reflow_wide": ModelConfig(architecture="reflow", n_signals=40, **_SIZES),
     "reflow_topk": ModelConfig(architecture="reflow_topk", n_signals=40, topk=6, **_SIZES),
     "reflow_lite": ModelConfig(architecture="reflow_lite", n_signals=24, n_key_value_heads=2, **_SIZES),
+    # What public models have that the presets do not.
+    "gpt2_biased": ModelConfig(
+        architecture="gpt2",
+        act_fn="gelu_new",
+        norm_bias=True,
+        qkv_bias=True,
+        attn_out_bias=True,
+        mlp_bias=True,
+        **_SIZES,
+    ),
+    "llama_untied": ModelConfig(
+        architecture="llama",
+        n_key_value_heads=2,
+        tie_word_embeddings=False,
+        qkv_bias=True,
+        rotary_base=500.0,
+        rotary_scaling=RotaryScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=12),
+        **_SIZES,
+    ),
 }
 NAMES = list(CONFIGS)
 FACTORED = [name for name in NAMES if name.startswith("reflow")]
@@ -51,6 +70,11 @@ def random_model(cfg: ModelConfig | str, seed: int = 0) -> HookedModel:
 
 def random_tokens(cfg: ModelConfig, batch: int = 2, pos: int = 7, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+def bias(parameter: Tensor | None) -> Tensor:
+    """A bias that a model may not have, as the zero that it then is."""
+    return torch.zeros(1) if parameter is None else parameter.detach()
 
 
 def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-5, what: str = "") -> None:

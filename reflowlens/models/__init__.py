@@ -10,6 +10,7 @@ from reflowlens.config import ModelConfig, preset
 from reflowlens.models.base import HookedModel
 from reflowlens.models.gpt2 import GPT2
 from reflowlens.models.gpt2_new import GPT2New
+from reflowlens.models.llama import Llama
 from reflowlens.models.reflow import ReFlow
 from reflowlens.models.reflow_lite import ReFlowLite
 from reflowlens.models.reflow_topk import ReFlowTopK
@@ -17,6 +18,7 @@ from reflowlens.models.reflow_topk import ReFlowTopK
 MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "gpt2": GPT2,
     "gpt2_new": GPT2New,
+    "llama": Llama,
     "reflow": ReFlow,
     "reflow_topk": ReFlowTopK,
     "reflow_lite": ReFlowLite,

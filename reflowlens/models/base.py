@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformer_lens.utilities import Slice
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.components import Norm
+from reflowlens.models.components import Block, Norm, plus
 from reflowlens.models.loss import IGNORE
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
@@ -40,8 +40,20 @@ _LARGE_POINTS = {
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
 }
-# Where the positions are if not on axis 1.
-_POSITION_AXES = {"hook_attn_scores": 2, "hook_pattern": 2, "hook_basis": None}
+# Axes of the activations that are not [batch, pos, d_model], by the last part of their point's name.
+_PER_HEAD = ("batch", "pos", "head", "d_head")
+_PER_HEAD_STREAM = ("batch", "pos", "head", "d_model")
+_SQUARE = ("batch", "head", "pos", "key_pos")
+_AXES: dict[str, tuple[str, ...]] = {
+    "hook_recipe": ("batch", "pos", "signal"),
+    "hook_signal": ("batch", "pos", "signal"),
+    "hook_basis": ("signal", "d_model"),
+    **dict.fromkeys(("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z"), _PER_HEAD),
+    **dict.fromkeys(("hook_result", "hook_q_input", "hook_k_input", "hook_v_input"), _PER_HEAD_STREAM),
+    **dict.fromkeys(("hook_attn_scores", "hook_pattern"), _SQUARE),
+    **dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), ("batch", "pos", "d_mlp")),
+    "hook_scale": ("batch", "pos", "one"),
+}
 
 
 class HookedModel(HookedRootModule):
@@ -61,10 +73,12 @@ class HookedModel(HookedRootModule):
         """The tokenizer that the model was configured with."""
         return get_tokenizer(self.cfg.tokenizer_name)
 
-    def to_tokens(self, input: TextInput, prepend_bos: bool = False) -> Int[Tensor, "batch pos"]:
+    def to_tokens(self, input: TextInput, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
         """Token ids of a text or of several, padded on the right with the document end.
 
-        These models are trained without a beginning-of-sequence token, so none is added unless asked for.
+        Args:
+            prepend_bos: begin each text with the tokenizer's ``bos_token``, or with the document end where it has none.
+                By default as the model was trained: an imported Llama with one, the architectures here without.
 
         Raises:
             ReflowlensError: the text is empty, too long for ``n_ctx``, or an id is outside the vocabulary.
@@ -80,29 +94,39 @@ class HookedModel(HookedRootModule):
         return tokens.roll(-1, dims=1).masked_fill(positions >= last, IGNORE)
 
     def tokens_and_lengths(
-        self, input: TextInput, *, prepend_bos: bool = False, offset: int = 0
+        self, input: TextInput, *, prepend_bos: bool | None = None, offset: int = 0
     ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
-        """Ids padded on the right, and how many of each row are the prompt's own."""
+        """Ids padded on the right, and how many of each row are the prompt's own; ``offset`` were read before."""
         if isinstance(input, Tensor):
             tokens = input[None] if input.ndim == 1 else input
             if tokens.ndim != 2 or tokens.is_floating_point():
                 raise ReflowlensError(f"tokens must be integers [batch, pos], got {input.dtype} {list(input.shape)}")
-            self._check_length(tokens.shape[1], offset)
+            self.check_length(tokens.shape[1], offset)
             self._check_ids(tokens)
             return tokens.to(self.cfg.device), [tokens.shape[1]] * tokens.shape[0]
         texts = [input] if isinstance(input, str) else list(input)
         end = self.tokenizer.eot_token or 0
-        rows = [[end] * prepend_bos + self.tokenizer.encode(text) for text in texts]
-        if not rows or any(not row for row in rows):
+        begin = self.text_start(prepend_bos) if offset == 0 else []
+        rows = [self.tokenizer.encode(text) for text in texts]
+        if not rows or any(not row and not begin for row in rows):
             raise ReflowlensError("the prompt is empty: give at least one token of text")
+        rows = [begin + row for row in rows]
         lengths = [len(row) for row in rows]
-        self._check_length(max(lengths), offset)
+        self.check_length(max(lengths), offset)
         padded = [row + [end] * (max(lengths) - len(row)) for row in rows]
         tokens = torch.tensor(padded)
         self._check_ids(tokens)
         return tokens.to(self.cfg.device), lengths
 
-    def _check_length(self, length: int, offset: int) -> None:
+    def text_start(self, prepend_bos: bool | None = None) -> list[int]:
+        """What :meth:`to_tokens` puts in front of a text: a beginning-of-sequence token, or nothing."""
+        tokenizer = self.tokenizer
+        begin = next((i for i in (tokenizer.bos_token, tokenizer.eot_token) if i is not None), 0)
+        wanted = tokenizer.bos_token is not None if prepend_bos is None else prepend_bos
+        return [begin] if wanted else []
+
+    def check_length(self, length: int, offset: int = 0) -> None:
+        """Raise unless the model can read so many tokens after ``offset`` others."""
         if length == 0:
             raise ReflowlensError("the prompt is empty: give at least one token")
         if offset + length > self.cfg.n_ctx:
@@ -127,7 +151,9 @@ class HookedModel(HookedRootModule):
             return [self.tokenizer.decode(row.tolist()) for row in ids]
         return self.tokenizer.decode(ids.reshape(-1).tolist())
 
-    def to_str_tokens(self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool = False) -> list[str]:
+    def to_str_tokens(
+        self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
+    ) -> list[str]:
         """The text of each token of one prompt, for labels."""
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos)
@@ -149,7 +175,8 @@ class HookedModel(HookedRootModule):
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """The direction that a *normalised* residual is read along for each token's logit, the norm's weight included.
 
-        With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit exactly.
+        With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit exactly;
+        where the final norm has a bias b, to the logit less ``b · W_U[:, token]``, which nothing in the stream writes.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
@@ -157,8 +184,9 @@ class HookedModel(HookedRootModule):
         return self.unembedding_rows(ids) * self.ln_final.w
 
     def unembedding_rows(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
-        """Rows of W_E (columns of W_U) without forming the others."""
-        rows = self.W_E[tokens.reshape(-1)]
+        """Columns of W_U as rows, without forming the others of a tied embedding."""
+        matrix = self.W_E if self.cfg.tie_word_embeddings else self.W_U.T
+        rows = matrix[tokens.reshape(-1)]
         dense = rows if isinstance(rows, Tensor) else rows.AB
         return dense.reshape(*tokens.shape, self.cfg.d_model)
 
@@ -176,15 +204,25 @@ class HookedModel(HookedRootModule):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the biases up to a layer: zero, none of these architectures has any."""
-        return torch.zeros(self.cfg.d_model, device=self.cfg.device)
+        """What attention and MLP biases have added to the stream that block ``layer`` (or its MLP) reads.
+
+        Args:
+            mlp_input: count the attention bias of block ``layer`` too.
+            include_mlp_biases: False counts those of attention alone.
+        """
+        total = torch.zeros(self.cfg.d_model, device=self.cfg.device)
+        for i, block in enumerate(cast("list[Block]", self.blocks[: layer + mlp_input])):
+            total = plus(total, block.attn.b_O)
+            if include_mlp_biases and i < layer:
+                total = plus(total, block.mlp.b_out)
+        return total
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters under TransformerLens's names: ``unembed.W_U`` too, and shared keys and values per query head."""
+        """Parameters under TransformerLens's names: ``unembed.W_U`` always, shared keys and values per query head."""
         parameters: dict[str, Tensor] = dict(self.named_parameters())
         group = self.cfg.n_heads // self.cfg.kv_heads
         for name, parameter in parameters.items():
-            if name.endswith(("attn.W_K", "attn.W_V")):
+            if name.endswith(("attn.W_K", "attn.W_V", "attn.b_K", "attn.b_V")):
                 parameters[name] = parameter.repeat_interleave(group, dim=0)
         return parameters | {"unembed.W_U": self.W_U}
 
@@ -217,6 +255,16 @@ class HookedModel(HookedRootModule):
         raise ReflowlensError(
             f"no hook {name!r}{nearest(name, list(self.hook_dict)) or '; model.hook_dict lists them'}"
         )
+
+    def hook_axes(self, name: str) -> tuple[str, ...]:
+        """Names of the axes of a point's activation.
+
+        >>> from reflowlens.models import build_model
+        >>> build_model("reflow_1_small", device="meta").hook_axes("blocks.0.attn.hook_z")
+        ('batch', 'pos', 'head', 'd_head')
+        """
+        self.check_hook_name(name)
+        return _AXES.get(name.rsplit(".", 1)[-1], ("batch", "pos", "d_model"))
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str):
@@ -264,10 +312,14 @@ class HookedModel(HookedRootModule):
         remove_batch_dim: bool = False,
         cache: dict | None = None,
         pos_slice: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[dict, list, list]:
         """As TransformerLens's, but a filter that matches nothing is an error and ``pos_slice`` cuts positions alone.
 
         A point that was named must be reached; of a predicate's, or of the default, those that are reached are cached.
+
+        Args:
+            dtype: what floating-point activations become before they are kept.
         """
         names: list[str] = []
         matches: Callable[[str], bool] = self.default_names
@@ -282,29 +334,73 @@ class HookedModel(HookedRootModule):
             raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
         cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
         positions = Slice.unwrap(pos_slice)
-        fwd, bwd = ([(name, partial(_sliced, save, positions)) for name, save in hooks] for hooks in (fwd, bwd))
+        fwd, bwd = (
+            [(name, partial(self._save_part, save, positions, dtype)) for name, save in hooks] for hooks in (fwd, bwd)
+        )
         return cache, fwd if names else [(matches, fwd[0][1])], bwd
 
+    def _save_part(
+        self, save: Callable, positions: Slice, dtype: torch.dtype | None, tensor: Tensor, hook: HookPoint
+    ) -> None:
+        axes = self.hook_axes(hook.name or "")
+        if "pos" in axes and positions.mode != "identity":
+            tensor = positions.apply(tensor, dim=axes.index("pos")).clone()  # a view would keep every position alive
+        save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
+
     def run_with_cache(
-        self, *args: Any, return_cache_object: bool = True, remove_batch_dim: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        names_filter: NamesFilter = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run the model and keep its activations.
 
         Args:
             names_filter: hook names, one name, or a predicate; default: everything but attention squares and per-head
                 copies of the residual stream.
+            device, dtype: where activations are kept and in which floating-point type, e.g. ``torch.bfloat16`` for half
+                the memory; each is converted when it is cached, not at the end.
+            pos_slice: keep these positions alone.
+            incl_bwd: run the output (a loss) backward and keep gradients too, under names ending in ``_grad``.
             return_cache_object: False gives a plain dict.
-            remove_batch_dim, device, pos_slice, incl_bwd: as in TransformerLens.
+            remove_batch_dim, reset_hooks_end, clear_contexts: as in TransformerLens.
 
         Returns:
             What the model returns, and an :class:`reflowlens.cache.ActivationCache`.
+
+        Raises:
+            ReflowlensError: a point does not exist or was not reached, or ``remove_batch_dim`` with several prompts.
         """
         from reflowlens.cache import ActivationCache
 
-        out, activations = super().run_with_cache(*args, remove_batch_dim=remove_batch_dim, **kwargs)
+        tokens = self._tokens_of_pass(args[0] if args else kwargs.get("input"), kwargs)
+        if remove_batch_dim and tokens is not None and len(tokens) > 1:
+            raise ReflowlensError(f"remove_batch_dim needs one prompt, got {len(tokens)}")
+        activations, fwd, bwd = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
+        )
+        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            out = self(*args, **kwargs)
+            if incl_bwd:
+                out.backward()
         if not return_cache_object:
             return out, activations
-        return out, ActivationCache(activations, self, has_batch_dim=not remove_batch_dim)
+        return out, ActivationCache(activations, self, has_batch_dim=not remove_batch_dim, tokens=tokens)
+
+    def _tokens_of_pass(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
+        """What a pass reads, where it starts from tokens."""
+        if kwargs.get("start_at_layer") is not None:
+            return None
+        past = kwargs.get("past_kv_cache")
+        return self.tokens_and_lengths(input, offset=0 if past is None else past.length)[0]
 
     def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:
         """Continue a prompt; see :func:`reflowlens.generation.generate`."""
@@ -321,8 +417,3 @@ class HookedModel(HookedRootModule):
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
     fired.add(index)
     return function(tensor, hook=hook)
-
-
-def _sliced(save: Callable, positions: Slice, tensor: Tensor, hook: HookPoint) -> None:
-    axis = _POSITION_AXES.get((hook.name or "").rsplit(".", 1)[-1], 1)
-    save(tensor if axis is None else positions.apply(tensor, dim=axis), hook=hook)

@@ -7,15 +7,17 @@ copies of the residual stream) are computed only when something is attached to t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.config import ModelConfig
+from reflowlens.config import ModelConfig, RotaryScaling
+from reflowlens.errors import ReflowlensError
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
@@ -30,8 +32,23 @@ def through_copy(point: HookPoint, x: Tensor) -> Tensor:
     return point(x.clone() if is_hooked(point) else x)
 
 
+def _bias(present: bool, *shape: int) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(shape)) if present else None
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is a bias, by TransformerLens's names: ``ln1.b``, ``attn.b_Q``, ``mlp.b_in``."""
+    last = name.rsplit(".", 1)[-1]
+    return last == "b" or last.startswith("b_")
+
+
+def plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias where there is one."""
+    return x if bias is None else x + bias
+
+
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with a weight and no bias, statistics in float32.
+    """LayerNorm or RMSNorm with a weight, and a bias where the configuration has one; statistics in float32.
 
     ``hook_scale`` is the divisor [batch, pos, 1]; ``hook_normalized`` is ``(x - mean) / scale`` before the weight.
     """
@@ -41,6 +58,7 @@ class Norm(nn.Module):
         self.centered = cfg.normalization_type == "LN"
         self.eps = cfg.eps
         self.w = nn.Parameter(torch.ones(cfg.d_model))
+        self.b = _bias(cfg.norm_bias, cfg.d_model)
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
@@ -52,11 +70,38 @@ class Norm(nn.Module):
             wide = wide - wide.mean(-1, keepdim=True)
         scale = (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         normalized = self.hook_normalized(wide / self.hook_scale(scale)) if hooked else wide / scale
-        return (normalized * self.w).to(x.dtype)
+        return plus(normalized * self.w, self.b).to(x.dtype)
+
+
+Positions: TypeAlias = "slice | Int[Tensor, 'batch pos']"
+
+
+class Places(NamedTuple):
+    """Where the tokens of a pass stand in their texts, and which keys each may look at (None: all up to itself)."""
+
+    positions: Positions
+    mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None = None
+
+
+def packed_places(segments: Int[Tensor, "batch pos"]) -> Places:
+    """Texts that share a row unseen by each other: one is a run of equal ids, and its positions start at 0.
+
+    >>> packed_places(torch.tensor([[5, 5, 5, 7, 7]])).positions
+    tensor([[0, 1, 2, 0, 1]])
+    """
+    starts = segments != segments.roll(1, dims=1)
+    starts[:, 0] = True
+    text = starts.cumsum(dim=1)
+    index = torch.arange(segments.shape[1], device=segments.device)
+    positions = index - torch.where(starts, index, 0).cummax(dim=1).values
+    return Places(positions, (text[:, :, None] == text[:, None, :]).tril()[:, None])
 
 
 class Rotary(nn.Module):
-    """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021)."""
+    """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021).
+
+    Llama 3.1 slows the slow pairs down: see :class:`reflowlens.config.RotaryScaling`.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -65,6 +110,8 @@ class Rotary(nn.Module):
         super().__init__()
         self.adjacent = bool(cfg.rotary_adjacent_pairs)
         frequency = cfg.rotary_base ** (-torch.arange(0, cfg.d_head, 2, dtype=torch.float64, device="cpu") / cfg.d_head)
+        if cfg.rotary_scaling is not None:
+            frequency = scaled(frequency, cfg.rotary_scaling)
         angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)
         pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
         self.register_buffer("cos", pairs.cos().float(), persistent=False)
@@ -76,9 +123,10 @@ class Rotary(nn.Module):
         self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)  # a 16-bit model turns by exact angles
         return self
 
-    def forward(self, x: Float[Tensor, "batch pos head d_head"], offset: int) -> Float[Tensor, "batch pos head d_head"]:
-        positions = slice(offset, offset + x.shape[1])
-        cos, sin = self.cos[positions, None, :], self.sin[positions, None, :]
+    def forward(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         wide = x.float()
         if self.adjacent:
             even, odd = wide[..., 0::2], wide[..., 1::2]
@@ -87,6 +135,21 @@ class Rotary(nn.Module):
             first, second = wide.chunk(2, dim=-1)
             quarter_turn = torch.cat((-second, first), dim=-1)
         return (wide * cos + quarter_turn * sin).to(x.dtype)
+
+
+def scaled(frequency: Float[Tensor, " pair"], scaling: RotaryScaling) -> Float[Tensor, " pair"]:
+    """Radians a position, divided by ``scaling.factor`` where a wavelength is long and kept where it is short."""
+    turns = scaling.original_context * frequency / (2 * torch.pi)  # over the context of the pretraining
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return frequency * torch.lerp(torch.full_like(kept, 1 / scaling.factor), torch.ones_like(kept), kept.clamp(0, 1))
+
+
+class Past(Protocol):
+    """Keys and values that a pass attends to beside its own."""
+
+    def mix(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention of a pass's queries to earlier positions and its own."""
+        ...
 
 
 class KeyValueCache:
@@ -104,10 +167,28 @@ class KeyValueCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
+    def mix(
+        self,
+        attn: Attention,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention of the new positions to all so far."""
+        return attn.mix(q, *self.extend(attn.layer, k, v), mask=None)
+
     def extend(
         self, layer: int, k: Float[Tensor, "batch pos kv_head d_head"], v: Float[Tensor, "batch pos kv_head d_head"]
     ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
-        """Store the new positions of one layer and return all of its positions so far."""
+        """Store the new positions of one layer and return all of its positions so far.
+
+        Raises:
+            ReflowlensError: the cache was made for another number of rows.
+        """
+        if k.shape[0] != self.keys.shape[1]:
+            raise ReflowlensError(
+                f"this key-value cache holds a batch of {self.keys.shape[1]}, and the input is a batch of {k.shape[0]}"
+            )
         end = self.length + k.shape[1]
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
@@ -129,6 +210,10 @@ class Attention(nn.Module):
         self.W_K = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
         self.W_V = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
         self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
+        self.b_Q = _bias(cfg.qkv_bias, cfg.n_heads, cfg.d_head)
+        self.b_K = _bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
+        self.b_V = _bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
+        self.b_O = _bias(cfg.attn_out_bias, cfg.d_model)
         self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1
         self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
         self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
@@ -139,34 +224,35 @@ class Attention(nn.Module):
             self.rotary = Rotary(cfg)
             self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
             self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf above the diagonal
+        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf where not allowed
         self.hook_pattern = HookPoint()  # [batch, head, query_pos, key_pos]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_result = HookPoint()  # [batch, pos, head, d_model]
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, past: KeyValueCache | None
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, places: Places, past: Past | None
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.queries_keys_values(resid, ln1)
-        offset = past.length if past is not None else 0
         if self.cfg.positional_embedding_type == "rotary":
-            q = self.hook_rot_q(self.rotary(q, offset))
-            k = self.hook_rot_k(self.rotary(k, offset))
-        if past is not None:
-            k, v = past.extend(self.layer, k, v)
-        z = self.hook_z(self.mix(q, k, v))
+            q = self.hook_rot_q(self.rotary(q, places.positions))
+            k = self.hook_rot_k(self.rotary(k, places.positions))
+        mixed = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)
+        return self.output(self.hook_z(mixed))
+
+    def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads add to the residual stream."""
         if is_hooked(self.hook_result):
-            return self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(dim=2)
-        return z.flatten(2) @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model")
+            return plus(self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(dim=2), self.b_O)
+        return plus(z.flatten(2) @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model"), self.b_O)
 
     def queries_keys_values(
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; from per-head copies of the residual stream where one of those is hooked."""
         x = ln1(resid)
-        q = self._project(x, self.W_Q, self.hook_q_input, resid, ln1)
-        k = self._project(x, self.W_K, self.hook_k_input, resid, ln1)
-        v = self._project(x, self.W_V, self.hook_v_input, resid, ln1)
+        q = plus(self._project(x, self.W_Q, self.hook_q_input, resid, ln1), self.b_Q)
+        k = plus(self._project(x, self.W_K, self.hook_k_input, resid, ln1), self.b_K)
+        v = plus(self._project(x, self.W_V, self.hook_v_input, resid, ln1), self.b_V)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
     def _project(
@@ -189,22 +275,25 @@ class Attention(nn.Module):
         q: Float[Tensor, "batch pos head d_head"],
         k: Float[Tensor, "batch all_pos kv_head d_head"],
         v: Float[Tensor, "batch all_pos kv_head d_head"],
+        mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """softmax(q kᵀ / √d_head) v over the positions up to each query's own."""
+        """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows."""
         q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
         new, total = q.shape[2], k.shape[2]
         if is_hooked(self.hook_attn_scores, self.hook_pattern):
+            allowed = _causal(new, total, q.device) if mask is None else mask
             group = self.cfg.n_heads // self.cfg.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             scores = (q @ k.transpose(-1, -2)).float() / self.cfg.d_head**0.5
-            scores = scores.masked_fill(~_causal(new, total, q.device), float("-inf"))
+            scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
             z = pattern.to(v.dtype) @ v
         else:
-            mask = None if new in (1, total) else _causal(new, total, q.device)
+            if mask is None and new not in (1, total):
+                mask = _causal(new, total, q.device)
             grouped = self.cfg.kv_heads != self.cfg.n_heads
             z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=grouped
+                q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
             )
         return rearrange(z, "batch head pos d_head -> batch pos head d_head")
 
@@ -222,11 +311,13 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[cfg.act_fn]
         self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.b_in = _bias(cfg.mlp_bias, cfg.d_mlp)
+        self.b_out = _bias(cfg.mlp_bias, cfg.d_model)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.hook_post(self.act(self.hook_pre(x @ self.W_in))) @ self.W_out
+        return plus(self.hook_post(self.act(self.hook_pre(plus(x @ self.W_in, self.b_in)))) @ self.W_out, self.b_out)
 
 
 class GatedMLP(nn.Module):
@@ -238,13 +329,17 @@ class GatedMLP(nn.Module):
         self.W_gate = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
         self.W_in = nn.Parameter(torch.empty(cfg.d_model, cfg.d_mlp))
         self.W_out = nn.Parameter(torch.empty(cfg.d_mlp, cfg.d_model))
+        self.b_gate = _bias(cfg.mlp_bias, cfg.d_mlp)
+        self.b_in = _bias(cfg.mlp_bias, cfg.d_mlp)
+        self.b_out = _bias(cfg.mlp_bias, cfg.d_model)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp], x W_gate
         self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], x W_in
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], their product after the activation
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        gate, linear = self.hook_pre(x @ self.W_gate), self.hook_pre_linear(x @ self.W_in)
-        return self.hook_post(self.act(gate) * linear) @ self.W_out
+        gate = self.hook_pre(plus(x @ self.W_gate, self.b_gate))
+        linear = self.hook_pre_linear(plus(x @ self.W_in, self.b_in))
+        return plus(self.hook_post(self.act(gate) * linear) @ self.W_out, self.b_out)
 
 
 class Block(nn.Module):
@@ -266,10 +361,19 @@ class Block(nn.Module):
         self.hook_resid_post = HookPoint()
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], past: KeyValueCache | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
+        return self.feed(self.attend(resid, places, past))
+
+    def attend(
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The attention half: ``resid_pre`` to ``resid_mid``."""
         resid = self.hook_resid_pre(resid)
-        resid = self.hook_resid_mid(resid + self.hook_attn_out(self.attn(resid, self.ln1, past)))
+        return self.hook_resid_mid(resid + self.hook_attn_out(self.attn(resid, self.ln1, places, past)))
+
+    def feed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The MLP half: ``resid_mid`` to ``resid_post``."""
         return self.hook_resid_post(
             resid + self.hook_mlp_out(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid))))
         )

@@ -14,8 +14,8 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.components import Block, KeyValueCache, Norm
-from reflowlens.models.loss import cross_entropy
+from reflowlens.models.components import Block, KeyValueCache, Norm, Places, Positions, is_bias, packed_places
+from reflowlens.models.loss import IGNORE, cross_entropy
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -56,8 +56,19 @@ class Unembed(nn.Module):
         return self.readout(x, self.tied_weights()).logits()
 
 
+class OwnUnembed(Unembed):
+    """A readout with a matrix of its own, as large Llamas have it."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.W_U = nn.Parameter(torch.empty(model.cfg.d_model, model.cfg.d_vocab))
+
+    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
+        return Readout(x, self.W_U.T)
+
+
 class Decoder(HookedModel):
-    """Pre-norm causal decoder with a tied embedding.
+    """Pre-norm causal decoder, its embedding tied unless the configuration says otherwise.
 
     An architecture overrides what is its own: :meth:`build_embedding`, :meth:`tied_weights` and :meth:`embed_tokens`.
 
@@ -84,16 +95,16 @@ class Decoder(HookedModel):
     def build_embedding(self, cfg: ModelConfig) -> None:
         """Create the modules at both ends."""
         self.embed = Embed(cfg)
-        self.unembed = Unembed(self)
+        self.unembed = Unembed(self) if cfg.tie_word_embeddings else OwnUnembed(self)
 
     def tied_weights(self) -> tuple[Tensor, ...]:
         """The embedding's factors as this pass uses them, at both ends."""
         return (cast(Embed, self.embed).W_E,)
 
     def embed_tokens(
-        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream before the first block; ``offset`` is the position of the first token."""
+        """The residual stream before the first block."""
         (W_E,) = weights
         return self.hook_embed(F.embedding(tokens, W_E))
 
@@ -106,6 +117,7 @@ class Decoder(HookedModel):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: KeyValueCache | None = None,
+        segments: Int[Tensor, "batch pos"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """Read text or tokens and predict the next token at every position.
 
@@ -118,10 +130,14 @@ class Decoder(HookedModel):
             start_at_layer: first block to run; negative counts from the end.
             stop_at_layer: first block not to run; the residual stream in front of it is returned.
             past_kv_cache: keys and values of earlier positions; extended by the new ones.
+            segments: several texts in a row, each a run of equal ids and read as if alone: attention stays within it,
+                its positions start at 0, and its last token is left out of the default targets, as is padding, which
+                negative ids mark.
 
         Raises:
             ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
-                does not exist, or a loss is asked for without targets.
+                does not exist, a loss is asked for without targets, segments do not fit the input or come with a
+                key-value cache, or that cache was made for another batch.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -130,15 +146,23 @@ class Decoder(HookedModel):
         weights = self.tied_weights()
         if start_at_layer is None:
             tokens, lengths = self.tokens_and_lengths(input, offset=offset)
+            places = self._places(tokens.shape, segments, past_kv_cache)
             if targets is None and return_type in ("loss", "both"):
                 targets = self.next_tokens(tokens, lengths)
-            resid = self.embed_tokens(tokens, weights, offset)
+                if segments is not None:
+                    unpredictive = (segments != segments.roll(-1, dims=1)) | (segments < 0)
+                    targets = targets.masked_fill(unpredictive.to(targets.device), IGNORE)
+            resid = self.embed_tokens(tokens, weights, places.positions)
         else:
             if not isinstance(input, Tensor) or input.ndim != 3:
                 raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
+            if input.shape[2] != self.cfg.d_model:
+                raise ReflowlensError(f"this residual stream is {input.shape[2]} wide, but d_model={self.cfg.d_model}")
+            self.check_length(input.shape[1], offset)
+            places = self._places(input.shape[:2], segments, past_kv_cache)
             resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
         for block in self.blocks[start:stop]:
-            resid = block(resid, past_kv_cache)
+            resid = block(resid, places, past_kv_cache)
         if past_kv_cache is not None:
             past_kv_cache.length += resid.shape[1]
         if stop_at_layer is not None:
@@ -153,6 +177,20 @@ class Decoder(HookedModel):
         if return_type == "loss":
             return readout.loss(targets)
         return readout.logits(), readout.loss(targets)
+
+    def _places(
+        self, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: KeyValueCache | None
+    ) -> Places:
+        if segments is None:
+            offset = past.length if past is not None else 0
+            return Places(slice(offset, offset + shape[1]))
+        if past is not None:
+            raise ReflowlensError(
+                "segments cannot be read with a key-value cache: pass whole rows and no past_kv_cache"
+            )
+        if segments.shape != shape:
+            raise ReflowlensError(f"segments must be [batch, pos] = {list(shape)}, got {list(segments.shape)}")
+        return packed_places(segments.to(self.cfg.device))
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         n_layers = self.cfg.n_layers
@@ -169,6 +207,8 @@ class Decoder(HookedModel):
         for name, parameter in self.named_parameters():
             if name.endswith(".w"):
                 parameter.fill_(1.0)
+            elif is_bias(name):
+                parameter.zero_()
             else:
                 residual = name.endswith(("attn.W_O", "mlp.W_out"))
                 parameter.normal_(0.0, std / (2 * self.cfg.n_layers) ** 0.5 if residual else std, generator=generator)
@@ -180,11 +220,13 @@ class Decoder(HookedModel):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding as one matrix (TransformerLens's tools index it), formed anew at each access."""
+        """The unembedding as one matrix (TransformerLens's tools index it); a tied one is formed at each access."""
+        if isinstance(self.unembed, OwnUnembed):
+            return self.unembed.W_U
         W_E = self.W_E
         return (W_E.AB if isinstance(W_E, FactoredMatrix) else W_E).T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias: these architectures have none."""
+        """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
         return torch.zeros(self.cfg.d_vocab, device=self.cfg.device)

@@ -1,4 +1,7 @@
-"""GPT-2 as nanoGPT trains it: learned positions, bias-free LayerNorm, GELU, tied embedding (Radford et al., 2019)."""
+"""GPT-2: learned positions, LayerNorm, GELU, tied embedding (Radford et al., 2019).
+
+The preset is bias-free, as nanoGPT trains it; OpenAI's weights have a bias everywhere, which the configuration says.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
-from reflowlens.models.components import through_copy
+from reflowlens.models.components import Positions, through_copy
 from reflowlens.models.decoder import Decoder
 
 
@@ -29,7 +32,7 @@ class GPT2(Decoder):
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
 
     def embed_tokens(
-        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
-        positions = self.pos_embed.W_pos[offset : offset + tokens.shape[1]].expand(tokens.shape[0], -1, -1)
-        return super().embed_tokens(tokens, weights, offset) + through_copy(self.hook_pos_embed, positions)
+        vectors = self.pos_embed.W_pos[positions].expand(tokens.shape[0], -1, -1)
+        return super().embed_tokens(tokens, weights, positions) + through_copy(self.hook_pos_embed, vectors)

@@ -14,7 +14,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
-from reflowlens.models.components import is_hooked, through_copy
+from reflowlens.models.components import Positions, is_hooked, through_copy
 from reflowlens.models.decoder import Decoder, Readout, Unembed
 
 
@@ -68,7 +68,7 @@ class ReFlow(Decoder):
         return self.effective_recipe(), through_copy(self.hook_basis, self.embed.W_basis)
 
     def embed_tokens(
-        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], offset: int
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
         recipe, basis = weights
         mixed = self.hook_recipe(F.embedding(tokens, recipe)) @ basis

@@ -1,0 +1,251 @@
+"""Folders that transformers opens, and all that reads its format: ``config.json``, safetensors, ``tokenizer.json``.
+
+Nothing of the folder is executed, and weights that are pickled are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import FactoredMatrix
+
+from reflowlens.checkpoints import WEIGHTS, check_replaceable, model_from_weights, write_folder, write_tensors
+from reflowlens.conversion import hf_gpt2, hf_llama
+from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
+from reflowlens.conversion.layout import Reader, to_ours, to_theirs
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+DEFAULT_CONTEXT = 4096
+_FAMILIES: dict[str, tuple[str, ModuleType]] = {  # by model_type: the class, and who knows its format
+    "llama": ("LlamaForCausalLM", hf_llama),
+    "mistral": ("MistralForCausalLM", hf_llama),
+    "qwen2": ("Qwen2ForCausalLM", hf_llama),
+    "gpt2": ("GPT2LMHeadModel", hf_gpt2),
+}
+
+
+def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a model as a folder that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` open, with its logits.
+
+    Models with rotary positions become a ``LlamaForCausalLM`` (a reFlow with E = R B formed in float64), those with
+    learned ones a ``GPT2LMHeadModel``. vLLM, llama.cpp, nnsight and TransformerLens's bridge read such folders.
+
+    Args:
+        folder: where to write; an earlier export there is replaced when the new one is complete.
+        dtype: of the stored weights; default: the model's own.
+
+    Raises:
+        ReflowlensError: transformers has no architecture that computes what this model computes, a weight is not finite
+            in ``dtype``, the folder holds something else, or it cannot be written.
+
+    Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
+    """
+    folder = Path(folder)
+    check_replaceable(folder, (WEIGHTS, CONFIG))
+    family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
+    if family is None:
+        raise ReflowlensError(
+            f"this {model.cfg.architecture!r} model is neither a LlamaForCausalLM (RMSNorm, rotary positions, gated "
+            "MLP, d_model a multiple of n_heads) nor a GPT2LMHeadModel (LayerNorm, learned positions, plain MLP, heads "
+            "that make up d_model): transformers has no class for it"
+        )
+    cfg = family.as_family(model.cfg)
+    dtype = dtype or next(model.parameters()).dtype
+    tensors = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in to_theirs(family.layout(cfg), _merged(model), cfg).items()
+    }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{name} holds values that are not finite in {dtype}: the model is not exported")
+    tokenizer = model.tokenizer
+    begin = tokenizer.eot_token if tokenizer.bos_token is None else tokenizer.bos_token
+    ends = {"bos_token_id": begin, "eos_token_id": tokenizer.eot_token}
+    # transformers 5 says dtype, transformers 4 and llama.cpp torch_dtype.
+    types = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+
+    def write(folder: Path) -> None:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        _write_json(folder / CONFIG, {**family.hf_config(cfg), **ends, "pad_token_id": None, **types})
+        _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ends})
+        write_tokenizer(folder, tokenizer, cfg.n_ctx)
+
+    return write_folder(folder, write)
+
+
+def import_hf(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    n_ctx: int | None = None,
+    tokenizer: str | None = None,
+) -> HookedModel:
+    """A GPT-2, Llama, Mistral or Qwen2 that transformers saved, as a hooked model with the same logits.
+
+    Args:
+        folder: holds ``config.json``, ``model.safetensors`` (or shards and their index) and ``tokenizer.json``.
+        dtype: of the model; None keeps the stored type.
+        n_ctx: longest input to keep; default: the model's own, of a rotary model at most 4,096, since every layer holds
+            angles and the key-value cache room for every position.
+        tokenizer: ``gpt2``, ``gpt2_16k``, ``bytes``, or the path of a ``tokenizer.json``; default: the folder's.
+
+    Raises:
+        ReflowlensError: the folder or a file is missing, the architecture or its rotary scaling is not known, the
+            weights are pickled or quantised, or a tensor is missing, has no place or has another shape.
+
+    Example: ``model = import_hf("SmolLM2-135M")``
+    """
+    folder = Path(folder)
+    fields = _read_config(folder)
+    family, hf = _parse_config(folder, fields)
+    with _reading(folder / CONFIG):
+        cfg = family.model_config(hf)
+    learned = cfg.positional_embedding_type == "standard"
+    limit = (cfg.n_ctx if learned else min(cfg.n_ctx, DEFAULT_CONTEXT)) if n_ctx is None else n_ctx
+    if not 1 <= limit <= cfg.n_ctx:
+        raise ReflowlensError(f"n_ctx must be between 1 and {cfg.n_ctx}, which {folder} was made for, got {n_ctx}")
+    if not learned:
+        cfg = dataclasses.replace(cfg, n_ctx=limit)
+    with _stored_tensors(folder, family) as readers:
+        if cfg.tie_word_embeddings:
+            _drop_tied_head(readers, family, folder)
+        weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
+    if learned:
+        cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
+    name = read_tokenizer(folder, fields, tokenizer)
+    cfg = dataclasses.replace(cfg, tokenizer_name=name, model_name=_model_name(folder.resolve()))
+    return model_from_weights(cfg, weights, dtype=dtype or weights["embed.W_E"].dtype)
+
+
+def _model_name(folder: Path) -> str:
+    """The folder's name; in the hub's cache, models--ORG--NAME/snapshots/HASH, the model's."""
+    return folder.parents[1].name.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
+
+
+def _merged(model: HookedModel) -> dict[str, Tensor]:
+    """The parameters on the CPU, a factored embedding as the one matrix that it stands for."""
+    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    if isinstance(model.W_E, FactoredMatrix):
+        recipe, basis = model.W_E.A.detach().cpu(), model.W_E.B.detach().cpu()
+        weights["embed.W_E"] = (recipe.double() @ basis.double()).float()
+    return weights
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ReflowlensError(f"no folder {str(folder)!r}: expected one that transformers saved, with {CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise ReflowlensError(f"{folder} holds no {CONFIG}: expected a folder that transformers saved")
+    fields = _read_json(folder / CONFIG)
+    if not isinstance(fields, dict):
+        raise ReflowlensError(f"{folder / CONFIG} is not a configuration: an object was expected")
+    return fields
+
+
+def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[ModuleType, Any]:
+    """Who knows the format, and transformers' own configuration object, which fills in what the file leaves out."""
+    from transformers import AutoConfig
+
+    kind, classes = fields.get("model_type"), fields.get("architectures")
+    known = ", ".join(name for name, _ in _FAMILIES.values())
+    if kind not in _FAMILIES or classes not in (None, [_FAMILIES[kind][0]]):
+        named = ", ".join(map(str, classes)) if isinstance(classes, list) else f"model_type {kind!r}"
+        raise ReflowlensError(f"{folder} holds an architecture that cannot be read, {named}: {known} can")
+    if fields.get("quantization_config"):
+        raise ReflowlensError(f"{folder} holds quantised weights: give float32, float16 or bfloat16")
+    with _reading(folder / CONFIG):
+        return _FAMILIES[kind][1], AutoConfig.for_model(**fields)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Anything wrong with a configuration, whoever finds it, is an error that names the file."""
+    try:
+        yield
+    except Exception as error:  # transformers' checks raise errors of several libraries
+        raise ReflowlensError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _stored_tensors(folder: Path, family: ModuleType) -> Iterator[dict[str, Reader]]:
+    """How to read each tensor of a folder, under the names of the whole model and without its buffers."""
+    from safetensors import SafetensorError, safe_open
+
+    readers: dict[str, Reader] = {}
+    with contextlib.ExitStack() as stack:
+        for path in weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ReflowlensError(f"{path} is corrupt: {error}") from error
+            for name in file.keys():  # noqa: SIM118 (it is not a mapping)
+                if not re.fullmatch(family.BUFFERS, name):
+                    readers[_full_name(name, family)] = partial(file.get_tensor, name)
+        yield readers
+
+
+def _drop_tied_head(readers: dict[str, Reader], family: ModuleType, folder: Path) -> None:
+    """Some savers store the readout of a tied model too; it must then be the embedding."""
+    if not {HEAD, family.EMBEDDING} <= set(readers):
+        return
+    if not torch.equal(readers[HEAD](), readers[family.EMBEDDING]()):
+        raise ReflowlensError(
+            f"{folder}: {HEAD} differs from {family.EMBEDDING}, but {CONFIG} ties them (tie_word_embeddings is the "
+            "default of some models): set it to false if the readout is a matrix of its own"
+        )
+    del readers[HEAD]
+
+
+def _full_name(name: str, family: ModuleType) -> str:
+    """OpenAI's GPT-2, like any model saved without its head, leaves out the prefix."""
+    return name if name.startswith((family.PREFIX, HEAD)) else family.PREFIX + name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a folder's weights.
+
+    Raises:
+        ReflowlensError: there are none, only pickled ones, or a shard is missing.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX)
+        shards = set(index["weight_map"].values()) if isinstance(index, dict) and "weight_map" in index else set()
+        # Names alone: an index from elsewhere must not make us read files that lie elsewhere.
+        missing = sorted(name for name in shards if Path(name).name != name or not (folder / name).is_file())
+        if missing or not shards:
+            what = f"{missing[0]!r}, which is not there" if missing else "no files"
+            raise ReflowlensError(f"{folder / INDEX} names {what}")
+        return [folder / name for name in sorted(shards)]
+    pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+    if pickled:
+        raise ReflowlensError(
+            f"{folder} holds pickled weights ({pickled[0]}), which could run code: have transformers save them as "
+            "safetensors first"
+        )
+    raise ReflowlensError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise ReflowlensError(f"{path} cannot be read: {error}") from error
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf8")

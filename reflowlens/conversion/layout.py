@@ -1,0 +1,114 @@
+"""How another library lays out the same weights: a table of rearrangements, written once and read both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from reflowlens.config import ModelConfig, nearest
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+
+Reader: TypeAlias = "Callable[[], Tensor]"
+SAME, TRANSPOSED, VECTOR = "rows columns -> rows columns", "rows columns -> columns rows", "width -> width"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter of ours inside a tensor of theirs.
+
+    Args:
+        ours: our name.
+        pattern: einops pattern from our axes to theirs.
+        sizes: lengths of the axes that the pattern splits, for either direction.
+
+    >>> piece = Piece("W", "head d_model (pair two) -> (head two pair) d_model", {"head": 2, "two": 2})
+    >>> ours = torch.arange(24.0).reshape(2, 3, 4)
+    >>> piece.to_theirs(ours).shape, bool((piece.to_ours(piece.to_theirs(ours)) == ours).all())
+    (torch.Size([8, 3]), True)
+    """
+
+    ours: str
+    pattern: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def to_theirs(self, tensor: Tensor) -> Tensor:
+        return rearrange(tensor, self.pattern, **self.sizes)
+
+    def to_ours(self, tensor: Tensor) -> Tensor:
+        ours, theirs = self.pattern.split("->")
+        return rearrange(tensor, f"{theirs} -> {ours}", **self.sizes)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of theirs: one piece, or several side by side along ``axis``."""
+
+    theirs: str
+    pieces: Sequence[Piece]
+    axis: int = 0
+
+
+def entry(theirs: str, ours: str, pattern: str, **sizes: int) -> Entry:
+    """An entry of one piece."""
+    return Entry(theirs, [Piece(ours, pattern, sizes)])
+
+
+def shapes_of(cfg: ModelConfig) -> dict[str, torch.Size]:
+    """Shapes of a model's parameters, which are not made."""
+    return {name: parameter.shape for name, parameter in build_model(cfg, device="meta").named_parameters()}
+
+
+def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Our weights under their names; a parameter of ``cfg`` that is not among them, such as a bias, is zero."""
+    shapes = shapes_of(cfg)
+    return {
+        item.theirs: torch.cat(
+            [
+                piece.to_theirs(weights[piece.ours] if piece.ours in weights else torch.zeros(shapes[piece.ours]))
+                for piece in item.pieces
+            ],
+            dim=item.axis,
+        )
+        for item in layout
+    }
+
+
+def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelConfig, where: str) -> dict[str, Tensor]:
+    """Their tensors as our weights; every one must have its place.
+
+    Args:
+        readers: functions that return the tensors, each called once, so that no more than one is held twice.
+        where: what holds the tensors, for messages.
+
+    Raises:
+        ReflowlensError: a tensor is missing, has no place, has another shape or type, or holds NaN or infinite values.
+    """
+    shapes, expected = shapes_of(cfg), {item.theirs for item in layout}
+    if missing := sorted(expected - set(readers)):
+        raise ReflowlensError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing)")
+    if extra := sorted(set(readers) - expected):
+        near = nearest(extra[0], sorted(expected))
+        raise ReflowlensError(f"{where} holds {extra[0]!r}, which has no place in a {cfg.architecture!r} model{near}")
+    weights: dict[str, Tensor] = {}
+    for item in layout:
+        tensor = readers[item.theirs]()
+        parts = [piece.to_theirs(torch.empty(shapes[piece.ours], device="meta")) for piece in item.pieces]
+        shape = torch.cat(parts, dim=item.axis).shape
+        if tensor.shape != shape:
+            raise ReflowlensError(f"{where}: {item.theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ReflowlensError(
+                f"{where}: {item.theirs} is {tensor.dtype}; quantised weights cannot be read: give float32, float16 or "
+                "bfloat16"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{where}: {item.theirs} holds NaN or infinite values")
+        split = tensor.split([part.shape[item.axis] for part in parts], dim=item.axis)
+        weights |= {piece.ours: piece.to_ours(part) for piece, part in zip(item.pieces, split, strict=True)}
+    return weights
