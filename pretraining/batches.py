@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from pretraining.token_files import TokenStream
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:  # preparing data imports this module's sibling and needs no torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # preparing data imports this module's sibling and needs no t
 
 
 def batch_at(
-    tokens: NDArray[Any], step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1
+    tokens: TokenStream, step: int, batch_size: int, context: int, seed: int, rank: int = 0, world_size: int = 1
 ) -> Batch:
     """The training batch of one step: inputs x and targets y (the token after each), both int64 [batch, context].
 
@@ -57,7 +58,7 @@ def blocks_per_epoch(n_tokens: int, context: int) -> int:
     return max(1, n_tokens // context - 1)
 
 
-def sequential_batches(tokens: NDArray[Any], batch_size: int, context: int) -> Iterator[Batch]:
+def sequential_batches(tokens: TokenStream, batch_size: int, context: int) -> Iterator[Batch]:
     """Inputs and targets [batch, context] over the whole stream in order: every token but the first is a target once.
 
     The last batch of whole blocks may hold fewer rows; what remains of the stream then comes as one shorter row. Weight
@@ -68,12 +69,33 @@ def sequential_batches(tokens: NDArray[Any], batch_size: int, context: int) -> I
     if len(tokens) < 2:
         raise ReflowlensError(f"{len(tokens)} tokens are too few to predict one from another")
     n_blocks = (len(tokens) - 1) // context
-    for first in range(0, n_blocks, batch_size):
-        starts = np.arange(first, min(first + batch_size, n_blocks)) * context
-        yield _to_batch(np.stack([tokens[start : start + context + 1] for start in starts]))
+    yield from _blocks(tokens, np.arange(n_blocks) * context, batch_size, context)
     rest = tokens[n_blocks * context :]
     if len(rest) > 1:
         yield _to_batch(rest[np.newaxis])
+
+
+def spread_batches(tokens: TokenStream, batch_size: int, context: int, max_tokens: int | None) -> Iterator[Batch]:
+    """At most `max_tokens` predictions (at least a block's) that stand for the whole stream: blocks at equal distances.
+
+    The blocks are those of `sequential_batches`, of which every k-th is taken; k need not be whole. None, or as many
+    tokens as there are, is `sequential_batches` itself.
+
+    >>> [x[:, 0].tolist() for x, y in spread_batches(np.arange(101), batch_size=2, context=10, max_tokens=35)]
+    [[0, 30], [60]]
+    """
+    n_blocks = (len(tokens) - 1) // context
+    if max_tokens is None or max_tokens >= len(tokens) - 1 or n_blocks == 0:
+        yield from sequential_batches(tokens, batch_size, context)
+        return
+    n_taken = max(1, max_tokens // context)
+    yield from _blocks(tokens, np.arange(n_taken) * n_blocks // n_taken * context, batch_size, context)
+
+
+def _blocks(tokens: TokenStream, starts: NDArray[np.int64], batch_size: int, context: int) -> Iterator[Batch]:
+    for first in range(0, len(starts), batch_size):
+        rows = [tokens[start : start + context + 1] for start in starts[first : first + batch_size]]
+        yield _to_batch(np.stack(rows))
 
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs

@@ -3,56 +3,66 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
-import shutil
 import sys
-import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pretraining.batches import batch_at, blocks_per_epoch, sequential_batches
-from pretraining.sources import Source, find_sources
+from pretraining.batches import batch_at, blocks_per_epoch, sequential_batches, spread_batches
+from pretraining.encoding import Encoded, Encoder, added, encoded_documents
+from pretraining.sources import Selection, Source, find_sources
+from pretraining.staging import (
+    SplitWriter,
+    discard,
+    finished,
+    is_complete,
+    partial_folder,
+    publish,
+    save_progress,
+    sole_writer,
+    unfinished,
+)
 from pretraining.token_files import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
+    SHARD_BYTES,
     SPLITS,
     Manifest,
     SourceRecord,
     SplitRecord,
     TokenData,
+    TokenShards,
+    TokenStream,
     open_tokens,
     read_manifest,
 )
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers import END_OF_TEXT, Tokenizer, get_tokenizer
+from reflowlens.tokenizers import END_OF_TEXT, get_tokenizer
 
 __all__ = [
     "Manifest",
     "SourceRecord",
     "SplitRecord",
     "TokenData",
+    "TokenShards",
+    "TokenStream",
     "batch_at",
     "blocks_per_epoch",
     "open_tokens",
     "prepare",
     "read_manifest",
     "sequential_batches",
+    "spread_batches",
 ]
 
-_FILES = (*(f"{split}.bin" for split in SPLITS), MANIFEST_NAME)  # the manifest last: it says that all is there
-_CHUNK_CHARACTERS = 1 << 20
+_SAVE_SECONDS = 5.0
 
 
 def prepare(
@@ -62,64 +72,106 @@ def prepare(
     *,
     val_fraction: float = 0.01,
     val_sources: str | Path | Sequence[str | Path] | None = None,
+    val_split: str | None = None,
     separator: str = END_OF_TEXT,
+    text_field: str | None = None,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     workers: int | None = None,
     seed: int = 0,
-    text_field: str = "text",
-    split: str = "train",
     progress: bool = True,
     overwrite: bool = False,
 ) -> Manifest:
-    """Tokenise documents into `out_dir/train.bin`, `out_dir/val.bin` and `out_dir/manifest.json`.
+    """Tokenise documents into `train.bin`, `val.bin` and `manifest.json` in `out_dir`.
 
-    sources: files (.txt or .jsonl, also .gz or .xz), folders of these, or names of data sets of the `datasets` library
-        (where no such path exists), whose split `split` is taken. See `pretraining.sources` for what a document is.
+    sources: files (.txt or .jsonl, also .gz or .xz; .parquet, .arrow, .json), folders of these, or, where no such path
+        exists, data sets of the hub: openwebtext, lima, tinystories or any name. See `pretraining.readers` for what a
+        document is, `pretraining.sources` for which files of a folder are read and what `split`, `config`, `revision`
+        and `text_field` choose.
     val_fraction: this share of the documents validates. Which ones is decided by a hash of (seed, text): it depends on
         neither order nor workers, and a text that occurs twice falls on one side.
-    val_sources: validate on these instead, and train on all of `sources`.
-    workers: threads (the tokenizer releases Python's lock); default, one a core. The output does not depend on it.
+    val_sources, val_split: validate on these instead (default: `sources`), of which this split is read (default:
+        `split`), and train on all of `sources`.
+    max_documents, max_tokens: stop before there are more, training and the share that validates taken together;
+        validation apart is read whole.
+    shard_bytes: a split larger than this is written in several files, read as one stream.
+    workers: processes that tokenise (default: one a core; they are started for more than a few megabytes). The output
+        does not depend on it. A script that uses more than one must guard its own start: `if __name__ == "__main__":`.
     overwrite: replace what an earlier run left in `out_dir`. Without it, a folder made from the same inputs is left as
         it is, and one made from others is an error.
 
     Ids are uint16 where the tokenizer has at most 65,536 tokens, else uint32. The files appear when complete, the
-    manifest last; an interrupted run removes what it wrote.
+    manifest last. A run that was interrupted, even killed, is continued by the same call, and ends with the same bytes.
 
-    Raises ReflowlensError for a missing, empty or undecodable source (named), no document in a split, or a full disk.
+    Raises ReflowlensError for a missing, empty or damaged source (named), a data set that cannot be had, no document in
+    a split, or a full disk.
 
     >>> manifest = prepare("corpus/", "runs/corpus", tokenizer="gpt2")        # doctest: +SKIP
     >>> manifest.splits["train"].tokens                                       # doctest: +SKIP
     """
-    if val_sources is None and not 0 < val_fraction < 1:
+    apart = val_sources is not None or val_split is not None
+    _check_positive(max_documents=max_documents, max_tokens=max_tokens, workers=workers)
+    if not apart and not 0 < val_fraction < 1:
         raise ReflowlensError(f"val_fraction must lie between 0 and 1, and is {val_fraction}")
-    chosen = get_tokenizer(tokenizer)
-    out = Path(out_dir)
-    find = partial(find_sources, separator=separator, text_field=text_field, split=split)
-    found = [(source, "both" if val_sources is None else "train") for source in find(_as_list(sources))]
-    if val_sources is not None:
-        found += [(source, "val") for source in find(_as_list(val_sources))]
-    _check_disjoint(found)
+    if shard_bytes < 4:
+        raise ReflowlensError(f"shard_bytes must be at least one token of 4 bytes, and is {shard_bytes}")
+    out, chosen = Path(out_dir), get_tokenizer(tokenizer)
+    selection = Selection(split, config, revision, text_field, separator)
+    found = [(source, "train" if apart else "both") for source in find_sources(_as_list(sources), selection, progress)]
+    if apart:
+        selection = replace(selection, split=val_split or split)
+        validating = find_sources(_as_list(sources if val_sources is None else val_sources), selection, progress)
+        found += [(source, "val") for source in validating]
     planned = Manifest(
         format_version=FORMAT_VERSION,
-        tokenizer=tokenizer,
+        tokenizer=chosen.name,
         n_vocab=chosen.n_vocab,
         end_id=0 if chosen.eot_token is None else chosen.eot_token,
         dtype="<u2" if chosen.n_vocab <= 1 << 16 else "<u4",
         seed=seed,
-        val_fraction=val_fraction if val_sources is None else None,
+        val_fraction=None if apart else val_fraction,
         separator=separator,
-        text_field=text_field,
-        splits={},
-        sources=tuple(SourceRecord(source.name, source.sha256, source.bytes, 0, role) for source, role in found),
+        text_field=text_field or "text",
+        splits={name: SplitRecord(0, 0, 0) for name in SPLITS},
+        sources=tuple(_record(source, role) for source, role in found),
+        max_documents=max_documents,
+        max_tokens=max_tokens,
+        shard_bytes=shard_bytes,
     )
-    if (finished := _finished(out, planned, overwrite)) is not None:
-        if progress:
-            print(f"{out} already holds these tokens: left as it is", file=sys.stderr)
-        return finished
+    _check_disjoint(planned.sources)
     try:
-        return _write(out, planned, found, chosen, workers or os.cpu_count() or 1, progress)
+        with sole_writer(out):
+            if not overwrite and (existing := finished(out, planned)) is not None:
+                if progress:
+                    print(f"{out} already holds these tokens: left as it is", file=sys.stderr)
+                return existing
+            start = unfinished(out, planned, overwrite)
+            if not is_complete(out):
+                encode, workers = Encoder.of(tokenizer, planned), workers or os.cpu_count() or 1
+                start = _tokenise(out, start, [source for source, _ in found], encode, workers, progress)
+            return publish(out, start)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise ReflowlensError(f"cannot prepare {str(out)!r}: {what}; what was written has been removed") from error
+        raise ReflowlensError(f"cannot prepare {str(out)!r}: {what}{_kept(out)}") from error
+    except KeyboardInterrupt:
+        if progress:
+            print(f"stopped{_kept(out)}", file=sys.stderr)
+        raise
+    except BrokenProcessPool as error:
+        raise ReflowlensError(
+            f"cannot prepare {str(out)!r}: a worker process died (out of memory? a script must guard its start with "
+            f"`if __name__ == '__main__'`){_kept(out)}, perhaps with fewer workers"
+        ) from error
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ReflowlensError(f"{name} must be positive, and is {count}")
 
 
 def _as_list(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
@@ -129,149 +181,91 @@ def _as_list(sources: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return listed
 
 
-def _check_disjoint(found: list[tuple[Source, str]]) -> None:
-    training = {source.sha256: source.name for source, role in found if role == "train"}
-    for source, role in found:
-        if role == "val" and source.sha256 in training:
+def _record(source: Source, role: str) -> SourceRecord:
+    return SourceRecord(source.name, source.sha256, source.bytes, 0, role, source.revision)
+
+
+def _check_disjoint(records: Sequence[SourceRecord]) -> None:
+    training = {record.identity: record.name for record in records if record.role == "train"}
+    for record in records:
+        if record.role == "val" and record.identity in training:
             raise ReflowlensError(
-                f"{source.name!r} is given both to train on ({training[source.sha256]!r}) and to validate"
+                f"{record.name!r} is given both to train on ({training[record.identity]!r}) and to validate"
             )
 
 
-def _finished(out: Path, planned: Manifest, overwrite: bool) -> Manifest | None:
-    """The manifest of an earlier run with the same inputs, whose files are sound; an error if the folder is taken."""
-    if overwrite or not any((out / name).exists() for name in _FILES):
-        return None
-    if not (out / MANIFEST_NAME).exists():
-        raise ReflowlensError(f"{str(out)!r} holds token files without a manifest: choose another folder, or overwrite")
-    existing = read_manifest(out)
-    if not existing.same_inputs(planned):
-        raise ReflowlensError(f"{str(out)!r} holds other data already: choose another folder, or overwrite")
-    for split in SPLITS:
-        open_tokens(out, split)
-    return existing
-
-
-def _write(
-    out: Path, planned: Manifest, found: list[tuple[Source, str]], tokenizer: Tokenizer, workers: int, progress: bool
-) -> Manifest:
-    out.mkdir(parents=True, exist_ok=True)
-    partial_dir = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
-    try:
-        manifest = _tokenise(partial_dir, planned, found, tokenizer, workers, progress)
-        (partial_dir / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-        (out / MANIFEST_NAME).unlink(missing_ok=True)  # while files are exchanged the folder is not a finished one
-        for name in _FILES:
-            os.replace(partial_dir / name, out / name)
-        return manifest
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive documents of source `source`; `read` is how many more of its bytes they took."""
-
-    source: int
-    role: str
-    texts: tuple[str, ...]
-    read: int
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A chunk, tokenised: the ids and counts of each split."""
-
-    chunk: _Chunk
-    ids: dict[str, NDArray[Any]]
-    counts: dict[str, SplitRecord]
+def _kept(out: Path) -> str:
+    folder = partial_folder(out)
+    return f"; the same command goes on from what was done so far ({folder})" if folder.exists() else ""
 
 
 def _tokenise(
-    folder: Path,
-    planned: Manifest,
-    found: list[tuple[Source, str]],
-    tokenizer: Tokenizer,
-    workers: int,
-    progress: bool,
+    out: Path, start: Manifest, found: Sequence[Source], encode: Encoder, workers: int, progress: bool
 ) -> Manifest:
-    counts = {split: SplitRecord(0, 0, 0) for split in SPLITS}
-    documents = [0] * len(found)
+    """Write the tokens of all documents that `start` does not count yet, and return the counts of all.
+
+    Bad input leaves nothing behind; after anything else that ends it, the run can be continued.
+    """
+    so_far = start
     with ExitStack() as stack:
-        files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
-        bar = stack.enter_context(
-            tqdm(
-                total=sum(source.bytes for source, _ in found),
-                unit="B",
-                unit_scale=True,
-                desc="tokenising",
-                disable=None if progress else True,  # None: disabled unless on a terminal
-            )
-        )
-        for done in _in_order(found, partial(_encode, planned, tokenizer), workers):
-            for split in SPLITS:
-                files[split].write(done.ids[split].tobytes())
-                counts[split] = _sum(counts[split], done.counts[split])
-            documents[done.chunk.source] += len(done.chunk.texts)
-            bar.update(done.chunk.read)
+        writers = [stack.enter_context(closing(SplitWriter(out, split, start))) for split in SPLITS]
+
+        def save() -> None:
+            for writer in writers:
+                writer.sync()
+            save_progress(out, so_far)
+
+        try:
+            bar = stack.enter_context(_bar(found, progress))
+            saved = time.monotonic()
+            for encoded in stack.enter_context(closing(encoded_documents(start, found, encode, workers))):
+                for split, writer in zip(SPLITS, writers, strict=True):
+                    writer.write(encoded.ids[split])
+                so_far = _counted(so_far, encoded)
+                bar.update(encoded.chunk.position - bar.n)
+                bar.set_postfix(tokens=f"{sum(split.tokens for split in so_far.splits.values()):,}", refresh=False)
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+            _check_no_split_is_empty(so_far)
+            save()
+        except ReflowlensError:
+            discard(out)
+            raise
+        except BaseException:
+            with suppress(
+                OSError, ValueError
+            ):  # a full disk, or a file that was just being changed: the last save holds
+                save()
+            raise
+    return so_far
+
+
+def _bar(found: Sequence[Source], progress: bool) -> tqdm[NoReturn]:
+    return tqdm(
+        total=sum(source.bytes for source in found) or None,
+        unit="B",
+        unit_scale=True,
+        desc="tokenising",
+        disable=None if progress else True,  # None: disabled unless on a terminal
+    )
+
+
+def _counted(so_far: Manifest, encoded: Encoded) -> Manifest:
+    more = Counter(encoded.chunk.owners)
+    sources = list(so_far.sources)
+    for number, count in more.items():
+        sources[number] = replace(sources[number], documents=sources[number].documents + count)
+    splits = {split: added(so_far.splits[split], encoded.counts[split]) for split in SPLITS}
+    return replace(so_far, splits=splits, sources=tuple(sources))
+
+
+def _check_no_split_is_empty(complete: Manifest) -> None:
+    total = sum(source.documents for source in complete.sources)
     for split in SPLITS:
-        if not counts[split].documents:
-            total = sum(documents)
+        if not complete.splits[split].documents:
+            limits = "" if complete.max_tokens is None else f" and max_tokens {complete.max_tokens}"
             raise ReflowlensError(
-                f"none of {total} documents fell to {split!r} with val_fraction {planned.val_fraction}: "
+                f"none of {total} documents fell to {split!r} with val_fraction {complete.val_fraction}{limits}: "
                 "change it, give val_sources, or mark the documents off with a line of only the separator"
             )
-    records = tuple(replace(record, documents=n) for record, n in zip(planned.sources, documents, strict=True))
-    return replace(planned, splits=counts, sources=records)
-
-
-def _in_order(found: list[tuple[Source, str]], encode: Callable[[_Chunk], _Tokens], workers: int) -> Iterator[_Tokens]:
-    """Chunks encoded by threads, in the order they were read; only a few wait at a time, so memory stays bounded."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        waiting: deque[Future[_Tokens]] = deque()
-        for chunk in _chunks(found):
-            waiting.append(pool.submit(encode, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _chunks(found: list[tuple[Source, str]]) -> Iterator[_Chunk]:
-    for index, (source, role) in enumerate(found):
-        texts: list[str] = []
-        size = position = before = 0
-        for text, position in source.documents():
-            texts.append(text)
-            size += len(text)
-            if size >= _CHUNK_CHARACTERS:
-                yield _Chunk(index, role, tuple(texts), position - before)
-                texts, size, before = [], 0, position
-        yield _Chunk(index, role, tuple(texts), source.bytes - before)
-
-
-def _encode(planned: Manifest, tokenizer: Tokenizer, chunk: _Chunk) -> _Tokens:
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text in chunk.texts:
-        side = chunk.role if chunk.role != "both" else _side(text, planned.seed, planned.val_fraction or 0.0)
-        texts[side].append(text)
-    end = np.array([planned.end_id], dtype=np.uint32)
-    ids, counts = {}, {}
-    for split, documents in texts.items():
-        parts = [part for text in documents for part in (tokenizer.encode_to_numpy(text), end)]
-        ids[split] = np.concatenate([end[:0], *parts]).astype(planned.dtype)
-        counts[split] = SplitRecord(len(ids[split]), len(documents), sum(len(text.encode()) for text in documents))
-    return _Tokens(chunk, ids, counts)
-
-
-def _side(text: str, seed: int, val_fraction: float) -> str:
-    """Training or validation, from a hash of (seed, text) read as a number in [0, 1)."""
-    digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
-    return "val" if int.from_bytes(digest, "big") / 2**64 < val_fraction else "train"
-
-
-def _sum(left: SplitRecord, right: SplitRecord) -> SplitRecord:
-    return SplitRecord(left.tokens + right.tokens, left.documents + right.documents, left.text_bytes + right.text_bytes)

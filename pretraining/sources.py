@@ -1,210 +1,160 @@
-"""Where documents come from: text files, JSON lines, folders of these, and data sets of the `datasets` library.
-
-A document of a text file is what stands between two lines that hold only the separator, without the newline that ends
-its last line. Line ends are read as "\\n" whatever the file uses. Documents of white space alone are passed over.
-"""
+"""Which files are meant: files and folders of this machine, and data sets of the hub (`pretraining.hub`)."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
-from unittest.mock import patch
+from typing import Any
 
+from tqdm import tqdm
+
+from pretraining.readers import LINES, READABLE, TABLES, one_line, quiet_libraries, read_documents
 from reflowlens.errors import ReflowlensError
+from reflowlens.tokenizers import END_OF_TEXT
 
-SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".xz"))
+
+@dataclass(frozen=True)
+class Selection:
+    """Which files of a folder or data set are meant, and what in them is the text.
+
+    split, config, revision: as `datasets.load_dataset` has them (`config` is its `name`, the hub's "subset").
+    text_field: None is "text", or what `pretraining.hub` knows of the data set.
+    """
+
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    text_field: str | None = None
+    separator: str = END_OF_TEXT
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a data set. `sha256` and `bytes` are those of the file as it lies, or of a data set's documents."""
+    """A file. `sha256` and `bytes` are those of the file as it lies (None and 0 where the hub does not say them)."""
 
     name: str
-    sha256: str
+    sha256: str | None
     bytes: int
     documents: Callable[[], Iterator[tuple[str, int]]]
-    """Each document, with how many of `bytes` had been read when it was complete."""
+    """Each document, with how many of `bytes` had been read when it was complete (tables: 0)."""
+    revision: str | None = None
 
 
-def find_sources(names: Sequence[str | Path], separator: str, text_field: str, split: str) -> list[Source]:
-    """The sources that these names mean, in order: a file, every readable file under a folder, or else a data set.
+def find_sources(names: Sequence[str | Path], selection: Selection, progress: bool = False) -> list[Source]:
+    """The files that these names mean, in order: a file, those of a folder's split, or else of a data set's on the hub.
 
-    `text_field` is the field of JSON lines and data sets that holds the text; `split` is the split of a data set.
+    A folder may be what `save_to_disk` wrote, or laid out like a data set on the hub, where file and folder names (or
+    the README's metadata) say the splits: `data/train-00000-of-00002.parquet`, `test.jsonl`. Parquet and arrow files
+    come first: beside them, others are notes and copies. Text and JSON-lines files without a split are "train".
+
     Raises ReflowlensError if there is no such file, or its kind cannot be read, or the data set cannot be had.
     """
     sources: list[Source] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(found for found in path.rglob("*") if found.name.endswith(SUFFIXES))
-            if not inside:
-                raise ReflowlensError(f"no text in folder {str(name)!r}: expected files named {', '.join(SUFFIXES)}")
-            sources += [
-                _file_source(found, found.relative_to(path).as_posix(), separator, text_field) for found in inside
-            ]
+            files = [(file, Path(file).relative_to(path.resolve()).as_posix()) for file in _folder(path, selection)]
         elif path.exists():
-            sources.append(_file_source(path, path.name, separator, text_field))
+            if not path.name.endswith(READABLE):
+                raise ReflowlensError(f"cannot read {path.name!r}: expected a file named {', '.join(READABLE)}")
+            files = [(str(path), path.name)]
         elif isinstance(name, str) and _may_be_a_dataset(name):
-            sources.append(_dataset_source(name, text_field, split))
+            from pretraining.hub import hub_sources
+
+            sources += hub_sources(name, selection)
+            continue
         else:
             raise ReflowlensError(f"no file or folder {str(name)!r}")
+        sources += [file_source(file, short, selection, progress) for file, short in files]
     return sources
 
 
-def _may_be_a_dataset(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not name.endswith(SUFFIXES)
-
-
-# --------------------------------------------------------------------------------------------------------------- files
-
-
-def _file_source(path: Path, name: str, separator: str, text_field: str) -> Source:
-    if not path.name.endswith(SUFFIXES):
-        raise ReflowlensError(f"cannot read {name!r}: expected a file named {', '.join(SUFFIXES)}")
-    digest = hashlib.sha256()
+def file_source(location: str, name: str, selection: Selection, progress: bool = False) -> Source:
+    """A file of this machine."""
+    path, digest = Path(location), hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        size = path.stat().st_size
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=2, disable=None if progress else True)
+        with bar, path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+                bar.update(len(block))
     except OSError as error:
         raise ReflowlensError(f"cannot read {name!r}: {error.strerror}") from error
-    split_documents = (
-        partial(_json_documents, name=name, text_field=text_field)
-        if ".jsonl" in path.suffixes[-2:]
-        else partial(_text_documents, separator=separator)
-    )
-    documents = partial(_file_documents, path, name, split_documents)
-    return Source(name=name, sha256=digest.hexdigest(), bytes=path.stat().st_size, documents=documents)
+    return Source(name, digest.hexdigest(), size, documents_of(location, name, selection))
 
 
-def _file_documents(
-    path: Path, name: str, split_documents: Callable[[IO[str]], Iterator[str]]
-) -> Iterator[tuple[str, int]]:
-    complete = 0
-    with path.open("rb") as raw:
-        try:
-            with io.TextIOWrapper(_unpacked(raw, path.suffix), encoding="utf-8") as text:
-                for document in split_documents(text):
-                    complete += 1
-                    yield document, raw.tell()
-        except UnicodeDecodeError as error:
-            raise ReflowlensError(f"{name!r} is not valid UTF-8 after document {complete}: {error.reason}") from error
-        except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ReflowlensError(f"{name!r} cannot be unpacked, it is damaged or cut short: {error}") from error
-    if not complete:
-        raise ReflowlensError(f"{name!r} holds no text")
+def documents_of(location: str, name: str, selection: Selection) -> Callable[[], Iterator[tuple[str, int]]]:
+    return partial(read_documents, location, name, selection.separator, selection.text_field or "text")
 
 
-def _unpacked(raw: IO[bytes], suffix: str) -> Any:
-    if suffix == ".xz":
-        return lzma.open(raw)
-    return gzip.open(raw) if suffix == ".gz" else raw
+def _may_be_a_dataset(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not name.endswith(READABLE)
 
 
-def _text_documents(lines: IO[str], separator: str) -> Iterator[str]:
-    document: list[str] = []
-    for line in lines:
-        if line.rstrip("\n") == separator:
-            yield from _joined(document)
-            document = []
-        else:
-            document.append(line)
-    yield from _joined(document)
+def _folder(path: Path, selection: Selection) -> list[str]:
+    path = path.resolve()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_to_disk(path, selection)
+    kind, splits = _layout(path, selection.config)
+    if kind not in ("parquet", "arrow"):
+        lines = sorted(str(file) for file in path.rglob("*") if file.name.endswith(LINES) and _visible(file, path))
+        placed = {file: split for split, files in splits.items() for file in files}
+        if lines:
+            splits = {}
+            for file in lines:
+                splits.setdefault(placed.get(file, "train"), []).append(file)
+    if not splits:
+        raise ReflowlensError(f"no text in folder {str(path)!r}: expected files named {', '.join(READABLE)}")
+    return chosen_split(splits, str(path), selection)
 
 
-def _joined(lines: list[str]) -> Iterator[str]:
-    text = "".join(lines).removesuffix("\n")
-    if text.strip():
-        yield text
+def _visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _json_documents(lines: IO[str], name: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReflowlensError(f"{name!r}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ReflowlensError(f"{name!r}, line {number} is not a JSON object with a field {text_field!r}")
-        text = _field(record, text_field, f"{name!r}, line {number}")
-        if text.strip():
-            yield text
-
-
-def _field(record: dict[str, Any], text_field: str, where: str) -> str:
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        textual = [key for key, value in record.items() if isinstance(value, str)]
-        raise ReflowlensError(
-            f"{where} has no text in field {text_field!r}; fields with text: {', '.join(textual) or 'none'}"
-        )
-    # JSON can spell half of a surrogate pair, which no UTF-8 text holds.
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# ----------------------------------------------------------------------------------------------------------- data sets
-
-
-def _dataset_source(name: str, text_field: str, split: str) -> Source:
-    """A data set of the `datasets` library, from its hub or from the cache of an earlier download."""
+def _layout(path: Path, config: str | None) -> tuple[str, dict[str, list[str]]]:
+    """What `datasets` takes the folder for: a kind of file, and the files of each split."""
     import datasets
 
-    reachable = _hub_answers(name)
     try:
-        # Where there is no hub, look in the cache at once: the library would first try to connect for half a minute.
-        with nullcontext() if reachable else patch.object(datasets.config, "HF_HUB_OFFLINE", True):
-            dataset = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        message = f"there is no file or folder {name!r}, and no data set of this name could be loaded: "
-        if reachable:
-            raise ReflowlensError(message + _first_line(error)) from error
-        raise ReflowlensError(
-            message + "the hub is unreachable and no earlier download was found. "
-            "Download it where there is a network, or give text files (.txt, .jsonl, .gz, .xz) instead"
-        ) from error
-    documents = partial(_dataset_documents, dataset, name, text_field)
-    digest, size = hashlib.sha256(), 0
-    for text, size in documents():  # noqa: B007  (the last size is the whole)
-        digest.update(text.encode("utf-8") + b"\0")
-    return Source(name=f"{name} [{split}]", sha256=digest.hexdigest(), bytes=size, documents=documents)
+        with quiet_libraries():
+            builder = datasets.load_dataset_builder(str(path), config)
+    except FileNotFoundError:
+        return "", {}
+    except Exception as error:  # which there are for README metadata that makes no sense depends on the library
+        raise ReflowlensError(f"cannot read folder {str(path)!r}: {one_line(error)}") from error
+    kind, splits = builder_files(builder)
+    return (kind, splits) if kind in (*TABLES.values(), "text") else ("", {})
 
 
-def _hub_answers(name: str) -> bool:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+def builder_files(builder: Any) -> tuple[str, dict[str, list[str]]]:
+    """What a builder of `datasets` reads: the kind of file ("parquet", "json", "text" ...), and each split's files."""
+    files = builder.config.data_files or {}
+    kind = type(builder).__module__.split(".")[-1]
+    return kind, {str(split): [str(file) for file in files[split]] for split in files}
+
+
+def chosen_split(splits: dict[str, list[str]], name: str, selection: Selection) -> list[str]:
+    """The files of the split that is asked for. Raises ReflowlensError if there is none of this name."""
+    if selection.split not in splits:
+        there = ", ".join(sorted(splits))
+        raise ReflowlensError(f"no split {selection.split!r} in {name!r}: choose one of {there} (--split, --val-split)")
+    return splits[selection.split]
+
+
+def _saved_to_disk(path: Path, selection: Selection) -> list[str]:
+    import datasets
 
     try:
-        HfApi().dataset_info(name, timeout=10)
-    except HfHubHTTPError:  # an answer, if only to say that there is no such data set
-        return True
-    except Exception:  # which errors of connection there are depends on the HTTP library beneath
-        return False
-    return True
-
-
-def _dataset_documents(dataset: Any, name: str, text_field: str) -> Iterator[tuple[str, int]]:
-    size = 0
-    for number, record in enumerate(dataset, start=1):
-        text = _field(record, text_field, f"data set {name!r}, record {number}")
-        size += len(text.encode("utf-8"))
-        if text.strip():
-            yield text, size
-    if not size:
-        raise ReflowlensError(f"data set {name!r} holds no text")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        with quiet_libraries():
+            saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # missing or damaged files of several kinds
+        raise ReflowlensError(f"cannot read folder {str(path)!r}: {one_line(error)}") from error
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {selection.split: saved}
+    files = {str(split): [file["filename"] for file in part.cache_files] for split, part in splits.items()}
+    return chosen_split(files, str(path), selection)

@@ -1,24 +1,30 @@
+"""Preparing: what is written, how it is split and limited, and that no interruption changes a byte."""
+
+from __future__ import annotations
+
+import dataclasses
 import errno
 import gzip
+import hashlib
 import json
 import lzma
 import os
-from dataclasses import replace
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pretraining import data as data_module
-from pretraining import sources as sources_module
-from pretraining.data import Manifest, batch_at, blocks_per_epoch, open_tokens, prepare, sequential_batches
+from pretraining import encoding, staging
+from pretraining.data import Manifest, batch_at, open_tokens, prepare
+from pretraining.token_files import FORMAT_VERSION, TokenShards
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers import Tokenizer, get_tokenizer
+from reflowlens.tokenizers import get_tokenizer
 
 DOCUMENTS = [f"Document {i}\n\nIts text has {i * i} words, naïve or not: {'tea ' * (i % 7)}" for i in range(200)]
 SEPARATOR = "\n<|endoftext|>\n"
@@ -74,7 +80,7 @@ def test_output_depends_on_neither_workers_nor_chunks(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = prepare(corpus, tmp_path / "one", val_fraction=0.2, workers=1)
-    monkeypatch.setattr(data_module, "_CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 100)
     assert prepare(corpus, tmp_path / "two", val_fraction=0.2, workers=2) == one
     for name in ("train.bin", "val.bin", "manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -160,30 +166,300 @@ def test_other_data_is_replaced_only_when_asked(corpus: Path, tmp_path: Path) ->
         prepare(corpus, tmp_path / "out", "bytes", val_fraction=0.2)
 
 
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones included."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks, and progress saved after each."""
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(data_module, "_SAVE_SECONDS", 0.0)
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException) -> None:
+    """Have a function raise at one of its calls."""
+    original, calls = getattr(owner, name), 0
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, function)
+
+
 @pytest.mark.parametrize(
-    ("raised", "expected"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left"), ReflowlensError)],
+    "options",
+    [
+        {"val_fraction": 0.2},
+        {"val_fraction": 0.2, "shard_bytes": 3000},
+        {"val_fraction": 0.2, "max_documents": 170},
+        {"val_fraction": 0.2, "max_tokens": 7000, "shard_bytes": 1000},
+        {"val_sources": "val.txt"},
+        {"val_sources": "val.txt", "max_tokens": 7000},
+    ],
 )
-def test_an_interrupted_run_changes_nothing(
-    corpus: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: BaseException,
-    expected: type[BaseException],
+@pytest.mark.usefixtures("small_steps")
+def test_a_run_interrupted_anywhere_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    first = prepare(corpus, tmp_path / "out", val_fraction=0.2)
+    """The interruption comes at the worst time: tokens are written and not yet counted."""
+    for name, documents in [("a.txt", DOCUMENTS[:90]), ("b.txt", DOCUMENTS[90:]), ("val.txt", ["other", *DOCUMENTS])]:
+        (tmp_path / name).write_text(SEPARATOR.join(documents), encoding="utf-8")
+    options = options | {"val_sources": tmp_path / options["val_sources"]} if "val_sources" in options else options
+    sources = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    prepare(sources, tmp_path / "whole", "bytes", workers=1, progress=False, **options)
+    interruptions = 0
+    for call in (1, 2, 5, 2, 4, 1, 3, 4, 3):
+        with monkeypatch.context() as patch:
+            fail_at(patch, data_module, "_counted", call, KeyboardInterrupt())
+            try:
+                prepare(sources, tmp_path / "out", "bytes", workers=1, progress=False, **options)
+            except KeyboardInterrupt:
+                interruptions += 1
+                with pytest.raises(ReflowlensError, match="no prepared data"):
+                    open_tokens(tmp_path / "out", "train")
+    assert interruptions >= 4
+    prepare(sources, tmp_path / "out", "bytes", workers=1, progress=False, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
-    def fail(*_: object) -> None:
-        raise raised
 
-    monkeypatch.setattr(Tokenizer, "encode_to_numpy", fail)
-    with pytest.raises(expected, match="disk is full" if expected is ReflowlensError else None):
-        prepare(corpus, tmp_path / "out", "bytes", val_fraction=0.2, overwrite=True)
+KILLED = """
+import multiprocessing, os, signal, sys
+from pretraining import data, encoding
+
+encoding._CHUNK_CHARACTERS, data._SAVE_SECONDS = 500, 0.0
+counted, left = data._counted, int(sys.argv[3])
+
+def kill_at_last(*arguments):
+    global left
+    left -= 1
+    if not left:
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return counted(*arguments)
+
+data._counted = kill_at_last
+data.prepare(sys.argv[1], sys.argv[2], "bytes", val_fraction=0.2, shard_bytes=3000, workers=2)
+"""
+
+
+def runs(pid: str) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty: has ended, and nobody has asked how
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_goes_on_and_leaves_no_process(corpus: Path, tmp_path: Path) -> None:
+    whole = prepare(corpus, tmp_path / "whole", "bytes", val_fraction=0.2, shard_bytes=3000)
+    counts = []
+    for chunks in (7, 5):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "out"), str(chunks)],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert killed.returncode == -9, killed.stderr
+        workers = killed.stdout.split()
+        assert len(workers) == 2
+        deadline = time.monotonic() + 20
+        while any(map(runs, workers)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(runs, workers))
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        progress = json.loads((tmp_path / "out" / ".partial" / "progress.json").read_text())
+        counts.append(progress["sources"][0]["documents"])
+    assert 0 < counts[0] < counts[1] < 200
+    assert prepare(corpus, tmp_path / "out", "bytes", val_fraction=0.2, shard_bytes=3000) == whole
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_full_disk_is_one_clear_error_and_can_be_continued(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(corpus, tmp_path / "whole", val_fraction=0.2, workers=1)
+    for call in (3, 9):
+        with monkeypatch.context() as patch:
+            fail_at(patch, staging.SplitWriter, "write", call, OSError(errno.ENOSPC, "No space left on device"))
+            with pytest.raises(ReflowlensError, match=r"the disk is full; the same command goes on from what was done"):
+                prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=1)
+        assert os.listdir(tmp_path / "out") == [".partial"]
+    prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_files_that_are_being_moved_are_not_a_finished_folder(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever move fails, what is there does not open, and the next run completes it."""
+    options: dict[str, Any] = {"val_fraction": 0.2, "shard_bytes": 6000}
+    prepare(corpus, tmp_path / "whole", "bytes", **options)
+    moves = 0
+    for call in range(1, 12):
+        out = tmp_path / f"out{call}"
+        prepare(corpus, out, val_fraction=0.3)  # one file a split, which is to go
+        with monkeypatch.context() as patch:
+            fail_at(patch, Path, "replace", call, OSError(errno.EIO, "Input/output error"))
+            try:
+                prepare(corpus, out, "bytes", overwrite=True, **options)
+            except ReflowlensError:
+                moves += 1
+                if (out / "manifest.json").exists():  # still the earlier one: nothing has moved
+                    assert open_tokens(out, "train").manifest.tokenizer == "gpt2_16k"
+                else:
+                    with pytest.raises(ReflowlensError, match="no prepared data"):
+                        open_tokens(out, "train")
+        prepare(corpus, out, "bytes", overwrite=True, **options)
+        assert contents(out) == contents(tmp_path / "whole")
+    assert moves == len(contents(tmp_path / "whole")) + 2  # and progress and manifest as they are written
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_an_unfinished_run_is_not_continued_with_other_inputs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(patch, data_module, "_counted", 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=1)
+    with pytest.raises(ReflowlensError, match=r"unfinished run with other inputs \(seed is 0 there and 1 here\)"):
+        prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=1, seed=1)
+    prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=1, seed=1, overwrite=True)
+    prepare(corpus, tmp_path / "anew", val_fraction=0.2, workers=1, seed=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_two_processes_do_not_write_one_folder(corpus: Path, tmp_path: Path) -> None:
+    with staging.sole_writer(tmp_path / "out"), pytest.raises(ReflowlensError, match="another process is preparing"):
+        prepare(corpus, tmp_path / "out", val_fraction=0.2)
+    prepare(corpus, tmp_path / "out", val_fraction=0.2)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_source_that_turns_out_bad_leaves_nothing_behind(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(SEPARATOR.join(DOCUMENTS).encode())[:-40])
+    with pytest.raises(ReflowlensError, match=r"'cut.txt.xz' cannot be unpacked, it is damaged or cut short"):
+        prepare([corpus, tmp_path / "cut.txt.xz"], tmp_path / "out", val_fraction=0.2, workers=1)
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_worker_that_dies_is_one_clear_error(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(encoding, "_begin_worker", os.abort)
+    with pytest.raises(ReflowlensError, match=r"a worker process died .* perhaps with fewer workers"):
+        prepare(corpus, tmp_path / "out", val_fraction=0.2, workers=2)
+
+
+# ------------------------------------------------------------------------------------------------------ shards, limits
+
+
+@pytest.mark.parametrize("shard_bytes", [4, 500, 1001, 4096])
+def test_shards_are_one_stream(corpus: Path, tmp_path: Path, shard_bytes: int) -> None:
+    prepare(corpus, tmp_path / "one", val_fraction=0.2)
+    # A few documents are enough for shards of two tokens.
+    limits = {"max_documents": 12} if shard_bytes == 4 else {}
+    whole = prepare(corpus, tmp_path / "whole", val_fraction=0.2, **limits)
+    cut = prepare(corpus, tmp_path / "cut", val_fraction=0.2, shard_bytes=shard_bytes, **limits)
+    for split in ("train", "val"):
+        one, several = (open_tokens(tmp_path / folder, split).tokens for folder in ("whole", "cut"))
+        assert np.array_equal(one, np.asarray(several))
+        shards = cut.splits[split].shards
+        assert len(shards) == -(-2 * len(one) // (shard_bytes // 2 * 2))
+        assert {shard.tokens for shard in shards[:-1]} <= {shard_bytes // 2}
+        for number, shard in enumerate(shards):
+            name = f"{split}-{number:05}-of-{len(shards):05}.bin" if len(shards) > 1 else f"{split}.bin"
+            assert shard.file == name
+            assert hashlib.sha256((tmp_path / "cut" / name).read_bytes()).hexdigest() == shard.sha256
+        assert dataclasses.replace(cut.splits[split], shards=()) == dataclasses.replace(whole.splits[split], shards=())
+    several = open_tokens(tmp_path / "cut", "train").tokens
+    assert isinstance(several, TokenShards)
+    x, y = (batch_at(open_tokens(tmp_path / folder, "train").tokens, 3, 4, 8, seed=0) for folder in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+    (tmp_path / "cut" / cut.splits["train"].shards[1].file).unlink()
+    with pytest.raises(ReflowlensError, match=r"train-00001-of-\d+.bin is damaged: 0 bytes, and the manifest says"):
+        open_tokens(tmp_path / "cut", "train")
+
+
+def test_replacing_shards_by_one_file_leaves_no_shard(corpus: Path, tmp_path: Path) -> None:
+    prepare(corpus, tmp_path / "out", val_fraction=0.2, shard_bytes=500)
+    with pytest.raises(ReflowlensError, match=r"other data already \(shard_bytes is 500 there and \d+ here\)"):
+        prepare(corpus, tmp_path / "out", val_fraction=0.2)
+    prepare(corpus, tmp_path / "out", val_fraction=0.2, overwrite=True)
     assert sorted(os.listdir(tmp_path / "out")) == ["manifest.json", "train.bin", "val.bin"]
-    assert open_tokens(tmp_path / "out", "train").manifest == first
-    with pytest.raises(expected):
-        prepare(corpus, tmp_path / "new", val_fraction=0.2)
-    assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("w69999 w5")
+    (tmp_path / "v.txt").write_text("w65536")
+    out = tmp_path / "out"
+    manifest = prepare(tmp_path / "a.txt", out, str(tmp_path / "tokenizer.json"), val_sources=tmp_path / "v.txt")
+    assert manifest.dtype == "<u4"
+    assert open_tokens(out, "train").tokens.tolist() == [69_999, 5, 70_000]
+    assert open_tokens(out, "val").tokens.tolist() == [65_536, 70_000]
+
+
+@pytest.mark.parametrize("chunk", [100, 1 << 20])
+def test_limits_take_whole_documents_from_the_front(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(encoding, "_CHUNK_CHARACTERS", chunk)
+    (tmp_path / "val.txt").write_text("held out" + SEPARATOR + "more", encoding="utf-8")
+    fifty = prepare(corpus, tmp_path / "fifty", "bytes", val_fraction=0.2, max_documents=50, workers=1)
+    assert sorted(decoded(tmp_path / "fifty", "train") + decoded(tmp_path / "fifty", "val")) == sorted(DOCUMENTS[:50])
+    assert fifty.sources[0].documents == 50
+    ends = np.cumsum([len(text.encode()) + 1 for text in DOCUMENTS])
+    for max_tokens, expected in [(ends[9], 10), (ends[9] + 1, 10), (ends[9] - 1, 9), (ends[-1] + 5, 200)]:
+        out = tmp_path / f"tokens{max_tokens}"
+        limit = int(max_tokens)
+        prepare(corpus, out, "bytes", val_sources=tmp_path / "val.txt", max_tokens=limit, workers=1)
+        assert decoded(out, "train") == DOCUMENTS[:expected]
+        assert decoded(out, "val") == ["held out", "more"]
+    mixed = prepare(corpus, tmp_path / "mixed", "bytes", val_fraction=0.2, max_tokens=int(ends[99]), workers=1)
+    assert sum(split.tokens for split in mixed.splits.values()) == ends[99]
+
+
+def test_limits_that_leave_nothing_are_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReflowlensError, match=r"none of 0 documents fell to 'train' .* max_tokens 5"):
+        prepare(corpus, tmp_path / "out", max_tokens=5)
+    with pytest.raises(ReflowlensError, match="max_documents must be positive, and is 0"):
+        prepare(corpus, tmp_path / "out", max_documents=0)
+    with pytest.raises(ReflowlensError, match="shard_bytes must be at least"):
+        prepare(corpus, tmp_path / "out", shard_bytes=1)
+
+
+def test_a_folder_of_the_first_format_is_read_and_left_alone(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(corpus, out, val_fraction=0.2)
+    now = open_tokens(out, "train")
+    stored = json.loads((out / "manifest.json").read_text()) | {"format_version": 1}
+    for name in ("max_documents", "max_tokens", "shard_bytes"):
+        del stored[name]
+    for source in stored["sources"]:
+        del source["revision"]
+    for split in stored["splits"].values():
+        del split["shards"]
+    (out / "manifest.json").write_text(json.dumps(stored))
+    earlier = open_tokens(out, "train")
+    assert np.array_equal(earlier.tokens, now.tokens)
+    assert earlier.manifest.sources == now.manifest.sources
+    assert (earlier.manifest.format_version, now.manifest.format_version) == (1, FORMAT_VERSION)
+    assert prepare(corpus, out, val_fraction=0.2) == earlier.manifest
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -208,6 +484,13 @@ def test_bad_sources_are_named(tmp_path: Path, name: str, content: bytes, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ReflowlensError, match=message):
         prepare(tmp_path / name, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ReflowlensError, match=r"cannot prepare '.*corpus.txt': File exists$"):
+        prepare(corpus, corpus)
+    with pytest.raises(ReflowlensError, match="workers must be positive, and is -1"):
+        prepare(corpus, tmp_path / "out", workers=-1)
 
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:
@@ -253,100 +536,9 @@ def test_damaged_folders_are_refused(corpus: Path, tmp_path: Path) -> None:
             open_tokens(out, "train")
 
 
-# ----------------------------------------------------------------------------------------------------------- data sets
-
-
-def test_a_data_set_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, split: str) -> datasets.Dataset:
-        assert (name, split) == ("someone/stories", "train")
-        return datasets.Dataset.from_dict({"text": DOCUMENTS, "n": list(range(200))})
-
-    monkeypatch.setattr(sources_module, "_hub_answers", lambda name: True)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    manifest = prepare("someone/stories", tmp_path / "out", val_fraction=0.2)
-    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "val")) == sorted(DOCUMENTS)
-    assert (manifest.sources[0].name, manifest.sources[0].documents) == ("someone/stories [train]", 200)
-    assert prepare("someone/stories", tmp_path / "out", val_fraction=0.2) == manifest
-    with pytest.raises(ReflowlensError, match=r"record 1 has no text in field 'body'; fields with text: text"):
-        prepare("someone/stories", tmp_path / "other", text_field="body")
-
-
-def test_no_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, split: str) -> Any:
-        assert datasets.config.HF_HUB_OFFLINE
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(sources_module, "_hub_answers", lambda name: False)
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ReflowlensError, match=r"'openwebtext'.* hub is unreachable .* or give text files"):
-        prepare("openwebtext", tmp_path / "out")
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
-
-
-@given(n_tokens=st.integers(2, 400), context=st.integers(1, 40), batch_size=st.integers(1, 9), seed=st.integers(0, 5))
-def test_an_epoch_visits_every_block_once(n_tokens: int, context: int, batch_size: int, seed: int) -> None:
-    tokens = np.arange(n_tokens, dtype=np.uint16)
-    if n_tokens <= context:
-        with pytest.raises(ReflowlensError, match="too few for a context"):
-            batch_at(tokens, 0, batch_size, context, seed)
-        return
-    n_blocks = blocks_per_epoch(n_tokens, context)
-    steps = -(-2 * n_blocks // batch_size)
-    batches = [batch_at(tokens, step, batch_size, context, seed) for step in range(steps)]
-    x, y = (torch.cat(side) for side in zip(*batches, strict=True))
-    assert torch.equal(y, x + 1)
-    assert x.shape == (steps * batch_size, context)
-    for epoch in range(2):
-        seen = x[epoch * n_blocks : (epoch + 1) * n_blocks].flatten().sort().values
-        assert torch.equal(seen, torch.arange(int(seen[0]), int(seen[0]) + n_blocks * context))
-        assert seen[0] < context
-    # Only what an offset may cost is left out: fewer than two blocks.
-    assert n_tokens - n_blocks * context <= 2 * context
-
-
-@given(step=st.integers(0, 50), world_size=st.sampled_from([1, 2, 3, 6]))
-def test_processes_share_the_rows_of_one_batch(step: int, world_size: int) -> None:
-    tokens = np.arange(500, dtype=np.uint16)
-    x, y = batch_at(tokens, step, 6, 8, seed=0)
-    for rank in range(world_size):
-        x_rank, y_rank = batch_at(tokens, step, 6, 8, seed=0, rank=rank, world_size=world_size)
-        assert torch.equal(x_rank, x[rank::world_size])
-        assert torch.equal(y_rank, y[rank::world_size])
-
-
-def test_the_order_is_a_function_of_seed_and_step() -> None:
-    tokens = np.arange(5000, dtype=np.uint16)
-    late = batch_at(tokens, 700, 4, 16, seed=0)[0]
-    assert late.dtype == torch.int64
-    assert torch.equal(late, batch_at(tokens.copy(), 700, 4, 16, seed=0)[0])
-    assert not torch.equal(late, batch_at(tokens, 700, 4, 16, seed=1)[0])
-    first, second = (batch_at(tokens, step, 311, 16, seed=0)[0] for step in (0, 1))  # an epoch each
-    assert not torch.equal(first, second)
-
-
-def test_batches_that_cannot_be_made_are_refused() -> None:
-    tokens = np.arange(100)
-    with pytest.raises(ReflowlensError, match="batch_size 4 does not divide among 3 processes"):
-        batch_at(tokens, 0, 4, 8, seed=0, world_size=3)
-    with pytest.raises(ReflowlensError, match="must not be negative"):
-        batch_at(tokens, 0, 4, 8, seed=-1)
-    with pytest.raises(ReflowlensError, match="1 tokens are too few"):
-        next(sequential_batches(tokens[:1], 4, 8))
-
-
-@given(n_tokens=st.integers(2, 300), context=st.integers(1, 40), batch_size=st.integers(1, 9))
-def test_sequential_batches_predict_every_token_once(n_tokens: int, context: int, batch_size: int) -> None:
-    batches = list(sequential_batches(np.arange(n_tokens, dtype=np.uint16), batch_size, context))
-    assert torch.equal(torch.cat([y.flatten() for _, y in batches]), torch.arange(1, n_tokens))
-    assert all(torch.equal(y, x + 1) and len(x) <= batch_size for x, y in batches)
-    assert all(x.shape[1] == context for x, _ in batches[:-1])
-
-
 def test_manifests_of_other_texts_are_other_inputs(corpus: Path, tmp_path: Path) -> None:
     manifest: Manifest = prepare(corpus, tmp_path / "out", val_fraction=0.2)
-    assert manifest.same_inputs(replace(manifest, splits={}))
+    assert manifest.same_inputs(dataclasses.replace(manifest, splits={}))
     (source,) = manifest.sources
-    assert not manifest.same_inputs(replace(manifest, sources=(replace(source, sha256="0"),)))
-    assert manifest.same_inputs(replace(manifest, sources=(replace(source, name="moved.txt"),)))
+    assert not manifest.same_inputs(dataclasses.replace(manifest, sources=(dataclasses.replace(source, sha256="0"),)))
+    assert manifest.same_inputs(dataclasses.replace(manifest, sources=(dataclasses.replace(source, name="moved.txt"),)))
