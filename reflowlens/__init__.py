@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reflowlens import metrics as metrics
     from reflowlens.cache import ActivationCache as ActivationCache
     from reflowlens.checkpoints import list_models as list_models
     from reflowlens.checkpoints import load_model as load_model
@@ -22,30 +23,83 @@ if TYPE_CHECKING:
     from reflowlens.config import ModelConfig as ModelConfig
     from reflowlens.errors import ReflowlensError as ReflowlensError
     from reflowlens.generation import generate as generate
+    from reflowlens.interventions.apply import intervene as intervene
+    from reflowlens.interventions.apply import run as run
+    from reflowlens.interventions.circuits import completeness as completeness
+    from reflowlens.interventions.circuits import faithfulness as faithfulness
+    from reflowlens.interventions.circuits import grow_circuit as grow_circuit
+    from reflowlens.interventions.edges import edge_attribution as edge_attribution
+    from reflowlens.interventions.edit import AddWeights as AddWeights
+    from reflowlens.interventions.edit import ScaleWeights as ScaleWeights
+    from reflowlens.interventions.edit import SetWeights as SetWeights
+    from reflowlens.interventions.edit import SwapWeights as SwapWeights
+    from reflowlens.interventions.edit import edit as edit
+    from reflowlens.interventions.graph import Graph as Graph
+    from reflowlens.interventions.path_patching import exact_edges as exact_edges
+    from reflowlens.interventions.path_patching import path_patch as path_patch
+    from reflowlens.interventions.screening import agreement as agreement
+    from reflowlens.interventions.screening import screen as screen
+    from reflowlens.interventions.signal_ablation import ablate_progressively as ablate_progressively
+    from reflowlens.interventions.signal_ablation import ablate_readout as ablate_readout
+    from reflowlens.interventions.sweep import sweep as sweep
+    from reflowlens.interventions.upstream_ablation import ablate_upstream as ablate_upstream
+    from reflowlens.interventions.values import Ablate as Ablate
+    from reflowlens.interventions.values import Patch as Patch
+    from reflowlens.interventions.values import Replace as Replace
+    from reflowlens.interventions.values import Scale as Scale
+    from reflowlens.interventions.values import Steer as Steer
     from reflowlens.models import build_model as build_model
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
     from reflowlens.tokenizers import get_tokenizer as get_tokenizer
 
 _HOMES = {
+    "Ablate": "interventions.values",
     "ActivationCache": "cache",
+    "AddWeights": "interventions.edit",
+    "Graph": "interventions.graph",
     "ModelConfig": "config",
     "PRESETS": "config",
+    "Patch": "interventions.values",
     "ReflowlensError": "errors",
+    "Replace": "interventions.values",
+    "Scale": "interventions.values",
+    "ScaleWeights": "interventions.edit",
+    "SetWeights": "interventions.edit",
     "SignalView": "signals",
+    "Steer": "interventions.values",
+    "SwapWeights": "interventions.edit",
+    "ablate_progressively": "interventions.signal_ablation",
+    "ablate_readout": "interventions.signal_ablation",
+    "ablate_upstream": "interventions.upstream_ablation",
+    "agreement": "interventions.screening",
     "build_model": "models",
+    "completeness": "interventions.circuits",
+    "edge_attribution": "interventions.edges",
+    "edit": "interventions.edit",
+    "exact_edges": "interventions.path_patching",
+    "faithfulness": "interventions.circuits",
     "generate": "generation",
     "get_tokenizer": "tokenizers",
+    "grow_circuit": "interventions.circuits",
+    "intervene": "interventions.apply",
     "list_models": "checkpoints",
     "load_model": "checkpoints",
     "model_hash": "checkpoints",
+    "path_patch": "interventions.path_patching",
+    "run": "interventions.apply",
     "save_model": "checkpoints",
+    "screen": "interventions.screening",
     "signal_view": "signals",
+    "sweep": "interventions.sweep",
 }
-__all__ = sorted(_HOMES)
+_MODULES = ("metrics",)
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"reflowlens.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'reflowlens' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"reflowlens.{_HOMES[name]}"), name)

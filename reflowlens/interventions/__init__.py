@@ -1,0 +1,1 @@
+"""Interventions as values, running a model under them, and sweeps over many of them."""

@@ -1,0 +1,171 @@
+"""Running a model under interventions."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.selection import Prompt, Selection, hook_names, select
+from reflowlens.interventions.values import Intervention, Patch, Source
+from reflowlens.models.base import HookedModel, TextInput
+
+
+@dataclass
+class Bound:
+    """An intervention at one point, its source's activation at hand."""
+
+    intervention: Intervention
+    name: str
+    source: Tensor | None
+    applied: bool = field(default=False)
+
+
+@contextlib.contextmanager
+def intervene(model: Any, interventions: Sequence[Intervention] | Intervention) -> Iterator[HookedModel]:
+    """Run a model under interventions for the duration of a ``with`` block.
+
+    They act in the order of the list, out of place, on every forward pass of the block, generation included (where
+    positions count from the start of the text). Always undone, also after an exception or Ctrl-C. A compiled model runs
+    uncompiled meanwhile, for a compiled graph does not see new hooks.
+
+    Args:
+        model: a hooked model, compiled or not.
+        interventions: one or several; their sources are run first, on the model as it is when the block begins.
+
+    Raises:
+        ReflowlensError: a hook point does not exist, a selector is out of range, or an intervention was never applied.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> with rl.intervene(model, rl.Ablate("unembed.hook_signal", index=17)):
+        ...     logits = model("The capital of France is")
+        >>> len(model.blocks[0].hook_resid_pre.fwd_hooks)
+        0
+    """
+    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    if isinstance(interventions, Intervention):
+        interventions = [interventions]
+    bound = bind(hooked, interventions)
+    passes: list[Prompt] = []  # the pass that is running, innermost last
+    hooks = [(b.name, partial(_apply, hooked, b, passes)) for b in bound]
+    with _noting_prompts(hooked, passes), hooked.hooks(fwd_hooks=hooks), torch.compiler.set_stance("force_eager"):
+        yield hooked
+    for b in bound:
+        if not b.applied:
+            raise ReflowlensError(f"position={b.intervention.position!r} at {b.name!r} was never reached")
+
+
+def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | Intervention, **kwargs: Any) -> Any:
+    """One forward pass under interventions: ``model(prompt, **kwargs)`` inside :func:`intervene`.
+
+    Example: ``rl.run(model, "The capital of France is", [rl.Ablate("z", layer=2, head=1)])`` gives logits
+    [1, pos, d_vocab].
+    """
+    with intervene(model, interventions) as hooked:
+        return hooked(prompt, **kwargs)
+
+
+def bind(model: HookedModel, interventions: Sequence[Intervention]) -> list[Bound]:
+    """Find the points and run the sources, each once, for the points that it is asked for."""
+    return bind_all(model, [interventions])[0]
+
+
+def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> list[list[Bound]]:
+    """The same for several lists of interventions, which may share sources."""
+    places = [[(part, name) for part in cell for name in hook_names(model, part)] for cell in cells]
+    wanted: dict[int, tuple[Source, set[str]]] = {}
+    for intervention, name in itertools.chain(*places):
+        source = intervention.source()
+        if source is not None:
+            if "batch" not in model.hook_axes(name):
+                raise ReflowlensError(f"{name!r} is the same in every run: there is nothing to take from another")
+            wanted.setdefault(_key(source), (source, set()))[1].add(name)
+    caches = {key: source_cache(model, source, names) for key, (source, names) in wanted.items()}
+
+    def bound(intervention: Intervention, name: str) -> Bound:
+        source = intervention.source()
+        return Bound(intervention, name, None if source is None else caches[_key(source)][name])
+
+    return [[bound(intervention, name) for intervention, name in cell] for cell in places]
+
+
+def _key(source: Source) -> int:
+    return hash(source) if isinstance(source, str) else id(source)
+
+
+def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping[str, Tensor]:
+    """The activations of a source at some points: a cache as it is, anything else run without gradients."""
+    if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
+        return cast(Mapping[str, Tensor], source)
+    with torch.no_grad():
+        return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
+
+
+def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
+    """A point's activation with an intervention's new value in it, as a copy.
+
+    Args:
+        offset: position of the activation's first token in its text.
+
+    Raises:
+        ReflowlensError: the source has another number of prompts, or not the positions.
+    """
+    source = bound.source
+    if source is not None:
+        if isinstance(bound.intervention, Patch) and source.shape[0] not in (1, activation.shape[0]):
+            raise ReflowlensError(
+                f"{bound.intervention.kind} at {bound.name!r}: the source has {source.shape[0]} prompts, "
+                f"the run has {activation.shape[0]}"
+            )
+        source = selection.in_source(source, activation, offset, bound.intervention.takes_same_positions)
+    return selection.put(activation, bound.intervention.new_value(selection.get(activation), source))
+
+
+def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: Tensor, hook: HookPoint) -> Tensor:
+    selection = select(model, bound.intervention, bound.name, activation.shape, passes[-1])
+    if selection is None:
+        return activation
+    bound.applied = True
+    return apply(bound, selection, activation, passes[-1].offset)
+
+
+@contextlib.contextmanager
+def _noting_prompts(model: HookedModel, passes: list[Prompt]) -> Iterator[None]:
+    """Tell the hooks which prompt is being read: selectors such as ``"last"`` depend on it."""
+    forward: Callable = model.forward
+
+    def noting(input: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(_prompt(model, input, kwargs))
+        try:
+            return forward(input, *args, **kwargs)
+        finally:
+            passes.pop()
+
+    outer = model.__dict__.get("forward")
+    model.forward = noting
+    try:
+        yield
+    finally:
+        if outer is None:
+            del model.forward
+        else:
+            model.forward = outer
+
+
+def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any]) -> Prompt:
+    past = kwargs.get("past_kv_cache")
+    offset = past.length if past is not None else 0
+    if kwargs.get("start_at_layer") is not None:
+        return Prompt(input.shape[1], offset=offset, cached=past is not None)
+    tokens, lengths = model.tokens_and_lengths(input, offset=offset)
+    return Prompt(tokens.shape[1], tokens, lengths, offset, past is not None)

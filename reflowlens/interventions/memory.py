@@ -1,0 +1,117 @@
+"""Running many items in batches under a memory budget that is measured, not guessed."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+_FIRST_BATCH = 16
+_CPU_BUDGET = 2**29  # beyond this larger batches no longer make anything faster
+
+
+def in_batches(
+    items: Sequence[Item],
+    run: Callable[[list[Item]], Made],
+    device: torch.device,
+    budget: float | None = None,
+    item_bytes: int | None = None,
+) -> Iterator[tuple[list[Item], Made]]:
+    """Run items in batches, in order.
+
+    What an item takes is given, or measured on a first, small batch; the following are as large as the budget allows. A
+    batch that runs out of memory all the same is halved.
+
+    Args:
+        budget: in bytes; default: half a GPU's free memory, or a quarter of the free memory of the machine, at most
+            512 MiB.
+        item_bytes: what one item takes, where it has been measured.
+
+    Yields:
+        A batch, and what ``run`` made of it.
+    """
+    budget = budget or _default_budget(device)
+    measured, at = item_bytes is not None, 0
+    size = _FIRST_BATCH if item_bytes is None else max(1, int(budget / max(item_bytes, 1)))
+    while at < len(items):
+        batch = list(items[at : at + size])
+        try:
+            if measured or len(items) <= _FIRST_BATCH:
+                values = run(batch)
+            else:
+                values, peak = measure_peak(partial(run, batch), device)
+                size, measured = max(1, int(budget * len(batch) / max(peak, 1))), True
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not _out_of_memory(error):
+                raise
+            size, measured = len(batch) // 2, True
+            continue
+        yield batch, values
+        at += len(batch)
+
+
+def measure_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
+    """What a function returns, and the most bytes its tensors held at once, beyond those that existed before.
+
+    >>> out, peak = measure_peak(lambda: (torch.ones(1000) + 1).sum(), torch.device("cpu"))
+    >>> peak in range(8000, 9000)
+    True
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return run(), torch.cuda.max_memory_allocated(device) - before
+    with _LiveBytes() as live:
+        return run(), live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made while it is active, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage._cdata in self._seen or storage._cdata in given:
+                continue
+            self._seen.add(storage._cdata)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _default_budget(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system tells
+        return _CPU_BUDGET
+    return min(free / 4, _CPU_BUDGET)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,0 +1,121 @@
+"""From the last residual stream to a metric's value, forming only the logits that the metric reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import Metric, ReadPosition, Reference, WholeLogits
+from reflowlens.models.decoder import Decoder, Readout
+
+_LOGITS_AT_ONCE = 2**24  # entries of a [row, read, d_vocab] block
+
+
+@dataclass(frozen=True)
+class LazyLogits:
+    """Logits of a readout: those of a few tokens cost a few rows of the unembedding."""
+
+    readout: Readout
+
+    def tokens(self, ids: Int[Tensor, "row pos n"]) -> Float[Tensor, "row pos n"]:
+        features, matrix = self.readout
+        return torch.einsum("rpk,rpnk->rpn", features, matrix[ids.expand(*features.shape[:2], -1)])
+
+    def vocabulary(self) -> Float[Tensor, "row pos d_vocab"]:
+        return self.readout.logits()
+
+
+class Reader:
+    """A metric bound to a decoder and the prompts that are patched.
+
+    Attributes:
+        positions: read positions of each prompt, [prompt, read].
+        column: where each position is among them, -1 where it is not read, [prompt, pos].
+        last_position: the last that is read, [prompt]; what happens behind it cannot matter.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        metric: Metric,
+        tokens: Int[Tensor, "prompt pos"],
+        lengths: Sequence[int],
+        clean: Int[Tensor, "prompt pos"] | None,
+    ) -> None:
+        self.model = model
+        self.weights = model.tied_weights()
+        self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)
+        reading = torch.arange(self.positions.shape[1], device=tokens.device).expand_as(self.positions)
+        self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
+        self.last_position = self.positions.max(dim=1).values
+        self.prompts = torch.arange(len(tokens), device=tokens.device)
+        clean_logits = LazyLogits(self._readout(self.read(self._final(clean)))) if clean is not None else None
+        self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
+        self._ends: tuple[Tensor, Tensor] | None = None
+        if metric.normalised:
+            if clean is None:
+                raise ReflowlensError("recovery needs the clean prompts: it is the share of the way to their value")
+            ends = [self.of_residual(self.read(self._final(run)), self.prompts) for run in (tokens, clean)]
+            self._ends = (ends[0], ends[1])
+
+    def read(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt read d_model"]:
+        """A stream at the positions that are read."""
+        return final[self.prompts[:, None], self.positions]
+
+    def of_residual(
+        self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """The metric of rows whose last residual stream at the read positions is this."""
+        return self._of_readout(self._readout(resid), prompts)
+
+    def of_signals(self, signals: Float[Tensor, "row pos S"], prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """The metric of rows whose readout signals at all positions are these."""
+        rows = torch.arange(len(signals), device=signals.device)[:, None]
+        return self._of_readout(Readout(signals[rows, self.positions[prompts]], self.weights[0]), prompts)
+
+    def _final(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
+        resid = self.model(tokens, stop_at_layer=self.model.cfg.n_layers)
+        assert isinstance(resid, Tensor)
+        return resid
+
+    def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
+        return self.model.unembed.readout(self.model.ln_final(resid), self.weights)
+
+    def _of_readout(self, readout: Readout, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        features, matrix = readout
+        rows = max(1, _LOGITS_AT_ONCE // (features.shape[1] * matrix.shape[0]))
+        parts = [
+            self._score(LazyLogits(Readout(features[i : i + rows], matrix)), prompts[i : i + rows])
+            for i in range(0, len(features), rows)
+        ]
+        return self._normalise(torch.cat(parts), prompts)
+
+    def _normalise(self, values: Float[Tensor, " row"], prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        if self._ends is None:
+            return values
+        corrupted, clean = (end[prompts] for end in self._ends)
+        return (values - corrupted) / (clean - corrupted)
+
+    def of_logits(self, logits: Float[Tensor, "prompt pos d_vocab"]) -> Float[Tensor, " prompt"]:
+        """The metric of whole runs whose logits are these."""
+        return self._normalise(self._score(WholeLogits(self.read(logits)), self.prompts), self.prompts)
+
+
+def read_positions(position: ReadPosition, lengths: Sequence[int], n_positions: int) -> Int[Tensor, "prompt read"]:
+    """Which positions of each prompt a metric reads.
+
+    Raises:
+        ReflowlensError: a prompt has no such position.
+    """
+    if position == "all":
+        return torch.arange(n_positions).repeat(len(lengths), 1)
+    if position == "last":
+        return torch.tensor(lengths)[:, None] - 1
+    if not -min(lengths) <= position < min(lengths):
+        raise ReflowlensError(f"the metric reads position {position}, but a prompt has {min(lengths)} tokens")
+    return torch.tensor([[position % length] for length in lengths])

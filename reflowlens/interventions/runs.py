@@ -1,0 +1,251 @@
+"""Cells of interventions run on prompts: whole, or packed as differences from the unpatched run (:mod:`.suffixes`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.interventions.apply import bind_all, run
+from reflowlens.interventions.grids import Cell
+from reflowlens.interventions.memory import in_batches, measure_peak
+from reflowlens.interventions.plans import Edit, Plan, make_plan
+from reflowlens.interventions.points import READOUT_SIGNAL, entry, needed_for_entry, stage
+from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.selection import Prompt
+from reflowlens.interventions.suffixes import Layout, attend
+from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
+
+
+class Rows(NamedTuple):
+    """Rows that enter a pass together: whose they are, where they begin, and the residual stream there in full."""
+
+    cell: Int[Tensor, " row"]
+    prompt: Int[Tensor, " row"]
+    start: Int[Tensor, " row"]
+    resid: Float[Tensor, "row pos d_model"]
+
+
+class WholeRuns:
+    """Runs a cell as one whole forward pass: what every other way has to equal."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        tokens: Int[Tensor, "prompt pos"],
+        lengths: Sequence[int],
+        cells: Sequence[Cell],
+        reader: Reader,
+    ) -> None:
+        self.model, self.tokens, self.cells, self.reader = model, tokens, cells, reader
+
+    @property
+    def baseline(self) -> Float[Tensor, " prompt"]:
+        """The metric of the unpatched run."""
+        return self.reader.of_logits(self.model(self.tokens))
+
+    def values(
+        self, cells: Sequence[int], memory: float | None = None
+    ) -> Iterator[tuple[list[int], Float[Tensor, "cell prompt"]]]:
+        """Values of some cells, one after the other."""
+        for cell in cells:
+            yield [cell], self.reader.of_logits(run(self.model, self.tokens, self.cells[cell]))[None]
+
+
+class PackedRuns:
+    """Runs cells as suffixes of the unpatched run.
+
+    Args:
+        cells: every cell that may be run.
+        reader: what is read off a run.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokens: Int[Tensor, "prompt pos"],
+        lengths: Sequence[int],
+        cells: Sequence[Cell],
+        reader: Reader,
+    ) -> None:
+        self.model, self.reader = model, reader
+        self.whole = WholeRuns(model, tokens, lengths, cells, reader)
+        self.n_stages, self.n_positions = 2 * model.cfg.n_layers, tokens.shape[1]
+        bound = bind_all(model, cells)
+        layers = range(model.cfg.n_layers)
+        key = "hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "hook_k"
+        keys, values = ([f"blocks.{layer}.attn.{point}" for layer in layers] for point in (key, "hook_v"))
+        self.streams = [f"blocks.{layer}.hook_resid_{half}" for layer in layers for half in ("pre", "mid")]
+        last = f"blocks.{layers[-1]}.hook_resid_post"
+        patched = {part.name for cell in bound for part in cell}
+        needed = {point for name in patched for point in needed_for_entry(name)}
+        names = sorted({*patched, *needed, *self.streams, *keys, *values, last})
+        _, self.cache = model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)
+        self.prefix = [self.cache[name] for name in keys], [self.cache[name] for name in values]
+        self.final = self.cache[last]
+        self.baseline = reader.of_residual(reader.read(self.final), reader.prompts)
+        prompt = Prompt(self.n_positions, tokens, lengths)
+        self.plans = [make_plan(model, cell, self.cache, prompt) for cell in bound]
+
+    def values(
+        self, cells: Sequence[int], memory: float | None = None
+    ) -> Iterator[tuple[list[int], Float[Tensor, "cell prompt"]]]:
+        """Values of some cells, a batch at a time; ``memory`` in bytes bounds a batch."""
+        plans = {cell: plan for cell in cells if (plan := self.plans[cell]) is not None}
+        planned = sorted(plans, key=lambda cell: plans[cell].stage)
+        size = self._bytes_per_cell(list(plans.values())) if planned else 1
+        device = self.final.device
+        yield from in_batches(planned, lambda batch: self.run([plans[cell] for cell in batch]), device, memory, size)
+        yield from self.whole.values([cell for cell in cells if cell not in plans])
+
+    def _bytes_per_cell(self, plans: Sequence[Plan]) -> int:
+        """Most memory that a cell takes in a block, measured on the last one with nothing left out."""
+        n_prompts = len(self.final)
+        squares = [edit for plan in plans for edit in plan.fired if self._is_square(edit.name)]
+        points = [self.model.hook_dict[edit.name] for edit in squares[:1]]
+        layout = Layout.of_suffixes(self.reader.prompts, torch.zeros_like(self.reader.prompts), self.n_positions)
+        block = cast(Block, self.model.blocks[int(squares[0].name.split(".")[1]) if squares else -1])
+
+        def one_cell() -> Tensor:
+            rows = self.final[layout.row, layout.position][None]
+            return block.feed(attend(block, rows, layout, *self.prefix))
+
+        for point in points:  # scores and patterns exist only when something is attached
+            point.add_hook(lambda activation, hook: activation.clone())
+        try:
+            return measure_peak(one_cell, self.final.device)[1] + n_prompts * self.final[0].nbytes
+        finally:
+            for point in points:
+                point.remove_hooks()
+
+    def run(self, plans: Sequence[Plan]) -> Float[Tensor, "cell prompt"]:
+        """The reader's value of each cell and prompt; the unpatched run's where the intervention changes nothing."""
+        values = self.baseline.repeat(len(plans), 1)
+        entering = self._entering(plans, values)
+        layout = Layout.empty(self.n_positions, self.final.device)
+        cell, resid = layout.prompt, self.final.new_empty(1, 0, self.final.shape[-1])
+        for at in range(self.n_stages + 1):
+            for rows in entering.get(at, []):
+                joining = Layout.of_suffixes(rows.prompt, rows.start, self.n_positions)
+                layout, cell = layout.extended(joining), torch.cat([cell, rows.cell])
+                resid = torch.cat([resid, rows.resid[joining.row, joining.position][None]], dim=1)
+            if at == self.n_stages or not len(cell):
+                continue
+            block = cast(Block, self.model.blocks[at // 2])
+            with self._edits(at, plans, layout, cell):
+                resid = attend(block, resid, layout, *self.prefix) if at % 2 == 0 else block.feed(resid)
+            if at == self.n_stages - 2:  # what follows treats each position by itself: only those read matter
+                keep = self.reader.column[layout.prompt[layout.row], layout.position] >= 0
+                layout, resid = layout.kept(keep), resid[:, keep]
+        if len(cell):
+            values[cell, layout.prompt] = self.reader.of_residual(self._read(layout, resid), layout.prompt)
+        return values
+
+    def _entering(self, plans: Sequence[Plan], values: Float[Tensor, "cell prompt"]) -> dict[int, list[Rows]]:
+        """Rows by the stage at which they enter; those that are decided at the readout go into ``values`` at once."""
+        groups: dict[tuple[int, str, bool], list[int]] = {}
+        for i, plan in enumerate(plans):
+            groups.setdefault((plan.stage, plan.leading.name, plan.direct), []).append(i)
+        entering: dict[int, list[Rows]] = {}
+        for (at, name, direct), members in groups.items():
+            before = self.cache[name]
+            patched = torch.stack([plans[i].leading.apply(before) for i in members])
+            if name == READOUT_SIGNAL:
+                signals = patched.flatten(0, 1)
+                prompts = self.reader.prompts.repeat(len(members))
+                values[members] = self.reader.of_signals(signals, prompts).unflatten(0, patched.shape[:2])
+                continue
+            start = self._first_change(name, before, patched)
+            for row, i in enumerate(members):
+                for edit in plans[i].others:
+                    first = edit.first_position(len(before), self.n_positions)
+                    start[row] = torch.minimum(start[row], first.to(start.device))
+            row, prompt = (start <= self.reader.last_position).nonzero(as_tuple=True)
+            if not len(row):
+                continue
+            if direct:
+                resid = entry(self.model, name, patched, self.cache)[row, prompt]
+            else:
+                resid = self.cache[self.streams[at]][prompt]
+            cell = torch.tensor(members, device=row.device)[row]
+            entering.setdefault(at, []).append(Rows(cell, prompt, start[row, prompt], resid))
+        return entering
+
+    def _first_change(
+        self, name: str, before: Float[Tensor, "prompt *rest"], after: Float[Tensor, "cell prompt *rest"]
+    ) -> Int[Tensor, "cell prompt"]:
+        """The first position where an activation differs; behind the last where it does not."""
+        axis = 1 + self.model.hook_axes(name).index("pos")
+        changed = (before != after).movedim(axis, 2).flatten(3).any(dim=-1)
+        return torch.where(changed.any(dim=-1), changed.int().argmax(dim=-1), self.n_positions)
+
+    @contextlib.contextmanager
+    def _edits(self, at: int, plans: Sequence[Plan], layout: Layout, cell: Int[Tensor, " row"]) -> Iterator[None]:
+        """Attach the edits that fire in a half-block, each to its own rows of the packed activation."""
+        present = set(cell.tolist()) if any(plan.fired for plan in plans) else set()
+        fired: dict[str, list[tuple[int, Edit]]] = {}
+        for i in sorted(present):
+            for edit in plans[i].fired:
+                if stage(edit.name, self.model.cfg.n_layers) == at:
+                    fired.setdefault(edit.name, []).append((i, edit))
+        points = [self.model.hook_dict[name] for name in fired]
+        for point, edits in zip(points, fired.values(), strict=True):
+            point.add_hook(partial(self._apply, edits, layout, cell))
+        try:
+            yield
+        finally:
+            for point in points:
+                point.remove_hooks()
+
+    def _apply(
+        self,
+        edits: list[tuple[int, Edit]],
+        layout: Layout,
+        cell: Int[Tensor, " row"],
+        activation: Tensor,
+        hook: HookPoint,
+    ) -> Tensor:
+        changed = activation.clone()
+        rows_of = _spans(cell)
+        tokens_of = _spans(cell[layout.row])
+        for i, edit in edits:
+            rows, tokens = rows_of[i], tokens_of[i]
+            whole = self.cache[edit.name].clone()
+            if self._is_square(edit.name):
+                whole[layout.prompt[rows]] = changed[rows]
+                changed[rows] = edit.apply(whole)[layout.prompt[rows]]
+            else:
+                places = layout.prompt[layout.row[tokens]], layout.position[tokens]
+                whole[places] = changed[0, tokens]
+                changed[0, tokens] = edit.apply(whole)[places]
+        return changed
+
+    def _is_square(self, name: str) -> bool:
+        return "key_pos" in self.model.hook_axes(name)
+
+    def _read(self, layout: Layout, resid: Float[Tensor, "1 token d_model"]) -> Float[Tensor, "row read d_model"]:
+        """The last residual stream of each row at the positions that are read."""
+        whole = self.final[layout.prompt[:, None], self.reader.positions[layout.prompt]]
+        column = self.reader.column[layout.prompt[layout.row], layout.position]
+        is_read = column >= 0
+        whole[layout.row[is_read], column[is_read]] = resid[0, is_read]
+        return whole
+
+
+def _spans(owner: Int[Tensor, " item"]) -> dict[int, slice]:
+    """Where the items of each owner lie; they lie together.
+
+    >>> _spans(torch.tensor([4, 4, 2]))
+    {4: slice(0, 2, None), 2: slice(2, 3, None)}
+    """
+    owners, counts = (x.tolist() for x in torch.unique_consecutive(owner, return_counts=True))
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return {key: slice(end - count, end) for key, count, end in zip(owners, counts, ends, strict=True)}

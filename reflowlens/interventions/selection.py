@@ -1,0 +1,208 @@
+"""Which part of an activation an intervention acts on: selectors resolved against one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.utilities import get_act_name
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.values import Intervention
+
+if TYPE_CHECKING:
+    from reflowlens.models.base import HookedModel
+
+Where: TypeAlias = "slice | Tensor"  # contiguous, or a list of indices [n]; positions may be a list a row [batch, n]
+
+
+def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
+    """Full names of the points that an intervention acts on.
+
+    Raises:
+        ReflowlensError: a point or a layer does not exist, or a short name comes without its layer.
+    """
+    hook, layer, n_layers = intervention.hook, intervention.layer, model.cfg.n_layers
+    if layer is None:
+        name = hook if hook in model.hook_dict else get_act_name(hook)
+        if name not in model.hook_dict and f"blocks.0.{_in_block(hook)}" in model.hook_dict:
+            raise ReflowlensError(f"{hook!r} is in every block: say which with layer= (0 to {n_layers - 1}, or 'all')")
+        model.check_hook_name(name if name in model.hook_dict else hook)
+        return [name]
+    layers = range(n_layers) if layer == "all" else [layer] if isinstance(layer, int) else list(layer)
+    for index in layers:
+        if not isinstance(index, int) or not -n_layers <= index < n_layers:
+            raise ReflowlensError(f"layer={index!r} is out of range: this model has blocks 0 to {n_layers - 1}")
+    names = [f"blocks.{index % n_layers}.{_in_block(hook)}" for index in layers]
+    for name in names:
+        model.check_hook_name(name)
+    return names
+
+
+def _in_block(hook: str) -> str:
+    """A point's name inside its block: ``hook_resid_pre`` of ``resid_pre``, ``attn.hook_z`` of ``z``."""
+    if "hook_" in hook:
+        return hook
+    return get_act_name(hook, 0).removeprefix("blocks.0.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A part of an activation, as [batch, pos, (head), feature]: ``get`` reads it, ``put`` gives a changed copy."""
+
+    axes: tuple[str, ...]
+    positions: Where
+    heads: Where
+    features: Where
+
+    def get(self, activation: Tensor) -> Tensor:
+        return self._arranged(activation)[self._indices(activation)]
+
+    def put(self, activation: Tensor, part: Tensor) -> Tensor:
+        changed = activation.clone()
+        self._arranged(changed)[self._indices(changed)] = part.to(changed.dtype)
+        return changed
+
+    def in_source(self, source: Tensor, activation: Tensor, offset: int, same_positions: bool) -> Tensor:
+        """These heads and features of another run; at these positions, or at all of its own.
+
+        Args:
+            activation: what is selected from here, and ``offset`` the position of its first token.
+        """
+        if not same_positions:  # a source of other prompts has rows of its own
+            return dataclasses.replace(self, positions=slice(None)).get(source)
+        axis = self.axes.index("pos")
+        n, end = activation.shape[axis], source.shape[axis]
+        wanted = torch.arange(n)[self.positions] + offset
+        if int(wanted.max()) >= end:
+            raise ReflowlensError(f"the source has {end} tokens, but position {int(wanted.max())} is asked of it")
+        here = source.narrow(axis, offset, min(n, end - offset)).expand(activation.shape[0], *[-1] * (source.ndim - 1))
+        if "key_pos" in self.axes and source.shape[-1] != activation.shape[-1]:
+            raise ReflowlensError(f"the source has {source.shape[-1]} key positions, the run {activation.shape[-1]}")
+        if isinstance(self.positions, slice):  # the source may be shorter than the run
+            first, stop, step = self.positions.indices(n)
+            return dataclasses.replace(self, positions=slice(first, stop, step)).get(here)
+        return self.get(here)
+
+    def _arranged(self, activation: Tensor) -> Tensor:
+        """A view with positions on axis 1, whatever the point's own order."""
+        if "batch" not in self.axes:
+            return activation[None, None].movedim(2, -1)  # hook_basis: its rows are its features
+        return activation.movedim(self.axes.index("pos"), 1)
+
+    def _indices(self, activation: Tensor) -> tuple[Where, ...]:
+        view = self._arranged(activation)
+        where = (self.positions, *([self.heads] if view.ndim == 4 else []), self.features)
+        lists = [w for w in where if isinstance(w, Tensor)]
+        if not lists or (len(lists) == 1 and lists[0].ndim == 1):
+            return (slice(None), *where)
+        # Several lists would be matched up element by element: an open mesh selects their product instead.
+        mesh: list[Tensor] = [torch.arange(view.shape[0], device=view.device)]
+        for size, w in zip(view.shape[1:], where, strict=True):
+            mesh.append(w if isinstance(w, Tensor) else torch.arange(size, device=view.device)[w])
+        n = view.ndim
+        opened = [index.reshape(*[1] * axis, -1, *[1] * (n - axis - 1)) for axis, index in enumerate(mesh)]
+        if isinstance(self.positions, Tensor) and self.positions.ndim == 2:
+            opened[1] = self.positions.reshape(*self.positions.shape, *[1] * (n - 2))
+        return tuple(opened)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a forward pass reads, as far as selectors ask: its tokens, if it starts from tokens, and where it is."""
+
+    n_positions: int
+    tokens: Int[Tensor, "batch pos"] | None = None
+    lengths: Sequence[int] = ()
+    offset: int = 0
+    cached: bool = False  # earlier positions, and perhaps later ones, belong to other passes
+
+
+def select(
+    model: HookedModel, intervention: Intervention, name: str, shape: torch.Size, prompt: Prompt
+) -> Selection | None:
+    """Resolve an intervention's selectors at one point.
+
+    Returns:
+        The selection, or None when generation has a position in another pass than this one.
+
+    Raises:
+        ReflowlensError: a selector is out of range, or selects along an axis that the activation does not have.
+    """
+    axes = model.hook_axes(name)
+    positions: Where = slice(None)
+    if intervention.position is not None:
+        if "pos" not in axes:
+            raise ReflowlensError(f"{name!r} has no positions, but position={intervention.position!r} was given")
+        found = _positions(model, intervention.position, prompt)
+        if found is None:
+            return None
+        positions = found
+    if intervention.head is not None and "head" not in axes:
+        raise ReflowlensError(f"{name!r} has no heads, but head={intervention.head!r} was given")
+    heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
+    feature_axis = len(axes) - 1 if "batch" in axes else 0
+    return Selection(axes, positions, heads, _indices("index", intervention.index, shape[feature_axis], name))
+
+
+def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int, name: str) -> Where:
+    if selector is None or isinstance(selector, slice):
+        chosen = slice(None) if selector is None else selector
+        if not range(size)[chosen]:
+            raise ReflowlensError(f"{what}={selector} selects nothing: {name!r} has {size}")
+        return chosen if (chosen.step or 1) > 0 else torch.tensor(list(range(size)[chosen]))
+    items = [selector] if isinstance(selector, int) else [int(i) for i in selector]
+    for item in items:
+        if not -size <= item < size:
+            raise ReflowlensError(f"{what}={item} is out of range at {name!r}: 0 to {size - 1}")
+    items = [item % size for item in items]
+    if len(items) == 1:
+        return slice(items[0], items[0] + 1)
+    return torch.tensor(items)
+
+
+def _positions(model: HookedModel, position: int | slice | Sequence[int] | str, prompt: Prompt) -> Where | None:
+    n, offset = prompt.n_positions, prompt.offset
+    if isinstance(position, str):
+        return _last(prompt) if position == "last" else _occurrences(model, position, prompt)
+    if not prompt.cached:
+        return _indices("position", position, n, "the prompt")
+    # With a key-value cache positions count from the start of the text, and this pass holds a window of them.
+    if isinstance(position, slice):
+        wanted: Sequence[int] = range(*position.indices(model.cfg.n_ctx))
+    else:
+        wanted = [position] if isinstance(position, int) else position
+        if any(p < 0 for p in wanted):
+            raise ReflowlensError("negative positions have no meaning while text is generated; use 'last'")
+    here = [p - offset for p in wanted if offset <= p < offset + n]
+    return torch.tensor(here) if here else None
+
+
+def _last(prompt: Prompt) -> Where:
+    lengths = prompt.lengths or [prompt.n_positions]
+    if len(set(lengths)) == 1:
+        return slice(lengths[0] - 1, lengths[0])
+    return torch.tensor(lengths)[:, None] - 1
+
+
+def _occurrences(model: HookedModel, text: str, prompt: Prompt) -> Where | None:
+    if prompt.tokens is None:
+        raise ReflowlensError(f"position={text!r} needs tokens, but this pass starts from a residual stream")
+    found = [(row == model.to_single_token(text)).nonzero()[:, 0].tolist() for row in prompt.tokens.cpu()]
+    if prompt.cached and not any(found):
+        return None
+    counts = {len(places) for places in found}
+    if counts == {0} or 0 in counts:
+        raise ReflowlensError(f"position={text!r}: the token does not occur in {_row(found, 0)}")
+    if len(counts) > 1:
+        raise ReflowlensError(f"position={text!r}: the token occurs a different number of times in each prompt")
+    return torch.tensor(found)
+
+
+def _row(found: list[list[int]], count: int) -> str:
+    return "the prompt" if len(found) == 1 else f"prompt {next(i for i, f in enumerate(found) if len(f) == count)}"

@@ -1,0 +1,108 @@
+"""Many patched runs of a decoder at once, each only as much of itself as differs from the unpatched run.
+
+A patched run (a *row*) equals the unpatched one in every layer below the patch, and at every position before it. So a
+row enters at the layer where it is patched, and only with its positions from the patched one on: its suffix. Rows that
+have entered go through the remaining blocks together. Outside attention a block treats every position alike, so the
+suffixes lie end to end as one text [1, token, d_model]; in attention the keys and values of a row's prefix are those
+of the unpatched run.
+
+The blocks run as they are, hook points included: a point's activation is then the packed one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reflowlens.models.components import Attention, Block, Places
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions of which rows the packed tokens are.
+
+    Args:
+        prompt: the prompt of each row.
+        row, position: of each token.
+        n_positions: length of the prompts.
+    """
+
+    prompt: Int[Tensor, " row"]
+    row: Int[Tensor, " token"]
+    position: Int[Tensor, " token"]
+    n_positions: int
+
+    @classmethod
+    def empty(cls, n_positions: int, device: torch.device) -> Layout:
+        none = torch.empty(0, dtype=torch.long, device=device)
+        return cls(none, none, none, n_positions)
+
+    @classmethod
+    def of_suffixes(cls, prompt: Int[Tensor, " row"], start: Int[Tensor, " row"], n_positions: int) -> Layout:
+        """Row i holds positions ``start[i]`` to the end."""
+        everywhere = torch.arange(n_positions, device=start.device) >= start[:, None]
+        row, position = everywhere.nonzero(as_tuple=True)
+        return cls(prompt, row, position, n_positions)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.prompt)
+
+    def extended(self, other: Layout) -> Layout:
+        """With the rows of another layout behind."""
+        return Layout(
+            torch.cat([self.prompt, other.prompt]),
+            torch.cat([self.row, other.row + self.n_rows]),
+            torch.cat([self.position, other.position]),
+            self.n_positions,
+        )
+
+    def kept(self, keep: Bool[Tensor, " token"]) -> Layout:
+        """With some of the tokens only."""
+        return Layout(self.prompt, self.row[keep], self.position[keep], self.n_positions)
+
+    def over(
+        self, base: Float[Tensor, "prompt pos *rest"], packed: Float[Tensor, "1 token *rest"]
+    ) -> Float[Tensor, "row pos *rest"]:
+        """Each row in full: the unpatched run with the row's own positions over it."""
+        whole = base[self.prompt]
+        whole[self.row, self.position] = packed[0].to(whole.dtype)
+        return whole
+
+
+@dataclass(frozen=True)
+class PrefixKeysValues:
+    """Keys (rotated) and values of the unpatched run, one pair a layer: what rows attend to before their suffix."""
+
+    layout: Layout
+    keys: list[Float[Tensor, "prompt pos kv_head d_head"]]
+    values: list[Float[Tensor, "prompt pos kv_head d_head"]]
+
+    def mix(
+        self,
+        attn: Attention,
+        q: Float[Tensor, "1 token head d_head"],
+        k: Float[Tensor, "1 token kv_head d_head"],
+        v: Float[Tensor, "1 token kv_head d_head"],
+    ) -> Float[Tensor, "1 token head d_head"]:
+        """Attention of each row's suffix to its prefix and itself."""
+        layout = self.layout
+        queries = q.new_zeros(layout.n_rows, layout.n_positions, *q.shape[2:])
+        queries[layout.row, layout.position] = q[0]
+        keys, values = layout.over(self.keys[attn.layer], k), layout.over(self.values[attn.layer], v)
+        return attn.mix(queries, keys, values, mask=None)[layout.row, layout.position][None]
+
+
+def attend(
+    block: Block,
+    resid: Float[Tensor, "1 token d_model"],
+    layout: Layout,
+    keys: list[Tensor],
+    values: list[Tensor],
+) -> Float[Tensor, "1 token d_model"]:
+    """The attention half of a block on packed suffixes."""
+    past = PrefixKeysValues(layout, keys, values)
+    return block.attend(resid, Places(layout.position[None]), past)

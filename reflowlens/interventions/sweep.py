@@ -1,0 +1,217 @@
+"""Activation patching over many cells: exact, or estimated by gradients.
+
+A sweep runs the corrupted prompts once for every cell, with the cell's intervention, and measures a metric. In exact
+mode nothing is computed that the intervention cannot change: a patched run enters at its layer and position
+(:mod:`reflowlens.interventions.suffixes`), as many of them at once as the memory budget holds, and only the logits
+that the metric reads are formed. The numbers are those of one whole forward pass a cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens.patching import PatchingResult
+
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.apply import source_cache
+from reflowlens.interventions.grids import Cell, Cells, CellSpec, make_cells
+from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.results_file import ResultsFile
+from reflowlens.interventions.runs import PackedRuns, WholeRuns
+from reflowlens.interventions.selection import hook_names
+from reflowlens.interventions.values import Patch, to_json
+from reflowlens.metrics import Metric
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.decoder import Decoder
+
+Mode = Literal["exact", "gradient", "integrated"]
+MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
+
+
+def sweep(
+    model: Any,
+    clean: TextInput | None,
+    corrupted: TextInput,
+    cells: CellSpec,
+    metric: Metric,
+    *,
+    mode: Mode = "exact",
+    steps: int = 8,
+    memory: float | None = None,
+    results: str | Path | None = None,
+    progress: bool | None = None,
+) -> PatchingResult:
+    """Measure a metric of the corrupted run under each of many interventions.
+
+    Args:
+        model: a hooked model.
+        clean: the prompts that patches take their activations from; None when no cell does.
+        corrupted: the prompts that are run; as many tokens as ``clean``.
+        cells: a grid's name (``"resid_pre"``, ``"attn_head_out"``, ..., :data:`reflowlens.interventions.grids.GRIDS`),
+            several names, or a list of interventions, of which a sublist makes one cell. ``Patch`` without a prompt
+            takes the clean run's activation.
+        metric: one of :mod:`reflowlens.metrics`.
+        mode: ``"exact"`` performs every intervention; ``"gradient"`` estimates it as the metric's gradient at the
+            corrupted run times the change (attribution patching: Nanda, 2023); ``"integrated"`` takes the mean gradient
+            over ``steps`` runs on the way from the corrupted embeddings to the clean ones (Hanna et al., 2024).
+        memory: bytes that the folded runs may take; default: a share of what is free. Halved when memory runs out.
+        results: a file that keeps finished cells; a sweep that is started again with it continues.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        TransformerLens's ``PatchingResult``: ``values`` [*grid axes, prompt], ``baseline`` [prompt], the metric of the
+        corrupted run. Under torchrun the cells are shared by the processes and every one returns them all.
+
+    Raises:
+        ReflowlensError: the prompts differ in length, a cell or the metric does not fit the model.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> result = rl.sweep(model, "The king of France", "The king of China", "resid_pre", rl.metrics.kl())
+        >>> result.values.shape, result.axis_names
+        (torch.Size([6, 4, 1]), ['layer', 'pos'])
+    """
+    if mode not in MODES:
+        raise ReflowlensError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    setup = prepare_sweep(hooked, clean, corrupted, cells)
+    if mode == "exact":
+        values, baseline = _exact(setup, metric, memory, results, progress)
+    else:
+        from reflowlens.interventions.attribution import estimate_cells
+
+        values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)
+    table = setup.cells
+    return PatchingResult(
+        values=values.reshape(*table.shape, -1),
+        axis_names=table.axis_names,
+        index_df=table.index,
+        metric_names=[metric.name],
+        reduced=False,
+        baseline=baseline,
+        patch_type_names=table.grids,
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A sweep's prompts and cells: with the clean run's activations bound, and as they were asked for."""
+
+    model: HookedModel
+    clean: Int[Tensor, "prompt pos"] | None
+    corrupted: Int[Tensor, "prompt pos"]
+    lengths: list[int]
+    cells: Cells
+    asked: list[Cell]
+
+
+def prepare_sweep(model: HookedModel, clean: TextInput | None, corrupted: TextInput, spec: CellSpec) -> Setup:
+    """Check the prompts, make the cells and give patches without a prompt the clean run's activations."""
+    clean_tokens: Tensor | None = None
+    if clean is None:
+        tokens, lengths = model.tokens_and_lengths(corrupted)
+    else:
+        clean_tokens, tokens, lengths = paired_tokens(model, clean, corrupted)
+    cells = make_cells(model, spec, tokens.shape[1])
+    asked = cells.cells
+    unbound = {name for cell in cells.cells for part in cell if _is_unbound(part) for name in hook_names(model, part)}
+    if unbound:
+        if clean_tokens is None:
+            raise ReflowlensError("these cells patch from the clean run: give the clean prompts")
+        cache = source_cache(model, clean_tokens, unbound)
+        bound = [tuple(_bound(part, cache) for part in cell) for cell in cells.cells]
+        cells = dataclasses.replace(cells, cells=bound)
+    return Setup(model, clean_tokens, tokens, lengths, cells, asked)
+
+
+def paired_tokens(
+    model: HookedModel, clean: TextInput, corrupted: TextInput
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], list[int]]:
+    """Tokens of the clean and of the corrupted prompts, and their lengths, in which they have to agree."""
+    tokens, lengths = model.tokens_and_lengths(corrupted)
+    clean_tokens, clean_lengths = model.tokens_and_lengths(clean)
+    if clean_lengths != lengths:
+        raise ReflowlensError(
+            f"clean and corrupted prompts must have as many tokens: {clean_lengths} against {lengths} "
+            "(model.to_str_tokens shows them)"
+        )
+    return clean_tokens, tokens, lengths
+
+
+def _is_unbound(part: Any) -> bool:
+    return isinstance(part, Patch) and part.prompt is None
+
+
+def _bound(part: Any, cache: Mapping[str, Tensor]) -> Any:
+    return dataclasses.replace(part, prompt=cache) if _is_unbound(part) else part
+
+
+@torch.no_grad()
+def _exact(
+    setup: Setup, metric: Metric, memory: float | None, results: str | Path | None, progress: bool | None
+) -> tuple[Float[Tensor, "cell prompt"], Float[Tensor, " prompt"]]:
+    runs = _runs(setup, metric)
+    n = len(setup.cells.cells)
+    rank, world_size = _processes()
+    values = torch.zeros(n, len(setup.corrupted), device=runs.baseline.device, dtype=runs.baseline.dtype)
+    show = sys.stderr.isatty() if progress is None else progress
+    identity = "" if results is None else _identity(setup, metric, runs.baseline)
+    with (
+        ResultsFile(results, identity, rank) as file,
+        tqdm(total=len(range(rank, n, world_size)), unit="cell", disable=not show) as bar,
+    ):
+        for cell, row in file.finished.items():
+            values[cell] = torch.tensor(row)
+        bar.update(len(file.finished))
+        todo = [cell for cell in range(rank, n, world_size) if cell not in file.finished]
+        for cells, part in runs.values(todo, memory):
+            values[cells] = part
+            file.add(cells, part)
+            bar.update(len(cells))
+    if world_size > 1:
+        dist.all_reduce(values)
+    return values, runs.baseline
+
+
+def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
+    """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
+    model = setup.model
+    hooked = any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
+    reader = Reader(model, metric, setup.corrupted, setup.lengths, setup.clean)
+    kind = PackedRuns if isinstance(model, Decoder) and not hooked else WholeRuns
+    return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
+
+
+def _identity(setup: Setup, metric: Metric, baseline: Tensor) -> str:
+    """What decides a sweep's values; the metric's targets show in its baseline."""
+    prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.clean, setup.corrupted)]
+    what = [
+        model_hash(setup.model),
+        prompts,
+        metric.name,
+        metric.position,
+        baseline.tolist(),
+        *map(to_json, setup.asked),
+    ]
+    return json.dumps(what)
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of torchrun's processes, joined if they are not yet."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,252 @@
+"""Interventions as values: what to change, where, and to what.
+
+An intervention names a hook point and selects a part of its activation; when the model runs under
+:func:`reflowlens.interventions.apply.intervene` that part is replaced, out of place.
+
+    Ablate("unembed.hook_signal", index=17)                                  one signal of the readout, zeroed
+    Ablate("z", layer=3, head=2, by="mean", reference=["Some text.", ...])   one head, at its mean
+    Patch("resid_pre", "The capital of Italy is", layer=4, position="last")  what another prompt has there
+    Steer("resid_post", direction, 4.0, layer=[2, 3], position=" France")    add 4 directions at a token
+    Scale("mlp.hook_post", 0.5, layer=1, index=[5, 7])                       two neurons at half strength
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reflowlens.config import nearest
+from reflowlens.errors import ReflowlensError
+
+Position: TypeAlias = "int | slice | Sequence[int] | str | None"
+Selector: TypeAlias = "int | slice | Sequence[int] | None"
+Source: TypeAlias = "str | Sequence[str] | Tensor | Mapping[str, Tensor] | None"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Where an intervention acts. The kinds below say what it does there.
+
+    Args:
+        hook: a hook point's full name (``"blocks.3.attn.hook_z"``), or its short name (``"z"``, ``"resid_pre"``,
+            ``"mlp.hook_post"``) together with ``layer``.
+        layer: one block, several, or ``"all"``; negative counts from the end.
+        position: index, slice, indices, ``"last"`` (each prompt's own last token) or the text of a token, which
+            selects its every occurrence; None is every position. Of attention squares it is the query's.
+        head: which heads, where the activation has a head axis (grouped-query keys and values: key/value heads).
+        index: which entries of the last axis: signals, neurons, features, key positions; rows of ``hook_basis``.
+    """
+
+    kind: ClassVar[str]
+
+    hook: str
+    layer: int | Sequence[int] | Literal["all"] | None = field(default=None, kw_only=True)
+    position: Position = field(default=None, kw_only=True)
+    head: Selector = field(default=None, kw_only=True)
+    index: Selector = field(default=None, kw_only=True)
+
+    def source(self) -> Source:
+        """The run that the new value is taken from, where there is one."""
+        return None
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        """The new value of the selected part.
+
+        Args:
+            part: the activation at the selected places, [batch, pos, (head), feature].
+            source: the same heads and features in the run that :meth:`source` names; at the same positions, or at all
+                of its own, as ``takes_same_positions`` says.
+        """
+        raise NotImplementedError
+
+    @property
+    def takes_same_positions(self) -> bool:
+        """Whether the source is read at the selected positions."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; tensors become nested lists.
+
+        Raises:
+            ReflowlensError: a source is a cache of activations: give its text or tokens instead.
+        """
+        names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+        return {"kind": self.kind} | {name: _to_plain(getattr(self, name), f"{self.kind}.{name}") for name in names}
+
+
+@dataclass(frozen=True)
+class Ablate(Intervention):
+    """Remove: zero, the mean over a reference batch, or values drawn from it.
+
+    Args:
+        by: ``"zero"``; ``"mean"`` over every position of every reference prompt; ``"resample"``, where each selected
+            place takes the values of a place of the reference drawn at random.
+        reference: text, texts, tokens [batch, pos] or a cache; not for ``"zero"``.
+        seed: of the draw.
+    """
+
+    kind = "ablate"
+    by: Literal["zero", "mean", "resample"] = "zero"
+    reference: Source = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.by not in ("zero", "mean", "resample"):
+            raise ReflowlensError(f"Ablate.by must be 'zero', 'mean' or 'resample', got {self.by!r}")
+        if (self.by == "zero") != (self.reference is None):
+            raise ReflowlensError(f"Ablate(by={self.by!r}) {'takes no' if self.by == 'zero' else 'needs a'} reference")
+
+    def source(self) -> Source:
+        return self.reference
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        if source is None:
+            return torch.zeros_like(part)
+        places = source.flatten(0, 1)
+        if self.by == "mean":
+            return places.mean(dim=0).expand_as(part)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randint(len(places), tuple(part.shape[:2]), generator=generator)
+        return places[drawn.to(places.device)]
+
+
+@dataclass(frozen=True)
+class Patch(Intervention):
+    """Put in what another run has at the same places.
+
+    Args:
+        prompt: that run: text, texts, tokens or a cache; one row serves every row. In a sweep None is the clean run.
+        from_position: take this position of the other run for every selected one; ``"last"`` is its last.
+    """
+
+    kind = "patch"
+    prompt: Source = None
+    from_position: int | Literal["last"] | None = None
+
+    def source(self) -> Source:
+        if self.prompt is None:
+            raise ReflowlensError(f"Patch({self.hook!r}) needs a prompt or a cache to take the activation from")
+        return self.prompt
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        assert source is not None
+        if self.from_position is not None:
+            index = source.shape[1] - 1 if self.from_position == "last" else self.from_position
+            if not -source.shape[1] <= index < source.shape[1]:
+                raise ReflowlensError(f"from_position={index} is out of range: the source has {source.shape[1]} tokens")
+            source = source[:, index, None]
+        return source.expand_as(part)
+
+    @property
+    def takes_same_positions(self) -> bool:
+        return self.from_position is None
+
+
+@dataclass(frozen=True)
+class Steer(Intervention):
+    """Add ``alpha`` times a direction, [feature] or any shape that fits the selected part."""
+
+    kind = "steer"
+    direction: Float[Tensor, "*shape"] | Sequence[float] = ()
+    alpha: float = 1.0
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        return part + self.alpha * _fit(self.direction, part, "Steer.direction")
+
+
+@dataclass(frozen=True)
+class Replace(Intervention):
+    """Put in a number, or a tensor that fits the selected part."""
+
+    kind = "replace"
+    value: float | Float[Tensor, "*shape"] | Sequence[float] = 0.0
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        return _fit(self.value, part, "Replace.value").expand_as(part)
+
+
+@dataclass(frozen=True)
+class Scale(Intervention):
+    """Multiply by a factor."""
+
+    kind = "scale"
+    factor: float = 0.0
+
+    def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
+        return part * self.factor
+
+
+KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (Ablate, Patch, Steer, Replace, Scale)}
+
+
+def to_json(interventions: Sequence[Intervention]) -> str:
+    """A list of interventions as JSON text.
+
+    >>> from_json(to_json([Ablate("unembed.hook_signal", index=17)])) == [Ablate("unembed.hook_signal", index=17)]
+    True
+    """
+    return json.dumps([intervention.to_dict() for intervention in interventions])
+
+
+def from_json(text: str) -> list[Intervention]:
+    """The inverse of :func:`to_json`.
+
+    Raises:
+        ReflowlensError: it is not JSON, or a kind or field is unknown.
+    """
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ReflowlensError(f"not a JSON list of interventions: {error}") from error
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ReflowlensError("interventions must be a JSON list of objects, each with a 'kind'")
+    return [_from_dict(item) for item in items]
+
+
+def _from_dict(item: dict[str, Any]) -> Intervention:
+    kind = item.get("kind", "")
+    if kind not in KINDS:
+        raise ReflowlensError(f"unknown intervention kind {kind!r}{nearest(str(kind), list(KINDS))}")
+    known = [f.name for f in dataclasses.fields(KINDS[kind])]
+    for name in item:
+        if name != "kind" and name not in known:
+            raise ReflowlensError(f"unknown field {name!r} of {kind!r}{nearest(name, known)}")
+    return KINDS[kind](**{name: _from_plain(value) for name, value in item.items() if name != "kind"})
+
+
+def _to_plain(value: Any, name: str) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, Sequence):
+        return list(value)
+    raise ReflowlensError(f"{name} is a cache of activations and cannot be JSON: give its text or tokens instead")
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict) and "slice" in value:
+        return slice(*value["slice"])
+    if isinstance(value, dict) and "tensor" in value:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
+    return value
+
+
+def _fit(value: Any, part: Tensor, name: str) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
+    try:
+        shape = torch.broadcast_shapes(tensor.shape, part.shape)
+    except RuntimeError:
+        shape = torch.Size()
+    if shape != part.shape:
+        raise ReflowlensError(f"{name} has shape {list(tensor.shape)}, the selected part {list(part.shape)}")
+    return tensor

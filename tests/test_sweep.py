@@ -1,0 +1,351 @@
+"""The sweep engine against TransformerLens's patching functions and against whole forward passes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformer_lens import patching
+
+import reflowlens as rl
+from reflowlens import metrics
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions import sweep as sweep_module
+from reflowlens.interventions.grids import GRIDS, make_cells
+from reflowlens.interventions.memory import in_batches, measure_peak
+from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.runs import PackedRuns, WholeRuns
+from reflowlens.interventions.values import Intervention
+from reflowlens.metrics import Metric
+from reflowlens.models.base import HookedModel
+from tests.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens
+
+A, B = 65, 66
+TRANSFORMER_LENS: dict[str, Any] = {
+    "resid_pre": patching.get_act_patch_resid_pre,
+    "resid_mid": patching.get_act_patch_resid_mid,
+    "attn_out": patching.get_act_patch_attn_out,
+    "mlp_out": patching.get_act_patch_mlp_out,
+    "attn_head_out": patching.get_act_patch_attn_head_out_all_pos,
+    "attn_head_out_by_pos": patching.get_act_patch_attn_head_out_by_pos,
+    "attn_head_q": patching.get_act_patch_attn_head_q_all_pos,
+    "attn_head_q_by_pos": patching.get_act_patch_attn_head_q_by_pos,
+    "attn_head_k": patching.get_act_patch_attn_head_k_all_pos,
+    "attn_head_k_by_pos": patching.get_act_patch_attn_head_k_by_pos,
+    "attn_head_v": patching.get_act_patch_attn_head_v_all_pos,
+    "attn_head_v_by_pos": patching.get_act_patch_attn_head_v_by_pos,
+    "attn_head_pattern": patching.get_act_patch_attn_head_pattern_all_pos,
+    "attn_head_pattern_by_pos": patching.get_act_patch_attn_head_pattern_by_pos,
+    "attn_head_pattern_dest_src_pos": patching.get_act_patch_attn_head_pattern_dest_src_pos,
+}
+
+
+def pair(model: HookedModel) -> tuple[Tensor, Tensor]:
+    """Clean and corrupted prompts: the second shares a prefix, the third differs from the first token on."""
+    clean, corrupted = random_tokens(model.cfg, batch=3, seed=1), random_tokens(model.cfg, batch=3, seed=2)
+    clean[0, :2] = corrupted[0, :2]
+    return clean, corrupted
+
+
+def whole(model: HookedModel, clean: Tensor, corrupted: Tensor, cells: Any, metric: Metric) -> Tensor:
+    """One forward pass a cell."""
+    setup = sweep_module.prepare_sweep(model, clean, corrupted, cells)
+    reader = Reader(model, metric, corrupted, setup.lengths, clean)  # type: ignore[arg-type]
+    runs = WholeRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)
+    with torch.no_grad():
+        return torch.cat([values for _, values in runs.values(range(len(setup.cells.cells)))])
+
+
+@pytest.mark.parametrize("grid", TRANSFORMER_LENS)
+def test_equals_transformer_lens(model: HookedModel, grid: str) -> None:
+    clean, corrupted = pair(model)
+    if grid == "attn_head_pattern_dest_src_pos":
+        clean, corrupted = clean[:, :4], corrupted[:, :4]
+    _, cache = model.run_with_cache(clean, names_filter=lambda name: True)
+    heads = model.cfg.n_heads
+    if grid.startswith(("attn_head_k", "attn_head_v")) and model.cfg.kv_heads != heads:
+        pytest.skip("TransformerLens's key/value axes count query heads here; see the test with whole passes")
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, A] - logits[:, -1, B]
+
+    expected = TRANSFORMER_LENS[grid](model, corrupted, cache, metric, reduce="none", baseline=True)
+    actual = rl.sweep(model, clean, corrupted, grid, metrics.logit_diff(A, B))
+    assert_close(actual.values, expected.values, what=grid)
+    assert_close(actual.baseline, expected.baseline)  # type: ignore[arg-type]
+    assert actual.axis_names == [axis.replace("head_index", "head") for axis in expected.axis_names]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_equals_whole_passes(model: HookedModel, grid: str) -> None:
+    if grid in ("recipe", "signal") and model.cfg.n_signals is None:
+        with pytest.raises(ReflowlensError, match="no hook"):
+            rl.sweep(model, "ab", "cd", grid, metrics.kl())
+        return
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    actual = rl.sweep(model, clean, corrupted, grid, metric)
+    assert actual.values.shape[-1] == 3
+    expected = whole(model, clean, corrupted, grid, metric)
+    assert_close(actual.values.reshape(-1, 3), expected, what=grid)
+    assert (actual.effect() != 0).any()
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.logit_diff([A, B, A], [B, A, 70], position=3),
+        metrics.target_prob(A),
+        metrics.target_rank(A, position=-2),
+        metrics.kl(position="all"),
+        metrics.loss(),
+        metrics.recovery(metrics.target_prob(B)),
+    ],
+    ids=lambda metric: metric.name,
+)
+def test_every_metric_equals_whole_passes(model: HookedModel, metric: Metric) -> None:
+    clean, corrupted = pair(model)
+    actual = rl.sweep(model, clean, corrupted, "resid_mid", metric)
+    assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_mid", metric), what=metric.name)
+
+
+POINTS = [
+    "hook_embed",
+    "hook_recipe",
+    "unembed.hook_signal",
+    "hook_basis",
+    *(f"blocks.{layer}.{point}" for layer in (0, 1) for point in (
+        "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_scale", "attn.hook_q", "attn.hook_rot_k", "attn.hook_k",
+        "attn.hook_v", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "attn.hook_result",
+        "attn.hook_q_input", "attn.hook_v_input", "hook_attn_out", "hook_resid_mid", "hook_mlp_in",
+        "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+    )),
+    "ln_final.hook_scale",
+]  # fmt: skip
+
+
+@st.composite
+def any_intervention(draw: st.DrawFn) -> Intervention:
+    point = draw(st.sampled_from(POINTS))
+    where: dict[str, Any] = {}
+    if point != "hook_basis":
+        where["position"] = draw(st.sampled_from([None, 0, 3, -1, "last", [1, 4], slice(2, 5)]))
+    if any(part in point for part in ("attn.hook_q", "attn.hook_z", "rot_k", "attn.hook_k", "pattern", "result")):
+        where["head"] = draw(st.sampled_from([None, 0, 1, [0, 1]]))
+    if "scale" not in point:
+        where["index"] = draw(st.sampled_from([None, 2, [0, 3]]))
+    kind = draw(st.sampled_from(["zero", "scale", "patch", "replace"]))
+    if kind == "zero":
+        return rl.Ablate(point, **where)
+    if kind == "patch" and point != "hook_basis":
+        return rl.Patch(point, **where)
+    return rl.Scale(point, 0.5, **where) if kind == "scale" else rl.Replace(point, 0.3, **where)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(NAMES), st.lists(st.lists(any_intervention(), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_any_interventions_equal_whole_passes(name: str, cells: list[list[Intervention]]) -> None:
+    model = MODELS[name]
+    cells = [[part for part in cell if part.hook in model.hook_dict] for cell in cells]
+    cells = [cell for cell in cells if cell]
+    if not cells:
+        return
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    expected = whole(model, clean, corrupted, cells, metric)
+    if not expected.isfinite().all():
+        return  # a norm divided by an ablated scale
+    actual = rl.sweep(model, clean, corrupted, cells, metric)
+    assert_close(actual.values, expected)
+
+
+MODELS = {name: random_model(name) for name in NAMES}
+
+
+def test_most_cells_are_packed() -> None:
+    """That the fast way is taken at all: only the basis and the last norm need whole passes."""
+    model = MODELS["reflow"]
+    clean, corrupted = pair(model)
+    cells = [[rl.Scale(point, 0.5)] for point in POINTS if point in model.hook_dict]
+    setup = sweep_module.prepare_sweep(model, clean, corrupted, cells)
+    reader = Reader(model, metrics.logit_diff(A, B), corrupted, setup.lengths, clean)  # type: ignore[arg-type]
+    runs = PackedRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)  # type: ignore[arg-type]
+    unplanned = {cell[0].hook for cell, plan in zip(cells, runs.plans, strict=True) if plan is None}
+    assert unplanned == {"hook_basis", "ln_final.hook_scale"}
+
+
+def test_cells_that_change_nothing_are_the_baseline_to_the_bit(model: HookedModel) -> None:
+    clean, corrupted = pair(model)
+    clean[:, :4] = corrupted[:, :4]
+    result = rl.sweep(model, clean, corrupted, "resid_pre", metrics.kl())
+    assert result.baseline is not None
+    assert torch.equal(result.values[:, :4], result.baseline.expand(model.cfg.n_layers, 4, 3))
+
+
+def test_prompts_of_different_lengths(model: HookedModel) -> None:
+    clean, corrupted = ["abcde", "xy"], ["fghij", "zw"]
+    together = rl.sweep(model, clean, corrupted, "resid_pre", metrics.loss())
+    for i, (one, other) in enumerate(zip(clean, corrupted, strict=True)):
+        alone = rl.sweep(model, one, other, "resid_pre", metrics.loss())
+        assert_close(together.values[:, : len(one), i], alone.values[..., 0])
+
+
+def test_several_grids_stack_where_their_shapes_agree(model: HookedModel) -> None:
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    stacked = rl.sweep(model, clean, corrupted, ["resid_pre", "attn_out"], metric)
+    assert stacked.axis_names == ["patch_type", "layer", "pos"]
+    for i, grid in enumerate(["resid_pre", "attn_out"]):
+        assert_close(stacked.values[i], rl.sweep(model, clean, corrupted, grid, metric).values)
+    flat = rl.sweep(model, clean, corrupted, ["resid_pre", "attn_head_out"], metric)
+    assert flat.values.shape == (len(flat.index_df), 3)
+    assert set(flat.to_dataframe()["patch_type_name"]) == {"resid_pre", "attn_head_out"}
+
+
+def test_a_small_memory_budget_changes_nothing(model: HookedModel) -> None:
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    for grid in ("attn_head_out_by_pos", "attn_head_pattern_by_pos"):
+        plenty = rl.sweep(model, clean, corrupted, grid, metric)
+        assert_close(rl.sweep(model, clean, corrupted, grid, metric, memory=200_000).values, plenty.values)
+
+
+def test_batches_are_halved_when_memory_runs_out() -> None:
+    sizes = []
+
+    def run(batch: list[int]) -> Tensor:
+        sizes.append(len(batch))
+        if len(batch) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.tensor(batch)
+
+    done = list(itertools.chain.from_iterable(batch for batch, _ in in_batches(range(20), run, torch.device("cpu"))))
+    assert done == list(range(20))
+    assert sizes[:3] == [16, 8, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(in_batches([1], lambda batch: run(batch * 6), torch.device("cpu")))
+
+
+def test_the_budget_bounds_what_is_measured() -> None:
+    def run(batch: list[int]) -> Tensor:
+        return torch.ones(len(batch), 1000).sum(dim=1)
+
+    peaks = []
+    for batch, _ in in_batches(range(200), run, torch.device("cpu"), budget=100_000):
+        peaks.append(measure_peak(lambda batch=batch: run(batch), torch.device("cpu"))[1])
+    assert max(peaks) <= 110_000
+    assert len(peaks) <= 10
+
+
+def test_a_hook_of_the_users_is_respected(model: HookedModel) -> None:
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    ablation = rl.Ablate("z", layer=0, head=0)
+    with rl.intervene(model, ablation):
+        inside = rl.sweep(model, clean, corrupted, "mlp_out", metric)
+        cache = model.run_with_cache(clean)[1]
+    cells = [
+        [ablation, rl.Patch("mlp_out", cache, layer=layer, position=position)]
+        for layer in range(model.cfg.n_layers)
+        for position in range(clean.shape[1])
+    ]
+    outside = rl.sweep(model, None, corrupted, [*cells, ablation], metric)
+    assert inside.baseline is not None
+    assert_close(inside.values.reshape(-1, 3), outside.values[:-1])
+    assert_close(inside.baseline, outside.values[-1])
+
+
+def test_a_stopped_sweep_continues_from_its_file(tmp_path: Path) -> None:
+    model = MODELS["reflow"]
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    path = tmp_path / "results" / "sweep.jsonl"
+    first = rl.sweep(model, clean, corrupted, "attn_head_out_by_pos", metric, results=path)
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + len(first.index_df)
+    changed = json.loads(lines[1]) | {"values": [1.5, 2.5, 3.5]}
+    path.write_text(lines[0] + json.dumps(changed) + "\n" + lines[2][:10])  # killed while it wrote
+    second = rl.sweep(model, clean, corrupted, "attn_head_out_by_pos", metric, results=path)
+    taken = second.values.reshape(-1, 3)[changed["cell"]]
+    assert taken.tolist() == [1.5, 2.5, 3.5]
+    others = torch.arange(len(first.index_df)) != changed["cell"]
+    assert_close(second.values.reshape(-1, 3)[others], first.values.reshape(-1, 3)[others])
+    with pytest.raises(ReflowlensError, match="another sweep"):
+        rl.sweep(model, clean, corrupted, "resid_pre", metric, results=path)
+    path.write_text("no json\n")
+    with pytest.raises(ReflowlensError, match="not a sweep's results file"):
+        rl.sweep(model, clean, corrupted, "resid_pre", metric, results=path)
+
+
+def _shared(rank: int, port: int, out: str) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    model = random_model("reflow_lite")
+    clean, corrupted = pair(model)
+    result = rl.sweep(model, clean, corrupted, "attn_head_k_by_pos", metrics.logit_diff(A, B))
+    torch.save(result.values, f"{out}/{rank}.pt")
+
+
+def test_two_processes_share_the_cells(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_shared, (port, str(tmp_path)), nprocs=2)
+    model = MODELS["reflow_lite"]
+    clean, corrupted = pair(model)
+    expected = rl.sweep(model, clean, corrupted, "attn_head_k_by_pos", metrics.logit_diff(A, B)).values
+    for rank in (0, 1):
+        assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("abc", "ab", "resid_pre", metrics.kl()), r"as many tokens: \[3\] against \[2\]"),
+        (("abc", "abd", "resid_pree", metrics.kl()), "did you mean 'resid_pre'"),
+        (("abc", "abd", [], metrics.kl()), "at least one cell"),
+        (("abc", "abd", [["resid_pre"]], metrics.kl()), "grid's name, several names, or a list of interventions"),
+        ((None, "abd", "resid_pre", metrics.loss()), "give the clean prompts"),
+        ((None, "abd", [rl.Ablate("z", layer=0)], metrics.kl()), "kl needs a clean run"),
+        ((None, "abd", [rl.Ablate("z", layer=0)], metrics.recovery(metrics.loss())), "recovery needs the clean"),
+        (("abc", "abd", "resid_pre", metrics.target_prob("no such word")), "token"),
+        (("abc", "abd", "resid_pre", metrics.target_prob(999)), "ids are 0 to 287"),
+        (("abc", "abd", "resid_pre", metrics.target_prob(["a", "b"])), "2 target tokens for 1 prompts"),
+        (("abc", "abd", "resid_pre", metrics.target_prob("a", position=3)), "reads position 3"),
+        (("abc", "abd", [rl.Ablate("z", layer=0, head=9)], metrics.loss()), "head=9 is out of range"),
+    ],
+)
+def test_impossible_sweeps(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ReflowlensError, match=message):
+        rl.sweep(MODELS["reflow"], *arguments)
+
+
+def test_metrics_of_whole_logits(model: HookedModel, tokens: Tensor) -> None:
+    logits = model(tokens)
+    last = logits[:, -1]
+    p = last.softmax(dim=-1)
+    assert_close(metrics.logit_diff(A, B).of_logits(model, logits), last[:, A] - last[:, B])
+    assert_close(metrics.target_prob(A).of_logits(model, logits), p[:, A])
+    assert metrics.target_rank(A).of_logits(model, logits).tolist() == [
+        1 + sum(x > row[A] for x in row) for row in last
+    ]
+    assert_close(metrics.loss().of_logits(model, logits, tokens).mean(), model(tokens, "loss"))
+
+
+def test_cells_of_grouped_query_models_are_real_heads() -> None:
+    cells = make_cells(MODELS["reflow_lite"], "attn_head_k", 5)
+    assert cells.shape == (2, 2)
+    assert make_cells(MODELS["reflow_lite"], "attn_head_q", 5).shape == (2, 4)
+    assert FACTORED
