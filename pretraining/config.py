@@ -1,9 +1,14 @@
-"""A training run as a TOML file: four tables, each a frozen dataclass, every field checked."""
+"""A training run as a TOML file: four tables, each a frozen dataclass, every field checked.
+
+Shipped with the package, and known by their bare names, are the published family and its small relatives
+(``pretraining/configs``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +22,7 @@ else:
     import tomli as tomllib
 
 
+CONFIGS = Path(__file__).parent / "configs"
 _POSITIVE = (
     "data.context",
     "run.steps",
@@ -49,7 +55,10 @@ class OptimizerConfig:
     Args:
         name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
         learning_rate: AdamW's peak rate.
-        matrix_learning_rate: Muon's peak rate, the spectral norm of a step.
+        matrix_learning_rate: Muon's peak rate, the spectral norm of a step on a square matrix.
+        matrix_scale: which other matrices take larger steps under Muon, by the square root of their sides' ratio:
+            ``widening``, those with more outputs than inputs, as published (Jordan et al., 2024); or ``narrowing``,
+            those with fewer, as the packaged models were trained.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
         grad_clip: largest norm of the whole gradient; ``inf`` never clips.
         schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``,
@@ -59,6 +68,7 @@ class OptimizerConfig:
     name: str = "adamw"
     learning_rate: float = 6e-4
     matrix_learning_rate: float = 0.01
+    matrix_scale: str = "narrowing"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -78,6 +88,8 @@ class RunConfig:
         batch_size: examples a step, over all processes and accumulation steps.
         accumulation: forward passes a step.
         dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32.
+        sharding: what several processes share out: ``none``, ``zero1`` (optimiser state) or ``fsdp`` (optimiser state,
+            gradients and weights); see :mod:`pretraining.sharding`. Checkpoints are the same whatever it is.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
     """
 
@@ -93,22 +105,30 @@ class RunConfig:
     checkpoint_interval: int = 500
     keep_checkpoints: int = 2
     wandb_project: str = ""
+    sharding: str = "none"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a run."""
+    """Everything that determines a run.
+
+    Args:
+        overrides: the values that ``--set`` put in place of the file's, by ``table.field``.
+    """
 
     model: ModelConfig
     data: DataConfig
     run: RunConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choices = {
             "optimizer.name": ("adamw", "muon"),
+            "optimizer.matrix_scale": ("narrowing", "widening"),
             "optimizer.schedule": ("constant", "cosine", "wsd"),
             "run.dtype": ("float32", "bfloat16"),
+            "run.sharding": ("none", "zero1", "fsdp"),
         }
         for path, allowed in choices.items():
             if (value := self._get(path)) not in allowed:
@@ -135,7 +155,21 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.run.batch_size * self.data.context
 
+    def rows_per_process(self, world_size: int) -> int:
+        """Examples that a process reads in one forward pass.
+
+        Raises:
+            ReflowlensError: the examples of a pass do not divide among the processes.
+        """
+        rows = self.run.batch_size // self.run.accumulation
+        if rows % world_size:
+            raise ReflowlensError(
+                f"run.batch_size / run.accumulation = {rows} examples do not divide among {world_size} processes"
+            )
+        return rows // world_size
+
     def to_dict(self) -> dict[str, Any]:
+        """The four tables, every field filled in."""
         sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "optimizer", "run")}
         return {"model": self.model.to_dict(), **sections}
 
@@ -143,34 +177,88 @@ class TrainConfig:
 Section = TypeVar("Section", DataConfig, OptimizerConfig, RunConfig)
 
 
-def load_config(path: str | Path) -> TrainConfig:
-    """Read and check a TOML file; ``[model]`` takes ``preset = "name"`` and/or fields of ``ModelConfig``.
+def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a configuration; ``[model]`` takes ``preset = "name"`` and/or fields of ``ModelConfig``.
+
+    Args:
+        name: a TOML file, or the bare name of a shipped configuration.
+        settings: ``"table.field=value"``, each in place of what the file says; text needs no quotes.
 
     Raises:
         ReflowlensError: the file is missing or not TOML, a table or field is unknown or missing, or a value is not
             allowed.
+
+    >>> load_config("reflow_1_small", ["run.steps=100"]).run.steps
+    100
     """
+    path = find_config(name)
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise ReflowlensError(f"no configuration file {str(path)!r}") from error
+        tables = tomllib.loads(path.read_text(encoding="utf8"))
     except tomllib.TOMLDecodeError as error:
         raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
-    known = ["model", "data", "optimizer", "run"]
-    for name in tables:
-        if name not in known:
-            raise ReflowlensError(f"{path}: unknown table [{name}]{nearest(name, known)}")
-        if not isinstance(tables[name], dict):
-            raise ReflowlensError(f"{path}: [{name}] must be a table, got {tables[name]!r}")
-    for name in ("model", "data", "run"):
-        if name not in tables:
-            raise ReflowlensError(f"{path}: the table [{name}] is missing")
+    for table, fields in tables.items():
+        if table not in _TABLES:
+            raise ReflowlensError(f"{path}: unknown table [{table}]{nearest(table, list(_TABLES))}")
+        if not isinstance(fields, dict):
+            raise ReflowlensError(f"{path}: [{table}] must be a table, got {fields!r}")
+    for table in ("model", "data", "run"):
+        if table not in tables:
+            raise ReflowlensError(f"{path}: the table [{table}] is missing")
+    overrides = dict(map(_setting, settings))
+    for place, value in overrides.items():
+        table, key = place.split(".")
+        tables.setdefault(table, {})[key] = value
     return TrainConfig(
         model=_model(tables["model"]),
         data=_section("data", DataConfig, tables["data"]),
         optimizer=_section("optimizer", OptimizerConfig, tables.get("optimizer", {})),
         run=_section("run", RunConfig, tables["run"]),
+        overrides=overrides,
     )
+
+
+def list_configs() -> list[str]:
+    """Names of the shipped configurations, for :func:`load_config`."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def find_config(name: str | Path) -> Path:
+    """The file that a path, or the bare name of a shipped configuration, stands for.
+
+    Raises:
+        ReflowlensError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix or path.name != str(name):
+        raise ReflowlensError(f"no configuration file {str(path)!r}")
+    shipped = list_configs()
+    if path.name not in shipped:
+        raise ReflowlensError(
+            f"no configuration {path.name!r}{nearest(path.name, shipped)} "
+            f"Shipped: {', '.join(shipped)}; otherwise give a TOML file"
+        )
+    return CONFIGS / f"{path.name}.toml"
+
+
+_TABLES: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "run": RunConfig}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``"run.steps=100"`` as a place and a value of the type that TOML would give it."""
+    place, equals, written = (part.strip() for part in text.partition("="))
+    types = {f"{table}.{f.name}": str(f.type) for table, kind in _TABLES.items() for f in dataclasses.fields(kind)}
+    types["model.preset"] = "str"
+    if not equals or place not in types:
+        what = f"unknown field {place!r}" if equals else "expected table.field=value"
+        raise ReflowlensError(f"--set {text}: {what}{nearest(place, list(types))}")
+    if types[place] == "str" and written[:1] not in ('"', "'"):
+        return place, written
+    try:
+        return place, tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        return place, written  # text that wants to be a name; what wants to be a number fails the field's own check
 
 
 def _model(fields: dict[str, Any]) -> ModelConfig:

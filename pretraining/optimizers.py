@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pretraining.config import OptimizerConfig
+from pretraining.shards import cut_like, whole
 
 
 def schedule(step: int, cfg: OptimizerConfig, total: int) -> float:
@@ -29,46 +30,64 @@ def schedule(step: int, cfg: OptimizerConfig, total: int) -> float:
     return cfg.final_fraction + (1 - cfg.final_fraction) * remaining
 
 
-def make_optimizers(model: nn.Module, cfg: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, cfg: OptimizerConfig, names: Collection[str] | None = None
+) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay acts on the blocks' matrices and the signal basis: not on norms, which scale, nor on embeddings and
     recipes, whose rare rows get gradients rarely and would only shrink.
+
+    Args:
+        names: the parameters to update; None: all.
     """
-    named = dict(model.named_parameters())
-    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim > 1]
+    named = {name: p for name, p in model.named_parameters() if names is None or name in names}
+    matrices = [p for name, p in named.items() if is_block_matrix(name)]
     basis = [p for name, p in named.items() if name == "embed.W_basis"]
     decayed = {id(p) for p in (*matrices, *basis)}
     rest = [p for p in named.values() if id(p) not in decayed]
     adamw_decayed = basis if cfg.name == "muon" else [*matrices, *basis]
-    groups = [
-        {"params": adamw_decayed, "weight_decay": cfg.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"params": adamw_decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=cfg.learning_rate,
             betas=(cfg.beta1, cfg.beta2),
             fused=True,
         )
     ]
     if cfg.name == "muon":
-        optimizers.append(Muon(matrices, lr=cfg.matrix_learning_rate, weight_decay=cfg.weight_decay))
+        group = {"params": matrices}
+        optimizers.append(
+            Muon([group], lr=cfg.matrix_learning_rate, scale=cfg.matrix_scale, weight_decay=cfg.weight_decay)
+        )
     return optimizers
+
+
+def is_block_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of a block (or a stack of them, one a head), which Muon can take."""
+    return name.startswith("blocks.") and name.rsplit(".", 1)[-1].startswith("W_")
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix steps are orthogonalised (Jordan et al., 2024).
 
     torch's own takes two-dimensional parameters only; here each head of a [head, rows, columns] parameter is a matrix
-    of its own. Parameters here map rows to columns (inputs to outputs), and a step has spectral norm
-    ``lr * max(1, rows / columns) ** 0.5``: larger for matrices that narrow. The published factor is the other way
-    round, larger for those that widen; the packaged models were trained with this one.
+    of its own. Parameters here map rows to columns (inputs to outputs). A step has spectral norm ``lr * factor``, with
+    ``factor = max(1, columns / rows) ** 0.5`` if ``scale`` is ``"widening"``, as published, and
+    ``max(1, rows / columns) ** 0.5`` if it is ``"narrowing"``.
+
+    A parameter that processes hold in parts (FSDP2) is put together for its step, which each of them computes.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        scale: str = "widening",
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "scale": scale, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -82,8 +101,10 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 nesterov = p.grad.lerp(state["momentum"], group["momentum"])
                 rows, columns = p.shape[-2:]
+                ratio = columns / rows if group["scale"] == "widening" else rows / columns
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalize(nesterov), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+                direction = cut_like(orthogonalize(whole(nesterov)), like=p)
+                p.add_(direction, alpha=-group["lr"] * max(1.0, ratio) ** 0.5)
 
 
 def orthogonalize(matrix: Float[Tensor, "*batch rows columns"], steps: int = 5) -> Float[Tensor, "*batch rows columns"]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from reflowlens.models.base import HookedModel
+from tests.runs import tokens_folder, write  # noqa: F401 (fixtures)
 from tests.tiny import NAMES, random_model, random_tokens
 
 

@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reflowlens.config import ARCHITECTURES, PRESETS, ModelConfig, preset
+from reflowlens.config import ARCHITECTURES, PRESETS, ModelConfig, RotaryScaling, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.tiny import CONFIGS, tiny_config
 
+SCALING: dict[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_context": 8192,
+}
 # Published in millions to two decimals; the exact counts are derived from the shapes.
 COUNTS = {
     "gpt2": (505_619_456, 505.62),
@@ -112,6 +118,12 @@ def test_a_configuration_survives_json(cfg: ModelConfig) -> None:
         ("n_signals", -5, ("positive integer",)),
         ("n_signals", "many", ("positive integer",)),
         ("topk", 4, ("reflow_topk",)),
+        ("norm_bias", "yes", ("False", "True")),
+        ("tie_word_embeddings", False, ("'reflow'", "both ends")),
+        ("rotary_scaling", 4.0, ("RotaryScaling",)),
+        ("rotary_scaling", {"factor": 4.0}, ("low_freq_factor",)),
+        ("rotary_scaling", SCALING | {"factor": 0}, ("positive number",)),
+        ("rotary_scaling", SCALING | {"low_freq_factor": 8.0}, ("high_freq_factor=4.0",)),
     ],
 )
 def test_errors_name_the_field_and_what_is_allowed(field: str, value: Any, also: tuple[str, ...]) -> None:
@@ -119,6 +131,16 @@ def test_errors_name_the_field_and_what_is_allowed(field: str, value: Any, also:
         tiny_config("reflow", **{field: value})
     assert str(error.value).startswith(field)
     assert all(text in str(error.value) for text in also)
+
+
+def test_what_imported_models_have_is_not_told_of_others() -> None:
+    """A configuration from before these fields reads as it did, and its description, which is hashed, is the same."""
+    only_imported = {"norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings", "rotary_scaling"}
+    for cfg in (*PRESETS.values(), CONFIGS["reflow"]):
+        assert not only_imported & set(cfg.to_dict())
+    assert {"qkv_bias", "tie_word_embeddings", "rotary_scaling"} < set(CONFIGS["llama_untied"].to_dict())
+    cfg = tiny_config("llama_untied", rotary_scaling=SCALING)
+    assert cfg.rotary_scaling == RotaryScaling(**SCALING)
 
 
 @pytest.mark.parametrize("topk", [None, 0, 41, 2.5, "six"])

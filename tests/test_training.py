@@ -3,117 +3,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
+import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from pretraining import train as train_module
-from pretraining.batches import batch_at
-from pretraining.config import OptimizerConfig, TrainConfig, load_config
-from pretraining.data import open_tokens, prepare
-from pretraining.optimizers import Muon, make_optimizers, orthogonalize, schedule
+from pretraining.config import TrainConfig, load_config
+from pretraining.distributed import Processes
 from pretraining.state import newest_checkpoint
+from pretraining.token_files import open_tokens
 from pretraining.train import evaluate, train
 from reflowlens.checkpoints import load_model, read_manifest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from tests.tiny import CONFIGS, assert_close
+from tests.runs import STEPS, measured, records, run_python, same_files, with_out
 
-ROOT = Path(__file__).parent.parent
-STEPS = 24
-ALONE = train_module.Processes(0, 1, torch.device("cpu"))
-MODEL: dict[str, Any] = {
-    "architecture": "reflow",
-    "n_layers": 2,
-    "d_model": 16,
-    "n_heads": 2,
-    "d_head": 8,
-    "d_mlp": 32,
-    "d_vocab": 256,
-    "n_ctx": 16,
-    "n_signals": 16,
-    "tokenizer_name": "bytes",
-}
-OPTIMIZER: dict[str, Any] = {"name": "muon", "learning_rate": 0.01, "matrix_learning_rate": 0.05, "warmup_steps": 4}
-RUN: dict[str, Any] = {
-    "steps": STEPS,
-    "batch_size": 8,
-    "dtype": "float32",
-    "compile": False,
-    "eval_interval": 6,
-    "eval_tokens": 100,
-    "checkpoint_interval": 5,
-}
-
-
-@pytest.fixture(scope="module")
-def tokens_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    sentences = [f"The {animal} {verb} the {thing}. " for animal in ("cat", "dog") for verb in ("sees", "eats")
-                 for thing in ("mouse", "bone", "grass")]  # fmt: skip
-    (folder / "train.txt").write_text("".join(sentences * 20))
-    (folder / "val.txt").write_text("".join(reversed(sentences)))
-    prepare(folder / "train.txt", folder / "tokens", "bytes", val_sources=folder / "val.txt", progress=False)
-    return folder / "tokens"
-
-
-@pytest.fixture
-def tables(tokens_folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    return {
-        "model": dict(MODEL),
-        "data": {"folder": str(tokens_folder), "context": 16},
-        "optimizer": dict(OPTIMIZER),
-        "run": {"out": str(tmp_path / "run"), **RUN},
-    }
-
-
-@pytest.fixture
-def write(tables: dict[str, dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """A TOML file with some fields changed: ``write(run={"steps": 3})``; None drops a field."""
-
-    def write(name: str = "config.toml", **changes: dict[str, Any]) -> Path:
-        lines = []
-        for table, fields in tables.items():
-            lines.append(f"[{table}]")
-            fields = fields | changes.get(table, {})
-            lines += [f"{key} = {json.dumps(value)}" for key, value in fields.items() if value is not None]
-        path = tmp_path / name
-        path.write_text("\n".join(lines))
-        return path
-
-    return write
-
-
-def records(out: Path | str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def measured(out: Path | str) -> list[dict[str, float]]:
-    """Records without the clock."""
-    return [{name: value for name, value in record.items() if name != "tokens_per_s"} for record in records(out)]
-
-
-def with_out(cfg: TrainConfig, out: Path) -> TrainConfig:
-    return dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, out=str(out)))
-
-
-def same_files(one: Path, two: Path) -> None:
-    for name in ("model.safetensors", "training_state.safetensors"):
-        ours, theirs = load_file(one / name), load_file(two / name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
@@ -159,11 +70,12 @@ def test_checkpoints_of_a_run(write: Callable[..., Path], tmp_path: Path) -> Non
     assert manifest["tokens_seen"] == STEPS * 8 * 16
     assert manifest["val_loss"] == records(out)[-1]["val_loss"]
     assert manifest["training"] == cfg.to_dict()
+    assert manifest["overrides"] == {}
     assert load_model(out).cfg == cfg.model
 
 
 def test_validation_reads_every_token_once(write: Callable[..., Path]) -> None:
-    """The mean over all predictions, whatever the batch size; or over the first so many."""
+    """The mean over all predictions, whatever the batch size; or over blocks at equal distances."""
     cfg = load_config(write())
     model = build_model(cfg.model)
     val = open_tokens(cfg.data.folder, "val").tokens
@@ -177,7 +89,10 @@ def test_validation_reads_every_token_once(write: Callable[..., Path]) -> None:
     for batch_size in (1, 8, 1000):
         changed = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, batch_size=batch_size))
         assert evaluate(model, val, changed, ALONE) == pytest.approx(every.mean().item(), rel=1e-5)
-        assert evaluate(model, val, changed, ALONE, 100) == pytest.approx(every[:100].mean().item(), rel=1e-5)
+        # 100 tokens are six blocks of 16, as far apart as the stream allows.
+        n_blocks = (len(val) - 1) // 16
+        spread = torch.cat([every[16 * (i * n_blocks // 6) :][:16] for i in range(6)])
+        assert evaluate(model, val, changed, ALONE, 100) == pytest.approx(spread.mean().item(), rel=1e-5)
 
 
 def test_gradient_accumulation_changes_nothing(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -253,21 +168,6 @@ def test_resuming_is_bit_for_bit(
     assert measured(cfg.run.out) == measured(Path(cfg.run.out).with_name("uninterrupted"))
 
 
-def run_program(config: Path, *arguments: str, program: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    """``python -m pretraining.train`` in a process of its own, on one thread as here."""
-    command = ["-c", program] if program else ["-m", "pretraining.train"]
-    return subprocess.run(
-        [sys.executable, *command, str(config), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
-
-
 KILLED_AT_STEP_13 = """
 import os, signal, sys
 from pretraining import train
@@ -286,7 +186,7 @@ def test_a_killed_process_resumes_bit_for_bit(
 ) -> None:
     config = write()
     cfg = load_config(config)
-    killed = run_program(config, program=KILLED_AT_STEP_13)
+    killed = run_python("-c", KILLED_AT_STEP_13, config)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in sorted(Path(cfg.run.out).glob("step_*"))] == ["step_0000005", "step_0000010"]
     assert len(records(cfg.run.out)) == 13
@@ -334,197 +234,6 @@ def test_a_second_ctrl_c_interrupts(write: Callable[..., Path], monkeypatch: pyt
         train(load_config(write()))
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
-
-
-def run_two_processes(config: Path) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pretraining.train"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(config)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_two_processes_equal_one_with_the_whole_batch(write: Callable[..., Path], tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"accumulation": 2, "steps": 12}
-    config = write(optimizer={"name": "adamw"}, run=changes)
-    done = run_two_processes(config)
-    assert done.returncode == 0, done.stderr
-    cfg = load_config(config)
-    train(with_out(cfg, tmp_path / "one"))
-    two, one = measured(cfg.run.out), measured(tmp_path / "one")
-    assert [record["step"] for record in two] == list(range(1, 13))
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=1e-5)
-    ours = load_file(newest_checkpoint(Path(cfg.run.out)) / "model.safetensors")
-    for name, tensor in load_file(newest_checkpoint(tmp_path / "one") / "model.safetensors").items():
-        assert_close(ours[name], tensor, 1e-3, name)
-
-
-def test_rows_of_the_processes_are_the_rows_of_one(write: Callable[..., Path]) -> None:
-    cfg = load_config(write())
-    tokens = open_tokens(cfg.data.folder, "train").tokens
-    whole = {tuple(row) for row in batch_at(tokens, 3, 8, 16, seed=0)[0].tolist()}
-    parts = [batch_at(tokens, 3, 8, 16, seed=0, rank=rank, world_size=2)[0] for rank in range(2)]
-    assert [len(part) for part in parts] == [4, 4]
-    assert {tuple(row) for part in parts for row in part.tolist()} == whole
-
-
-# ----------------------------------------------------------------------------------------------------------- optimisers
-
-
-def rates(steps: int, **fields: Any) -> list[float]:
-    cfg = OptimizerConfig(warmup_steps=10, final_fraction=0.1, **fields)
-    return [schedule(step, cfg, steps) for step in range(steps)]
-
-
-@given(total=st.integers(20, 300), name=st.sampled_from(["constant", "cosine", "wsd"]))
-def test_every_schedule_warms_up_and_never_rises_again(total: int, name: str) -> None:
-    shares = rates(total, schedule=name)
-    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(one >= two for one, two in pairwise(shares[9:]))
-    assert max(shares) == pytest.approx(1)
-    assert min(shares[9:]) >= 0.1 - 1e-12
-
-
-def test_schedules() -> None:
-    assert set(rates(100, schedule="constant")[9:]) == {1.0}
-    cosine = rates(110, schedule="cosine")
-    assert cosine[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half of the way down
-    assert cosine[-1] == pytest.approx(0.1, abs=1e-3)
-    wsd = rates(100, schedule="wsd", decay_fraction=0.2)
-    assert set(wsd[9:81]) == {1.0}
-    assert wsd[90] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert wsd[-1] == pytest.approx(0.1 + 0.9 / 20)
-    falls = [one - two for one, two in pairwise(wsd[80:])]
-    assert falls == pytest.approx([0.9 / 20] * 19)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_what_decays(name: str) -> None:
-    """The blocks' matrices and the basis; not norms, recipe, embedding or positions. Each is in one group."""
-    for architecture in ("gpt2", "reflow"):
-        model = build_model(CONFIGS[architecture])
-        optimizers = make_optimizers(model, OptimizerConfig(name=name))
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        names = {parameter: key for key, parameter in model.named_parameters()}
-        listed = [names[parameter] for group in groups for parameter in group["params"]]
-        assert sorted(listed) == sorted(names.values())
-        decayed = {names[p] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
-        expected = {key for key in names.values() if re.fullmatch(r"blocks\.\d\.(attn|mlp)\.W_\w+", key)}
-        assert decayed == expected | ({"embed.W_basis"} if architecture == "reflow" else set())
-
-
-@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 20, 12)])
-def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape: tuple[int, ...]) -> None:
-    """Against U Vᵀ of the singular value decomposition."""
-    rank = min(shape[-2:])
-    generator = torch.Generator().manual_seed(0)
-    U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-    matrix = U * torch.logspace(-1, 1, rank) @ Vh
-    result = orthogonalize(matrix)
-    assert result.dtype == matrix.dtype
-    core = U.mT @ result @ Vh.mT  # diagonal where singular vectors are kept
-    diagonal = core.diagonal(dim1=-2, dim2=-1)
-    assert diagonal.min() > 0.6
-    assert diagonal.max() < 1.3
-    assert (core - torch.diag_embed(diagonal)).abs().max() < 0.05
-    assert (result - U @ core @ Vh).abs().max() < 0.05
-    polar = U @ Vh
-    assert (result * polar).sum() / (result.norm() * polar.norm()) > 0.95
-
-
-def test_muon_takes_every_head_for_itself() -> None:
-    """A step on [head, rows, columns] is that on each slice, of spectral norm lr * max(1, rows / columns) ** 0.5."""
-    generator = torch.Generator().manual_seed(0)
-    start, gradients = torch.randn(3, 20, 5, generator=generator), torch.randn(4, 3, 20, 5, generator=generator)
-
-    def run(value: Tensor, grads: Tensor) -> Tensor:
-        parameter = torch.nn.Parameter(value.clone())
-        optimizer = Muon([parameter], lr=0.1, weight_decay=0.01)
-        for grad in grads:
-            parameter.grad = grad.clone()
-            optimizer.step()
-        return parameter.detach()
-
-    together = run(start, gradients)
-    for head in range(3):
-        assert_close(run(start[head], gradients[:, head]), together[head], 1e-3)
-    step = start - run(start, gradients[:1]) - start * 0.1 * 0.01
-    norms = torch.linalg.matrix_norm(step, ord=2)
-    assert (norms / (0.1 * 2) - 1).abs().max() < 0.3
-
-
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-def test_the_shipped_configuration_is_valid() -> None:
-    cfg = load_config(ROOT / "pretraining" / "configs" / "reflow_nano.toml")
-    assert build_model(cfg.model, device="meta").n_parameters == 9_178_368
-
-
-def test_a_preset_with_changes(write: Callable[..., Path]) -> None:
-    path = write(model=dict.fromkeys(MODEL) | {"preset": "reflow_1_small", "n_layers": 3})
-    cfg = load_config(path)
-    assert (cfg.model.n_layers, cfg.model.d_model, cfg.model.n_signals) == (3, 512, 512)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"run": {"step": 5}}, "unknown field run.step; did you mean 'steps'"),
-        ({"model": {"n_layer": 5}}, "unknown model field 'n_layer'; did you mean 'n_layers'"),
-        ({"model": {"preset": "reflow_1_smal"}}, "unknown preset 'reflow_1_smal'; did you mean 'reflow_1_small'"),
-        ({"run": {"steps": "many"}}, "run.steps must be a int, got 'many'"),
-        ({"run": {"steps": True}}, "run.steps must be a int, got True"),
-        ({"run": {"steps": 2.5}}, "run.steps must be a int, got 2.5"),
-        ({"run": {"compile": 1}}, "run.compile must be a bool, got 1"),
-        ({"optimizer": {"learning_rate": "high"}}, "optimizer.learning_rate must be a float, got 'high'"),
-        ({"run": {"steps": None}}, "the table [run] lacks steps"),
-        ({"data": {"folder": None, "context": None}}, "the table [data] lacks folder, context"),
-        ({"model": {"d_head": None}}, "the model configuration lacks d_head"),
-        ({"optimizer": {"name": "sgd"}}, "optimizer.name must be one of 'adamw', 'muon', got 'sgd'"),
-        ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule must be one of 'constant', 'cosine', 'wsd'"),
-        ({"run": {"dtype": "float16"}}, "run.dtype must be one of 'float32', 'bfloat16', got 'float16'"),
-        ({"run": {"batch_size": 0}}, "run.batch_size must be positive, got 0"),
-        ({"run": {"keep_checkpoints": 0}}, "run.keep_checkpoints must be positive, got 0"),
-        ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate must be positive, got 0"),
-        ({"optimizer": {"grad_clip": 0}}, "optimizer.grad_clip must be positive, got 0"),
-        ({"optimizer": {"warmup_steps": -1}}, "optimizer.warmup_steps must not be negative, got -1"),
-        ({"optimizer": {"final_fraction": 2.0}}, "optimizer.final_fraction must be between 0 and 1, got 2.0"),
-        ({"data": {"context": 17}}, "data.context=17 exceeds model.n_ctx=16"),
-        ({"run": {"accumulation": 3}}, "run.accumulation must divide run.batch_size=8"),
-    ],
-)
-def test_errors_of_a_configuration(write: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ReflowlensError, match=re.escape(message)):
-        load_config(write(**changes))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[modle]\nx = 1", r"unknown table \[modle\]; did you mean 'model'"),
-        ("[model]\nx = 1", r"the table \[data\] is missing"),
-        ("[model\n", "is not valid TOML"),
-        ("model = 1\ndata = 2\nrun = 3", r"\[model\] must be a table"),
-    ],
-)
-def test_errors_of_a_file(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "config.toml"
-    path.write_text(text)
-    with pytest.raises(ReflowlensError, match=message):
-        load_config(path)
-    with pytest.raises(ReflowlensError, match=r"no configuration file .*nowhere\.toml"):
-        load_config(tmp_path / "nowhere.toml")
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -545,6 +254,52 @@ def test_a_run_is_not_overwritten_and_only_its_own_is_resumed(write: Callable[..
         train(load_config(write(run={"steps": 2, "seed": 77})), resume=True)
     assert train(cfg, resume=True) == folder  # nothing is left to do
     assert len(records(cfg.run.out)) == 2
+
+
+def test_overrides_are_recorded_and_kept(write: Callable[..., Path], tmp_path: Path) -> None:
+    """In the run's manifest and in every checkpoint's; what decides the run cannot be overridden otherwise later."""
+    config = write(run={"checkpoint_interval": 2, "keep_checkpoints": 9})
+    settings = ["run.steps=4", "optimizer.learning_rate=0.02"]
+    cfg = load_config(config, settings)
+    folder = train(cfg)
+    overrides = {"run.steps": 4, "optimizer.learning_rate": 0.02}
+    out = Path(cfg.run.out)
+    checkpoints = sorted(out.glob("step_*"))
+    assert [read_manifest(path)["overrides"] for path in checkpoints] == [overrides] * 2
+    shutil.rmtree(folder)
+
+    refused = r"was trained with {}, but the configuration has {}: a resumed run must repeat"
+    for given, was, now in (
+        (settings[:1], r"optimizer\.learning_rate=0\.02", "0.01"),
+        (settings[1:], r"run\.steps=4", "24"),
+        ([*settings, "run.dtype=bfloat16"], r"run\.dtype='float32'", "'bfloat16'"),
+        ([*settings, "model.d_mlp=48"], "another model", ""),
+    ):
+        expected = refused.format(was, now) if now else "holds another model than the configuration describes"
+        with pytest.raises(ReflowlensError, match=expected):
+            train(load_config(config, given), resume=True)
+    with pytest.raises(ReflowlensError, match=r"\(give --set optimizer\.learning_rate=0\.02 again\)"):
+        train(load_config(config, settings[:1]), resume=True)
+
+    moved = ["run.accumulation=2", "run.eval_interval=1"]
+    assert train(load_config(config, [*settings, *moved]), resume=True) == folder
+    run = json.loads((out / "run.json").read_text())
+    assert run["overrides"] == overrides | {"run.accumulation": 2, "run.eval_interval": 1}
+    assert [(start["step"], start["overrides"]) for start in run["starts"]] == [(0, overrides), (2, run["overrides"])]
+    same = write("same.toml", run={"steps": 4}, optimizer={"learning_rate": 0.02})
+    assert train(load_config(same), resume=True) == folder  # the same values, from the file
+
+
+def test_a_checkpoint_older_than_a_field_of_the_configuration(write: Callable[..., Path]) -> None:
+    """Its absence means the default, and no overrides."""
+    cfg = load_config(write(run={"steps": 2}))
+    manifest_path = train(cfg) / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    del manifest["overrides"], manifest["training"]["optimizer"]["matrix_scale"]
+    manifest_path.write_text(json.dumps(manifest))
+    train(cfg, resume=True)
+    with pytest.raises(ReflowlensError, match=r"optimizer.matrix_scale='narrowing', but the configuration has 'wide"):
+        train(load_config(write(run={"steps": 2}, optimizer={"matrix_scale": "widening"})), resume=True)
 
 
 def test_half_a_line_of_metrics_is_dropped(
@@ -572,7 +327,7 @@ def test_half_a_line_of_metrics_is_dropped(
 
 def test_accumulation_must_divide_the_rows_of_a_process(write: Callable[..., Path]) -> None:
     cfg = load_config(write(run={"accumulation": 8}))
-    two = train_module.Processes(0, 2, torch.device("cpu"))
+    two = Processes(0, 2, torch.device("cpu"))
     with pytest.raises(ReflowlensError, match="accumulation"):
         train_module._train(cfg, two, lambda: False, resume=False, progress=False)
 
@@ -591,6 +346,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(write: Callable[..., Path]) -> 
 
 
 def test_the_program_shows_one_line_for_an_error(tmp_path: Path) -> None:
-    done = run_program(tmp_path / "nowhere.toml")
+    done = run_python("-m", "pretraining.train", tmp_path / "nowhere.toml")
     assert done.returncode == 1
     assert done.stderr.strip() == f"error: no configuration file '{tmp_path / 'nowhere.toml'}'"

@@ -1,0 +1,57 @@
+"""What ``reflowlens train`` and ``python -m pretraining.train`` take on the command line, and what they do with it."""
+
+from __future__ import annotations
+
+import argparse
+
+from reflowlens.errors import ReflowlensError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line of a training run."""
+    parser.add_argument("config", help="a TOML file, or the name of a shipped configuration, e.g. reflow_1_small")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.FIELD=VALUE",
+        help="put a value in place of the configuration's, e.g. run.steps=100; repeatable, recorded in checkpoints",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost and stop")
+    plan = parser.add_argument_group("with --dry-run")
+    plan.add_argument("--gpus", type=int, metavar="N", help="how many share the run (default: 1)")
+    plan.add_argument("--rate", type=float, metavar="TOKENS/S", help="how fast all of them together train")
+    plan.add_argument("--flops", metavar="FLOP/S", help="peak of one of them, or its name: 312e12, A100")
+    plan.add_argument("--mfu", type=float, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, or with ``--dry-run`` print what that would cost.
+
+    Raises:
+        ReflowlensError: the configuration or an option is not as it should be, or the run fails.
+    """
+    from pretraining.config import load_config
+    from pretraining.distributed import is_first_process
+
+    plan = {name: getattr(options, name) for name in ("gpus", "rate", "flops", "mfu")}
+    given = [f"--{name}" for name, value in plan.items() if value is not None]
+    try:
+        if given and not options.dry_run:
+            raise ReflowlensError(f"{given[0]} is for --dry-run, which prints what a run would cost")
+        cfg = load_config(options.config, options.set)
+    except ReflowlensError:
+        if not is_first_process():  # all processes read the same: one says what is wrong
+            raise SystemExit(1) from None
+        raise
+    if options.dry_run:
+        from pretraining.estimate import estimate
+
+        print(estimate(cfg, **{name: value for name, value in plan.items() if value is not None}))
+        return
+    from pretraining.train import train
+
+    folder = train(cfg, resume=options.resume)
+    if is_first_process():
+        print(folder)

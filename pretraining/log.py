@@ -1,0 +1,56 @@
+"""What a run writes down as it goes: ``metrics.jsonl``, one object a step, and ``run.json``, how it was started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretraining.config import TrainConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.files import replacing
+
+
+class Log:
+    """``metrics.jsonl``; a resumed run drops what it is about to repeat."""
+
+    def __init__(self, out: Path, start: int, cfg: TrainConfig, *, enabled: bool) -> None:
+        self.path, self.enabled, self.tokens_per_step = out / "metrics.jsonl", enabled, cfg.tokens_per_step
+        self.wandb: Any = None
+        if not enabled:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
+        kept = [line for line in whole if json.loads(line)["step"] <= start]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf8")
+        if cfg.run.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ReflowlensError("run.wandb_project needs wandb: pip install 'reflowlens[wandb]'") from error
+
+            self.wandb = wandb.init(project=cfg.run.wandb_project, config=cfg.to_dict(), resume="allow")
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf8").splitlines(keepends=True) if self.path.exists() else []
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        with self.path.open("a", encoding="utf8") as file:
+            file.write(json.dumps({"step": step, "tokens": step * self.tokens_per_step, **record}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(record, step=step)
+
+
+def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int) -> None:
+    """``run.json``: the configuration as it was last started, its overrides, and each start in turn."""
+    import torch
+
+    path = out / "run.json"
+    starts = json.loads(path.read_text(encoding="utf8"))["starts"] if path.exists() else []
+    this = {"step": start, "processes": world_size, "torch": torch.__version__, "overrides": dict(cfg.overrides)}
+    manifest = {"training": cfg.to_dict(), "overrides": dict(cfg.overrides), "starts": [*starts, this]}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from pretraining.config import OptimizerConfig, TrainConfig, load_config
+from pretraining.estimate import estimate
+from pretraining.memory import activation_bytes
+from pretraining.optimizers import make_optimizers
+from pretraining.replicas import optimizer_state
+from reflowlens.cli import main
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.flops import training_flops_per_token
+from reflowlens.models import build_model
+
+SIZES: dict[str, Any] = {
+    "n_layers": 3,
+    "d_model": 32,
+    "n_heads": 2,
+    "d_head": 24,
+    "d_mlp": 72,
+    "n_ctx": 64,
+    "tokenizer_name": "bytes",
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2_new": {},
+    "reflow": {"n_signals": 40},
+    "reflow_topk": {"n_signals": 40, "topk": 4},
+    "reflow_lite": {"n_signals": 40, "n_key_value_heads": 1},
+}
+
+
+def kept_for_backward(cfg: ModelConfig, rows: int, context: int, dtype: str) -> int:
+    """Bytes of the distinct storages that autograd saves in a forward pass, parameters and tables of angles apart."""
+    model = build_model(cfg).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, 256, (rows, context + 1))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        model(ids[:, :-1], "loss", targets=ids[:, 1:])
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("d_vocab", [256, 1024])  # the readout of a short pass is factored, that of a long one formed
+def test_activations_are_those_that_autograd_keeps(architecture: str, d_vocab: int, dtype: str) -> None:
+    cfg = ModelConfig(architecture=architecture, d_vocab=d_vocab, **SIZES, **MODELS[architecture])
+    rows, context = 6, 64
+    width = 4 if dtype == "float32" else 2
+    copies = 0
+    if dtype == "bfloat16":  # counted with the weights; a whole embedding's copy lives in the loss alone
+        names = [n for n, _ in build_model(cfg, device="meta").named_parameters() if n.rsplit(".", 1)[-1][:2] == "W_"]
+        sizes = {name: p.numel() for name, p in build_model(cfg, device="meta").named_parameters()}
+        copies = sum(2 * sizes[name] for name in names if name not in ("embed.W_E", "pos_embed.W_pos"))
+    measured = kept_for_backward(cfg, rows, context, dtype)
+    assert sum(activation_bytes(cfg, rows * context, width)) + copies == pytest.approx(measured, rel=0.01)
+
+
+def tiny(sharding: str = "none", **changes: Any) -> TrainConfig:
+    settings = [f"run.sharding={sharding}", *(f"{key.replace('__', '.')}={value}" for key, value in changes.items())]
+    return load_config("reflow_nano", settings)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimiser_state_is_what_the_optimisers_hold(name: str) -> None:
+    cfg = tiny(optimizer__name=name, model__n_layers=1)
+    model = build_model(cfg.model)
+    optimizers = make_optimizers(model, OptimizerConfig(name=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    held = sum(value.nbytes for key, value in optimizer_state(model, optimizers).items() if not key.endswith("/step"))
+    assert estimate(cfg).memory.optimizer_state == held
+
+
+def test_memory_by_sharding() -> None:
+    none, zero1, fsdp = (estimate(tiny(sharding, run__batch_size=32), gpus=4) for sharding in ("none", "zero1", "fsdp"))
+    one = estimate(tiny("fsdp"), gpus=1)  # alone, a GPU holds everything
+    assert one.memory.weights == none.memory.weights == zero1.memory.weights > fsdp.memory.weights
+    assert none.memory.gradients == zero1.memory.gradients == 4 * none.parameters > fsdp.memory.gradients
+    assert fsdp.memory.optimizer_state == none.memory.optimizer_state / 4
+    recipe = 8 * 16768 * 256  # one parameter is nearly half of this model, and has one owner
+    assert zero1.memory.optimizer_state == recipe
+    assert one.memory.activations == pytest.approx(4 * none.memory.activations)
+    summed = estimate(tiny("fsdp", run__accumulation=2), gpus=4)
+    assert summed.memory.gradients == 4 * summed.parameters
+
+
+def test_a_published_run() -> None:
+    found = estimate(load_config("reflow_1_big"), gpus=4, flops="A100", mfu=0.5)
+    assert found.parameters == 515_056_640
+    assert found.parameters_outside_embedding == 515_056_640 - 50304 * 1024 - 1024 * 1024
+    assert found.tokens == 50_000 * 176 * 1024
+    assert found.flops == found.tokens * training_flops_per_token(found.cfg.model, 1024, batch=4)
+    assert found.seconds == pytest.approx(found.flops / (4 * 312e12 * 0.5))
+    at_rate = estimate(load_config("reflow_1_big"), gpus=4, rate=1e5)
+    assert at_rate.seconds == found.tokens / 1e5
+    assert estimate(load_config("gpt2")).parameters_outside_embedding == 505_619_456 - (50304 + 1024) * 1024
+
+
+def test_the_command_prints_it_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "reflow_1_small", "--dry-run", "--set", "run.steps=100", "--rate", "1e6"]) == 0
+    text = capsys.readouterr().out
+    lines = {line[:24].strip(): line[24:46].strip() for line in text.splitlines()[1:]}
+    assert lines["parameters"] == "46,471,680"
+    assert lines["tokens in all"] == "18,022,400"
+    assert lines["time"] == "0:00:18"
+    parts = [float(lines[name].split()[0]) for name in
+             ("weights", "gradients", "optimizer state", "activations", "readout")]  # fmt: skip
+    assert float(lines["memory per GPU"].split()[0]) == pytest.approx(sum(parts), abs=0.03)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0}, "gpus must be positive, got 0"),
+        ({"gpus": 3}, "run.batch_size / run.accumulation = 16 examples do not divide among 3 processes"),
+        ({"flops": "fast"}, "--flops fast is neither a number of operations a second"),
+        ({"flops": "T4"}, "nor a GPU whose peak in bfloat16 is known"),
+        ({"flops": 1e12, "mfu": 40.0}, "--mfu must be between 0 and 1, got 40.0"),
+        ({"mfu": 0.4}, "--mfu is a share of --flops"),
+        ({"rate": 1.0, "flops": 1e12}, "give --rate, or --flops and --mfu, not both"),
+        ({"rate": 0.0}, "--rate must be positive"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReflowlensError, match=re.escape(message)):
+        estimate(load_config("reflow_1_big"), **options)
+
+
+def test_plans_are_for_dry_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "reflow_1_small", "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == "error: --gpus is for --dry-run, which prints what a run would cost\n"
