@@ -49,6 +49,19 @@ def test_mean_ablation_takes_the_mean_over_positions_and_prompts(model: HookedMo
     assert_equal(actual, by_hand(model, tokens, "blocks.0.hook_mlp_out", change))
 
 
+def test_a_mean_over_texts_of_different_lengths_leaves_their_padding_out(model: HookedModel, tokens: Tensor) -> None:
+    texts = ["abcdef", "xy"]
+    rows = [model.run_with_cache(text)[1]["blocks.0.hook_mlp_out"][0] for text in texts]
+    mean = torch.cat(rows).mean(dim=0)
+
+    def change(mlp_out: Tensor) -> None:
+        mlp_out[:] = mean
+
+    actual = rl.run(model, tokens, rl.Ablate("mlp_out", layer=0, by="mean", reference=texts))
+    expected = by_hand(model, tokens, "blocks.0.hook_mlp_out", change)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_resampling_draws_whole_places_of_the_reference(model: HookedModel, tokens: Tensor) -> None:
     reference = random_tokens(model.cfg, seed=5)
     places = model.run_with_cache(reference)[1]["blocks.0.hook_resid_post"].flatten(0, 1)
@@ -245,6 +258,8 @@ def test_json_errors(text: str, message: str) -> None:
         (rl.Patch("hook_basis", "abc"), "nothing to take from another"),
         (rl.Patch("resid_pre", "ab", layer=0), "the source has 2 tokens"),
         (rl.Patch("resid_pre", layer=0), "needs a prompt"),
+        (rl.Patch("resid_pre", ["abcd", "ab"], layer=0, from_position="last"), r"equal length, got \[4, 2\] tokens"),
+        (rl.Ablate("pattern", layer=0, by="mean", reference=["abcd", "ab"]), r"equal length, got \[4, 2\] tokens"),
         (rl.Patch("resid_pre", ["abcd"] * 3, layer=0), "the source has 3 prompts"),
         (rl.Steer("resid_pre", torch.ones(5), layer=0), r"Steer.direction has shape \[5\]"),
     ],

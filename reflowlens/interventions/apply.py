@@ -94,7 +94,9 @@ def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> lis
 
     def bound(intervention: Intervention, name: str) -> Bound:
         source = intervention.source()
-        return Bound(intervention, name, None if source is None else caches[_key(source)][name])
+        if source is None:
+            return Bound(intervention, name, None)
+        return Bound(intervention, name, _without_padding(model, intervention, name, caches[_key(source)][name]))
 
     return [[bound(intervention, name) for intervention, name in cell] for cell in places]
 
@@ -109,6 +111,21 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
         return cast(Mapping[str, Tensor], source)
     with torch.no_grad():
         return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
+
+
+def _without_padding(model: HookedModel, intervention: Intervention, name: str, activation: Tensor) -> Tensor:
+    """A source's activation; where its texts differ in length and are drawn from, their own positions in one row."""
+    source = intervention.source()
+    if isinstance(source, str) or not isinstance(source, Sequence):
+        return activation
+    lengths = model.tokens_and_lengths(source)[1]
+    if len(set(lengths)) == 1 or intervention.takes_same_positions:
+        return activation
+    if isinstance(intervention, Patch) or "key_pos" in model.hook_axes(name):
+        raise ReflowlensError(
+            f"{intervention.kind} at {name!r} needs source texts of equal length, got {lengths} tokens"
+        )
+    return torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None]
 
 
 def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
