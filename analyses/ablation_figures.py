@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 
 from reflowlens.figures import bars, histogram_with_control, line_with_band
 
+_HOVER = ("contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook")
+
 
 def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
     """``knockout``, ``sufficiency``, ``signals``, ``sites`` and ``single``, from the frames of the experiment."""
@@ -53,7 +55,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
             "name",
             "after_zero",
             horizontal=True,
-            hover=["contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook"],
+            hover=[name for name in _HOVER if name in strongest],
             title=f"“{prompt}” → “{target}” ({before:.2%}) without one signal",
             x_title="signal",
             y_title="probability left",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -23,15 +23,12 @@ from tqdm import tqdm
 from analyses.ablation_figures import ablation_figures
 from analyses.controls import untrained_view
 from analyses.knockout import (
-    Site,
     codebook_texts,
     curve_area,
     curve_counts,
-    knockout_curve,
     matched_order,
     random_order,
-    single_effects,
-    upstream_effects,
+    real_tokens,
     write_norms,
 )
 from analyses.lens import first_settled, lens_log_probabilities, residual_stack
@@ -48,6 +45,9 @@ from analyses.statistics import (
 )
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations
+from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
+from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
 
@@ -107,7 +107,7 @@ def causal_ablation(
 
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view)
+    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view))
     lexicon = lexicon or load_lexicon()
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:
@@ -120,7 +120,7 @@ def causal_ablation(
     detail = residual_stack(model, prompt)[-1]
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
-    untrained = untrained_view(chosen, seed)
+    untrained = real_tokens(untrained_view(chosen, seed))
     rotated = [rotate(chosen, random_rotation(chosen.n_signals, seed + i)) for i in range(rotations)]
     bar = tqdm(total=3 + len(rotated), desc="causal ablation", disable=not progress)
     native = _measure(chosen, final, seed)
@@ -194,9 +194,10 @@ class Measured(NamedTuple):
 
 def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int) -> Measured:
     a = view.readout(final).float()
-    targets = view.logits(a)[:, : view.n_tokens].argmax(dim=-1)
-    effects = single_effects(view, a, targets)
-    left = (effects.after / effects.before[:, None]).cpu()
+    targets = view.logits(a).argmax(dim=-1)
+    alone = SingleAblations(view, a, 0.0)
+    before = alone.before().probability(targets)
+    left = (alone.probability(targets) / before).cpu()
     worst = left.argmin(dim=-1)
     contribution = (a * view.recipe[targets]).cpu()
     by_contribution = contribution.argsort(dim=-1, descending=True)
@@ -209,8 +210,8 @@ def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int
         "matched": matched_order(by_contribution, norms),
         "random": random_order(tuple(left.shape), seed),
     }
-    curves = {name: knockout_curve(view, a, targets, order.to(a.device), counts) for name, order in orders.items()}
-    curves["keep"] = knockout_curve(view, a, targets, by_contribution.to(a.device), counts, keep=True)
+    curves = {name: ProgressiveAblations(view, a, 0.0, order, counts) for name, order in orders.items()}
+    curves["keep"] = ProgressiveAblations(view, a, 0.0, by_contribution, counts, keep=True)
     return Measured(
         counts,
         worst.numpy(),
@@ -219,7 +220,7 @@ def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int
             "random_signal": left.mean(dim=-1).double().numpy(),
             "matched_signal": left[rows, partner].double().numpy(),
         },
-        {name: (curve / effects.before[:, None]).double().cpu().numpy() for name, curve in curves.items()},
+        {name: (curve.probability(targets) / before).double().cpu().numpy() for name, curve in curves.items()},
     )
 
 
@@ -281,7 +282,7 @@ def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d
 
 def _least_without_one(view: SignalView, resid: Float[Tensor, "one d_model"], target_id: int) -> float:
     """The target's probability without the signal whose removal lowers it most."""
-    return float(single_effects(view, view.readout(resid).float(), torch.tensor([target_id])).after.min())
+    return float(SingleAblations(view, view.readout(resid), 0.0).probability(target_id).min())
 
 
 def _signal_frame(
@@ -289,8 +290,7 @@ def _signal_frame(
 ) -> pd.DataFrame:
     """Every signal of one prompt: what it contributes, and the target's probability without it."""
     resid = residual_stack(model, prompt)[-1]
-    a = view.readout(resid).float()
-    targets = torch.tensor([target_id])
+    a = view.readout(resid)
     reference = _reference_signals(model, view, lexicon)
     elsewhere = reference[
         torch.randint(len(reference), (view.n_signals,), generator=torch.Generator().manual_seed(seed))
@@ -300,19 +300,21 @@ def _signal_frame(
         "mean": reference.mean(dim=0)[None],
         "resample": elsewhere.diagonal()[None],
     }
-    effects = {kind: single_effects(view, a, targets, value) for kind, value in replacements.items()}
-    tokens = model.to_tokens(prompt)
-    every = torch.arange(view.n_signals, device=tokens.device)
-    upstream = {site: upstream_effects(model, view, tokens, target_id, every, site) for site in ("embed", "everywhere")}
+    alone = {kind: SingleAblations(view, a, value) for kind, value in replacements.items()}
+    upstream = {
+        site: ablate_upstream(model, prompt, target_prob(target_id), site, view=view, progress=False).values[:, 0]
+        for site in _sites(model)
+        if isinstance(site, str)
+    }
     frame = pd.DataFrame(
         {
-            "signal": every.cpu().numpy(),
+            "signal": range(view.n_signals),
             "target": model.to_single_str_token(target_id),
             "readout": a[0].cpu().numpy(),
             "contribution": (a[0] * view.recipe[target_id]).cpu().numpy(),
-            "probability_before": float(effects["zero"].before),
-            **{f"after_{kind}": e.after[0].cpu().numpy() for kind, e in effects.items()},
-            "kl_zero": effects["zero"].kl[0].cpu().numpy(),
+            "probability_before": float(alone["zero"].before().probability(target_id)),
+            **{f"after_{kind}": each.probability(target_id)[0].cpu().numpy() for kind, each in alone.items()},
+            "kl_zero": alone["zero"].kl()[0].cpu().numpy(),
             **{f"after_{site}": values.cpu().numpy() for site, values in upstream.items()},
             "codebook": codebook_texts(view),
         }
@@ -335,24 +337,29 @@ def _site_frame(
     model: HookedModel, view: SignalView, prompt: str, target_id: int, signals: pd.DataFrame, k: int = 8
 ) -> pd.DataFrame:
     """The k most damaging signals of the prompt in detail, and as many random ones, removed at every site."""
-    tokens = model.to_tokens(prompt)
     before = signals["probability_before"].iloc[0]
     damaging = signals.nsmallest(k, "after_zero")["signal"].tolist()
     others = [s for s in random_order((1, view.n_signals), 0)[0].tolist() if s not in damaging][:k]
-    chosen: Int[Tensor, " k"] = torch.tensor([*damaging, *others], device=tokens.device)
+    chosen = [*damaging, *others]
     after_readout = signals.set_index("signal")["after_zero"]
-    sites: list[Site] = ["embed", *range(model.cfg.n_layers + 1), "everywhere"]
+    metric = target_prob(target_id)
     rows = []
-    for site in sites:
-        after = upstream_effects(model, view, tokens, target_id, chosen, site).tolist()
+    for site in _sites(model):
+        after = ablate_upstream(model, prompt, metric, site, signals=chosen, view=view, progress=False).values[:, 0]
         label = f"resid {site}" if isinstance(site, int) else site
-        for i, (signal, probability) in enumerate(zip(chosen.tolist(), after, strict=True)):
+        for i, (signal, probability) in enumerate(zip(chosen, after.tolist(), strict=True)):
             group = "most damaging" if i < len(damaging) else "random"
             rows.append({"site": label, "signal": signal, "group": group, "left": probability / before})
-    for i, signal in enumerate(chosen.tolist()):
+    for i, signal in enumerate(chosen):
         group = "most damaging" if i < len(damaging) else "random"
         rows.append({"site": "readout", "signal": signal, "group": group, "left": after_readout[signal] / before})
     return pd.DataFrame(rows)
+
+
+def _sites(model: HookedModel) -> list[Site]:
+    """From the input to the end; the signals of an unembedding of its own are not what enters at the input."""
+    layers = range(model.cfg.n_layers + 1)
+    return ["embed", *layers, "everywhere"] if model.cfg.tie_word_embeddings else [*layers]
 
 
 def _prompts_frame(native: Measured, controls: dict[str, Measured], prompts: list[str]) -> pd.DataFrame:

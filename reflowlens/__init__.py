@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from reflowlens.checkpoints import load_model as load_model
     from reflowlens.checkpoints import model_hash as model_hash
     from reflowlens.checkpoints import save_model as save_model
+    from reflowlens.collection import Collected as Collected
+    from reflowlens.collection import collect as collect
     from reflowlens.config import PRESETS as PRESETS
     from reflowlens.config import ModelConfig as ModelConfig
     from reflowlens.errors import ReflowlensError as ReflowlensError
@@ -58,6 +60,7 @@ _HOMES = {
     "ActivationCache": "cache",
     "AddWeights": "interventions.edit",
     "Graph": "interventions.graph",
+    "Collected": "collection",
     "ModelConfig": "config",
     "PRESETS": "config",
     "Patch": "interventions.values",
@@ -74,6 +77,7 @@ _HOMES = {
     "ablate_upstream": "interventions.upstream_ablation",
     "agreement": "interventions.screening",
     "build_model": "models",
+    "collect": "collection",
     "completeness": "interventions.circuits",
     "edge_attribution": "interventions.edges",
     "edit": "interventions.edit",

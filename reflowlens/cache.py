@@ -1,17 +1,34 @@
-"""TransformerLens's activation cache, with signals."""
+"""TransformerLens's activation cache, with signals, and on disk."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
 import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.utilities import Slice
 
+from reflowlens.checkpoints import model_hash
+from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.tensor_folder import open_tensors, save_tensors
+
+_KIND = "activations"
 
 
 class ActivationCache(transformer_lens.ActivationCache):
-    """The activations of one forward pass; everything TransformerLens's cache does, and the readout in signals.
+    """The activations of one forward pass; everything TransformerLens's cache does, the readout in signals, and files.
+
+    Attributes:
+        tokens: what the pass read, [batch, pos]; None if it did not start from tokens.
 
     Example:
         >>> import reflowlens as rl
@@ -21,25 +38,42 @@ class ActivationCache(transformer_lens.ActivationCache):
         torch.Size([1, 5, 256])
     """
 
+    def __init__(
+        self,
+        cache_dict: MutableMapping[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.tokens = tokens
+        self._origin: dict[str, Any] = {"model": None, "model_hash": None}  # of a cache that was loaded without a model
+
     def __getitem__(self, key: str | tuple) -> Tensor:
         """An activation by name, or by TransformerLens's shorthand such as ``("resid_pre", 3)``.
 
         Raises:
             ReflowlensError: it was not cached; the message says how to cache it.
         """
+        if isinstance(key, tuple) and isinstance(key[1:2] and key[1], int) and key[1] < 0:
+            self._hooked_model()
         try:
             return super().__getitem__(key)
         except KeyError as error:
             name = str(error.args[0])
-            self.model.check_hook_name(name)
+            if self.model is None:
+                raise ReflowlensError(f"{name!r} is not in this cache{nearest(name, list(self))}") from error
+            self._hooked_model().check_hook_name(name)
             raise ReflowlensError(
                 f"{name!r} is not in this cache; run_with_cache(..., names_filter=lambda name: True) keeps every "
                 "point, attention squares too"
             ) from error
 
+    # -- signals ------------------------------------------------------------------------------------------------------
+
     def resid(self, layer: int | None = None) -> Float[Tensor, "*batch pos d_model"]:
         """The residual stream that block ``layer`` reads; ``n_layers``, or None, is the one that is unembedded."""
-        n_layers = self.model.cfg.n_layers
+        n_layers = self._hooked_model().cfg.n_layers
         layer = n_layers if layer is None else layer
         if not 0 <= layer <= n_layers:
             raise ReflowlensError(f"layer must be between 0 and {n_layers} (the end of the model), got {layer}")
@@ -64,4 +98,164 @@ class ActivationCache(transformer_lens.ActivationCache):
         return self._view(view).contributions(self.resid(layer), target)
 
     def _view(self, view: SignalView | ViewName | None) -> SignalView:
-        return view if isinstance(view, SignalView) else signal_view(self.model, view)
+        return view if isinstance(view, SignalView) else signal_view(self._hooked_model(), view)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """The cache of some of the prompts: an index (which drops the batch axis), a slice, a tuple or a list.
+
+        Points that are the same in every row, such as ``hook_basis``, stay whole.
+
+        Raises:
+            ReflowlensError: the cache has no batch axis.
+        """
+        rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if not self.has_batch_dim and rows.mode != "identity":
+            raise ReflowlensError("this cache has no batch axis to take rows from: it holds one prompt")
+        parts = {name: rows.apply(x, dim=0) if self._has_rows(name) else x for name, x in self.items()}
+        tokens = (
+            self.tokens if self.tokens is None else rows.apply(self.tokens, dim=0).reshape(-1, self.tokens.shape[1])
+        )
+        part = ActivationCache(parts, self.model, self.has_batch_dim and rows.mode != "int", tokens)
+        part._origin = self._origin
+        return part
+
+    def _has_rows(self, name: str) -> bool:
+        point = name.removesuffix("_grad")
+        if self.model is not None and point in self.model.hook_dict:
+            return "batch" in self._hooked_model().hook_axes(point)
+        return point != "hook_basis"
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``activations.safetensors`` and ``manifest.json``, replacing an earlier cache when both are complete.
+
+        An activation that is cached under two names is written once. The manifest holds the model's hash (of its
+        weights as they are now), the tokens, every point with its shape and type, and the versions of the libraries.
+
+        Raises:
+            ReflowlensError: the folder holds something else, the disk is full or it cannot be written; then nothing has
+                changed.
+
+        Example: ``cache.save("out/cache"); rl.ActivationCache.load("out/cache", model)["resid_post", -1]``
+        """
+        first: dict[tuple, str] = {}
+        same_as = {name: other for name, x in self.items() if (other := first.setdefault(_identity(x), name)) != name}
+        stored = _with_own_memory({name: x for name, x in self.items() if name not in same_as})
+        model = self.model
+        origin = self._origin if model is None else {"model": model.cfg.model_name, "model_hash": model_hash(model)}
+        manifest = {
+            **origin,
+            "tokens": None if self.tokens is None else self.tokens.tolist(),
+            "has_batch_dim": self.has_batch_dim,
+            "points": {name: {"shape": list(x.shape), "dtype": _type_name(x)} for name, x in self.items()},
+            "same_as": same_as,
+        }
+        return save_tensors(folder, _KIND, stored, manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: HookedModel | None = None) -> ActivationCache:
+        """A cache that :meth:`save` wrote, memory-mapped: an activation is read when it is indexed.
+
+        Args:
+            model: that the cache is of; without it activations can be read, but not what needs weights or the number of
+                layers.
+
+        Raises:
+            ReflowlensError: there is no such folder, it holds something else or is corrupt, or the cache is of another
+                model, or of the same with other weights.
+
+        Example: ``cache = rl.ActivationCache.load("out/cache"); cache["blocks.3.hook_resid_pre"].shape``
+        """
+        manifest, stored = open_tensors(folder, _KIND)
+        try:
+            points, same_as, hashed = manifest["points"], manifest["same_as"], manifest["model_hash"]
+            tokens = None if manifest["tokens"] is None else torch.tensor(manifest["tokens"])
+            origin, has_batch_dim = {"model": manifest["model"], "model_hash": hashed}, bool(manifest["has_batch_dim"])
+            complete = set(points) == {*stored, *same_as} and set(same_as.values()) <= set(stored)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ReflowlensError(f"the manifest of {folder} is corrupt: {error!r}") from error
+        if not complete:
+            raise ReflowlensError(f"{folder} is corrupt: its tensors are not the points that its manifest lists")
+        if model is not None and hashed is not None and model_hash(model) != hashed:
+            raise ReflowlensError(
+                f"{folder} is a cache of another model, or of other weights ({origin['model'] or 'unnamed'}, "
+                f"hash {str(hashed)[:12]}): load it with that one, or without a model"
+            )
+        cache = cls(_OnDisk(stored, same_as, list(points)), model, has_batch_dim, tokens)
+        cache._origin = origin
+        return cache
+
+    def _hooked_model(self) -> HookedModel:
+        if self.model is None:
+            raise ReflowlensError(
+                "this cache was loaded without its model: give it, ActivationCache.load(folder, model)"
+            )
+        return self.model
+
+    # -- in a notebook ------------------------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        rows: dict[tuple[str, str, str], list[float]] = {}
+        total = {}
+        for name, x in self.items():
+            megabytes = x.numel() * x.element_size() / 1e6
+            shape = " × ".join(map(str, x.shape))
+            rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), shape, _type_name(x)), []).append(megabytes)
+            total[_identity(x)] = megabytes
+        table = [(*what, len(sizes), f"{sum(sizes):.2f}") for what, sizes in rows.items()]
+        frame = pd.DataFrame(table, columns=["point", "shape", "dtype", "points", "MB"])
+        where = "on disk" if isinstance(self.cache_dict, _OnDisk) else "in memory"
+        title = f"<b>ActivationCache</b>: {len(self)} points, {sum(total.values()):.2f} MB {where}"
+        return title + frame.to_html(index=False, border=0)
+
+
+class _OnDisk(MutableMapping[str, Tensor]):
+    """Activations in a file; what is set is kept in memory over them."""
+
+    def __init__(self, stored: Mapping[str, Tensor], same_as: Mapping[str, str], names: list[str]) -> None:
+        self._stored, self._same_as = stored, same_as
+        self._in_memory: dict[str, Tensor] = {}
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._in_memory[name] if name in self._in_memory else self._stored[self._same_as.get(name, name)]
+
+    def __setitem__(self, name: str, activation: Tensor) -> None:
+        self._names[name] = None
+        self._in_memory[name] = activation
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+        self._in_memory.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _identity(x: Tensor) -> tuple:
+    """The same for tensors that are the same part of memory."""
+    return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
+
+
+def _with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous values, copied where memory is shared or is only a part of what is kept alive."""
+    taken: set[int] = set()
+    own = {}
+    for name, x in tensors.items():
+        storage = x.untyped_storage()
+        whole = x.is_contiguous() and storage.nbytes() == x.nbytes and storage.data_ptr() not in taken
+        own[name] = x.detach() if whole else x.detach().clone(memory_format=torch.contiguous_format)
+        taken.add(storage.data_ptr())
+    return own
+
+
+def _type_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

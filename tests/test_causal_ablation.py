@@ -7,6 +7,7 @@ import torch
 from analyses.causal_ablation import causal_ablation
 from analyses.controls import untrained_view
 from analyses.lexicon import FactualPrompt, Lexicon
+from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.signals import signal_view
@@ -89,12 +90,17 @@ def test_every_architecture_runs(architecture):
         fields["topk"] = 4
     if architecture == "reflow_lite":
         fields["n_key_value_heads"] = 1
-    from reflowlens.config import ModelConfig
-
     model = build_model(ModelConfig.from_dict(fields))
     result = causal_ablation(model, lexicon=LEXICON, rotations=2, quick=True)
     assert result.params["view"] == ("native" if architecture.startswith("reflow") else "identity")
     assert 0 < result.metrics["remaining_after_one"] <= 1
+
+
+def test_an_unembedding_of_its_own_is_not_removed_from_the_input():
+    fields = CONFIG.to_dict() | {"architecture": "llama", "n_signals": None, "tie_word_embeddings": False}
+    result = causal_ablation(build_model(ModelConfig.from_dict(fields)), lexicon=LEXICON, rotations=2, quick=True)
+    assert set(result.frames["sites"]["site"]) == {"readout", *(f"resid {layer}" for layer in range(5))}
+    assert not {"after_embed", "after_everywhere"} & set(result.frames["signals"])
 
 
 def test_the_same_seed_gives_the_same_frames_and_leaves_the_weights():

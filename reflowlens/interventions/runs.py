@@ -164,10 +164,10 @@ class PackedRuns:
                 values[members] = self.reader.of_signals(signals, prompts).unflatten(0, patched.shape[:2])
                 continue
             start = self._first_change(name, before, patched)
-            for row, i in enumerate(members):
+            for place, i in enumerate(members):
                 for edit in plans[i].others:
                     first = edit.first_position(len(before), self.n_positions)
-                    start[row] = torch.minimum(start[row], first.to(start.device))
+                    start[place] = torch.minimum(start[place], first.to(start.device))
             row, prompt = (start <= self.reader.last_position).nonzero(as_tuple=True)
             if not len(row):
                 continue

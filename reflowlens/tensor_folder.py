@@ -1,0 +1,98 @@
+"""A folder of tensors and a JSON manifest: written whole or not at all, read a tensor at a time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from reflowlens.checkpoints import MANIFEST, write_folder, write_tensors
+from reflowlens.errors import ReflowlensError
+
+_PACKAGES = ("reflowlens", "torch", "transformer-lens", "safetensors")
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, memory-mapped: one is read when it is indexed, and only as far as it is used.
+
+    A tensor may be written to; the file does not change.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ReflowlensError(f"{path} is corrupt: {error}") from error
+        self._names = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def save_tensors(folder: str | Path, kind: str, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Path:
+    """Write ``KIND.safetensors`` and ``manifest.json``, replacing earlier ones of this kind when both are complete.
+
+    Tensors must not share memory.
+
+    Args:
+        kind: what the tensors are, one word; the manifest's format names it.
+
+    Raises:
+        ReflowlensError: the folder holds something else, the disk is full or it cannot be written; then nothing has
+            changed.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ReflowlensError(f"{folder} is a file: choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{kind}.safetensors").is_file():
+        raise ReflowlensError(f"{folder} holds other files and no {kind} to replace: choose a new folder")
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    record = {"format": _format(kind), **manifest, "versions": versions}
+
+    def write(folder: Path) -> None:
+        write_tensors(folder / f"{kind}.safetensors", tensors, {"format": _format(kind)})
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        (folder / MANIFEST).write_text(f"{{\n{lines}\n}}\n", encoding="utf8")
+
+    return write_folder(folder, write)
+
+
+def open_tensors(folder: str | Path, kind: str) -> tuple[dict[str, Any], StoredTensors]:
+    """The manifest and the tensors of a folder that :func:`save_tensors` wrote.
+
+    Raises:
+        ReflowlensError: there is no such folder, it holds something else, or a file of it is missing or corrupt.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReflowlensError(f"no folder {str(folder)!r}: expected one with {kind}.safetensors and {MANIFEST}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+    except FileNotFoundError as error:
+        raise ReflowlensError(f"{folder} has no {MANIFEST}: it holds no {kind}") from error
+    except ValueError as error:
+        raise ReflowlensError(f"{folder / MANIFEST} is corrupt: {error}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != _format(kind):
+        raise ReflowlensError(f"{folder} holds no {kind} (format {found!r}, expected {_format(kind)!r})")
+    if not (folder / f"{kind}.safetensors").is_file():
+        raise ReflowlensError(f"{folder} lacks {kind}.safetensors")
+    return manifest, StoredTensors(folder / f"{kind}.safetensors")
+
+
+def _format(kind: str) -> str:
+    return f"reflowlens-{kind}-1"
