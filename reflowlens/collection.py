@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.apply import check_lengths_known
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.running_statistics import Moments, PointStatistics, TopExamples
 from reflowlens.tensor_folder import open_tensors, save_tensors
@@ -44,7 +45,7 @@ def collect(
     batches: Iterable[TextInput] | Int[Tensor, "row pos"] | np.ndarray,
     names: str | Sequence[str],
     *,
-    statistics: Sequence[Statistic] = STATISTICS,
+    statistics: Statistic | Sequence[Statistic] = STATISTICS,
     k: int = 20,
     threshold: float | None = None,
     positions: slice | Literal["last"] | None = None,
@@ -79,6 +80,7 @@ def collect(
         (3, torch.Size([256, 256]))
     """
     hooked: HookedModel = getattr(model, "_orig_mod", model)
+    statistics = [statistics] if isinstance(statistics, str) else statistics
     choices = _choices(hooked, names, statistics, k, threshold, positions)
     collected = Collected({}, 0, choices, hooked.cfg.model_name, model_hash(hooked))
     if results is not None and Path(results).is_dir() and any(Path(results).iterdir()):
@@ -90,6 +92,7 @@ def collect(
         with tqdm(total=total, unit="position", unit_scale=True, disable=not show) as bar:
             for batch in _split(batches):
                 tokens, lengths = hooked.tokens_and_lengths(batch)
+                check_lengths_known(hooked, lengths)
                 skipped = min(max(collected.n_rows - seen, 0), len(tokens))
                 seen += len(tokens)
                 if skipped < len(tokens):

@@ -6,16 +6,19 @@ asks for: a logit difference costs one direction of the unembedding, not the voc
     rl.sweep(model, clean, corrupted, "resid_pre", rl.metrics.logit_diff(" Paris", " Rome"))
     rl.sweep(model, clean, corrupted, "resid_pre", rl.metrics.recovery(rl.metrics.target_prob(" Paris")))
 
-Every metric gives one number a prompt. On whole logits it is ``metric.of_logits(model, logits)``.
+Every metric gives one number a prompt, the mean over the positions that it reads; padding is not read. On whole logits
+it is ``metric.of_logits(model, logits, prompts)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -25,7 +28,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
 
 if TYPE_CHECKING:
-    from reflowlens.models.base import HookedModel
+    from reflowlens.models.base import HookedModel, TextInput
 
 ReadPosition: TypeAlias = "int | Literal['last', 'all']"
 Target: TypeAlias = "str | int | Sequence[str] | Sequence[int] | Int[Tensor, ' prompt']"
@@ -83,30 +86,59 @@ class Metric:
         position: which logits it reads: those at one position, at ``"last"`` (each prompt's last token), at ``"all"``.
         bind: given the model and the prompts, the score: logits of some rows, and each row's prompt, to values.
         normalised: whether the value is restated as the share of the way from the corrupted run to the clean one.
+        reads_tokens: whether logits are compared with the prompts themselves.
     """
 
     name: str
     position: ReadPosition
     bind: Callable[[HookedModel, Reference], Score] = dataclasses.field(repr=False)
     normalised: bool = False
+    reads_tokens: bool = False
 
     def of_logits(
-        self,
-        model: HookedModel,
-        logits: Float[Tensor, "prompt pos d_vocab"],
-        tokens: Int[Tensor, "prompt pos"] | None = None,
+        self, model: HookedModel, logits: Float[Tensor, "prompt pos d_vocab"], prompts: TextInput | None = None
     ) -> Float[Tensor, " prompt"]:
-        """The metric of whole logits; ``"last"`` is their last position, ``tokens`` what they were computed from."""
+        """The metric of whole logits.
+
+        Args:
+            prompts: what the logits were computed from: texts, whose padding is left out, or tokens. Without them every
+                position is taken for a prompt's own.
+
+        Raises:
+            ReflowlensError: the metric needs the prompts or another run, or the logits do not fit.
+        """
         if self.normalised:
             raise ReflowlensError("recovery compares three runs: it has no value for one run's logits")
-        prompts = torch.arange(logits.shape[0], device=logits.device)
-        blank = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-        lengths = [logits.shape[1]] * logits.shape[0]
-        score = self.bind(model, Reference(blank if tokens is None else tokens, lengths))
-        if self.position != "all":
-            at = -1 if self.position == "last" else self.position
-            logits = logits[:, at][:, None]
-        return score(WholeLogits(logits), prompts)
+        if logits.ndim != 3:
+            raise ReflowlensError(f"logits must be [prompt, pos, d_vocab], got {list(logits.shape)}")
+        if prompts is None and self.reads_tokens:
+            raise ReflowlensError(f"{self.name} compares logits with the prompts: give these too")
+        tokens, lengths = torch.zeros(logits.shape[:2], dtype=torch.long), [logits.shape[1]] * logits.shape[0]
+        if prompts is not None:
+            tokens, lengths = model.tokens_and_lengths(prompts)
+            if tokens.shape != logits.shape[:2]:
+                raise ReflowlensError(f"prompts of {list(tokens.shape)} tokens, but logits {list(logits.shape)}")
+        score = self.bind(model, Reference(tokens.to(logits.device), lengths))
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        positions = read_positions(self.position, lengths, logits.shape[1]).to(logits.device)
+        return score(WholeLogits(logits[rows[:, None], positions]), rows)
+
+
+def read_positions(position: ReadPosition, lengths: Sequence[int], n_positions: int) -> Int[Tensor, "prompt read"]:
+    """Which positions of each prompt a metric reads; negative ones count from its own end.
+
+    Raises:
+        ReflowlensError: a prompt has no such position.
+    """
+    if isinstance(position, str) and position == "all":
+        return torch.arange(n_positions).repeat(len(lengths), 1)
+    if isinstance(position, str) and position == "last":
+        return torch.tensor(lengths)[:, None] - 1
+    if isinstance(position, bool) or not isinstance(position, int | np.integer):
+        raise ReflowlensError(f"a metric reads one position, 'last' or 'all', got position={position!r}")
+    if not -min(lengths) <= position < min(lengths):
+        raise ReflowlensError(f"the metric reads position {position}, but a prompt has {min(lengths)} tokens")
+    return torch.tensor([[int(position) % length] for length in lengths])
 
 
 def logit_diff(correct: Target, wrong: Target, *, position: ReadPosition = "last") -> Metric:
@@ -117,7 +149,7 @@ def logit_diff(correct: Target, wrong: Target, *, position: ReadPosition = "last
 
         def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
             both = logits.tokens(pair[prompts][:, None])
-            return (both[..., 0] - both[..., 1]).mean(dim=1)
+            return _mean(both[..., 0] - both[..., 1], prompts, reference)
 
         return score
 
@@ -132,7 +164,7 @@ def target_prob(target: Target, *, position: ReadPosition = "last") -> Metric:
 
         def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
             log_p = logits.vocabulary().float().log_softmax(dim=-1)
-            return WholeLogits(log_p).tokens(ids[prompts][:, None, None])[..., 0].exp().mean(dim=1)
+            return _mean(WholeLogits(log_p).tokens(ids[prompts][:, None, None])[..., 0].exp(), prompts, reference)
 
         return score
 
@@ -148,7 +180,7 @@ def target_rank(target: Target, *, position: ReadPosition = "last") -> Metric:
         def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
             whole = logits.vocabulary()
             own = WholeLogits(whole).tokens(ids[prompts][:, None, None])
-            return 1 + (whole > own).sum(dim=-1).float().mean(dim=1)
+            return 1 + _mean((whole > own).sum(dim=-1).float(), prompts, reference)
 
         return score
 
@@ -165,7 +197,7 @@ def kl(*, position: ReadPosition = "last") -> Metric:
 
         def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
             patched = logits.vocabulary().float().log_softmax(dim=-1)
-            return (clean[prompts].exp() * (clean[prompts] - patched)).sum(dim=-1).mean(dim=1)
+            return _mean((clean[prompts].exp() * (clean[prompts] - patched)).sum(dim=-1), prompts, reference)
 
         return score
 
@@ -185,21 +217,48 @@ def loss() -> Metric:
 
         return score
 
-    return Metric("loss", "all", bind)
+    return Metric("loss", "all", bind, reads_tokens=True)
 
 
 def recovery(metric: Metric) -> Metric:
-    """Where a metric lies on the way from the corrupted run (0) to the clean one (1)."""
+    """Where a metric lies on the way from the corrupted run (0) to the clean one (1); NaN where these two agree."""
     return dataclasses.replace(metric, name=f"recovery of {metric.name}", normalised=True)
 
 
+def target_ids(model: HookedModel, target: Target, n_prompts: int, d_vocab: int) -> Int[Tensor, " prompt"]:
+    """Ids of a token (its text, or an id), or of one for each prompt.
+
+    Raises:
+        ReflowlensError: it is no single token, there is no such id, or there are not as many as prompts.
+    """
+    words: Any = target
+    if isinstance(target, str) or np.ndim(target) == 0:
+        words = [target] * n_prompts
+    if len(words) != n_prompts:
+        raise ReflowlensError(f"{len(words)} target tokens are given for {n_prompts} prompts")
+    ids = []
+    for word in words:
+        try:
+            token = model.to_single_token(word) if isinstance(word, str) else operator.index(word)
+        except TypeError:
+            raise ReflowlensError(f"a target is the text or the id of a token, got {word!r}") from None
+        if not 0 <= token < d_vocab:
+            raise ReflowlensError(f"no token {token}: ids are 0 to {d_vocab - 1}")
+        ids.append(token)
+    return torch.tensor(ids)
+
+
 def _ids(model: HookedModel, target: Target, reference: Reference) -> Int[Tensor, " prompt"]:
-    n, device = len(reference.tokens), reference.tokens.device
-    words = [target] * n if isinstance(target, (str, int)) else list(target)
-    if len(words) != n:
-        raise ReflowlensError(f"the metric names {len(words)} target tokens for {n} prompts")
-    ids = [model.to_single_token(word) if isinstance(word, str) else int(word) for word in words]
-    for token in ids:
-        if not 0 <= token < model.cfg.d_vocab:
-            raise ReflowlensError(f"no token {token}: this model's ids are 0 to {model.cfg.d_vocab - 1}")
-    return torch.tensor(ids, device=device)
+    return target_ids(model, target, len(reference.tokens), model.cfg.d_vocab).to(reference.tokens.device)
+
+
+def _mean(
+    values: Float[Tensor, "row read"], prompts: Int[Tensor, " row"], reference: Reference
+) -> Float[Tensor, " row"]:
+    """Mean over the positions that are read; where these are all of them, over each prompt's own."""
+    n_read, lengths = values.shape[1], reference.lengths
+    if n_read == 1 or len(set(lengths)) == 1:
+        return values.mean(dim=1)
+    own_length = torch.tensor(lengths, device=values.device)[prompts]
+    is_own = torch.arange(n_read, device=values.device) < own_length[:, None]
+    return values.where(is_own, 0.0).sum(dim=1) / own_length

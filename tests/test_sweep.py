@@ -322,7 +322,7 @@ def test_two_processes_share_the_cells(tmp_path: Path) -> None:
         ((None, "abd", [rl.Ablate("z", layer=0)], metrics.recovery(metrics.loss())), "recovery needs the clean"),
         (("abc", "abd", "resid_pre", metrics.target_prob("no such word")), "token"),
         (("abc", "abd", "resid_pre", metrics.target_prob(999)), "ids are 0 to 287"),
-        (("abc", "abd", "resid_pre", metrics.target_prob(["a", "b"])), "2 target tokens for 1 prompts"),
+        (("abc", "abd", "resid_pre", metrics.target_prob(["a", "b"])), "2 target tokens are given for 1 prompts"),
         (("abc", "abd", "resid_pre", metrics.target_prob("a", position=3)), "reads position 3"),
         (("abc", "abd", [rl.Ablate("z", layer=0, head=9)], metrics.loss()), "head=9 is out of range"),
     ],

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
-from reflowlens.metrics import Target
+from reflowlens.metrics import Target, target_ids
 from reflowlens.signals import SignalView
 
 _BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a processor's cache
@@ -190,6 +190,8 @@ class ProgressiveAblations(ReadoutAblations):
         length = self.order.shape[1]
         if len(self.order) != len(self.signals):
             raise ReflowlensError(f"the order has {len(self.order)} rows for {len(self.signals)} prompts")
+        if not len(self.counts):
+            raise ReflowlensError("there is no number of signals to remove: counts is empty")
         if not all(0 <= count <= length for count in self.counts):
             raise ReflowlensError(f"counts must be between 0 and {length}, the number of signals in the order")
         if ((self.order < 0) | (self.order >= self.view.n_signals)).any():
@@ -225,8 +227,8 @@ class ProgressiveAblations(ReadoutAblations):
 
     def kl(self) -> Float[Tensor, "prompt count"]:
         def divergence(signals: Tensor, prompts: Tensor) -> Tensor:
-            before, after = (self._logits(a).log_softmax(dim=-1) for a in (self.signals[prompts], signals))
-            return F.kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).clamp(min=0)
+            before, after = (self._logits(a).log_softmax(dim=-1) for a in (self.signals, signals))
+            return F.kl_div(after, before[prompts], log_target=True, reduction="none").sum(dim=-1).clamp(min=0)
 
         return self._of_cells(divergence)
 
@@ -251,10 +253,4 @@ class ProgressiveAblations(ReadoutAblations):
 
 
 def _target_ids(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, " prompt"]:
-    words = [target] * len(signals) if isinstance(target, (str, int)) else list(target)
-    if len(words) != len(signals):
-        raise ReflowlensError(f"{len(words)} target tokens are given for {len(signals)} prompts")
-    ids = torch.tensor([view.model.to_single_token(word) if isinstance(word, str) else int(word) for word in words])
-    if int(ids.min()) < 0 or int(ids.max()) >= len(view.recipe):
-        raise ReflowlensError(f"no token {ids.tolist()}: this view's ids are 0 to {len(view.recipe) - 1}")
-    return ids.to(signals.device)
+    return target_ids(view.model, target, len(signals), len(view.recipe)).to(signals.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -30,7 +30,9 @@ class Bound:
 
 
 @contextlib.contextmanager
-def intervene(model: Any, interventions: Sequence[Intervention] | Intervention) -> Iterator[HookedModel]:
+def intervene(
+    model: Any, interventions: Sequence[Intervention] | Intervention, *, lengths: Sequence[int] | None = None
+) -> Iterator[HookedModel]:
     """Run a model under interventions for the duration of a ``with`` block.
 
     They act in the order of the list, out of place, on every forward pass of the block, generation included (where
@@ -40,6 +42,8 @@ def intervene(model: Any, interventions: Sequence[Intervention] | Intervention) 
     Args:
         model: a hooked model, compiled or not.
         interventions: one or several; their sources are run first, on the model as it is when the block begins.
+        lengths: of each row, how many tokens are its own, where passes of the block are given tokens padded on the
+            right; of texts this is known.
 
     Raises:
         ReflowlensError: a hook point does not exist, a selector is out of range, or an intervention was never applied.
@@ -55,10 +59,20 @@ def intervene(model: Any, interventions: Sequence[Intervention] | Intervention) 
     hooked: HookedModel = getattr(model, "_orig_mod", model)
     if isinstance(interventions, Intervention):
         interventions = [interventions]
+    if isinstance(interventions, str) or not isinstance(interventions, Iterable):
+        raise ReflowlensError(f"interventions must be a list of them, got {interventions!r}")
+    interventions = list(interventions)
+    for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise ReflowlensError(f"{intervention!r} is no intervention such as rl.Ablate('z', layer=0)")
     bound = bind(hooked, interventions)
     passes: list[Prompt] = []  # the pass that is running, innermost last
     hooks = [(b.name, partial(_apply, hooked, b, passes)) for b in bound]
-    with _noting_prompts(hooked, passes), hooked.hooks(fwd_hooks=hooks), torch.compiler.set_stance("force_eager"):
+    with (
+        _noting_prompts(hooked, passes, lengths),
+        hooked.hooks(fwd_hooks=hooks),
+        torch.compiler.set_stance("force_eager"),
+    ):
         yield hooked
     for b in bound:
         if not b.applied:
@@ -106,9 +120,21 @@ def _key(source: Source) -> int:
 
 
 def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping[str, Tensor]:
-    """The activations of a source at some points: a cache as it is, anything else run without gradients."""
+    """The activations of a source at some points, read off a cache; anything else is run, without gradients.
+
+    Raises:
+        ReflowlensError: a cache has not the points.
+    """
     if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
-        return cast(Mapping[str, Tensor], source)
+        cache = cast(Mapping[str, Tensor], source)
+        for name in names:
+            if name not in cache:
+                raise ReflowlensError(
+                    f"{name!r} is not in the cache that an intervention takes it from: run_with_cache(..., "
+                    "names_filter=lambda name: True) keeps every point"
+                )
+        without_batch = getattr(source, "has_batch_dim", True) is False
+        return {name: cache[name][None] if without_batch else cache[name] for name in names}
     with torch.no_grad():
         return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
 
@@ -149,6 +175,8 @@ def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 
 
 
 def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: Tensor, hook: HookPoint) -> Tensor:
+    if not passes:
+        raise ReflowlensError(f"{bound.name!r} was reached outside of the model's own forward pass: call the model")
     selection = select(model, bound.intervention, bound.name, activation.shape, passes[-1])
     if selection is None:
         return activation
@@ -157,12 +185,12 @@ def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: T
 
 
 @contextlib.contextmanager
-def _noting_prompts(model: HookedModel, passes: list[Prompt]) -> Iterator[None]:
+def _noting_prompts(model: HookedModel, passes: list[Prompt], lengths: Sequence[int] | None) -> Iterator[None]:
     """Tell the hooks which prompt is being read: selectors such as ``"last"`` depend on it."""
     forward: Callable = model.forward
 
     def noting(input: Any, *args: Any, **kwargs: Any) -> Any:
-        passes.append(_prompt(model, input, kwargs))
+        passes.append(_prompt(model, input, kwargs, lengths))
         try:
             return forward(input, *args, **kwargs)
         finally:
@@ -179,10 +207,23 @@ def _noting_prompts(model: HookedModel, passes: list[Prompt]) -> Iterator[None]:
             model.forward = outer
 
 
-def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any]) -> Prompt:
+def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
+    """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
+    if len(set(lengths)) > 1 and "forward" in model.__dict__:
+        raise ReflowlensError(
+            f"inside rl.intervene prompts must be of one length here, got {', '.join(map(str, lengths))} tokens: "
+            "intervene on each length by itself"
+        )
+
+
+def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
     past = kwargs.get("past_kv_cache")
     offset = past.length if past is not None else 0
     if kwargs.get("start_at_layer") is not None:
         return Prompt(input.shape[1], offset=offset, cached=past is not None)
-    tokens, lengths = model.tokens_and_lengths(input, offset=offset)
-    return Prompt(tokens.shape[1], tokens, lengths, offset, past is not None)
+    tokens, own = model.tokens_and_lengths(input, offset=offset)
+    if lengths is not None and isinstance(input, Tensor):
+        if len(lengths) != len(tokens) or not all(1 <= length <= tokens.shape[1] for length in lengths):
+            raise ReflowlensError(f"lengths {list(lengths)} do not fit tokens of shape {list(tokens.shape)}")
+        own = list(lengths)
+    return Prompt(tokens.shape[1], tokens, own, offset, past is not None)

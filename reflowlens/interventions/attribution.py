@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import Bound, apply, bind_all
 from reflowlens.interventions.memory import in_batches
-from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.reading import Reader, check_readout_is_free
 from reflowlens.interventions.selection import Prompt, Selection, select
 from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
@@ -166,6 +166,7 @@ class GradientRuns:
         clean: Int[Tensor, "prompt pos"] | None,
     ) -> None:
         self.model, self.metric, self.tokens = model, metric, tokens
+        check_readout_is_free(model)
         self.reader = Reader(model, metric, tokens, lengths, clean)
         point = "hook_recipe" if "hook_recipe" in model.hook_dict else "hook_embed"
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"

@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.graph import Edge, Graph, by_node, with_node_axis
 from reflowlens.interventions.memory import in_batches
-from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.reading import Reader, check_readout_is_free
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.decoder import Decoder
@@ -64,6 +64,7 @@ class CircuitRuns:
                 f"clean and corrupted prompts must have as many tokens: {lengths} against {other_lengths} "
                 "(model.to_str_tokens shows them)"
             )
+        check_readout_is_free(self.model)
         self.reader = Reader(self.model, metric, self.tokens, lengths, self.tokens)
         streams = [place.stream for place in self.graph.receiver_places.values()]
         points = list(self.graph.sender_points)

@@ -180,6 +180,8 @@ def grow_circuit(
     if sizes is None:
         some = np.unique(np.geomspace(1, len(order), 20).round().astype(int))
         sizes = range(len(order) + 1) if of == "nodes" else [0, *some.tolist()]
+    if not len(sizes) or min(sizes) < 0:
+        raise ReflowlensError(f"sizes of circuits must be 0 or more, and at least one, got {list(sizes)}")
     circuits = [order[:size] for size in sizes]
     kept = [mask_of(runs.graph, circuit) | empty for circuit in circuits]
     left = [full & ~mask | empty for mask in kept]
@@ -250,9 +252,15 @@ def matched_circuits(graph: Graph, circuit: Circuit, n: int, match: Match = "kin
 def _score(
     runs: CircuitRuns, circuit: Circuit, controls: int, match: Match, seed: int, memory: float | None, removed: bool
 ) -> CircuitScore:
-    circuit = [part if isinstance(part, str) else (part[0], part[1]) for part in circuit]
-    if len({type(part) for part in circuit}) != 1:
-        raise ReflowlensError("a circuit consists of nodes, or of edges: at least one, and not of both")
+    if controls < 0:
+        raise ReflowlensError(f"controls must be 0 or more, got {controls}")
+    circuit = [part if isinstance(part, str) else tuple(part) for part in circuit]  # type: ignore[misc]
+    if len({type(part) for part in circuit}) != 1 or not all(
+        isinstance(part, str) or len(part) == 2 for part in circuit
+    ):
+        raise ReflowlensError(
+            "a circuit is a list of nodes, or of edges (sender, receiver): at least one, and not of both"
+        )
     full, empty = _ends(runs.graph, nodes=_of_nodes(circuit))
     masks = [mask_of(runs.graph, circuit)]
     masks += [mask_of(runs.graph, other) for other in matched_circuits(runs.graph, circuit, controls, match, seed)]

@@ -75,7 +75,7 @@ WeightEdit: TypeAlias = "SetWeights | SwapWeights"
 
 
 @contextlib.contextmanager
-def edit(model: HookedModel, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[HookedModel]:
+def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[HookedModel]:
     """Change weights for the duration of a ``with`` block, in the order of the list.
 
     On exit, also after an exception or Ctrl-C, every parameter is bit for bit what it was.
@@ -92,6 +92,7 @@ def edit(model: HookedModel, edits: Sequence[WeightEdit] | WeightEdit) -> Iterat
         >>> rl.model_hash(model) == before
         True
     """
+    model = getattr(model, "_orig_mod", model)
     edits = [edits] if isinstance(edits, (SetWeights, SwapWeights)) else list(edits)
     places = [_place(model, change) for change in edits]
     kept: list[Tensor] = []

@@ -176,6 +176,17 @@ class Graph:
         """Index of a receiver."""
         return _index(name, self.receivers, "receiver")
 
+    def edge(self, pair: Sequence[str]) -> Edge:
+        """A pair of names as an edge.
+
+        Raises:
+            ReflowlensError: it is none.
+        """
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ReflowlensError(f"an edge is a pair (sender, receiver), got {pair!r}")
+        self.check_edge(*pair)
+        return pair[0], pair[1]
+
     def check_edge(self, sender: str, receiver: str) -> None:
         """Raise unless the pair is an edge."""
         if not self.possible[self.sender(sender), self.receiver(receiver)]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -19,7 +19,7 @@ from reflowlens.interventions.values import Intervention, Patch
 from reflowlens.models.base import HookedModel
 
 Cell: TypeAlias = "tuple[Intervention, ...]"
-CellSpec: TypeAlias = "str | Sequence[str] | Sequence[Intervention | Sequence[Intervention]]"
+CellSpec: TypeAlias = "str | Intervention | Sequence[str] | Sequence[Intervention | Sequence[Intervention]]"
 
 _POINTS = {
     "resid_pre": ("hook_resid_pre", ("layer", "pos")),
@@ -81,17 +81,17 @@ def make_cells(model: HookedModel, spec: CellSpec, n_positions: int) -> Cells:
     """
     if isinstance(spec, str):
         return _grid(model, spec, n_positions)
-    items = list(spec)
+    items: list[Any] = [spec] if isinstance(spec, Intervention) else list(spec)
     if not items:
         raise ReflowlensError("a sweep needs at least one cell")
     if all(isinstance(item, str) for item in items):
         return _several([_grid(model, str(name), n_positions) for name in items], [str(name) for name in items])
     cells: list[Cell] = []
     for item in items:
-        cell = (item,) if isinstance(item, Intervention) else tuple(item)
+        cell = tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else (item,)
         if not cell or not all(isinstance(part, Intervention) for part in cell):
             raise ReflowlensError("cells must be a grid's name, several names, or a list of interventions")
-        cells.append(cell)  # type: ignore[arg-type]
+        cells.append(cell)
     index = pd.DataFrame({"cell": range(len(cells)), "interventions": [_describe(cell) for cell in cells]})
     return Cells(cells, index, [], (len(cells),))
 

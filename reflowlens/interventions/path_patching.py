@@ -24,7 +24,7 @@ from transformer_lens.patching import PatchingResult
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edges import EdgeScores, sent
 from reflowlens.interventions.graph import Edge, Graph
-from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
 from reflowlens.interventions.sweep import paired_tokens
 from reflowlens.interventions.values import Steer
@@ -45,7 +45,7 @@ def path_patch(
     receiver: str | Sequence[str],
     metric: Metric,
     *,
-    through: Sequence[str] = (),
+    through: str | Sequence[str] = (),
     memory: float | None = None,
 ) -> PatchingResult:
     """Patch what a sender writes from the clean run into the corrupted one, along chosen paths to receivers.
@@ -74,7 +74,11 @@ def path_patch(
         torch.Size([1, 1])
     """
     pair = _Pair(model, clean, corrupted, metric)
-    senders, receivers = ([name] if isinstance(name, str) else list(name) for name in (sender, receiver))
+    senders, receivers, through = (
+        [names] if isinstance(names, str) else list(dict.fromkeys(names)) for names in (sender, receiver, through)
+    )
+    if not senders or not receivers:
+        raise ReflowlensError("a path needs a sender and a receiver")
     for one in senders:
         for other in receivers:
             pair.graph.check_edge(one, other)
@@ -115,9 +119,7 @@ def exact_edges(
         ``values`` are effects: the metric under the patch less that of the corrupted run.
     """
     pair = _Pair(model, clean, corrupted, metric)
-    for edge in edges or ():
-        pair.graph.check_edge(*edge)
-    wanted = set(pair.graph.edges if edges is None else edges)
+    wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
     values = torch.full((*pair.graph.possible.shape, len(pair.tokens)), torch.nan, device=pair.tokens.device)
     show = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=len(wanted), unit="edge", disable=not show) as bar:
@@ -137,7 +139,7 @@ class _Pair:
 
     def __init__(self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric) -> None:
         self.model: Decoder = getattr(model, "_orig_mod", model)
-        if any(point.fwd_hooks or point.bwd_hooks for point in self.model.hook_dict.values()):
+        if attached_points(self.model):
             raise ReflowlensError("paths are patched in the model as it is: leave rl.intervene and remove hooks first")
         self.graph = Graph.of(self.model)
         clean_tokens, self.tokens, self.lengths = paired_tokens(self.model, clean, corrupted)

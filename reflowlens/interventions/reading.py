@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import Metric, ReadPosition, Reference, WholeLogits
+from reflowlens.interventions.apply import check_lengths_known
+from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, read_positions
+from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder, Readout
 
 _LOGITS_AT_ONCE = 2**24  # entries of a [row, read, d_vocab] block
@@ -47,6 +49,9 @@ class Reader:
         lengths: Sequence[int],
         clean: Int[Tensor, "prompt pos"] | None,
     ) -> None:
+        if not isinstance(metric, Metric):
+            raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
+        check_lengths_known(model, lengths)
         self.model = model
         self.weights = model.tied_weights()
         self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)
@@ -54,14 +59,13 @@ class Reader:
         self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
         self.last_position = self.positions.max(dim=1).values
         self.prompts = torch.arange(len(tokens), device=tokens.device)
-        clean_logits = LazyLogits(self._readout(self.read(self._final(clean)))) if clean is not None else None
+        clean_logits = self._logits(clean) if clean is not None else None
         self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
         self._ends: tuple[Tensor, Tensor] | None = None
         if metric.normalised:
             if clean is None:
                 raise ReflowlensError("recovery needs the clean prompts: it is the share of the way to their value")
-            ends = [self.of_residual(self.read(self._final(run)), self.prompts) for run in (tokens, clean)]
-            self._ends = (ends[0], ends[1])
+            self._ends = self._value(tokens), self._value(clean)
 
     def read(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt read d_model"]:
         """A stream at the positions that are read."""
@@ -78,10 +82,22 @@ class Reader:
         rows = torch.arange(len(signals), device=signals.device)[:, None]
         return self._of_readout(Readout(signals[rows, self.positions[prompts]], self.weights[0]), prompts)
 
+    def _value(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, " prompt"]:
+        """The metric of a run, before it is normalised."""
+        if attached_points(self.model):
+            return self._score(self._logits(tokens), self.prompts)
+        return self.of_residual(self.read(self._final(tokens)), self.prompts)
+
     def _final(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
         resid = self.model(tokens, stop_at_layer=self.model.cfg.n_layers)
         assert isinstance(resid, Tensor)
         return resid
+
+    def _logits(self, tokens: Int[Tensor, "prompt pos"]) -> Logits:
+        """Those of a run at the positions that are read; hooks, which may be on the readout, see it whole."""
+        if attached_points(self.model):
+            return WholeLogits(self.read(self.model(tokens)))
+        return LazyLogits(self._readout(self.read(self._final(tokens))))
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
         return self.model.unembed.readout(self.model.ln_final(resid), self.weights)
@@ -106,16 +122,16 @@ class Reader:
         return self._normalise(self._score(WholeLogits(self.read(logits)), self.prompts), self.prompts)
 
 
-def read_positions(position: ReadPosition, lengths: Sequence[int], n_positions: int) -> Int[Tensor, "prompt read"]:
-    """Which positions of each prompt a metric reads.
+def attached_points(model: HookedModel) -> list[str]:
+    """Hook points that something is attached to."""
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
 
-    Raises:
-        ReflowlensError: a prompt has no such position.
-    """
-    if position == "all":
-        return torch.arange(n_positions).repeat(len(lengths), 1)
-    if position == "last":
-        return torch.tensor(lengths)[:, None] - 1
-    if not -min(lengths) <= position < min(lengths):
-        raise ReflowlensError(f"the metric reads position {position}, but a prompt has {min(lengths)} tokens")
-    return torch.tensor([[position % length] for length in lengths])
+
+def check_readout_is_free(model: HookedModel) -> None:
+    """Raise where something is attached behind the last residual stream, from which logits are about to be read."""
+    for name in attached_points(model):
+        if name.startswith(("ln_final.", "unembed.")):
+            raise ReflowlensError(
+                f"something is attached to {name!r}, but the readout is computed here without a whole forward pass: "
+                "leave rl.intervene and remove hooks first, or use an exact sweep"
+            )

@@ -24,7 +24,9 @@ class ResultsFile:
     """
 
     def __init__(self, path: str | Path | None, what: str, rank: int = 0) -> None:
-        self.path = None if path is None else Path(path).with_suffix(f".{rank}.jsonl" if rank else ".jsonl")
+        self.path = None if path is None else Path(path)
+        if self.path is not None and rank:
+            self.path = self.path.with_suffix(f".{rank}{self.path.suffix}")
         self.key = hashlib.sha256(what.encode()).hexdigest()
         self.finished: dict[int, list[float]] = {}
         self._file: IO[str] | None = None
@@ -33,6 +35,8 @@ class ResultsFile:
         if self.path is None:
             return self
         whole: list[str] = []
+        if self.path.is_dir():
+            raise ReflowlensError(f"{self.path} is a folder: results must name a file")
         if self.path.exists():
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         if whole:

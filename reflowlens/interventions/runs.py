@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.interventions.apply import bind_all, run
+from reflowlens.interventions.apply import bind_all, intervene
 from reflowlens.interventions.grids import Cell
 from reflowlens.interventions.memory import in_batches, measure_peak
 from reflowlens.interventions.plans import Edit, Plan, make_plan
@@ -45,7 +45,7 @@ class WholeRuns:
         cells: Sequence[Cell],
         reader: Reader,
     ) -> None:
-        self.model, self.tokens, self.cells, self.reader = model, tokens, cells, reader
+        self.model, self.tokens, self.lengths, self.cells, self.reader = model, tokens, lengths, cells, reader
 
     @property
     def baseline(self) -> Float[Tensor, " prompt"]:
@@ -57,7 +57,9 @@ class WholeRuns:
     ) -> Iterator[tuple[list[int], Float[Tensor, "cell prompt"]]]:
         """Values of some cells, one after the other."""
         for cell in cells:
-            yield [cell], self.reader.of_logits(run(self.model, self.tokens, self.cells[cell]))[None]
+            with intervene(self.model, self.cells[cell], lengths=self.lengths):
+                logits = self.model(self.tokens)
+            yield [cell], self.reader.of_logits(logits)[None]
 
 
 class PackedRuns:

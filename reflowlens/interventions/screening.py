@@ -116,6 +116,8 @@ def screen(
     """
     if mode not in ("gradient", "integrated"):
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
+    if top < 0:
+        raise ReflowlensError(f"top must be 0 or more, got {top}")
     hooked: HookedModel = getattr(model, "_orig_mod", model)
     setup = prepare_sweep(hooked, clean, corrupted, cells)
     values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)

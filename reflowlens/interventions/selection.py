@@ -34,10 +34,12 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
             raise ReflowlensError(f"{hook!r} is in every block: say which with layer= (0 to {n_layers - 1}, or 'all')")
         model.check_hook_name(name if name in model.hook_dict else hook)
         return [name]
-    layers = range(n_layers) if layer == "all" else [layer] if isinstance(layer, int) else list(layer)
+    layers = range(n_layers) if isinstance(layer, str) else [layer] if isinstance(layer, int) else layer
     for index in layers:
-        if not isinstance(index, int) or not -n_layers <= index < n_layers:
+        if not -n_layers <= index < n_layers:
             raise ReflowlensError(f"layer={index!r} is out of range: this model has blocks 0 to {n_layers - 1}")
+    if hook in model.hook_dict:
+        raise ReflowlensError(f"{hook!r} is a point's full name: give it without layer=, or its short name")
     names = [f"blocks.{index % n_layers}.{_in_block(hook)}" for index in layers]
     for name in names:
         model.check_hook_name(name)
@@ -65,7 +67,7 @@ class Selection:
 
     def put(self, activation: Tensor, part: Tensor) -> Tensor:
         changed = activation.clone()
-        self._arranged(changed)[self._indices(changed)] = part.to(changed.dtype)
+        self._arranged(changed)[self._indices(changed)] = part.to(changed)
         return changed
 
     def in_source(self, source: Tensor, activation: Tensor, offset: int, same_positions: bool) -> Tensor:
@@ -73,7 +75,12 @@ class Selection:
 
         Args:
             activation: what is selected from here, and ``offset`` the position of its first token.
+
+        Raises:
+            ReflowlensError: the source has not the positions, or as an attention square another number of keys.
         """
+        if "key_pos" in self.axes and source.shape[-1] != activation.shape[-1]:
+            raise ReflowlensError(f"the source has {source.shape[-1]} key positions, the run {activation.shape[-1]}")
         if not same_positions:  # a source of other prompts has rows of its own
             return dataclasses.replace(self, positions=slice(None)).get(source)
         axis = self.axes.index("pos")
@@ -82,8 +89,6 @@ class Selection:
         if int(wanted.max()) >= end:
             raise ReflowlensError(f"the source has {end} tokens, but position {int(wanted.max())} is asked of it")
         here = source.narrow(axis, offset, min(n, end - offset)).expand(activation.shape[0], *[-1] * (source.ndim - 1))
-        if "key_pos" in self.axes and source.shape[-1] != activation.shape[-1]:
-            raise ReflowlensError(f"the source has {source.shape[-1]} key positions, the run {activation.shape[-1]}")
         if isinstance(self.positions, slice):  # the source may be shorter than the run
             first, stop, step = self.positions.indices(n)
             return dataclasses.replace(self, positions=slice(first, stop, step)).get(here)
@@ -156,7 +161,7 @@ def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int,
         if not range(size)[chosen]:
             raise ReflowlensError(f"{what}={selector} selects nothing: {name!r} has {size}")
         return chosen if (chosen.step or 1) > 0 else torch.tensor(list(range(size)[chosen]))
-    items = [selector] if isinstance(selector, int) else [int(i) for i in selector]
+    items = [selector] if isinstance(selector, int) else selector
     for item in items:
         if not -size <= item < size:
             raise ReflowlensError(f"{what}={item} is out of range at {name!r}: 0 to {size - 1}")
@@ -171,6 +176,8 @@ def _positions(model: HookedModel, position: int | slice | Sequence[int] | str, 
     if isinstance(position, str):
         return _last(prompt) if position == "last" else _occurrences(model, position, prompt)
     if not prompt.cached:
+        if len(set(prompt.lengths)) > 1 and _counts_from_end(position):
+            return _from_own_end(position, prompt)
         return _indices("position", position, n, "the prompt")
     # With a key-value cache positions count from the start of the text, and this pass holds a window of them.
     if isinstance(position, slice):
@@ -190,10 +197,36 @@ def _last(prompt: Prompt) -> Where:
     return torch.tensor(lengths)[:, None] - 1
 
 
+def _counts_from_end(position: int | slice | Sequence[int]) -> bool:
+    parts = (position.start, position.stop) if isinstance(position, slice) else position
+    return any(part is not None and part < 0 for part in ([parts] if isinstance(parts, int) else parts))
+
+
+def _from_own_end(position: int | slice | Sequence[int], prompt: Prompt) -> Int[Tensor, "batch n"]:
+    """Positions of prompts that differ in length, negative ones counted from each prompt's own end."""
+    rows = []
+    for length in prompt.lengths:
+        if isinstance(position, slice):
+            rows.append(list(range(length)[position]))
+            continue
+        wanted = [position] if isinstance(position, int) else position
+        if not all(-length <= p < prompt.n_positions for p in wanted):
+            raise ReflowlensError(f"position={position} is out of range: a prompt has {length} tokens")
+        rows.append([p if p >= 0 else length + p for p in wanted])
+    if len({len(row) for row in rows}) > 1 or not rows[0]:
+        raise ReflowlensError(
+            f"position={position} must select as many tokens in each prompt, at least one: they have "
+            f"{', '.join(map(str, prompt.lengths))}"
+        )
+    return torch.tensor(rows)
+
+
 def _occurrences(model: HookedModel, text: str, prompt: Prompt) -> Where | None:
     if prompt.tokens is None:
         raise ReflowlensError(f"position={text!r} needs tokens, but this pass starts from a residual stream")
-    found = [(row == model.to_single_token(text)).nonzero()[:, 0].tolist() for row in prompt.tokens.cpu()]
+    token, rows = model.to_single_token(text), prompt.tokens.cpu()
+    lengths = prompt.lengths or [rows.shape[1]] * len(rows)
+    found = [(row[:n] == token).nonzero()[:, 0].tolist() for row, n in zip(rows, lengths, strict=True)]
     if prompt.cached and not any(found):
         return None
     counts = {len(places) for places in found}

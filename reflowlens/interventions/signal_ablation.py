@@ -23,12 +23,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations, contribution_order
 from reflowlens.interventions.apply import bind
 from reflowlens.interventions.points import READOUT_SIGNAL
-from reflowlens.interventions.reading import read_positions
+from reflowlens.interventions.reading import check_readout_is_free
 from reflowlens.interventions.values import Ablate, Source
-from reflowlens.metrics import Target
+from reflowlens.metrics import Target, read_positions
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.signals import SignalView, ViewName, signal_view
 
@@ -58,7 +59,8 @@ def ablate_readout(
         by, reference, seed: what replaces a signal, as in :class:`reflowlens.interventions.values.Ablate`.
 
     Raises:
-        ReflowlensError: the prompt or its position, the view or the reference does not fit the model.
+        ReflowlensError: the prompt or its position, the view or the reference does not fit the model, or hooks are
+            attached to its final norm or unembedding.
 
     Example:
         >>> import reflowlens as rl
@@ -112,6 +114,8 @@ def ablate_progressively(
     chosen, signals, replacement = _read(
         model, prompt, position, view, Ablate(READOUT_SIGNAL, by=by, reference=reference, seed=seed)
     )
+    if isinstance(order, Tensor) and order.ndim == 1 and len(order) == chosen.n_signals != len(signals):
+        raise ReflowlensError(f"an order of signals is [prompt, k], got {list(order.shape)}: add the axis of prompts")
     if not isinstance(order, Tensor) or order.ndim != 2:
         order = contribution_order(chosen, signals, order)
     counts = tuple(range(order.shape[1] + 1)) if counts is None else tuple(counts)
@@ -127,9 +131,10 @@ def _read(
 ) -> tuple[SignalView, Float[Tensor, "prompt S"], Float[Tensor, "prompt S"]]:
     """A view, each prompt's signals at a position, and what the ablation puts in their place there."""
     hooked: HookedModel = getattr(model, "_orig_mod", model)
+    check_readout_is_free(hooked)
     chosen = view if isinstance(view, SignalView) else signal_view(hooked, view)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
-    signals = chosen.readout(hooked(tokens, stop_at_layer=hooked.cfg.n_layers))
+    signals = chosen.readout(hooked(prompt, stop_at_layer=hooked.cfg.n_layers))
     last = f"blocks.{hooked.cfg.n_layers - 1}.hook_resid_post"
     (elsewhere,) = bind(hooked, [dataclasses.replace(ablation, hook=last)])
     source = None if elsewhere.source is None else chosen.readout(elsewhere.source)

@@ -28,7 +28,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
 from reflowlens.interventions.grids import Cell, Cells, CellSpec, make_cells
-from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.results_file import ResultsFile
 from reflowlens.interventions.runs import PackedRuns, WholeRuns
 from reflowlens.interventions.selection import hook_names
@@ -68,7 +68,8 @@ def sweep(
             corrupted run times the change (attribution patching: Nanda, 2023); ``"integrated"`` takes the mean gradient
             over ``steps`` runs on the way from the corrupted embeddings to the clean ones (Hanna et al., 2024).
         memory: bytes that the folded runs may take; default: a share of what is free. Halved when memory runs out.
-        results: a file that keeps finished cells; a sweep that is started again with it continues.
+        results: a file of JSON lines that keeps an exact sweep's finished cells; a sweep that is started again with it
+            continues. Under torchrun every process but the first puts its rank before the suffix.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -88,6 +89,8 @@ def sweep(
     if mode not in MODES:
         raise ReflowlensError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     hooked: HookedModel = getattr(model, "_orig_mod", model)
+    if results is not None and mode != "exact":
+        raise ReflowlensError(f"results keeps the cells of an exact sweep: mode={mode!r} estimates them all at once")
     setup = prepare_sweep(hooked, clean, corrupted, cells)
     if mode == "exact":
         values, baseline = _exact(setup, metric, memory, results, progress)
@@ -190,9 +193,8 @@ def _exact(
 def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
     """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
     model = setup.model
-    hooked = any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
     reader = Reader(model, metric, setup.corrupted, setup.lengths, setup.clean)
-    kind = PackedRuns if isinstance(model, Decoder) and not hooked else WholeRuns
+    kind = PackedRuns if isinstance(model, Decoder) and not attached_points(model) else WholeRuns
     return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
 
 

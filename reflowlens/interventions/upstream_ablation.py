@@ -30,9 +30,10 @@ from transformer_lens.patching import PatchingResult
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
-from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
 from reflowlens.interventions.suffixes import Layout, attend
+from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.components import Block
@@ -82,9 +83,12 @@ def ablate_upstream(
         >>> rl.ablate_upstream(model, "The king", rl.metrics.kl(), "everywhere", signals=[3, 17]).values.shape
         torch.Size([2, 1])
     """
+    site = site if isinstance(site, str) or (layer := integer(site)) is None else layer
     hooked = _checked(model, metric, site)
     chosen = view if isinstance(view, SignalView) else signal_view(hooked, view)
     wanted = list(range(chosen.n_signals)) if signals is None else [int(s) for s in signals]
+    if not wanted:
+        raise ReflowlensError("there is no signal to remove: signals is empty")
     for signal in wanted:
         if not 0 <= signal < chosen.n_signals:
             raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {chosen.n_signals - 1}")
@@ -185,7 +189,7 @@ def _checked(model: Any, metric: Metric, site: Site) -> Decoder:
     hooked = getattr(model, "_orig_mod", model)
     if not isinstance(hooked, Decoder):
         raise ReflowlensError(f"{type(hooked).__name__} is no decoder, whose runs could share what does not differ")
-    if any(point.fwd_hooks or point.bwd_hooks for point in hooked.hook_dict.values()):
+    if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if metric.normalised:
         raise ReflowlensError("recovery compares with a clean run, and a removal has none: use the metric itself")
@@ -194,6 +198,6 @@ def _checked(model: Any, metric: Metric, site: Site) -> Decoder:
             f"site={site!r} needs one embedding at both ends, but this model's unembedding is its own"
         )
     layers = range(hooked.cfg.n_layers + 1)
-    if site not in ("embed", "everywhere", *layers):
+    if isinstance(site, bool) or site not in ("embed", "everywhere", *layers):
         raise ReflowlensError(f"site must be 'embed', 'everywhere' or a layer from 0 to {layers[-1]}, got {site!r}")
     return hooked

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,10 +40,16 @@ class Intervention:
         hook: a hook point's full name (``"blocks.3.attn.hook_z"``), or its short name (``"z"``, ``"resid_pre"``,
             ``"mlp.hook_post"``) together with ``layer``.
         layer: one block, several, or ``"all"``; negative counts from the end.
-        position: index, slice, indices, ``"last"`` (each prompt's own last token) or the text of a token, which
-            selects its every occurrence; None is every position. Of attention squares it is the query's.
+        position: index, slice, indices, ``"last"`` or the text of a token, which selects its every occurrence; None is
+            every position. ``"last"`` and negative numbers count from each prompt's own end, padding left out; while
+            text is generated ``"last"`` is the newest token of every step. Of attention squares it is the query's.
         head: which heads, where the activation has a head axis (grouped-query keys and values: key/value heads).
         index: which entries of the last axis: signals, neurons, features, key positions; rows of ``hook_basis``.
+
+    Selectors may be NumPy's or torch's integers, ranges and arrays of integers; they become plain ones.
+
+    Raises:
+        ReflowlensError: a selector is empty, a mask, or neither an index, a slice, nor several indices.
     """
 
     kind: ClassVar[str]
@@ -51,6 +59,10 @@ class Intervention:
     position: Position = field(default=None, kw_only=True)
     head: Selector = field(default=None, kw_only=True)
     index: Selector = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "position", "head", "index"):
+            object.__setattr__(self, name, _selector(getattr(self, name), f"{type(self).__name__}.{name}"))
 
     def source(self) -> Source:
         """The run that the new value is taken from, where there is one."""
@@ -88,7 +100,8 @@ class Ablate(Intervention):
     Args:
         by: ``"zero"``; ``"mean"`` over every position of every reference prompt; ``"resample"``, where each selected
             place takes the values of a place of the reference drawn at random.
-        reference: text, texts, tokens [batch, pos] or a cache; not for ``"zero"``.
+        reference: text, texts (their padding is left out), tokens [batch, pos] or a cache, all of whose positions
+            count; not for ``"zero"``.
         seed: of the draw.
     """
 
@@ -98,6 +111,7 @@ class Ablate(Intervention):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("zero", "mean", "resample"):
             raise ReflowlensError(f"Ablate.by must be 'zero', 'mean' or 'resample', got {self.by!r}")
         if (self.by == "zero") != (self.reference is None):
@@ -130,6 +144,14 @@ class Patch(Intervention):
     prompt: Source = None
     from_position: int | Literal["last"] | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.from_position not in (None, "last"):
+            index = integer(self.from_position)
+            if index is None:
+                raise ReflowlensError(f"Patch.from_position must be an index or 'last', got {self.from_position!r}")
+            object.__setattr__(self, "from_position", index)
+
     def source(self) -> Source:
         if self.prompt is None:
             raise ReflowlensError(f"Patch({self.hook!r}) needs a prompt or a cache to take the activation from")
@@ -154,8 +176,12 @@ class Steer(Intervention):
     """Add ``alpha`` times a direction, [feature] or any shape that fits the selected part."""
 
     kind = "steer"
-    direction: Float[Tensor, "*shape"] | Sequence[float] = ()
+    direction: Float[Tensor, "*shape"] | Sequence[float]
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self.alpha, "Steer.alpha")
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         return part + self.alpha * _fit(self.direction, part, "Steer.direction")
@@ -166,7 +192,7 @@ class Replace(Intervention):
     """Put in a number, or a tensor that fits the selected part."""
 
     kind = "replace"
-    value: float | Float[Tensor, "*shape"] | Sequence[float] = 0.0
+    value: float | Float[Tensor, "*shape"] | Sequence[float]
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         return _fit(self.value, part, "Replace.value").expand_as(part)
@@ -177,7 +203,11 @@ class Scale(Intervention):
     """Multiply by a factor."""
 
     kind = "scale"
-    factor: float = 0.0
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number(self.factor, "Scale.factor")
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         return part * self.factor
@@ -186,20 +216,21 @@ class Scale(Intervention):
 KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (Ablate, Patch, Steer, Replace, Scale)}
 
 
-def to_json(interventions: Sequence[Intervention]) -> str:
-    """A list of interventions as JSON text.
+def to_json(interventions: Sequence[Intervention] | Intervention) -> str:
+    """Interventions, one or several, as a JSON list.
 
     >>> from_json(to_json([Ablate("unembed.hook_signal", index=17)])) == [Ablate("unembed.hook_signal", index=17)]
     True
     """
-    return json.dumps([intervention.to_dict() for intervention in interventions])
+    several = [interventions] if isinstance(interventions, Intervention) else interventions
+    return json.dumps([intervention.to_dict() for intervention in several])
 
 
 def from_json(text: str) -> list[Intervention]:
     """The inverse of :func:`to_json`.
 
     Raises:
-        ReflowlensError: it is not JSON, or a kind or field is unknown.
+        ReflowlensError: it is not JSON, or a kind or field is unknown, missing or malformed.
     """
     try:
         items = json.loads(text)
@@ -212,16 +243,67 @@ def from_json(text: str) -> list[Intervention]:
 
 def _from_dict(item: dict[str, Any]) -> Intervention:
     kind = item.get("kind", "")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ReflowlensError(f"unknown intervention kind {kind!r}{nearest(str(kind), list(KINDS))}")
     known = [f.name for f in dataclasses.fields(KINDS[kind])]
     for name in item:
         if name != "kind" and name not in known:
             raise ReflowlensError(f"unknown field {name!r} of {kind!r}{nearest(name, known)}")
-    return KINDS[kind](**{name: _from_plain(value) for name, value in item.items() if name != "kind"})
+    try:
+        return KINDS[kind](**{name: _from_plain(value) for name, value in item.items() if name != "kind"})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"a {kind!r} is incomplete or malformed: {error}") from error
+
+
+def _selector(value: Any, name: str) -> int | slice | list[int] | str | None:
+    """A selector as plain Python, so that it compares, prints and is written as one."""
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, str):
+        if name.endswith(".position") or (name.endswith(".layer") and value == "all"):
+            return value
+    elif isinstance(value, slice):
+        start, stop, step = (part if part is None else integer(part) for part in (value.start, value.stop, value.step))
+        if step != 0 and (start, stop, step) == (value.start, value.stop, value.step) and not name.endswith(".layer"):
+            return slice(start, stop, step)
+    elif (one := integer(value)) is not None:
+        return one
+    elif isinstance(value, Sequence | Tensor | np.ndarray) and len(value):
+        several = [integer(item) for item in value]
+        if None not in several:
+            return several  # type: ignore[return-value]
+    shown = f"a mask or list like {value[:3]!r}..." if isinstance(value, list) and len(value) > 3 else repr(value)
+    words = {"layer": ", or 'all'", "position": ", 'last', or the text of a token"}.get(name.rsplit(".", 1)[-1], "")
+    ranges = "" if name.endswith(".layer") else ", a slice"
+    raise ReflowlensError(f"{name} must be an index{ranges}, or several indices (no mask){words}; got {shown}")
+
+
+def integer(value: Any) -> int | None:
+    """An integer of Python, NumPy or torch as Python's; None where it is none (a truth value is none)."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
+        return None
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _check_number(value: Any, name: str) -> None:
+    if isinstance(value, bool | str) or not (isinstance(value, int | float | np.number) or _is_scalar(value)):
+        raise ReflowlensError(f"{name} must be a number, got {value!r}")
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) and value.ndim == 0
 
 
 def _to_plain(value: Any, name: str) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, slice):
@@ -242,7 +324,10 @@ def _from_plain(value: Any) -> Any:
 
 
 def _fit(value: Any, part: Tensor, name: str) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
+    try:
+        tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"{name} must be numbers, got {value!r}") from error
     try:
         shape = torch.broadcast_shapes(tensor.shape, part.shape)
     except RuntimeError:
