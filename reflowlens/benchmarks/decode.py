@@ -1,0 +1,31 @@
+"""What decoding with R and B in turn gains over forming E = R B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reflowlens.benchmarks.timing import comparison
+from reflowlens.benchmarks.variants import forming
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+from reflowlens.models.components import KeyValueCache
+
+
+def bench_decode(steps: int = 24) -> dict[str, Any]:
+    """Decoding at batch 1 with a key-value cache, reflow_1_small: R and B in turn against forming E at each step."""
+    ours = build_model("reflow_1_small")
+    published = forming(ours).eval()
+    prompt = torch.arange(16)[None]
+
+    def decode(model: HookedModel) -> Tensor:
+        past, tokens = KeyValueCache(model.cfg, 1), prompt
+        with torch.no_grad():
+            for _ in range(steps):
+                tokens = model(tokens, past_kv_cache=past)[:, -1:].argmax(-1)
+        return tokens
+
+    what = f"factored readout against forming E = R B at each of {steps} steps, reflow_1_small, batch 1"
+    return comparison("decode", what, lambda: decode(ours), lambda: decode(published), rounds=3)

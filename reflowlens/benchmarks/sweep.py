@@ -1,0 +1,204 @@
+"""What the sweep engine gains over TransformerLens's patching functions and loops of ``run_with_hooks``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens import patching
+from transformer_lens.patching import PatchingResult
+
+from reflowlens.benchmarks.timing import alternate, ratio
+from reflowlens.checkpoints import load_model
+from reflowlens.config import ModelConfig
+from reflowlens.flops import forward_flops_by_part
+from reflowlens.interventions.signal_ablation import ablate_readout
+from reflowlens.interventions.sweep import sweep
+from reflowlens.interventions.values import Patch
+from reflowlens.metrics import logit_diff
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+
+RIGHT, WRONG = 64, 118  # any two tokens: the cost is the same
+_SHAPES = {
+    "gpt2-small shape": ModelConfig(
+        architecture="gpt2", n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, d_vocab=50257, n_ctx=1024
+    ),
+    "6 layers, d 256": ModelConfig(
+        architecture="gpt2_new", n_layers=6, d_model=256, n_heads=4, d_head=64, d_mlp=704, d_vocab=8192, n_ctx=256,
+        tokenizer_name="bytes",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and prompts, random and different at every position: no cell is spared for changing nothing."""
+
+    name: str
+    model: HookedModel
+    clean: Tensor
+    corrupted: Tensor
+
+
+def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 3) -> pd.DataFrame:
+    """Sweeps against the functions that people use, on the same model in one process.
+
+    Args:
+        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape and one of 6 layers at batch 4. On the
+            first, a reFlow, signals are patched and ablated too.
+        patches: how many cells the patch of signals has.
+
+    Returns:
+        One row a comparison: ``case``, ``sweep``, ``cells``, ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median
+        of other / ours), ``flops`` (the same ratio in matrix products alone, where it is defined: what the engine
+        leaves out) and ``difference``, the largest between the two results.
+    """
+    cases = cases or default_cases()
+    rows = []
+    for case in cases:
+        rows.append(_grid(case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
+        rows.append(_grid(case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds))
+    rows.append(_signal_patches(cases[0], patches, rounds))
+    rows.append(_readout_ablation(cases[0], rounds))
+    return pd.DataFrame(rows)
+
+
+def default_cases() -> list[Case]:
+    """The three that the README's table is of."""
+    return [
+        make_case("reflow-nano", load_model("reflow-nano"), batch=1, pos=32),
+        make_case("gpt2-small shape", build_model(_SHAPES["gpt2-small shape"]), batch=1, pos=16),
+        make_case("6 layers, d 256", build_model(_SHAPES["6 layers, d 256"]), batch=4, pos=32),
+    ]
+
+
+def make_case(name: str, model: HookedModel, batch: int, pos: int) -> Case:
+    """A model with two batches of random prompts."""
+    generator, tokens = torch.Generator().manual_seed(0), min(8000, model.cfg.d_vocab)
+    clean, corrupted = (torch.randint(0, tokens, (batch, pos), generator=generator) for _ in range(2))
+    return Case(name, model.eval(), clean, corrupted)
+
+
+def _grid(case: Case, grid: str, reference: Any, rounds: int) -> dict[str, Any]:
+    def theirs() -> PatchingResult:
+        _, cache = case.model.run_with_cache(case.clean, return_type=None)
+        with _quiet():
+            return reference(case.model, case.corrupted, cache, _difference, reduce="none", baseline=True)
+
+    def ours() -> PatchingResult:
+        return sweep(case.model, case.clean, case.corrupted, grid, logit_diff(RIGHT, WRONG), progress=False)
+
+    return _row(case, grid, ours, theirs, lambda result: result.values, rounds) | {"flops": _flop_ratio(case, grid)}
+
+
+def _difference(logits: Tensor) -> Tensor:
+    return logits[:, -1, RIGHT] - logits[:, -1, WRONG]
+
+
+def _signal_patches(case: Case, n: int, rounds: int) -> dict[str, Any]:
+    """Single recipe coordinates of single positions, against a loop of run_with_hooks."""
+    S, pos = case.model.cfg.n_signals or 0, case.corrupted.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    places = torch.randperm(S * pos, generator=generator)[:n].tolist()
+    cells = [Patch("hook_recipe", position=place // S, index=place % S) for place in places]
+
+    def theirs() -> Tensor:
+        _, cache = case.model.run_with_cache(case.clean, names_filter="hook_recipe", return_type=None)
+        values = []
+        for place in places:
+            position, signal = divmod(place, S)
+
+            def hook(recipe: Tensor, hook: object, position: int = position, signal: int = signal) -> Tensor:
+                recipe = recipe.clone()
+                recipe[:, position, signal] = cache["hook_recipe"][:, position, signal]
+                return recipe
+
+            values.append(_difference(case.model.run_with_hooks(case.corrupted, fwd_hooks=[("hook_recipe", hook)])))
+        return torch.stack(values)
+
+    def ours() -> Tensor:
+        metric = logit_diff(RIGHT, WRONG)
+        return sweep(case.model, case.clean, case.corrupted, cells, metric, progress=False).values
+
+    return _row(case, f"{n} signals of the recipe", ours, theirs, lambda values: values, rounds)
+
+
+def _readout_ablation(case: Case, rounds: int) -> dict[str, Any]:
+    """A token's probability with each signal zeroed at the readout, one after the other."""
+
+    def theirs() -> Tensor:
+        values = []
+        for signal in range(case.model.cfg.n_signals or 0):
+
+            def hook(signals: Tensor, hook: object, signal: int = signal) -> Tensor:
+                signals = signals.clone()
+                signals[..., signal] = 0
+                return signals
+
+            logits = case.model.run_with_hooks(case.corrupted, fwd_hooks=[("unembed.hook_signal", hook)])
+            values.append(logits[:, -1].softmax(dim=-1)[:, RIGHT])
+        return torch.stack(values, dim=1)
+
+    def ours() -> Tensor:
+        return ablate_readout(case.model, case.corrupted).probability(RIGHT)
+
+    return _row(case, "every signal of the readout", ours, theirs, lambda values: values.T, rounds)
+
+
+def _row(
+    case: Case,
+    what: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    values: Callable[[Any], Tensor],
+    rounds: int,
+) -> dict[str, Any]:
+    with torch.no_grad():
+        a, b = values(ours()), values(theirs())
+        times = alternate({"ours": ours, "other": theirs}, rounds, warm_up=0)
+    return {
+        "case": f"{case.name}, T {case.corrupted.shape[1]}, batch {case.corrupted.shape[0]}",
+        "sweep": what,
+        "cells": a[..., 0].numel(),
+        "ours_ms": round(1000 * statistics.median(times["ours"]), 1),
+        "other_ms": round(1000 * statistics.median(times["other"]), 1),
+        "ratio": round(ratio(times["other"], times["ours"]), 1),
+        "difference": float((a - b).abs().max()),
+    }
+
+
+def _flop_ratio(case: Case, grid: str) -> float:
+    """Matrix products of one whole pass a cell, over those of the suffixes that a cell changes.
+
+    A suffix of n positions that enters at a block's first half costs n tokens in that and every later block, but in the
+    last block's MLP only the one that is read; a head's output enters at the second half.
+    """
+    cfg, pos = case.model.cfg, case.corrupted.shape[1]
+    parts = forward_flops_by_part(cfg, pos)
+    attention = (parts["attention_projections"] + parts["attention_mixing"]) / cfg.n_layers
+    mlp = parts["mlp"] / cfg.n_layers
+    heads = cfg.n_heads if grid.startswith("attn_head") else 1
+    naive = suffixes = 0.0
+    for layer in range(cfg.n_layers):
+        later = cfg.n_layers - layer - (grid != "resid_pre")
+        for start in range(pos):
+            n = pos - start
+            mlps = later + (grid != "resid_pre")
+            naive += heads * pos * sum(parts.values())
+            suffixes += heads * (n * (later * attention + max(mlps - 1, 0) * mlp) + mlp)
+    return round(naive / suffixes, 1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Without the progress bars that are printed a cell."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
