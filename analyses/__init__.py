@@ -18,17 +18,30 @@ from typing import TYPE_CHECKING, Any
 from analyses.registry import EXPERIMENTS as EXPERIMENTS
 
 if TYPE_CHECKING:
+    from analyses.basis_geometry import basis_geometry as basis_geometry
     from analyses.causal_ablation import causal_ablation as causal_ablation
+    from analyses.comparison import compare_models as compare_models
+    from analyses.concept_inception import concept_inception as concept_inception
+    from analyses.crystallisation import crystallisation_boundary as crystallisation_boundary
+    from analyses.emotion_surgery import emotion_surgery as emotion_surgery
+    from analyses.genetic_hijack import genetic_hijack as genetic_hijack
     from analyses.layer_evolution import layer_evolution as layer_evolution
     from analyses.lexicon import load_lexicon as load_lexicon
+    from analyses.recipe_atlas import recipe_atlas as recipe_atlas
     from analyses.report import write_report as write_report
     from analyses.result import Result as Result
     from analyses.semantic_algebra import semantic_algebra as semantic_algebra
+    from analyses.semantic_galaxy import semantic_galaxy as semantic_galaxy
+    from analyses.signal_flow import signal_flow as signal_flow
+    from analyses.sparsity_profile import sparsity_profile as sparsity_profile
     from analyses.suite import run_suite as run_suite
+    from analyses.typo_resilience import typo_resilience as typo_resilience
 
 _FUNCTIONS = {experiment.name for experiment in EXPERIMENTS.values()}
 _HOMES = {name: name for name in _FUNCTIONS} | {
     "Result": "result",
+    "compare_models": "comparison",
+    "crystallisation_boundary": "crystallisation",
     "load_lexicon": "lexicon",
     "run_suite": "suite",
     "write_report": "report",

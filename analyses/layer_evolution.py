@@ -20,6 +20,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.context_length import DEFINITION, DELAY, add_context_length
 from analyses.controls import untrained_view
 from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
 from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
@@ -68,7 +69,8 @@ def layer_evolution(
     Returns:
         A Result with frames ``layers`` (prompt in detail, a row a point and token), ``positions`` (top-1 of every
         point and position), ``prompts`` (a row a prompt and model) and ``depth`` (means over prompts with intervals),
-        and figures ``probability``, ``positions``, ``depth``, ``crystallisation``.
+        and figures ``probability``, ``positions``, ``depth``, ``crystallisation``; and, where the lexicon has sentences
+        behind long clauses, frame and figure ``context`` (`analyses.context_length`).
 
     Raises:
         ReflowlensError: the prompt is empty or too long, the target several tokens, or fewer than two factual prompts
@@ -109,25 +111,27 @@ def layer_evolution(
         },
         frames=frames,
         figures=_figures(frames, prompt),
-        definitions=DEFINITIONS,
-        published={"crystallisation_share": 0.5},
+        definitions=DEFINITIONS | {DELAY: DEFINITION},
+        published={"crystallisation_share": 0.5, DELAY: 10 / 36},
         notes=[f"skipped {len(skipped)} prompts whose target is several tokens: {', '.join(skipped)}"]
         if skipped
         else [],
     )
-    return _with_metrics(result, readings, model.cfg.n_layers, seed)
+    result = _with_metrics(result, readings, model.cfg.n_layers, seed)
+    return add_context_length(result, chosen, untrained, lexicon, seed)
 
 
 def crystallisation_verdict(shares: Sequence[float], interval: tuple[float, float], untrained: float) -> Verdict:
     """Claim: predictions are decided by half depth (published: layer 18 of 36 at the latest).
 
-    Supported if the whole interval of the mean share lies at or below 0.5 and excludes the untrained model's, which is
-    early for want of any change; underpowered with fewer than 20 prompts, or if the interval contains 0.5.
+    Supported if the whole interval of the mean share lies at or below 0.5 and above the untrained model's, which is
+    early for want of any change: a model that changes even less has decided nothing. Underpowered with fewer than 20
+    prompts, or if the interval contains 0.5.
     """
     low, high = interval
     if len(shares) < MINIMUM_PROMPTS or low < 0.5 < high:
         return "underpowered"
-    return "supported" if high <= 0.5 and not low <= untrained <= high else "not supported"
+    return "supported" if untrained < low and high <= 0.5 else "not supported"
 
 
 def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[FactualPrompt], list[str]]:

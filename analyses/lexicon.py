@@ -72,11 +72,15 @@ class FactualPrompt:
 
 @dataclass(frozen=True)
 class Sentiment:
-    """Carrier prompts that an adjective can follow, and continuations held out from every category."""
+    """Carrier prompts that an adjective can follow, and continuations held out from every category.
+
+    `subjects`: words of the prompts for what is judged ("film"); none of them occurs in a neutral text.
+    """
 
     prompts: tuple[str, ...] = ()
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
+    subjects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,24 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from analyses.messages import NAMES, recognise, translate
 from analyses.result import Result
 from analyses.statistics import Verdict
 
-_COLUMNS = {"Metric": "", "Value": "number", "": "", "Controls": "", "Published": "number", "Verdict": ""}
+COLUMNS = {"Metric": "", "Value": "number", "": "", "Controls": "", "Published": "number", "Verdict": ""}
 _SIGNS = {"supported": "✓", "not supported": "✗", "underpowered": "?"}
 
 
 def metric_table(bodies: Sequence[str], label: str) -> str:
     """The table around groups of `metric_rows`; `label` names it for screen readers."""
-    head = "".join(f'<th scope="col" class="{kind}">{name}</th>' for name, kind in _COLUMNS.items())
+    head = "".join(f'<th scope="col" class="{kind}">{translate(name)}</th>' for name, kind in COLUMNS.items())
     groups = "".join(f"<tbody>{body}</tbody>" for body in bodies)
     return scroll_box(f'<table class="metrics"><thead><tr>{head}</tr></thead>{groups}</table>', label)
 
 
 def group_row(title: str) -> str:
     """A row that heads a group; `title` is HTML."""
-    return f'<tr><th colspan="{len(_COLUMNS)}" scope="rowgroup">{title}</th></tr>'
+    return f'<tr><th colspan="{len(COLUMNS)}" scope="rowgroup">{title}</th></tr>'
 
 
 def metric_rows(result: Result, metrics: Iterable[str]) -> str:
@@ -37,12 +38,13 @@ def key() -> str:
         "controls": '<path class="control" d="M13 1v12"/>',
         "published": '<path class="published" d="M13 1l6 6-6 6-6-6z"/>',
     }
-    return "".join(f"<span>{_svg(26, 14, [mark])} {name}</span>" for name, mark in marks.items())
+    return "".join(f"<span>{_svg(26, 14, [mark])} {translate(name)}</span>" for name, mark in marks.items())
 
 
 def verdict_chip(verdict: Verdict, text: str = "") -> str:
     """A verdict in its colour, with a sign and in words."""
-    return f'<span class="verdict {verdict.replace(" ", "-")}">{_SIGNS[verdict]} {escape(text or verdict)}</span>'
+    shown = escape(text or translate(verdict))
+    return f'<span class="verdict {verdict.replace(" ", "-")}">{_SIGNS[verdict]} {shown}</span>'
 
 
 def scroll_box(content: str, label: str) -> str:
@@ -57,7 +59,7 @@ def number(value: float) -> str:
     ('9,123,456', '0.1235', 'yes')
     """
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return translate("yes" if value else "no")
     if math.isnan(value):
         return "–"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
@@ -71,15 +73,16 @@ def words(name: str) -> str:
 def _row(result: Result, metric: str) -> str:
     value, interval = number(result.metrics[metric]), ""
     if metric in result.intervals:
-        interval = '<br><span class="interval">{} to {}</span>'.format(*map(number, result.intervals[metric]))
+        low, high = map(number, result.intervals[metric])
+        interval = f'<br><span class="interval">{translate("{low} to {high}", low=low, high=high)}</span>'
     controls = "".join(
-        f"<li>{escape(words(name))} <b>{number(control)}</b></li>"
+        f"<li>{escape(recognise(words(name), *NAMES))} <b>{number(control)}</b></li>"
         for name, control in result.controls.get(metric, {}).items()
     )
     published = number(result.published[metric]) if metric in result.published else ""
     verdict = verdict_chip(result.verdicts[metric]) if metric in result.verdicts else ""
     return (
-        f'<tr><th scope="row">{escape(words(metric))}</th>'
+        f'<tr><th scope="row">{escape(recognise(words(metric), *NAMES))}</th>'
         f'<td class="number value">{value}{interval}</td>'
         f'<td class="drawn">{_drawing(result, metric)}</td>'
         f'<td class="controls">{f"<ul>{controls}</ul>" if controls else ""}</td>'

@@ -13,8 +13,10 @@ from reflowlens.errors import ReflowlensError
 if TYPE_CHECKING:
     from analyses.result import Result
 
+IDENTITY = "A. Signal identity"
 SEMANTIC = "B. Semantic properties"
 MECHANISTIC = "C. Mechanistic analysis"
+CONTROL = "D. Control and steering"
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,33 @@ class Experiment:
 
 _LISTED = (
     Experiment(
+        1, "recipe_atlas", "Recipe Atlas", IDENTITY, "Which words have alike recipes, and what are signals for?"
+    ),
+    Experiment(2, "sparsity_profile", "Sparsity Profile", IDENTITY, "How many signals does a token use?"),
+    Experiment(3, "basis_geometry", "Basis Geometry", IDENTITY, "How many directions does the signal basis use?"),
+    Experiment(4, "semantic_galaxy", "Semantic Galaxy", SEMANTIC, "Do the recipes of related words lie together?"),
+    Experiment(
         5, "semantic_algebra", "Semantic Algebra", SEMANTIC, "Do recipes add up: is a − b + c the expected word?"
     ),
+    Experiment(
+        6, "typo_resilience", "Typo Resilience", SEMANTIC, "Is a misspelling read like the word that was meant?"
+    ),
     Experiment(7, "layer_evolution", "Layer Evolution", MECHANISTIC, "From which layer on is the prediction decided?"),
+    Experiment(
+        8, "signal_flow", "Signal Flow", MECHANISTIC, "Which signals make this prediction, and who writes them?"
+    ),
     Experiment(9, "causal_ablation", "Causal Ablation", MECHANISTIC, "Which signals caused this prediction?"),
+    Experiment(
+        10,
+        "emotion_surgery",
+        "Emotion Surgery",
+        CONTROL,
+        "Does a feeling’s recipe turn what the model says, and until when?",
+    ),
+    Experiment(
+        11, "concept_inception", "Concept Inception", CONTROL, "How strongly must a word be injected to be said?"
+    ),
+    Experiment(12, "genetic_hijack", "Genetic Hijack", CONTROL, "What happens if the recipes themselves are edited?"),
 )
 EXPERIMENTS: dict[int, Experiment] = {experiment.number: experiment for experiment in _LISTED}
 

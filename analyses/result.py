@@ -21,7 +21,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -30,10 +29,13 @@ import pandas as pd
 
 from analyses.statistics import Interval, Verdict
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures import save_figure
+from reflowlens.figures import read_figure, save_figure, save_figures, stamp
+from reflowlens.html import escape, table, titled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from reflowlens.figure_export import Width
 
 _MANIFEST = "result.json"
 _TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
@@ -95,6 +97,8 @@ class Result:
                 allowed = ", ".join(get_args(Verdict))
                 raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {judgement!r}; there are {allowed}")
         self.frames = {name: _tidy(frame, name) for name, frame in self.frames.items()}
+        for name, figure in self.figures.items():
+            stamp(figure, experiment=self.name, title=self.title, figure=name, params=self.params)
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
@@ -138,22 +142,24 @@ class Result:
     def _repr_html_(self) -> str:
         """The headline for a notebook: one row a metric, its controls beside it, and the notes."""
         rows = [
-            {
-                "metric": metric,
-                "value": f"{entry['value']:.4g}",
-                "95% interval": "" if entry["interval"] is None else "{:.4g} to {:.4g}".format(*entry["interval"]),
-                "controls": ", ".join(f"{name} {value:.4g}" for name, value in entry["controls"].items()),
-                "published": "" if entry["published"] is None else f"{entry['published']:.4g}",
-                "verdict": entry["verdict"] or "",
-            }
+            (
+                metric,
+                entry["value"],
+                "" if entry["interval"] is None else "{:.4g} to {:.4g}".format(*entry["interval"]),
+                ", ".join(f"{name} {value:.4g}" for name, value in entry["controls"].items()),
+                "" if entry["published"] is None else f"{entry['published']:.4g}",
+                entry["verdict"] or "",
+            )
             for metric, entry in self.to_json_metrics().items()
         ]
-        table = pd.DataFrame(rows).to_html(index=False, border=0) if rows else "<p>no metrics</p>"
+        columns = ["metric", "value", "95% interval", "controls", "published", "verdict"]
+        holds = f"frames: {', '.join(self.frames) or 'none'}; figures: {', '.join(self.figures) or 'none'}"
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
-        return f"<h4>{escape(self.title)}</h4>{table}" + (f"<ul>{notes}</ul>" if notes else "")
+        parts = [table(columns, rows) if rows else "<p>no metrics</p>", f"<ul>{notes}</ul>" if notes else ""]
+        return titled(self.title, "", *parts, f"<small>{escape(holds)}</small>")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the result into `folder` (made if need be) and return it.
+    def save(self, folder: str | Path, *, pages: bool = True) -> Path:
+        """Write the result into `folder` (made if need be) and return it; `pages=False` leaves out the figures' HTML.
 
         An earlier result there is replaced; other files are left alone. Everything is written aside first and
         `result.json` moves in last, so that a folder that has one is complete.
@@ -162,7 +168,9 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
         try:
-            dataclasses.replace(self)._write(staging)  # a copy, so that what was added since __init__ is checked too
+            dataclasses.replace(self)._write(
+                staging, pages
+            )  # a copy, so that what was added since __init__ is checked too
             for path in _listed_files(folder):
                 path.unlink(missing_ok=True)
             written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
@@ -173,7 +181,7 @@ class Result:
             shutil.rmtree(staging)
         return folder
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, pages: bool) -> None:
         manifest: dict[str, Any] = {"name": self.name, "title": self.title, "params": self.params}
         manifest |= {table: getattr(self, table) for table in _TABLES}
         manifest |= {"notes": self.notes, "seconds": self.seconds}
@@ -189,13 +197,22 @@ class Result:
             path = _figure_path(folder, name)
             path.parent.mkdir(exist_ok=True)
             figure.write_json(path)
-            save_figure(figure, path.with_suffix(".html"), share_plotlyjs=True)
+            if pages:
+                save_figure(figure, path.with_suffix(".html"), share_plotlyjs=True)
+
+    def save_figures(self, folder: str | Path, format: str = "pdf", *, width: Width = "screen") -> list[Path]:
+        """Write every figure as `folder/NAME.FORMAT`, with one start of the browser, and return the paths.
+
+        `format`: html, json, png, svg or pdf; `width`: "screen", or "one" or "two" columns of a journal. Raises
+        ReflowlensError as `reflowlens.figures.save_figure`.
+
+        Example: `layer_evolution(model).save_figures("paper/figures", "pdf", width="one")`
+        """
+        return save_figures({Path(folder) / f"{name}.{format}": f for name, f in self.figures.items()}, width=width)
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
         """The result that `save` wrote into `folder`. Raises ReflowlensError if there is none or a file is damaged."""
-        from plotly.io import read_json
-
         folder = Path(folder)
         manifest = _read_manifest(folder)
         if manifest is None:
@@ -204,7 +221,7 @@ class Result:
             manifest["frames"] = {
                 name: _read_frame(_frame_path(folder, name), dtypes) for name, dtypes in manifest["frames"].items()
             }
-            manifest["figures"] = {name: read_json(_figure_path(folder, name)) for name in manifest["figures"]}
+            manifest["figures"] = {name: read_figure(_figure_path(folder, name)) for name in manifest["figures"]}
             return cls(**manifest)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ReflowlensError(f"the result in {folder} is damaged: {error}") from error

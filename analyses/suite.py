@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from analyses.messages import check_language, in_language, translate
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
@@ -26,20 +27,33 @@ if TYPE_CHECKING:
     from analyses.result import Result
     from reflowlens.models.base import HookedModel
 
-__all__ = ["EXPERIMENTS", "Experiment", "SuiteRun", "model_card", "parse_selection", "run_suite"]
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "SuiteRun",
+    "failure_message",
+    "make_folder",
+    "model_card",
+    "parse_selection",
+    "run_experiment",
+    "run_suite",
+]
 
 INTERRUPTED = "interrupted before it was done"
 ERROR_FILE = "error.txt"
+METRICS_FILE = "results.json"
 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """What a run left behind. `results`, `errors` and `seconds` are by the experiments' names."""
+    """What a run left behind. `results`, `errors` and `seconds` are by the experiments' names; `cached` are the results
+    that an earlier run had computed, whose `seconds` are those of then."""
 
     folder: Path
     results: dict[str, Result] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    cached: set[str] = field(default_factory=set)
 
     @property
     def report(self) -> Path:
@@ -63,6 +77,8 @@ def run_suite(
     progress: bool | None = None,
     model_name: str | None = None,
     manifest: Mapping[str, Any] | None = None,
+    lang: str = "en",
+    cache: bool = False,
 ) -> SuiteRun:
     """Run experiments on a model and write their results and one report.
 
@@ -75,39 +91,74 @@ def run_suite(
         model_name: how the report calls the model; default the configuration's `model_name`.
         manifest: what is known of the training (tokens seen, validation loss, ...) for the report; default that of the
             packaged model if this is one.
+        lang: the report's language, "en" or "zh"; the saved results stay in English.
+        cache: take results that were computed before from the cache, and keep new ones there (`analyses.result_cache`).
+            A model with hooks is not what its hash says: its results are computed and not kept.
 
     The folder holds `report.html`, `results.json` ({experiment: {"metrics", "seconds", "error"}}, written anew after
     each experiment) and a saved `Result` a folder. An experiment that fails leaves its traceback in `<name>/error.txt`
-    and does not stop the others. Ctrl-C does: what is done is reported, and what is not is named.
+    and does not stop the others. Ctrl-C does: what is done is reported, and what is not is named. Other experiments
+    that an earlier run left in `out` stay in the report and in `results.json`.
 
-    Raises ReflowlensError for an unknown experiment, a file of analogies that cannot be read and a folder that cannot
-    be written, before anything is run.
+    Raises ReflowlensError for an unknown experiment or language, a file of analogies that cannot be read, a folder that
+    cannot be written and one that holds results of another model, before anything is run.
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
     from analyses.lexicon import read_questions_words
-    from analyses.report import write_report
+    from reflowlens.checkpoints import model_hash
 
+    check_language(lang)
     selected = [EXPERIMENTS[number] for number in parse_selection(experiments)]
     if isinstance(analogies, str | Path):
+        analogies = Path(analogies)
         read_questions_words(analogies)
     name = model_name or model.cfg.model_name or model.cfg.architecture
-    run = SuiteRun(_make_folder(out, name))
+    folder, identity = make_folder(out, name), model_hash(model)
+    run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
     card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
     bar = tqdm(selected, unit="experiment", disable=not (sys.stderr.isatty() if progress is None else progress))
+    key = (
+        identity if cache and not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()) else ""
+    )
+    options = {"seed": seed, "quick": quick, "analogies": analogies}
     try:
         for experiment in bar:
-            bar.set_description(experiment.title)
-            _run_one(run, experiment, model, seed=seed, quick=quick, analogies=analogies)
-            _write_metrics(run)
+            with in_language(lang):
+                bar.set_description(translate(experiment.title))
+            _run_one(run, experiment, model, options, key)
+            _write_metrics(_merged(earlier, run))
     except KeyboardInterrupt:
         missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
         run.errors.update(dict.fromkeys(missing, INTERRUPTED))
         bar.close()
         print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
-    _write_metrics(run)
-    write_report([*run.results.values()], run.errors, card, run.report)
+    everything = _merged(earlier, run)
+    _write_metrics(everything)
+    _report(everything, card, lang)
     return run
+
+
+def run_experiment(
+    experiment: Experiment, model: HookedModel, options: Mapping[str, Any], model_hash: str = ""
+) -> tuple[Result, bool]:
+    """An experiment's result, called with those of the options that it takes; and whether the cache had it.
+
+    `model_hash`: of the model, to look in the cache and to keep the result there; "" computes anew and keeps nothing.
+    """
+    from analyses.result_cache import keep_result, read_result, result_folder
+
+    started, function = time.perf_counter(), experiment.load()
+    takes = inspect.signature(function).parameters
+    options = {name: value for name, value in options.items() if name in takes}
+    kept = result_folder(model_hash, experiment.name, options | {"device": model.cfg.device}) if model_hash else None
+    if kept and (known := read_result(kept)):
+        return known, True
+    result = function(model, progress=False, **options)
+    result.seconds = time.perf_counter() - started
+    if kept:
+        keep_result(result, kept)
+    return result, False
 
 
 def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> dict[str, str | int | float]:
@@ -133,34 +184,83 @@ def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> di
     return {key: value for key, value in card.items() if value is not None}
 
 
-def _run_one(run: SuiteRun, experiment: Experiment, model: HookedModel, **options: Any) -> None:
+def _run_one(
+    run: SuiteRun, experiment: Experiment, model: HookedModel, options: Mapping[str, Any], model_hash: str
+) -> None:
     """Run, time and save one experiment; enter it in `run.results` or, if it fails, in `run.errors`."""
     folder, started = run.folder / experiment.name, time.perf_counter()
     try:
-        result = _call(experiment.load(), model, **options)
-        result.seconds = time.perf_counter() - started
+        result, cached = run_experiment(experiment, model, options, model_hash)
         result.save(folder)
         (folder / ERROR_FILE).unlink(missing_ok=True)
         run.results[experiment.name] = result
+        if cached:
+            run.cached.add(experiment.name)
     except Exception as error:
-        run.errors[experiment.name] = _message(error)
+        run.errors[experiment.name] = failure_message(error)
         with replacing(folder / ERROR_FILE) as path:
             path.write_text(traceback.format_exc(), encoding="utf-8")
     run.seconds[experiment.name] = time.perf_counter() - started
+    if experiment.name in run.cached:
+        run.seconds[experiment.name] = run.results[experiment.name].seconds or 0.0
 
 
-def _call(function: Callable[..., Result], model: HookedModel, **options: Any) -> Result:
-    """Call an experiment with those of the options that it takes; no bar of its own."""
-    takes = inspect.signature(function).parameters
-    return function(model, progress=False, **{key: value for key, value in options.items() if key in takes})
-
-
-def _message(error: Exception) -> str:
+def failure_message(error: Exception) -> str:
     """An error for people: our own as it is, another with its type and the line that raised it."""
     if isinstance(error, ReflowlensError):
         return str(error)
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+
+
+def _read_earlier(folder: Path, selected: Sequence[Experiment], model_hash: str) -> SuiteRun:
+    """What earlier runs on this model left in a folder."""
+    from analyses.result import Result
+
+    earlier, path = SuiteRun(folder), folder / METRICS_FILE
+    if not path.exists():
+        return earlier
+    try:
+        entries = {name: (entry["error"], entry["seconds"]) for name, entry in json.loads(path.read_bytes()).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReflowlensError(f"cannot add to the results in {folder}: {path} is damaged ({error})") from error
+    again = {experiment.name for experiment in selected}
+    for name, (why, seconds) in entries.items():
+        if why is not None and name not in again:
+            earlier.errors[name] = why
+        elif why is None:
+            result = Result.load(folder / name)
+            if result.params.get("model_hash", model_hash) == model_hash:
+                earlier.results[name] = result
+            elif name not in again:
+                raise ReflowlensError(f"{folder} holds the results of another model ({name}): choose another folder")
+        earlier.seconds[name] = seconds
+    return earlier
+
+
+def _merged(earlier: SuiteRun, run: SuiteRun) -> SuiteRun:
+    """Both, in the order of the experiments; the later of two of one, unless it was interrupted."""
+    failed = {name: why for name, why in run.errors.items() if why != INTERRUPTED or name not in earlier.results}
+    results = {**{name: result for name, result in earlier.results.items() if name not in failed}, **run.results}
+    errors = {**{name: why for name, why in earlier.errors.items() if name not in results}, **failed}
+    names = [experiment.name for experiment in EXPERIMENTS.values()]
+    return SuiteRun(
+        run.folder,
+        {name: results[name] for name in names if name in results},
+        {name: errors[name] for name in names if name in errors},
+        earlier.seconds | run.seconds,
+    )
+
+
+def _report(run: SuiteRun, card: Mapping[str, Any], lang: str) -> None:
+    """Write the report, with what is known across experiments behind them."""
+    from analyses.crystallisation import crystallisation_boundary
+    from analyses.report import write_report
+
+    across = crystallisation_boundary(run.results)
+    if across is not None:
+        across.save(run.folder / across.name)
+    write_report([*run.results.values(), *([across] if across else [])], run.errors, card, run.report, lang=lang)
 
 
 def _write_metrics(run: SuiteRun) -> None:
@@ -173,11 +273,11 @@ def _write_metrics(run: SuiteRun) -> None:
         for experiment in EXPERIMENTS.values()
         if experiment.name in run.results or experiment.name in run.errors
     }
-    with replacing(run.folder / "results.json") as path:
+    with replacing(run.folder / METRICS_FILE) as path:
         path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _make_folder(out: str | Path | None, name: str) -> Path:
+def make_folder(out: str | Path | None, name: str) -> Path:
     """`out`, or a new `out/<model>/<date-time>`, with a number behind it should that second have one already."""
     if out is None:
         base = Path("out") / re.sub(r"[^\w.-]+", "_", name)

@@ -33,7 +33,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # argparse gives out all positional arguments at the first option: `run MODEL --quick 5 7` leaves 5 and 7 over.
     if options.command is not _run or any(word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.experiments = [*options.experiments, *rest]
+    words = [*options.experiments, *rest]
+    options.model, *options.experiments = words if options.model is None else [options.model, *words]
     return options
 
 
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_figures(commands)
     _add_models(commands)
     _add_sample(commands)
     _add_prepare(commands)
@@ -73,26 +75,49 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "run", "run experiments on a model and write a report")
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="packaged name, checkpoint folder or file")
-    parser.add_argument("experiments", nargs="*", default=[], help="numbers or names, e.g. 5 7 9 (default: all)")
-    parser.add_argument("--out", type=Path, help="folder of the report (default: out/MODEL/DATE-TIME)")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help=f"packaged name, checkpoint folder or file (default: {DEFAULT_MODEL}; asked on a terminal)",
+    )
+    parser.add_argument(
+        "experiments",
+        nargs="*",
+        default=[],
+        help="all, numbers or names, e.g. 5 7 9 (default: all; asked on a terminal)",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the report (default: out/MODEL/DATE-TIME); it keeps others")
     parser.add_argument("--analogies", type=Path, help="a questions-words file for experiment 5")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--quick", action="store_true", help="fewer prompts and controls, for a first look")
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
+    parser.add_argument("--lang", default="en", choices=["en", "zh"], help="language of the report and the menu")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="a table of the model beside these instead of a report; 'untrained' "
+        "is its own architecture at initialisation",
+    )
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        default=["native"],
+        metavar="VIEW",
+        help="of --compare: native, identity, svd, rotated, varimax",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="compute anew what an earlier run has computed")
     parser.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from analyses.suite import EXPERIMENTS, parse_selection, run_suite
-    from reflowlens.checkpoints import list_models, load_model, read_manifest
+    from analyses.suite import run_suite
+    from reflowlens.checkpoints import load_model, read_manifest
 
-    model, experiments = options.model, options.experiments
-    named = {"all", *(experiment.name for experiment in EXPERIMENTS.values())}
-    # `reflowlens run 5 7` leaves out the model
-    if model in named or (model[:1].isdigit() and not Path(model).exists() and model not in list_models()):
-        model, experiments = DEFAULT_MODEL, [model, *experiments]
-    selection = parse_selection(experiments or "all")
+    model, selection = _chosen(options)
+    if options.compare:
+        print(_compare(options, model, selection))
+        return 0
     run = run_suite(
         load_model(model, device=options.device),
         selection,
@@ -102,11 +127,81 @@ def _run(options: argparse.Namespace) -> int:
         analogies=options.analogies,
         model_name=Path(model).resolve().name if Path(model).exists() else model,
         manifest=read_manifest(model),
+        lang=options.lang,
+        cache=not options.no_cache,
     )
     for name, error in run.errors.items():
         print(f"{name}: {error}", file=sys.stderr)
+    if run.cached:
+        before = ", ".join(name for name in run.results if name in run.cached)
+        print(f"computed before: {before} (--no-cache computes them anew)", file=sys.stderr)
     print(run.report)
-    return 1 if run.errors else 0
+    return 130 if run.interrupted else 1 if run.errors else 0
+
+
+def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> Path:
+    from analyses.comparison import compare_models, write_comparison
+    from analyses.suite import make_folder
+
+    comparison = compare_models(
+        [model, *options.compare],
+        options.views,
+        selection,
+        seed=options.seed,
+        quick=options.quick,
+        device=options.device,
+        cache=not options.no_cache,
+        progress=sys.stderr.isatty(),
+    )
+    return write_comparison(comparison, make_folder(options.out, "comparison"), lang=options.lang)
+
+
+def _chosen(options: argparse.Namespace) -> tuple[str, list[int]]:
+    """The model and the numbers of the experiments, asked for where a terminal is told neither."""
+    from analyses.messages import in_language
+    from analyses.registry import EXPERIMENTS, parse_selection
+    from reflowlens.checkpoints import find_model, list_models
+
+    model, experiments = options.model, options.experiments
+    if model is None and not experiments and sys.stdin.isatty() and sys.stdout.isatty():
+        from analyses.menu import choose
+
+        with in_language(options.lang):
+            return choose(DEFAULT_MODEL, list_models(), find_model)
+    model = model or DEFAULT_MODEL
+    named = {"all", *(experiment.name for experiment in EXPERIMENTS.values())}
+    # `reflowlens run 5 7` leaves out the model
+    if model in named or (model[:1].isdigit() and not Path(model).exists() and model not in list_models()):
+        model, experiments = DEFAULT_MODEL, [model, *experiments]
+    return model, parse_selection(experiments or "all")
+
+
+def _add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "figures", "write every figure of a run as PDF, SVG or PNG files for a paper or a talk")
+    parser.add_argument("folder", type=Path, metavar="RESULT_DIR", help="what run has written, or one experiment of it")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=["pdf"],
+        choices=["pdf", "svg", "png", "html", "json"],
+        help="one or several (the first three need Chrome or Chromium)",
+    )
+    parser.add_argument(
+        "--width",
+        default="screen",
+        choices=["screen", "one", "two"],
+        help="as on a page, or one or two columns of a journal (3.5 and 7.2 inches, without titles)",
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (default: RESULT_DIR/figures)")
+    parser.set_defaults(command=_figures)
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from analyses.figure_files import export_figures
+
+    formats = list(dict.fromkeys(options.format))
+    paths = export_figures(options.folder, formats, out=options.out, width=options.width, progress=sys.stderr.isatty())
+    print(f"{len(paths)} figures in {paths[0].parent if paths else options.folder}")
 
 
 def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -363,7 +458,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _command(commands, "bench", "measure this machine, each figure a ratio taken side by side in one process")
     parser.add_argument(
-        "benchmark", nargs="?", default="all", choices=["all", "hooks", "decode", "train"], help="which"
+        "benchmark", nargs="?", default="all", choices=["all", "hooks", "decode", "sweep", "train"], help="which"
     )
     train = parser.add_argument_group("of train")
     train.add_argument("--preset", help="model's shape, e.g. reflow_1_small (default: reflow_nano on a CPU)")
@@ -379,10 +474,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from reflowlens.benchmarks import TrainBench, bench_train, run_benchmarks
+    from reflowlens.benchmarks import TrainBench, bench_sweep, bench_train, run_benchmarks
 
-    if options.benchmark != "train":
+    if options.benchmark in ("all", "hooks", "decode"):
         print(run_benchmarks(options.benchmark).to_string(index=False))
+    if options.benchmark in ("all", "sweep"):
+        print(bench_sweep().to_string(index=False, na_rep="-"))
     if options.benchmark in ("all", "train"):
         fields = {name: getattr(options, name) for name in ("batch", "context", "dtype")}
         bench = TrainBench.named(options.preset, device=options.device, compiled=options.compile, **fields)

@@ -21,6 +21,8 @@ from reflowlens.errors import ReflowlensError
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from reflowlens.figure_type import Figure
+
 TEMPLATE = "reflowlens"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # without black and yellow: they vanish
 CONTROL_GREYS = ("#8C8C8C", "#A9A9A9", "#737373", "#BDBDBD")
@@ -69,13 +71,13 @@ def register_template() -> go.layout.Template:
     return pio.templates[TEMPLATE]
 
 
-def blank_figure(title: str, x_title: str, y_title: str) -> go.Figure:
-    """An empty figure in the template; the texts are shown as they are."""
+def blank_figure(title: str, x_title: str, y_title: str) -> Figure:
+    """An empty figure in the template, with a ``save``; the texts are shown as they are."""
     template = register_template()
-    import plotly.graph_objects as go
+    from reflowlens.figure_type import Figure
 
     upright = "<br>".join(map(label, textwrap.wrap(y_title, 36)))  # plotly would let a long one run out of the figure
-    figure = go.Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": upright})
+    figure = Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": upright})
     if title:
         figure.update_layout(title_text=label(title), margin_t=90)
     return figure
@@ -130,9 +132,9 @@ def hover_texts(
     """One text a row: the interval, where there is one, and a line "column: value" for each column."""
     texts = []
     for row in frame.to_dict("records"):
-        lines = [f"{words(column)}: {_cell(row[column])}" for column in columns]
+        lines = [f"{words(column)}: {_hover_cell(row[column])}" for column in columns]
         if low is not None and high is not None:
-            lines.insert(0, f"({_cell(row[low])} to {_cell(row[high])})")
+            lines.insert(0, f"({_hover_cell(row[low])} to {_hover_cell(row[high])})")
         texts.append("<br>".join(lines))
     return texts
 
@@ -156,8 +158,17 @@ def words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _cell(value: Any) -> str:
-    """A cell for a hover box: numbers to four digits, long text wrapped, which plotly does not do."""
+def cell(value: object) -> str:
+    """A value of a frame for people: numbers to four digits, text as plotly shows it literally.
+
+    >>> cell(0.123456), cell(3), cell("a\\nb")
+    ('0.1235', '3', 'a⏎b')
+    """
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else label(value)
+
+
+def _hover_cell(value: Any) -> str:
+    """The same for a hover box: long text wrapped, which plotly does not do there."""
     if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
+        return cell(value)
     return "<br>".join(label(line) for line in textwrap.wrap(str(value), 60, replace_whitespace=False)) or label(value)

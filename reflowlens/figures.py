@@ -1,4 +1,4 @@
-"""Figures from DataFrames: the few builders that experiments share, and export.
+"""Figures from DataFrames: the few builders that experiments share (export: :mod:`reflowlens.figure_export`).
 
 Every builder takes a tidy frame (a row an observation) and names of its columns, and returns a plotly figure in the
 ``reflowlens`` template (:mod:`reflowlens.figure_style`). Series named in ``controls`` are drawn in greys, dashed or
@@ -9,15 +9,15 @@ plotly is imported with the first figure, not with this module.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.figure_export import read_figure, save_figure, save_figures, stamp
+from reflowlens.figure_heatmap import heatmap
 from reflowlens.figure_style import (
     INK,
     blank_figure,
@@ -28,13 +28,22 @@ from reflowlens.figure_style import (
     series_of,
     words,
 )
-from reflowlens.files import replacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["bars", "dots", "heatmap", "histogram_with_control", "line_with_band", "register_template", "save_figure"]
-SUFFIXES = (".html", ".json", ".png", ".svg", ".pdf")
+__all__ = [
+    "bars",
+    "dots",
+    "heatmap",
+    "histogram_with_control",
+    "line_with_band",
+    "read_figure",
+    "register_template",
+    "save_figure",
+    "save_figures",
+    "stamp",
+]
 
 
 def line_with_band(
@@ -241,72 +250,6 @@ def dots(
     return figure
 
 
-def heatmap(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    z: str,
-    *,
-    text: str | None = None,
-    x_labels: str | None = None,
-    y_labels: str | None = None,
-    z_range: tuple[float, float] | None = None,
-    hover: Sequence[str] = (),
-    title: str = "",
-    x_title: str | None = None,
-    y_title: str | None = None,
-    z_title: str | None = None,
-) -> go.Figure:
-    """A cell for each row of the frame, coloured by ``z``, with ``text`` written in it; the first ``y`` below.
-
-    Args:
-        x, y: columns that place the cell, in the order of their first appearance; a place no row names stays empty.
-        x_labels, y_labels: columns shown on the axes instead of ``x`` and ``y``; their values may repeat (the tokens
-            of a prompt over its positions).
-        z_range: ends of the colour scale; default those of the data.
-        hover, x_title, y_title: as in :func:`line_with_band`; ``z_title`` names the colour scale.
-
-    Raises:
-        ReflowlensError: the frame is empty, lacks a column, or has two rows for one cell.
-
-    Example: ``heatmap(cells, "position", "layer", "probability", text="top", x_labels="token", z_range=(0, 1))``
-    """
-    check_columns(frame, [x, y, z, text, x_labels, y_labels, *hover])
-    if (repeated := frame.duplicated([x, y])).any():
-        row = frame[repeated].iloc[0]
-        raise ReflowlensError(f"a heatmap needs one row a cell: {x} = {row[x]}, {y} = {row[y]} has several")
-    columns, lines = _axis_labels(frame, x, x_labels), _axis_labels(frame, y, y_labels)
-
-    def grid(values: pd.Series) -> np.ndarray:
-        cells = frame.assign(_cell=values).pivot(index=y, columns=x, values="_cell")
-        return cells.reindex(index=list(lines), columns=list(columns)).to_numpy()
-
-    names = [x, x_labels, y, y_labels, text, z, *hover]
-    shown = pd.Series(hover_texts(frame, [name for name in dict.fromkeys(names) if name]), index=frame.index)
-    figure = blank_figure(title, x_title or words(x_labels or x), y_title or words(y_labels or y))
-    scale = {"text": label(z_title or words(z)), "side": "right", "font": {"size": 13}}
-    figure.add_heatmap(
-        z=grid(frame[z].astype(float)),
-        zmin=z_range[0] if z_range else None,
-        zmax=z_range[1] if z_range else None,
-        text=None if text is None else grid(frame[text].map(label)),
-        texttemplate=None if text is None else "%{text}",
-        customdata=grid(shown),
-        hovertemplate="%{customdata}<extra></extra>",
-        hoverongaps=False,
-        colorscale="Cividis",
-        textfont={"size": 11},
-        xgap=1,
-        ygap=1,
-        colorbar={"title": scale, "thickness": 12, "outlinewidth": 0},
-    )
-    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(columns.values()), showgrid=False)
-    figure.update_yaxes(tickvals=list(range(len(lines))), ticktext=list(lines.values()), showgrid=False)
-    if text is not None:
-        figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 84 * len(columns)})
-    return figure
-
-
 def histogram_with_control(
     frame: pd.DataFrame,
     x: str,
@@ -350,54 +293,6 @@ def histogram_with_control(
     if log_y:
         figure.update_yaxes(type="log")
     return figure
-
-
-def save_figure(figure: go.Figure, path: str | Path, *, share_plotlyjs: bool = False) -> Path:
-    """Write a figure in the format that the suffix names and return the path.
-
-    Args:
-        path: ending in ``.html``, ``.json`` (plotly's form), ``.png``, ``.svg`` or ``.pdf``.
-        share_plotlyjs: an HTML file holds plotly.js itself (5 MB) and opens alone; True makes it refer to one
-            ``plotly.min.js`` in the same folder, written if missing.
-
-    Raises:
-        ReflowlensError: the suffix is another, or PNG, SVG and PDF lack kaleido or a Chrome to draw with.
-
-    Example: ``save_figure(result.figures["probability"], "probability.pdf")``
-    """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ReflowlensError(f"cannot write {path.name!r}: a name ending in {', '.join(SUFFIXES)} was expected")
-    with replacing(path) as temporary:
-        if path.suffix == ".html":
-            figure.write_html(
-                temporary,
-                config={"displaylogo": False, "showSendToCloud": False},  # plotly's button that uploads the data
-                include_plotlyjs="directory" if share_plotlyjs else True,
-                div_id=path.stem,
-            )
-        elif path.suffix == ".json":
-            figure.write_json(temporary)
-        else:
-            _write_static(figure, temporary)
-    return path
-
-
-def _write_static(figure: go.Figure, path: Path) -> None:
-    if importlib.util.find_spec("kaleido") is None:
-        raise ReflowlensError(
-            f"writing {path.suffix} needs kaleido: pip install 'kaleido>=1' (.html and .json need nothing)"
-        )
-    try:
-        figure.write_image(path, scale=2)
-    except RuntimeError as error:
-        raise ReflowlensError(f"writing {path.suffix} failed: {' '.join(str(error).split())}") from error
-
-
-def _axis_labels(frame: pd.DataFrame, column: str, labels: str | None) -> dict[Any, str]:
-    """The values of a column in order of appearance, each with what the axis shows for it."""
-    first = frame.drop_duplicates(column)
-    return dict(zip(first[column], first[labels or column].map(label), strict=True))
 
 
 def _room_for(names: Sequence[str]) -> dict[str, int]:

@@ -13,6 +13,8 @@ view           recipe             basis          what it is for
 ``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
 ``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any
                                                  statement about single signals
+``varimax``    R A                Aᵀ B           the A that makes the columns of R A as kurtotic as can be: how sparse
+                                                 single signals could be, with nothing trained
 =============  =================  =============  ==================================================================
 
 Readout and write coordinates differ unless B Bᵀ = I; each function says which one it uses.
@@ -33,9 +35,10 @@ from transformer_lens import FactoredMatrix
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Norm
+from reflowlens.varimax import varimax_rotation
 
-ViewName = Literal["native", "identity", "svd", "rotated"]
-VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated")
+ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
+VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated", "varimax")
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,25 @@ class SignalView:
     def _ids(self, target: str | int | Tensor) -> int | Tensor:
         return self.model.to_single_token(target) if isinstance(target, str) else target
 
+    def __repr__(self) -> str:
+        return f"SignalView({self._summary()})"
+
+    def _summary(self) -> str:
+        whose = self.model.cfg.model_name or self.model.cfg.architecture
+        sizes = f"{self.n_signals} signals, {self.n_tokens:,} tokens, d_model {self.basis.shape[1]}"
+        return f"{self.name} of {whose}: {sizes}"
+
     def _repr_html_(self) -> str:
-        title = self.model.cfg.model_name or self.model.cfg.architecture
-        return f"<b>{self.name}</b> view of {title}: {self.n_signals} signals, {self.n_tokens:,} tokens"
+        """The strongest signals, by the norm of their recipe column, with the tokens they speak for."""
+        from reflowlens.html import table, titled
+
+        norms = torch.linalg.vector_norm(self.recipe[: self.n_tokens].float(), dim=0)
+        rows = []
+        for signal in norms.topk(min(5, self.n_signals)).indices.tolist():
+            tokens = self.codebook(signal, k=6).groupby("sign").text.agg(lambda texts: " ".join(map(repr, texts)))
+            rows.append((signal, float(norms[signal]), tokens.get(1, ""), tokens.get(-1, "")))
+        columns = ["signal", "norm", "tokens it speaks for", "and against"]
+        return titled("SignalView", self._summary(), table(columns, rows))
 
 
 @torch.no_grad()
@@ -133,9 +152,9 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     """See a model through signals, in float32 at least: a model of 16 bits is read without rounding once more.
 
     Args:
-        name: ``native``, ``identity``, ``svd`` or ``rotated`` (module docstring); default ``native`` where the model
-            has it, else ``identity``.
-        seed: of the random rotation.
+        name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (module docstring); default ``native`` where
+            the model has it, else ``identity``. The last two turn that default.
+        seed: of the random rotation, and of the rows that varimax draws where the vocabulary is large.
 
     Raises:
         ReflowlensError: the name is unknown, or the model has no native signals.
@@ -155,6 +174,8 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     if name == "rotated":
         view = signal_view(model)
         return rotate(view, random_rotation(view.n_signals, seed))
+    if name == "varimax":
+        return varimax_view(signal_view(model), seed=seed)
     embedding = _wide(model.W_U.T)
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
@@ -171,6 +192,17 @@ def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
     """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes."""
     A = rotation.to(view.recipe)
     return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
+
+
+def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
+    """The view in the basis that :func:`reflowlens.varimax.varimax_rotation` finds for the recipes of its real tokens.
+
+    Its signals are as sparse as a rotation makes them, by that criterion at least as sparse as the view's own, and
+    every logit stays: the ceiling of what a basis with these predictions can show, where ``rotated`` is the floor.
+
+    Example: ``varimax_view(signal_view(model)).codebook(0)``
+    """
+    return dataclasses.replace(rotate(view, varimax_rotation(view.recipe[: view.n_tokens], seed=seed)), name="varimax")
 
 
 def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from analyses.registry import EXPERIMENTS, Experiment
+from analyses.result import Result
 from analyses.suite import SuiteRun
 from reflowlens.checkpoints import save_model
 from reflowlens.cli import main
@@ -34,7 +36,9 @@ def test_help_imports_nothing_heavy():
     assert time.perf_counter() - began < 10  # a hang, not a speed: `reflowlens bench` measures
 
 
-@pytest.mark.parametrize("command", ["run", "models", "sample", "prepare", "train", "evaluate", "export", "bench"])
+@pytest.mark.parametrize(
+    "command", ["run", "models", "sample", "prepare", "train", "finetune", "evaluate", "export", "import", "bench"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -136,19 +140,79 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("", ("reflow-nano", [5, 7, 9], False)),
-        ("all", ("reflow-nano", [5, 7, 9], False)),
+        ("", ("reflow-nano", [*EXPERIMENTS], False)),
+        ("all", ("reflow-nano", [*EXPERIMENTS], False)),
         ("5 7", ("reflow-nano", [5, 7], False)),
         ("layer_evolution", ("reflow-nano", [7], False)),
         ("reflow-nano 9", ("reflow-nano", [9], False)),
         ("reflow-nano --quick 5 7", ("reflow-nano", [5, 7], True)),
         ("--quick 5 --seed 1 7", ("reflow-nano", [5, 7], True)),
+        ("--quick reflow-nano 9", ("reflow-nano", [9], True)),
     ],
 )
 def test_run_knows_models_from_experiments(runs, arguments, expected, capsys):
     assert main(["run", *arguments.split()]) == 1
     assert runs == [expected]
     assert "layer_evolution: too few prompts" in capsys.readouterr().err
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A person at a terminal, who gives these answers."""
+
+    def sit_down(*answers):
+        left = iter(answers)
+        monkeypatch.setattr("builtins.input", lambda question: print(question) or next(left))
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        return left
+
+    return sit_down
+
+
+def test_on_a_terminal_a_run_that_is_told_nothing_asks(runs, terminal, capsys):
+    left = terminal("reflow-nanno", "", "5 x", "9, layer_evolution")
+    assert main(["run", "--quick"]) == 1
+    assert runs == [("reflow-nano", [7, 9], True)]
+    assert next(left, None) is None
+    shown = capsys.readouterr().out
+    assert "did you mean 'reflow-nano'" in shown
+    assert "no experiment 'x'" in shown
+    for experiment in EXPERIMENTS.values():
+        assert f"{experiment.number:3}  {experiment.title}: {experiment.question}\n" in shown
+
+
+def test_the_menu_takes_all_by_default_and_speaks_chinese(runs, terminal, capsys):
+    terminal("", "")
+    assert main(["run", "--lang", "zh"]) == 1
+    assert runs == [("reflow-nano", [*EXPERIMENTS], False)]
+    assert "7  逐层演化: 预测从哪一层起已成定局？\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", ["run all", "run reflow-nano", "run --quick 7"])
+def test_a_run_that_is_told_something_does_not_ask(runs, terminal, arguments):
+    left = terminal("never read")
+    assert main(arguments.split()) == 1
+    assert next(left) == "never read"
+
+
+def test_ctrl_c_ends_a_run_with_130_and_a_report(checkpoint, tmp_path, monkeypatch, capsys):
+    def interrupt(model, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Experiment, "load", lambda self: interrupt)
+    assert main(["run", str(checkpoint), "7", "--out", str(tmp_path / "out"), "--no-cache"]) == 130
+    assert "interrupted before it was done" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "layer_evolution" in json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_a_second_run_says_that_it_was_computed_before(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("REFLOWLENS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Experiment, "load", lambda self: lambda model, progress: Result(self.name, self.title))
+    arguments = ["run", str(checkpoint), "7", "--out", str(tmp_path / "out")]
+    for more, told in (([], False), ([], True), (["--no-cache"], False)):
+        assert main([*arguments, *more]) == 0
+        assert ("computed before: layer_evolution" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("arguments", ["run --fast", "run 5 --fast 7", "models reflow-nano"])

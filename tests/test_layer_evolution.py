@@ -64,6 +64,7 @@ def test_a_target_of_several_tokens_is_an_error():
     [
         (50, (0.3, 0.45), 0.1, "supported"),
         (50, (0.3, 0.45), 0.4, "not supported"),
+        (50, (0.0, 0.0), 0.02, "not supported"),
         (50, (0.6, 0.7), 0.1, "not supported"),
         (50, (0.4, 0.6), 0.1, "underpowered"),
         (10, (0.3, 0.4), 0.1, "underpowered"),

@@ -43,7 +43,7 @@ def test_every_word_is_one_token_with_the_same_id_in_both_tokenizers(tokenizer):
     words |= {word for analogy in LEXICON.analogies for word in analogy.words}
     words |= {typo.clean for typo in LEXICON.typos}
     words |= {prompt.target[1:] for prompt in LEXICON.factual}
-    words |= {*LEXICON.sentiment.positive, *LEXICON.sentiment.negative}
+    words |= {*LEXICON.sentiment.positive, *LEXICON.sentiment.negative, *LEXICON.sentiment.subjects}
     assert [word for word in words if not tokenizer.is_single_token(f" {word}")] == []
     assert max(tokenizer.single_token(f" {word}") for word in words) < 16640
 
@@ -102,6 +102,15 @@ def test_long_prompts_are_the_short_ones_behind_a_clause():
         assert long.lower().endswith(f" {short.lower()}")
         assert len(short.split()) <= 6
         assert len(long.split()) >= 20
+
+
+def test_subjects_are_words_of_the_carriers_and_of_no_neutral_text():
+    carriers, neutral = (
+        {word.strip(".,").lower() for text in texts for word in text.split()}
+        for texts in (LEXICON.sentiment.prompts, LEXICON.neutral_texts)
+    )
+    assert carriers.issuperset(LEXICON.sentiment.subjects)
+    assert neutral.isdisjoint(LEXICON.sentiment.subjects)
 
 
 def test_sentiment_continuations_are_held_out_of_every_category():

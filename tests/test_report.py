@@ -177,6 +177,34 @@ def test_an_experiment_of_ones_own_and_nothing_at_all(written):
     assert "No experiment returned a metric." in visible(Page(written([])))
 
 
+def test_a_report_in_chinese_has_no_english_left_but_data_and_names(tmp_path):
+    own = result(
+        params={},
+        metrics={"crystallisation_share": 0.62, "target_accuracy": 1.0},
+        controls={"crystallisation_share": {"untrained": 0.08, "shuffled_norm": 0.74}},
+        intervals={"crystallisation_share": (0.55, 0.69)},
+        published={"crystallisation_share": 0.5},
+        verdicts={"crystallisation_share": "not supported"},
+        frames={"x": pd.DataFrame({"y": range(11)})},
+        figures={"depth": go.Figure(layout_title_text="Where predictions crystallise")},
+        notes=["target_probability against untrained: sign-flip p = 0.3, 20 prompts"],
+        definitions={"target_probability": "probability of the expected continuation, mean over prompts"},
+    )
+    card = {"name": "N", "parameters": 9, "layers": 2, "signals kept (top-k)": 3, "validation loss": 3.5}
+    errors = {"causal_ablation": "interrupted before it was done"}
+    path = write_report([own], errors, card, tmp_path / "report.html", lang="zh")
+    html = path.read_text(encoding="utf-8")
+    (figure,) = Page(html).data
+    shown = re.sub(r"reflowlens[\d. ]*|torch [\d.+a-z]*|plotly|Python|KL|top-k", "", visible(Page(html)))
+    assert re.findall(r"[A-Za-z]{2,}", shown) == []
+    assert "1 项实验 · 1 项无结果 · 12 秒" in shown
+    assert '<html lang="zh">' in html
+    assert not figure["layout"].get("title")
+    assert "预测在何处结晶" in shown
+    english = write_report([own], errors, card, path).read_text(encoding="utf-8")
+    assert not re.search("[\u4e00-\u9fff]", re.sub(r"<script>.*?</script>", "", english, flags=re.S))
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

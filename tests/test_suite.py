@@ -9,7 +9,8 @@ import sys
 import pandas as pd
 import pytest
 
-from analyses import suite
+from analyses import result_cache, suite
+from analyses.crystallisation import boundary_figure, crystallisation_boundary
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import Result
 from analyses.suite import model_card, parse_selection, run_suite
@@ -21,13 +22,24 @@ from tests.tiny import tiny_config
 ALL = ["semantic_algebra", "layer_evolution", "causal_ablation"]
 
 
+@pytest.fixture
+def three():
+    """The suite with three experiments, however many there are."""
+    all_of_them = dict(EXPERIMENTS)
+    for number in all_of_them.keys() - {5, 7, 9}:
+        del EXPERIMENTS[number]
+    yield
+    EXPERIMENTS.clear()
+    EXPERIMENTS.update(all_of_them)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return build_model(tiny_config("reflow", model_name="tiny model/1"))
 
 
 @pytest.fixture
-def stubs(monkeypatch):
+def stubs(three, monkeypatch, tmp_path):
     """Experiments that record how they were called, by name; a test replaces those that should do something else."""
     calls = {}
 
@@ -42,6 +54,7 @@ def stubs(monkeypatch):
     functions = {name: stub(name) for name in ALL}
     functions["calls"] = calls
     monkeypatch.setattr(Experiment, "load", lambda self: functions[self.name])
+    monkeypatch.setenv("REFLOWLENS_CACHE", str(tmp_path / "cache"))
     return functions
 
 
@@ -53,7 +66,8 @@ def metrics(run):
 
 
 def test_numbers_names_and_functions_of_the_registry_agree():
-    assert [(e.number, e.name) for e in EXPERIMENTS.values()] == list(zip([5, 7, 9], ALL, strict=True))
+    assert [EXPERIMENTS[number].name for number in (5, 7, 9)] == ALL
+    assert list(EXPERIMENTS) == sorted(EXPERIMENTS)
     for number, experiment in EXPERIMENTS.items():
         assert experiment.number == number
         function = experiment.load()
@@ -73,7 +87,7 @@ def test_numbers_names_and_functions_of_the_registry_agree():
         (7, [7]),
     ],
 )
-def test_parse_selection(selection, numbers):
+def test_parse_selection(three, selection, numbers):
     assert parse_selection(selection) == numbers
 
 
@@ -87,7 +101,7 @@ def test_parse_selection(selection, numbers):
         (" , ", "no experiment is selected"),
     ],
 )
-def test_a_wrong_selection_names_what_there_is(selection, message):
+def test_a_wrong_selection_names_what_there_is(three, selection, message):
     with pytest.raises(ReflowlensError, match=message):
         parse_selection(selection)
 
@@ -190,7 +204,7 @@ def test_metrics_are_written_while_the_run_goes_on(tiny, stubs, tmp_path):
 
 def test_analogies_go_to_the_experiment_that_takes_them(tiny, stubs, tmp_path):
     def algebra(model, *, analogies=None, seed=0, quick=False, progress=False):
-        return Result("semantic_algebra", "Semantic Algebra", {"analogies": analogies})
+        return Result("semantic_algebra", "Semantic Algebra", {"analogies": str(analogies)})
 
     stubs["semantic_algebra"] = algebra
     path = tmp_path / "questions-words.txt"
@@ -216,6 +230,241 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(tiny, stu
     with pytest.raises(ReflowlensError, match=r"cannot write into .*file"):
         run_suite(tiny, out=tmp_path / "file")
     assert stubs["calls"] == {}
+
+
+def own(model, name="layer_evolution", **metrics):
+    """A result that knows which model it is of, as those of the experiments do."""
+    params = {"model_hash": checkpoints.model_hash(model)}
+    return Result(name, name, params, metrics=metrics, frames={"layers": pd.DataFrame({"layer": [0, 1]})})
+
+
+def test_a_second_run_into_a_folder_keeps_what_the_first_left_there(tiny, stubs, tmp_path):
+    stubs["causal_ablation"] = lambda model, **options: own(model, "causal_ablation", effect=2.5)
+    stubs["semantic_algebra"] = lambda model, **options: 1 / 0
+    first = run_suite(tiny, [5, 9], out=tmp_path / "out")
+    second = run_suite(tiny, 7, out=tmp_path / "out")
+    assert (list(second.results), second.errors) == (["layer_evolution"], {}), "a run is what it did itself"
+    recorded = metrics(second)
+    assert list(recorded) == ALL, "in the order of the experiments"
+    assert recorded["causal_ablation"] == metrics(first)["causal_ablation"]
+    assert "division by zero" in recorded["semantic_algebra"]["error"]
+    page = second.report.read_text(encoding="utf-8")
+    assert "2 experiments · 1 without a result" in page
+    assert "2.5" in page
+    third = run_suite(tiny, 9, out=tmp_path / "out")
+    assert metrics(third)["layer_evolution"]["metrics"]["accuracy"]["value"] == 0.5
+
+
+def test_an_interrupted_repetition_keeps_the_result_there_was(tiny, stubs, tmp_path):
+    run_suite(tiny, out=tmp_path / "out")
+
+    def interrupt(model, **options):
+        raise KeyboardInterrupt
+
+    stubs["layer_evolution"] = interrupt
+    run = run_suite(tiny, [5, 7], out=tmp_path / "out")
+    assert run.interrupted
+    assert {name: entry["error"] for name, entry in metrics(run).items()} == dict.fromkeys(ALL)
+    assert not run_suite(tiny, 9, out=tmp_path / "out").interrupted
+
+
+def test_results_of_two_models_do_not_share_a_report(tiny, stubs, tmp_path):
+    stubs["layer_evolution"] = lambda model, **options: own(model)
+    other = build_model(tiny.cfg, seed=1)
+    run_suite(tiny, 7, out=tmp_path / "out")
+    with pytest.raises(ReflowlensError, match="holds the results of another model"):
+        run_suite(other, 9, out=tmp_path / "out")
+    assert list(metrics(run_suite(other, 7, out=tmp_path / "out"))) == ["layer_evolution"], "which it replaces"
+
+
+def test_a_damaged_record_is_an_error_before_anything_runs(tiny, stubs, tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ReflowlensError, match=r"results\.json is damaged"):
+        run_suite(tiny, out=tmp_path)
+    assert stubs["calls"] == {}
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def counted(stubs, *names):
+    """Experiments that count their calls."""
+    calls = []
+
+    def count(name):
+        def experiment(model, *, seed=0, quick=False, analogies=None, progress=False):
+            calls.append(name)
+            return Result(name, name.title(), metrics={"calls": len(calls)}, frames={"x": pd.DataFrame({"x": [0.1]})})
+
+        return experiment
+
+    stubs |= {name: count(name) for name in names}
+    return calls
+
+
+def test_a_second_run_takes_its_results_from_the_cache(tiny, stubs, tmp_path):
+    calls = counted(stubs, *ALL)
+    first = run_suite(tiny, out=tmp_path / "a", cache=True)
+    second = run_suite(tiny, out=tmp_path / "b", cache=True)
+    assert calls == ALL
+    assert (first.cached, second.cached) == (set(), {*ALL})
+    assert metrics(second) == {
+        name: entry | {"seconds": second.results[name].seconds} for name, entry in metrics(first).items()
+    }
+    assert second.results["layer_evolution"].frames["x"].equals(first.results["layer_evolution"].frames["x"])
+    assert (tmp_path / "b" / "layer_evolution" / "result.json").is_file()
+    assert not list((tmp_path / "cache").rglob("*.html")), "nor plotly.js, which is large"
+
+
+def test_what_a_result_depends_on_is_computed_anew(tiny, stubs, tmp_path, monkeypatch):
+    calls = counted(stubs, "layer_evolution")
+    analogies = tmp_path / "questions-words.txt"
+    analogies.write_text(": family\nking queen man woman\n")
+    other = build_model(tiny.cfg, seed=1)
+    runs = [(tiny, {}), (tiny, {"seed": 1}), (tiny, {"quick": True}), (tiny, {"analogies": analogies}), (other, {})]
+    for _ in range(2):
+        for model, options in runs:
+            run_suite(model, 7, out=tmp_path / "out", cache=True, **options)
+    assert len(calls) == len(runs)
+    analogies.write_text(": family\nking queen boy girl\n")
+    run_suite(tiny, 7, out=tmp_path / "out", cache=True, analogies=str(analogies))
+    assert len(calls) == len(runs) + 1
+    monkeypatch.setattr(result_cache, "code_version", lambda: "other")
+    run_suite(tiny, 7, out=tmp_path / "out", cache=True)
+    assert len(calls) == len(runs) + 2
+
+
+def test_without_the_cache_nothing_is_read_or_kept(tiny, stubs, tmp_path):
+    calls = counted(stubs, "layer_evolution")
+    for _ in range(2):
+        assert run_suite(tiny, 7, out=tmp_path / "out").cached == set()
+    assert len(calls) == 2
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_hooked_model_is_not_the_one_of_its_hash(tiny, stubs, tmp_path):
+    calls = counted(stubs, "layer_evolution")
+    tiny.add_hook("hook_embed", lambda value, hook: 0 * value)
+    run_suite(tiny, 7, out=tmp_path / "a", cache=True)
+    tiny.reset_hooks()
+    assert run_suite(tiny, 7, out=tmp_path / "b", cache=True).cached == set()
+    assert len(calls) == 2
+
+
+def test_errors_and_damaged_entries_are_not_taken_from_the_cache(tiny, stubs, tmp_path):
+    stubs["layer_evolution"] = lambda model, **options: 1 / 0
+    assert run_suite(tiny, 7, out=tmp_path / "a", cache=True).errors
+    calls = counted(stubs, "layer_evolution")
+    assert not run_suite(tiny, 7, out=tmp_path / "b", cache=True).errors
+    (manifest,) = (tmp_path / "cache").rglob("result.json")
+    manifest.write_text("{")
+    assert run_suite(tiny, 7, out=tmp_path / "c", cache=True).cached == set()
+    assert run_suite(tiny, 7, out=tmp_path / "d", cache=True).cached == {"layer_evolution"}
+    assert len(calls) == 2
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tiny, stubs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REFLOWLENS_CACHE", str(tmp_path / "file"))
+    assert not run_suite(tiny, 7, out=tmp_path / "out", cache=True).errors
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("REFLOWLENS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert result_cache.cache_folder() == tmp_path / ".cache" / "reflowlens"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert result_cache.cache_folder() == tmp_path / "xdg" / "reflowlens"
+    monkeypatch.setenv("REFLOWLENS_CACHE", str(tmp_path / "own"))
+    assert result_cache.cache_folder() == tmp_path / "own"
+
+
+def test_the_code_version_knows_every_source_that_computes(monkeypatch, tmp_path):
+    version = result_cache.code_version.__wrapped__
+    assert version() == version()
+    for name in ("analyses/lens.py", "reflowlens/models/base.py", "reflowlens/assets/lexicon.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        assert (result_cache._PACKAGES / name).is_file()
+    monkeypatch.setattr(result_cache, "_PACKAGES", tmp_path)
+    seen = {version()}
+    for path in [path for path in tmp_path.rglob("*.*") if path.is_file()]:
+        path.write_text("2")
+        seen.add(version())
+    assert len(seen) == 4
+
+
+# -- languages, and what is known across experiments ------------------------------------------------------------------
+
+
+def test_the_report_speaks_the_language_asked_for_and_the_results_do_not(tiny, stubs, tmp_path):
+    run = run_suite(tiny, 7, out=tmp_path / "out", lang="zh")
+    assert "预测从哪一层起已成定局？" in run.report.read_text(encoding="utf-8")
+    assert list(metrics(run)["layer_evolution"]["metrics"]) == ["accuracy"]
+    with pytest.raises(ReflowlensError, match="no language 'fr'"):
+        run_suite(tiny, 7, out=tmp_path / "other", lang="fr")
+    assert not (tmp_path / "other").exists()
+
+
+def readings(**changes):
+    """The three results that the boundary is read from."""
+    metrics = {"crystallisation_share": 0.6, "last_effective_share": 0.4, "point_of_no_return": 0.8} | changes
+    names = ("layer_evolution", "emotion_surgery", "concept_inception")
+    results = {}
+    for name, (metric, value) in zip(names, metrics.items(), strict=True):
+        found = {} if value is None else {metric: value}
+        intervals = {metric: (value - 0.1, value + 0.15) for metric, value in found.items()}
+        results[name] = Result(name, name, metrics=found, intervals=intervals, published={metric: 0.5})
+    return results
+
+
+def test_the_boundary_overlays_three_readings_with_their_intervals():
+    boundary = crystallisation_boundary(readings())
+    frame = boundary.frames["boundaries"].set_index("metric")
+    assert frame["share"].to_dict() == {
+        "crystallisation_share": 0.6,
+        "last_effective_share": 0.4,
+        "point_of_no_return": 0.8,
+    }
+    dots = boundary.figures["boundary"].data[0]
+    assert list(dots.x) == [0.6, 0.4, 0.8]
+    assert list(dots.error_x.array) == pytest.approx([0.15] * 3)
+    assert list(dots.error_x.arrayminus) == pytest.approx([0.1] * 3)
+
+
+def test_a_boundary_that_does_not_exist_is_told():
+    boundary = crystallisation_boundary(readings(point_of_no_return=None))
+    assert len(boundary.figures["boundary"].data[0].x) == 2
+    assert boundary.notes == ["no boundary found: no strength implants a concept any more"]
+    nothing = crystallisation_boundary(readings(**dict.fromkeys(
+        ("crystallisation_share", "last_effective_share", "point_of_no_return"))))  # fmt: skip
+    assert nothing.figures == {}
+    assert len(nothing.notes) == 3
+
+
+def test_the_boundary_needs_two_of_the_experiments():
+    results = readings()
+    for name in results:
+        assert crystallisation_boundary({name: results[name]}) is None
+        others = crystallisation_boundary({other: results[other] for other in results if other != name})
+        assert len(others.frames["boundaries"]) == 2
+
+
+def test_the_untrained_models_boundary_stands_beside_the_models():
+    results = readings()
+    results["layer_evolution"].controls["crystallisation_share"] = {"untrained": 0.1, "shuffled_norm": 0.9}
+    traces = {trace.name: trace for trace in crystallisation_boundary(results).figures["boundary"].data}
+    assert list(traces) == ["model", "untrained", "published"]
+    assert list(traces["untrained"].x) == [0.1]
+
+
+def test_the_boundaries_of_models_in_one_figure():
+    frames = {name: crystallisation_boundary(readings()).frames["boundaries"] for name in ("one", "a<b")}
+    figure = boundary_figure(frames)
+    assert [trace.name for trace in figure.data] == ["one", "a&lt;b", "published"]
+    for trace in figure.data[:2]:
+        assert list(trace.error_x.array) == pytest.approx([0.15] * 3)
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------
@@ -297,5 +546,5 @@ def test_the_packages_names():
     assert analyses.Result is Result
     assert {*ALL, "run_suite", "load_lexicon", "Result", "EXPERIMENTS"} <= set(dir(analyses))
     assert analyses.load_lexicon().version
-    with pytest.raises(AttributeError, match="module 'analyses' has no attribute 'recipe_atlas'"):
-        analyses.recipe_atlas  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'analyses' has no attribute 'recipe_atlass'"):
+        analyses.recipe_atlass  # noqa: B018

@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
+_SECONDS = 60  # of a comparison, after which it takes no further round
 RIGHT, WRONG = 64, 118  # any two tokens: the cost is the same
 _SHAPES = {
     "gpt2-small shape": ModelConfig(
@@ -48,13 +50,14 @@ class Case:
     corrupted: Tensor
 
 
-def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 3) -> pd.DataFrame:
+def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 5) -> pd.DataFrame:
     """Sweeps against the functions that people use, on the same model in one process.
 
     Args:
         cases: what is swept: default reflow-nano, a model of GPT-2-small's shape and one of 6 layers at batch 4. On the
             first, a reFlow, signals are patched and ablated too.
         patches: how many cells the patch of signals has.
+        rounds: of ours and theirs in turn, but none begins after a minute.
 
     Returns:
         One row a comparison: ``case``, ``sweep``, ``cells``, ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median
@@ -161,9 +164,15 @@ def _row(
     values: Callable[[Any], Tensor],
     rounds: int,
 ) -> dict[str, Any]:
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, call: Callable[[], Any]) -> None:
+        found[name] = values(call())
+
     with torch.no_grad():
-        a, b = values(ours()), values(theirs())
-        times = alternate({"ours": ours, "other": theirs}, rounds, warm_up=0)
+        calls = {"ours": partial(keep, "ours", ours), "other": partial(keep, "other", theirs)}
+        times = alternate(calls, rounds, warm_up=0, at_most=_SECONDS)
+    a, b = found["ours"], found["other"]
     return {
         "case": f"{case.name}, T {case.corrupted.shape[1]}, batch {case.corrupted.shape[0]}",
         "sweep": what,

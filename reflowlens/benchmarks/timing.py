@@ -11,11 +11,21 @@ import torch
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 1, device: str = "cpu"
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    at_most: float = float("inf"),
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each of ``rounds`` rounds, in which every call has one turn."""
+    """Seconds of each call in each of ``rounds`` rounds, in which every call has one turn.
+
+    After ``at_most`` seconds no further round begins.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warm_up, rounds):
+        if turn > 0 and sum(map(sum, times.values())) > at_most:
+            break
         for name, call in calls.items():
             began = _now(device)
             call()

@@ -1,0 +1,438 @@
+"""Experiment 10, Emotion Surgery: does the recipe of a feeling, added to the stream, turn what the model says?
+
+The direction is the mean recipe of positive adjectives minus that of negative ones, written through the basis. Each
+carrier prompt ("The film was") is steered against its own leaning, the pole of its most probable held-out continuation,
+and has *flipped* when the most probable one is of the other pole. What that costs is measured on neutral texts, steered
+at every position, as a text generated under steering is, and toward either pole in turn.
+
+Layers differ in what they bear, so they are compared at equal cost: at each the largest strength that raises the
+perplexity by at most ``max_cost``. Beside it at the same strength: ``shuffled_labels``, the same adjectives dealt to
+the poles at random (the permutation test); ``random_direction``, isotropic ones; and ``untrained``, the architecture
+at initialisation with the direction of its own recipes. A rotation of the signals moves no written direction, so that
+``rotated_basis`` would be the measurement itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from analyses.carriers import Carriers, Steered, SteeredTexts, affordable_strength
+from analyses.controls import untrained_view
+from analyses.damage import Damage
+from analyses.emotion_figures import emotion_figures
+from analyses.lens import lens_log_probabilities
+from analyses.lexicon import Lexicon, load_lexicon
+from analyses.result import Result
+from analyses.sentiment import sentiment_poles, text_valence
+from analyses.statistics import (
+    SIGNIFICANCE,
+    Verdict,
+    bootstrap_band,
+    bootstrap_interval,
+    holm,
+    permutation_pvalue,
+    verdict,
+)
+from analyses.steering import Where, random_directions, rms, steer
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.apply import intervene
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, signal_view
+
+MINIMUM_PROMPTS = 20
+STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+RANDOM_DRAWS = 20
+FRONTIER_DRAWS = 2
+NEW_TOKENS = 20
+CONTROLS = ("shuffled_labels", "random_direction", "untrained")
+DEFINITIONS = {
+    "best_flip_rate": "share of carriers whose most probable held-out continuation changes its pole when they are "
+    "steered against it, at the layer where that is largest; at each layer the largest strength that raises the "
+    "perplexity of neutral texts by at most max_cost. Controls at the same layer and strength",
+    "best_layer": "that layer: of the stream that block reads, the number of blocks being the end",
+    "log_odds_shift": "how far steering moves the log odds of all positive against all negative held-out continuations "
+    "away from the carrier's leaning, at the same place, in nats; mean over carriers",
+    "last_effective_layer": "last layer whose flip rate at that cost exceeds that of shuffled labels, Holm-adjusted "
+    "p < 0.05",
+    "last_effective_share": "the same as a share of the depth. Published: effective at layers 0 to 12 of 36, inert "
+    "beyond 18",
+    "strength": "strength at best_layer: root mean square of what is added over that of the stream there",
+    "alpha": "the same as the factor of the direction's own recipe",
+    "perplexity_cost": "relative rise of the perplexity of neutral texts there, measured; controls at the same "
+    "strength",
+    "damage_kl": "KL(unsteered ‖ steered) of a neutral text's tokens there, in nats",
+    "heldout_probability": "probability of all held-out continuations together without steering, mean over carriers: "
+    "the part of the prediction that a flip is about",
+}
+PUBLISHED = {"last_effective_share": 12 / 36}
+
+
+@torch.no_grad()
+def emotion_surgery(
+    model: HookedModel,
+    prompts: Sequence[str] | None = None,
+    *,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    where: Where = "last",
+    strengths: Sequence[float] = STRENGTHS,
+    max_cost: float = 0.05,
+    permutations: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Steer carrier prompts toward the other feeling at every layer and strength, and measure what that costs.
+
+    Args:
+        prompts: carriers; default the lexicon's ``sentiment.prompts``.
+        view: whose recipes make the direction; what it writes is the same through every exact view.
+        where: the positions of a carrier that are steered: ``"last"``, ``"all"``, or from a token's last occurrence on.
+        strengths: of the sweep, ascending, in units of the stream's root mean square.
+        max_cost: relative rise of the perplexity that steering may cost.
+        permutations: of the labels; default 25 a layer, so that the smallest p survives Holm's correction.
+        quick: a third of the carriers and of the neutral texts.
+
+    Returns:
+        A Result with frames ``sweep`` (a row a layer and strength), ``layers`` (at equal cost, a row a layer and
+        series), ``prompts`` (at equal cost, a row a layer and carrier), ``frontier`` (flip rate against cost) and
+        ``generations``, and figures ``sweep``, ``layers``, ``frontier``, ``generations``.
+
+    Raises:
+        ReflowlensError: the lexicon lacks sentiment words of single tokens, two neutral texts or two carriers, a
+            carrier lacks the token to steer from, or the strengths or the cost are out of order.
+
+    Example: ``emotion_surgery(model).frames["layers"].query("series == 'sentiment'")``
+    """
+    chosen = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    lexicon = lexicon or load_lexicon()
+    carriers = list(prompts if prompts is not None else lexicon.sentiment.prompts)[:: 3 if quick else 1]
+    neutral = lexicon.neutral_texts[:: 3 if quick else 1]
+    _check(carriers, neutral, strengths, max_cost)
+    words, heldout = sentiment_poles(model, lexicon, "emotion_surgery")
+    steered = Carriers.of(chosen, carriers, heldout, where)
+    untrained = Carriers.of(untrained_view(chosen, seed), carriers, heldout, where)
+    texts = SteeredTexts(model, neutral)
+    layers = steered.runs.layers
+    permutations = permutations or 25 * len(layers)
+    directions = {
+        "sentiment": steered.directions([words]),
+        "shuffled_labels": steered.directions([words.shuffled(seed + i) for i in range(permutations)]),
+        "random_direction": random_directions(RANDOM_DRAWS, model.cfg.d_model, seed).to(chosen.basis.device),
+    }
+    bar = tqdm(total=2 * len(layers) + 1, desc="emotion surgery", disable=not progress)
+    unit_alpha = steered.scale / rms(chosen.write(words.direction(chosen)))
+    sweep = _sweep_frame(steered, texts, directions["sentiment"], strengths, unit_alpha, bar)
+    places = []
+    for layer in layers:
+        rows = sweep[sweep["layer"] == layer]
+        strength = affordable_strength(rows["strength"], rows["perplexity_cost"], max_cost)
+        outcomes = {name: steered.steer(layer, strength, some) for name, some in directions.items()}
+        outcomes["untrained"] = untrained.steer(layer, strength, untrained.directions([words]))
+        damage = texts.damage(layer, strength * steered.scale[layer] * directions["sentiment"][0])
+        places.append(_Place(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
+        bar.update()
+    layers_frame = _layers_frame(places, seed)
+    best = places[int(layers_frame.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]
+    frames = {
+        "sweep": sweep,
+        "layers": layers_frame,
+        "prompts": pd.concat([_prompts_frame(model, carriers, place) for place in places], ignore_index=True),
+        "frontier": _frontier_frame(steered, texts, directions, best, strengths, sweep),
+        "generations": _generations_frame(steered, carriers, directions["sentiment"][0], best, where, seed),
+    }
+    bar.update()
+    bar.close()
+    result = Result(
+        name="emotion_surgery",
+        title="Emotion Surgery",
+        params={
+            "carriers": len(carriers),
+            "view": chosen.name,
+            "where": where,
+            "strengths": list(strengths),
+            "max_cost": max_cost,
+            "permutations": permutations,
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": model_hash(model),
+        },
+        frames=frames,
+        figures=emotion_figures(frames),
+        definitions=DEFINITIONS,
+        published=PUBLISHED,
+    )
+    probability = lens_log_probabilities(chosen, steered.runs.unsteered(layers[-1]))[:, heldout.ids].exp()
+    result.metrics["heldout_probability"] = float(probability.sum(dim=1).mean())
+    result.notes.append(
+        f"The direction is made of {len(words.ids)} adjectives and judged by {len(heldout.ids)} other words; "
+        f"{int((heldout.leaning(steered.before) > 0).sum())} of {len(carriers)} carriers lean to the positive pole"
+    )
+    return _with_metrics(result, places, best, seed)
+
+
+def flip_verdict(interval: tuple[float, float], controls: dict[str, float], p: float, units: int) -> Verdict:
+    """Claim: the recipe of a feeling turns continuations at little cost.
+
+    Supported if the interval of best_flip_rate over carriers lies above both shuffled_labels and random_direction and
+    the Holm-adjusted p of its layer against shuffled labels is below 0.05; underpowered with fewer than 20 carriers.
+    The untrained model has no part in it: its words are so nearly alike that the least push turns some, whichever way
+    (its log_odds_shift is the better comparison).
+    """
+    control = max(controls["shuffled_labels"], controls["random_direction"])
+    return verdict(interval, control, p, minimum_units=MINIMUM_PROMPTS, units=units)
+
+
+def boundary_verdict(interval: tuple[float, float], units: int) -> Verdict:
+    """Claim: steering comes too late in the second half of the model (published: inert beyond layer 18 of 36).
+
+    Supported if the interval of last_effective_share lies at or below 0.5, underpowered with fewer than 20 carriers or
+    if it contains 0.5.
+    """
+    low, high = interval
+    if units < MINIMUM_PROMPTS or low <= 0.5 < high:
+        return "underpowered"
+    return "supported" if high <= 0.5 else "not supported"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer at equal cost: the strength that can be afforded there and what it does, by direction."""
+
+    layer: int
+    strength: float
+    alpha: float
+    outcomes: dict[str, Steered]
+    damage: Damage
+
+
+def _check(carriers: list[str], neutral: Sequence[str], strengths: Sequence[float], max_cost: float) -> None:
+    if len(carriers) < 2:
+        raise ReflowlensError(f"emotion_surgery needs at least two carrier prompts, got {len(carriers)}")
+    if len(neutral) < 2:
+        raise ReflowlensError(
+            "emotion_surgery needs two neutral_texts in the lexicon at least: damage is measured there"
+        )
+    if not strengths or min(strengths) <= 0 or list(strengths) != sorted(set(strengths)):
+        raise ReflowlensError(f"strengths must be positive and ascend, got {list(strengths)}")
+    if max_cost <= 0:
+        raise ReflowlensError(f"max_cost must be positive, got {max_cost}")
+
+
+def _sweep_frame(
+    steered: Carriers,
+    texts: SteeredTexts,
+    direction: Float[Tensor, "1 d_model"],
+    strengths: Sequence[float],
+    unit_alpha: Float[Tensor, " layer"],
+    bar: tqdm,
+) -> pd.DataFrame:
+    rows = []
+    for layer in steered.runs.layers:
+        for strength in strengths:
+            outcome = steered.steer(layer, strength, direction)
+            damage = texts.damage(layer, strength * steered.scale[layer] * direction[0])
+            rows.append(
+                {
+                    "layer": layer,
+                    "strength": strength,
+                    "alpha": float(strength * unit_alpha[layer]),
+                    "flip_rate": outcome.flipped.mean(),
+                    "log_odds_shift": outcome.shift.mean(),
+                    "perplexity_cost": damage.cost,
+                    "kl": float(damage.kl.mean()),
+                }
+            )
+        bar.update()
+    return pd.DataFrame(rows)
+
+
+def _layers_frame(places: Sequence[_Place], seed: int) -> pd.DataFrame:
+    """A row a series and layer: of sentiment and untrained the bootstrap interval over carriers, of the other controls
+    the range of the middle 95% of their draws."""
+    frames = []
+    for name in ("sentiment", *CONTROLS):
+        flipped = np.stack([place.outcomes[name].flipped for place in places])  # layer, draw, carrier
+        if flipped.shape[1] == 1:
+            low, high = bootstrap_band(flipped[:, 0].T, seed=seed)
+        else:
+            low, high = np.quantile(flipped.mean(axis=2), [0.025, 0.975], axis=1)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "series": name,
+                    "layer": [place.layer for place in places],
+                    "strength": [place.strength for place in places],
+                    "alpha": [place.alpha if name == "sentiment" else np.nan for place in places],
+                    "flip_rate": flipped.mean(axis=(1, 2)),
+                    "low": low,
+                    "high": high,
+                    "log_odds_shift": [place.outcomes[name].shift.mean() for place in places],
+                }
+            )
+        )
+    frame = pd.concat(frames, ignore_index=True)
+    p = [_pvalue(place) for place in places] + [np.nan] * (len(frame) - len(places))
+    adjusted = [*holm(p[: len(places)]), *p[len(places) :]]
+    cost = [place.damage.cost for place in places] + [np.nan] * (len(frame) - len(places))
+    return frame.assign(p=p, p_holm=adjusted, perplexity_cost=cost)
+
+
+def _pvalue(place: _Place) -> float:
+    """That the labels do not matter for the flip rate at this layer."""
+    null = place.outcomes["shuffled_labels"].flipped.mean(axis=1)
+    return permutation_pvalue(float(place.outcomes["sentiment"].flipped.mean()), null)
+
+
+def _prompts_frame(model: HookedModel, carriers: list[str], place: _Place) -> pd.DataFrame:
+    """Each carrier at one layer: its most probable held-out continuation before and after."""
+    outcome = place.outcomes["sentiment"]
+    ids = outcome.poles.ids
+    before, after = (
+        model.tokenizer.to_str_tokens([ids[i] for i in logits.argmax(dim=-1).tolist()])
+        for logits in (outcome.before, outcome.after[0])
+    )
+    return pd.DataFrame(
+        {
+            "layer": place.layer,
+            "prompt": carriers,
+            "before": before,
+            "after": after,
+            "flipped": outcome.flipped[0] > 0,
+            "log_odds_shift": outcome.shift[0],
+        }
+    )
+
+
+def _frontier_frame(
+    steered: Carriers,
+    texts: SteeredTexts,
+    directions: dict[str, Float[Tensor, "direction d_model"]],
+    best: _Place,
+    strengths: Sequence[float],
+    sweep: pd.DataFrame,
+) -> pd.DataFrame:
+    """Flip rate against cost: of the first, the middle, the best and the last layer, and of a few directions of each
+    control at the best one."""
+    layers = steered.runs.layers
+    told = sorted({layers[0], layers[len(layers) // 2], best.layer, layers[-1]})
+    columns = ["series", "layer", "strength", "flip_rate", "log_odds_shift", "perplexity_cost"]
+    frames = [sweep[sweep["layer"] == layer].assign(series=f"layer {layer}")[columns] for layer in told]
+    for name in ("shuffled_labels", "random_direction"):
+        some = directions[name][:FRONTIER_DRAWS]
+        for strength in sorted({*strengths, best.strength}):
+            outcome = steered.steer(best.layer, strength, some)
+            changes = strength * steered.scale[best.layer] * some
+            cost = np.mean([texts.damage(best.layer, change).cost for change in changes])
+            values = [name, best.layer, strength, outcome.flipped.mean(), outcome.shift.mean(), cost]
+            frames.append(pd.DataFrame([values], columns=columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _generations_frame(
+    steered: Carriers,
+    carriers: list[str],
+    direction: Float[Tensor, " d_model"],
+    best: _Place,
+    where: Where,
+    seed: int,
+    examples: int = 3,
+) -> pd.DataFrame:
+    """A few carriers continued from the same seeds: as they are, and steered toward either pole at the best layer, at
+    the strength that can be afforded and at three times that."""
+    model, runs = steered.view.model, steered.runs
+    alike = [i for i in range(len(carriers)) if runs.last[i] == runs.last[0] and runs.start[i] == runs.start[0]]
+    prompts = [carriers[i] for i in alike[:examples]]
+    length = int(runs.last[0]) + 1
+    room = min(NEW_TOKENS, model.cfg.n_ctx - length)
+    rows = []
+    for pole, sign, factor in (
+        ("none", 0, 0),
+        ("negative", -1, 1),
+        ("positive", 1, 1),
+        ("negative", -1, 3),
+        ("positive", 1, 3),
+    ):
+        size = sign * factor * best.strength * float(steered.scale[best.layer])
+        position = None if where == "all" else slice(int(runs.start[0]), None)
+        with intervene(model, steer(model, best.layer, direction, size, position)):
+            texts = model.generate(prompts, room, temperature=0.7, seed=seed, progress=False)
+        for prompt, text in zip(prompts, texts, strict=True):
+            continuation = text[len(prompt) :]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "toward": pole,
+                    "strength": factor * best.strength,
+                    "text": continuation,
+                    "valence": text_valence(continuation),
+                }
+            )
+    return pd.DataFrame(rows).sort_values("prompt", kind="stable", ignore_index=True)
+
+
+def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: int) -> Result:
+    layers, frontier = result.frames["layers"], result.frames["frontier"]
+    here = layers[layers["layer"] == best.layer].set_index("series")
+    outcome = best.outcomes["sentiment"]
+    units = len(outcome.before)
+
+    def add(metric: str, values: NDArray[np.float64], column: str) -> None:
+        result.metrics[metric] = float(values.mean())
+        result.intervals[metric] = bootstrap_interval(values, seed=seed)
+        result.controls[metric] = {name: float(here[column][name]) for name in CONTROLS}
+
+    add("best_flip_rate", outcome.flipped[0], "flip_rate")
+    add("log_odds_shift", outcome.shift[0], "log_odds_shift")
+    p = float(here["p_holm"]["sentiment"])
+    controls = result.controls["best_flip_rate"]
+    result.verdicts["best_flip_rate"] = flip_verdict(result.intervals["best_flip_rate"], controls, p, units)
+    result.notes.append(
+        f"best_flip_rate at layer {best.layer}: permutation p = {here['p']['sentiment']:.2g} against shuffled labels, "
+        f"Holm-adjusted over {len(places)} layers {p:.3g}; {units} carriers. The layer is chosen on the same carriers"
+    )
+    result.metrics["best_layer"] = best.layer
+    result.metrics |= {"strength": best.strength, "alpha": best.alpha}
+    result.metrics["perplexity_cost"] = best.damage.cost
+    result.metrics["damage_kl"] = float(best.damage.kl.mean())
+    result.intervals["damage_kl"] = bootstrap_interval(best.damage.kl.cpu().numpy(), seed=seed)
+    same = frontier[frontier["series"].isin(CONTROLS) & (frontier["strength"] == best.strength)]
+    result.controls["perplexity_cost"] = dict(zip(same["series"], same["perplexity_cost"], strict=True))
+    _add_last_effective(result, places, units, seed)
+    return result
+
+
+def _add_last_effective(result: Result, places: Sequence[_Place], units: int, seed: int) -> None:
+    """The last layer with an effect; its interval resamples carriers against a fixed threshold, the null's quantile
+    that Bonferroni's correction asks of every layer."""
+    sentiment = result.frames["layers"].query("series == 'sentiment'")
+    effective = sentiment.loc[sentiment["p_holm"] < SIGNIFICANCE, "layer"]
+    if effective.empty:
+        result.notes.append("last_effective_layer is absent: no layer's flip rate exceeds that of shuffled labels")
+        return
+    flipped = np.stack([place.outcomes["sentiment"].flipped[0] for place in places], axis=1)
+    nulls = np.stack([place.outcomes["shuffled_labels"].flipped.mean(axis=1) for place in places])
+    threshold = np.quantile(nulls, 1 - SIGNIFICANCE / len(places), axis=1)
+
+    def last(carriers: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        rates = flipped[np.moveaxis(carriers, axis, -1).astype(int)].mean(axis=-2)
+        return np.where(rates > threshold, np.arange(len(places)), -1).max(axis=-1).astype(float)
+
+    result.metrics["last_effective_layer"] = float(effective.max())
+    result.intervals["last_effective_layer"] = bootstrap_interval(np.arange(units), last, seed=seed)
+    depth = len(places) - 1
+    low, high = (max(0.0, end) / depth for end in result.intervals["last_effective_layer"])
+    result.metrics["last_effective_share"] = float(effective.max()) / depth
+    result.intervals["last_effective_share"] = (low, high)
+    result.verdicts["last_effective_share"] = boundary_verdict((low, high), units)

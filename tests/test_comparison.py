@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+import pytest
+
+from analyses.comparison import compare_models, side_by_side, write_comparison
+from analyses.crystallisation import compared_boundaries
+from analyses.registry import Experiment
+from analyses.result import Result
+from reflowlens.checkpoints import save_model
+from reflowlens.cli import main
+from reflowlens.errors import ReflowlensError
+from tests.tiny import random_model
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """Experiment 7 takes a view and says which; 9 takes none and fails on a GPT-2."""
+    calls = []
+
+    def layer_evolution(model, *, view=None, seed=0, quick=False, progress=False):
+        calls.append((model.cfg.architecture, view, seed, quick))
+        value = {None: 1.0, "svd": 0.25, "rotated": 0.125}[view]
+        result = Result("layer_evolution", "Layer Evolution", metrics={"share": value, "plain": 1.0})
+        result.controls["share"] = {"untrained": 0.5, "shuffled_norm": 2.0}
+        result.intervals["share"] = (value / 2, value * 2)
+        result.verdicts["share"] = "supported"
+        return result
+
+    def causal_ablation(model, *, seed=0, quick=False, progress=False):
+        if model.cfg.architecture == "gpt2":
+            raise ReflowlensError("no signals")
+        return Result("causal_ablation", "Causal Ablation", metrics={"area": 3.0}, controls={"area": {"random": 1.0}})
+
+    functions = {"layer_evolution": layer_evolution, "causal_ablation": causal_ablation}
+    monkeypatch.setattr(Experiment, "load", lambda self: functions[self.name])
+    return calls
+
+
+def test_a_row_a_model_view_metric_and_control(stubs):
+    models = {"ours": random_model("reflow"), "theirs": random_model("gpt2")}
+    table = compare_models(models, ["native", "svd"], [7, 9], seed=3, quick=True)
+    assert stubs == [(name, view, 3, True) for name in ("reflow", "gpt2") for view in (None, "svd")]
+    rows = table.query("model == 'ours' and view == 'svd' and metric == 'share'")
+    assert rows[["experiment", "value", "low", "high", "verdict"]].drop_duplicates().to_numpy().tolist() == [
+        ["layer_evolution", 0.25, 0.125, 0.5, "supported"]
+    ]
+    assert dict(zip(rows["control"], rows["control_value"], strict=True)) == {"untrained": 0.5, "shuffled_norm": 2.0}
+    (failed,) = table.query("error != ''").to_dict("records")
+    assert (failed["model"], failed["experiment"], failed["error"]) == ("theirs", "causal_ablation", "no signals")
+    assert math.isnan(failed["value"])
+
+
+def test_models_stand_side_by_side(stubs):
+    models = {"ours": random_model("reflow"), "theirs": random_model("gpt2")}
+    shown = side_by_side(compare_models(models, ["native", "rotated"], [7, 9]))
+    assert list(shown.columns) == ["ours native", "ours rotated", "ours", "theirs native", "theirs rotated", "theirs"]
+    assert list(shown.index) == [("layer_evolution", "share"), ("causal_ablation", "area"), ("causal_ablation", "")]
+    share = shown.loc[("layer_evolution", "share")]
+    assert share["ours native"] == "1 (0.5 to 2); untrained 0.5, shuffled_norm 2; supported"
+    assert share["theirs rotated"] == "0.125 (0.0625 to 0.25); untrained 0.5, shuffled_norm 2; supported"
+    assert shown.loc[("causal_ablation", "area"), "ours"] == "3; random 1"
+    assert shown.loc[("causal_ablation", ""), "theirs"] == "no signals"
+    assert shown.loc[("layer_evolution", "share"), "ours"] == ""
+
+
+def test_the_untrained_model_is_the_first_ones_architecture(stubs, tmp_path):
+    path = str(save_model(tmp_path / "model", random_model("reflow_lite"), {}))
+    table = compare_models([path, "untrained"], experiments=7)
+    assert list(dict.fromkeys(table["model"])) == [path, "untrained"]
+    assert [architecture for architecture, *_ in stubs] == ["reflow_lite", "reflow_lite"]
+    with pytest.raises(ReflowlensError, match="begins with a trained model"):
+        compare_models(["untrained", path], experiments=7)
+    with pytest.raises(ReflowlensError, match="no view 'spun'"):
+        compare_models([path], ["spun"], experiments=7)
+
+
+def test_the_command_writes_a_table_to_read_and_one_to_compute_with(stubs, tmp_path, capsys):
+    path, out = str(save_model(tmp_path / "model", random_model("reflow"), {})), tmp_path / "out"
+    arguments = [
+        "run",
+        path,
+        "7",
+        "--compare",
+        "untrained",
+        "--views",
+        "native",
+        "svd",
+        "--out",
+        str(out),
+        "--no-cache",
+    ]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == str(out / "comparison.html")
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert "untrained svd" in page
+    cell = re.search(r"<td><b>0\.25</b>(.*?)</td>", page, re.S).group(1)
+    assert re.sub(r"<[^>]*>", "|", cell) == "||0.125 to 0.5|||untrained 0.5|||shuffled norm 2|||✓ supported|"
+    assert "http" not in re.sub(r"<script>.*?</script>", "", page, flags=re.S), "it opens without a network"
+    assert set(pd.read_csv(out / "comparison.csv")["view"]) == {"native", "svd"}
+
+
+def test_text_of_an_error_is_not_markup(tmp_path):
+    row = {"model": "m", "view": "", "experiment": "x", "metric": "", "control": "", "verdict": "", "error": "<b>"}
+    path = write_comparison(pd.DataFrame([row]), tmp_path)
+    assert "&lt;b&gt;" in path.read_text(encoding="utf-8")
+
+
+def row_of(model, value, control=math.nan):
+    row = {"model": model, "view": "native", "experiment": "layer_evolution", "metric": "crystallisation_share"}
+    row |= {"value": value, "low": value - 0.1, "high": value + 0.1, "published": 0.5, "verdict": "supported"}
+    return row | {"control": "untrained", "control_value": control, "error": ""}
+
+
+def test_the_boundaries_of_the_models_are_drawn_through_their_native_views(tmp_path):
+    rows = [row_of("ours", 0.75, 0.25), row_of("theirs", 0.5, 0.25), row_of("ours", 0.1, 0.2) | {"view": "svd"}]
+    comparison = pd.DataFrame(rows)
+    found = compared_boundaries(comparison)
+    assert {name: frame["share"].tolist() for name, frame in found.items()} == {"ours": [0.75], "theirs": [0.5]}
+    assert found["ours"]["untrained"].tolist() == [0.25]
+    page = write_comparison(comparison, tmp_path, lang="zh").read_text(encoding="utf-8")
+    assert '<html lang="zh">' in page
+    assert "预测在何处成定局" in page
+    assert "结晶深度份额" in page

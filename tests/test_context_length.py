@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from analyses.context_length import DELAY, clauses, context_prompts, crystallisation_shares, delays
+from analyses.layer_evolution import layer_evolution
+from analyses.lens import read_lens, residual_stack
+from analyses.lexicon import load_lexicon
+from reflowlens.models import build_model
+from reflowlens.signals import signal_view
+from tests.planted import CONFIG, LEXICON, deciding_model, silent_blocks
+
+PACKAGED = load_lexicon()
+WITH_CLAUSES = dataclasses.replace(LEXICON, short_prompts=PACKAGED.short_prompts, long_prompts=PACKAGED.long_prompts)
+
+
+def attending_model():
+    """Block 2 writes " Paris" wherever it sees a token that clauses have and sentences have not; all else is silent."""
+    model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=64), seed=0))
+    pairs = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
+    inside, outside = (
+        {token for text in texts for token in model.tokenizer.encode(f" {text}")}
+        for texts in ([" ".join(clause) for clause, _ in pairs], [f"{sentence} {sentence}" for _, sentence in pairs])
+    )
+    with torch.no_grad():
+        model.embed.W_basis.copy_(torch.eye(32))
+        model.embed.W_recipe.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+        model.embed.W_recipe[:, :2] = 0.0
+        model.embed.W_recipe[list(inside - outside), 0] = 1.0
+        model.embed.W_recipe[model.to_single_token(" Paris"), 1] = 3.0
+        attention = model.blocks[2].attn
+        attention.W_Q.zero_()
+        attention.W_V.zero_()
+        attention.W_V[0, 0, 0] = 1.0
+        attention.W_O[0, 0, 1] = 50.0
+    return model
+
+
+def test_a_planted_delay_is_found_and_owes_nothing_to_the_order_of_words():
+    result = layer_evolution(attending_model(), lexicon=WITH_CLAUSES)
+    assert result.metrics[DELAY] == 2.5 / 4
+    assert result.controls[DELAY]["shuffled_clause"] == 2.5 / 4
+    assert result.controls[DELAY]["untrained"] < 0.1
+    assert result.verdicts[DELAY] == "supported"
+    frame = result.frames["context"]
+    assert frame["words"].unique().tolist() == [0, 1, 2, 4, 8, 16]
+    assert (delays(frame)["model"] == 2.5 / 4).all()
+    curve = result.figures["context"]
+    assert {trace.name for trace in curve.data} == {"model", "shuffled_clause", "untrained"}
+
+
+def test_an_empty_model_has_no_delay():
+    model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=64), seed=0))
+    result = layer_evolution(model, lexicon=WITH_CLAUSES)
+    assert result.metrics[DELAY] == 0.0
+    assert result.verdicts[DELAY] == "not supported"
+
+
+def test_what_the_model_cannot_read_is_left_out_and_said():
+    model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=20), seed=0))
+    assert layer_evolution(model, lexicon=WITH_CLAUSES).frames["context"]["words"].max() == 8
+    result = layer_evolution(model, lexicon=LEXICON)
+    assert DELAY not in result.metrics
+    assert any(note.startswith(f"{DELAY} is absent") for note in result.notes)
+
+
+def test_every_long_prompt_of_the_lexicon_is_a_short_one_behind_a_clause():
+    pairs = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
+    assert len(pairs) == len(PACKAGED.short_prompts) == 20
+    assert min(len(clause) for clause, _ in pairs) >= 16
+    assert clauses(["He saw a", "They"], ["He saw a", "When it rained, we"]) == []
+
+
+def test_prompts_are_the_last_words_of_the_clause_and_the_sentence():
+    prompts = context_prompts([(["When", "it", "rained,"], "he saw a")], [0, 2], seed=0)
+    assert prompts[0] == {"model": ["he saw a"], "shuffled_clause": ["he saw a"]}
+    assert prompts[2]["model"] == ["it rained, he saw a"]
+    assert sorted(prompts[2]["shuffled_clause"][0].split()) == ["a", "he", "it", "rained,", "saw"]
+    many = [([str(i) for i in range(16)], "x")]
+    assert context_prompts(many, [16], 1) == context_prompts(many, [16], 1) != context_prompts(many, [16], 2)
+
+
+def test_shares_are_those_of_the_lens():
+    model = deciding_model(1)
+    prompts, view = ["The king of the", "The river"], signal_view(model)
+    reading = read_lens(view, residual_stack(model, prompts), [0, 0])
+    shares = crystallisation_shares(view, prompts)
+    assert shares.tolist() == (reading.crystallisation / 2 / CONFIG.n_layers).tolist() == [0.5, 0.5]
