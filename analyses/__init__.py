@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from analyses.genetic_hijack import genetic_hijack as genetic_hijack
     from analyses.layer_evolution import layer_evolution as layer_evolution
     from analyses.lexicon import load_lexicon as load_lexicon
+    from analyses.monosemanticity import monosemanticity as monosemanticity
     from analyses.recipe_atlas import recipe_atlas as recipe_atlas
     from analyses.report import write_report as write_report
     from analyses.result import Result as Result
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     from analyses.sparsity_profile import sparsity_profile as sparsity_profile
     from analyses.suite import run_suite as run_suite
     from analyses.typo_resilience import typo_resilience as typo_resilience
+    from analyses.unit_statistics import unit_statistics as unit_statistics
 
-_FUNCTIONS = {experiment.name for experiment in EXPERIMENTS.values()}
+_FUNCTIONS = {experiment.name for experiment in EXPERIMENTS.values()} | {"monosemanticity", "unit_statistics"}
 _HOMES = {name: name for name in _FUNCTIONS} | {
     "Result": "result",
     "compare_models": "comparison",

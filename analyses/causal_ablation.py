@@ -49,6 +49,7 @@ from reflowlens.interventions.ablated_readout import ProgressiveAblations, Singl
 from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
+from reflowlens.models.decoder import Decoder
 from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
 
 MINIMUM_PROMPTS = 20
@@ -357,7 +358,12 @@ def _site_frame(
 
 
 def _sites(model: HookedModel) -> list[Site]:
-    """From the input to the end; the signals of an unembedding of its own are not what enters at the input."""
+    """From the input to the end; the signals of an unembedding of its own are not what enters at the input.
+
+    None of a model whose blocks do not add to the stream: what is removed from it does not stay removed.
+    """
+    if not isinstance(model, Decoder):
+        return []
     layers = range(model.cfg.n_layers + 1)
     return ["embed", *layers, "everywhere"] if model.cfg.tie_word_embeddings else [*layers]
 

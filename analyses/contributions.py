@@ -18,8 +18,10 @@ from scipy import stats
 from torch import Tensor
 
 from analyses.lens import lens_log_probabilities, residual_stack
+from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.components import Block, plus
+from reflowlens.models.decoder import Decoder
 from reflowlens.signals import SignalView
 
 
@@ -88,7 +90,16 @@ class Components(NamedTuple):
 
 @torch.no_grad()
 def component_outputs(model: HookedModel, input: TextInput) -> Components:
-    """The outputs of embedding, heads, attention (its heads and its bias) and MLPs, in one pass."""
+    """The outputs of embedding, heads, attention (its heads and its bias) and MLPs, in one pass.
+
+    Raises:
+        ReflowlensError: the stream is no sum of such outputs: BDH normalises it in every level.
+    """
+    if not isinstance(model, Decoder):
+        raise ReflowlensError(
+            f"the residual stream of {model.cfg.architecture!r} is not a sum of what heads and MLPs write: "
+            "a prediction cannot be split among them"
+        )
     tokens, lengths = model.tokens_and_lengths(input)
     layers = range(model.cfg.n_layers)
     heads = [f"blocks.{layer}.attn.hook_z" for layer in layers]

@@ -45,13 +45,15 @@ def residual_points(n_layers: int) -> list[ResidualPoint]:
 def residual_stack(
     model: HookedModel, input: TextInput, *, last_only: bool = True
 ) -> Float[Tensor, "point prompt *pos d_model"]:
-    """The residual stream of each prompt at every point: at its own last token, or at every position, padding too."""
+    """The residual stream of each prompt at every point: at its own last token, or at every position, padding too.
+
+    A block that writes once, a level of BDH, leaves the stream halfway through it as it was read.
+    """
     tokens, lengths = model.tokens_and_lengths(input)
-    points = residual_points(model.cfg.n_layers)
-    _, cache = model.run_with_cache(
-        tokens, return_type=None, names_filter=[point.hook for point in points], return_cache_object=False
-    )
-    stack = torch.stack([cache[point.hook] for point in points])
+    names = [point.hook for point in residual_points(model.cfg.n_layers)]
+    names = [name if name in model.hook_dict else name.replace("resid_mid", "resid_pre") for name in names]
+    _, cache = model.run_with_cache(tokens, return_type=None, names_filter=names, return_cache_object=False)
+    stack = torch.stack([cache[name] for name in names])
     if not last_only:
         return stack
     rows = torch.arange(len(lengths), device=stack.device)

@@ -1,7 +1,7 @@
 """What single units do over a long text, counted as it streams by: memory is a few numbers a unit, however long it is.
 
-A unit is a coordinate of a hook point: a neuron of BDH, of an MLP, a signal of reFlow. An *event* is a position where it
-is above 0; of units that can be negative the positive part is measured.
+A unit is a coordinate of a hook point: a neuron of BDH, of an MLP, a signal of reFlow. An *event* is a position where
+it is above 0; of units that can be negative the positive part is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.collection import _stop as last_block
+from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -192,6 +192,6 @@ def _watching(model: HookedModel, points: Sequence[str], see: Any) -> Iterator[N
 def _read(
     model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], batch_size: int, what: str, show: bool
 ) -> None:
-    stop = last_block(points)
+    stop = first_unneeded_block(points)
     for rows in tqdm(tokens.split(batch_size), desc=what, unit="batch", disable=not show):
         model(rows, return_type=None, stop_at_layer=stop)

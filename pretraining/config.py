@@ -60,6 +60,7 @@ class OptimizerConfig:
             ``widening``, those with more outputs than inputs, as published (Jordan et al., 2024); or ``narrowing``,
             those with fewer, as the packaged models were trained.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
+        decay_all: on everything else too.
         grad_clip: largest norm of the whole gradient; ``inf`` never clips.
         schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``,
             constant and then linear down to it over the last ``decay_fraction`` of the steps.
@@ -72,6 +73,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
+    decay_all: bool = False
     grad_clip: float = 1.0
     schedule: str = "cosine"
     warmup_steps: int = 100

@@ -97,6 +97,8 @@ def activation_bytes(cfg: ModelConfig, n: int, width: int) -> tuple[float, float
     Args:
         width: bytes of a number in matrix products: 4, or 2 under autocast.
     """
+    if cfg.architecture == "bdh":
+        return _bdh_activation_bytes(cfg, n, width), float(_WIDE * cfg.d_model * (n + cfg.d_vocab))
     d, heads = cfg.d_model, cfg.n_heads * cfg.d_head
     key_values = cfg.kv_heads * cfg.d_head
     norm = _WIDE * (2 * d + 1)
@@ -121,6 +123,16 @@ def activation_bytes(cfg: ModelConfig, n: int, width: int) -> tuple[float, float
     if forming_is_cheaper(n, recipe, basis):
         return model, float(_WIDE * d * n + width * d * cfg.d_vocab)
     return model + width * d * n, float(width * signals * n + _WIDE * signals * cfg.d_vocab)
+
+
+def _bdh_activation_bytes(cfg: ModelConfig, n: int, width: int) -> float:
+    """Of BDH's levels: both rectified readings, the turned neurons, their product and what it is made of, one more
+    where some are dropped; a head's find with its norm, and the stream. Scores and tables of angles, which depend on
+    how the positions are cut into texts, are left out: together a few percent.
+    """
+    neurons = cfg.d_mlp * width * (5 + (cfg.dropout > 0))
+    narrow = cfg.d_model * (cfg.n_heads * (_WIDE + 2 * width) + 3 * _WIDE + width)
+    return float(n * (cfg.n_layers * (neurons + narrow) + _WIDE * 2 * cfg.d_model))
 
 
 def loss_chunk() -> int:

@@ -36,7 +36,7 @@ def make_optimizers(
     """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay acts on the blocks' matrices and the signal basis: not on norms, which scale, nor on embeddings and
-    recipes, whose rare rows get gradients rarely and would only shrink.
+    recipes, whose rare rows get gradients rarely and would only shrink, unless ``cfg.decay_all`` says so.
 
     Args:
         names: the parameters to update; None: all.
@@ -44,12 +44,13 @@ def make_optimizers(
     named = {name: p for name, p in model.named_parameters() if names is None or name in names}
     matrices = [p for name, p in named.items() if is_block_matrix(name)]
     basis = [p for name, p in named.items() if name == "embed.W_basis"]
-    decayed = {id(p) for p in (*matrices, *basis)}
-    rest = [p for p in named.values() if id(p) not in decayed]
+    taken = {id(p) for p in (*matrices, *basis)}
+    rest = [p for p in named.values() if id(p) not in taken]
     adamw_decayed = basis if cfg.name == "muon" else [*matrices, *basis]
+    rest_decay = cfg.weight_decay if cfg.decay_all else 0.0
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [{"params": adamw_decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            [{"params": adamw_decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": rest_decay}],
             lr=cfg.learning_rate,
             betas=(cfg.beta1, cfg.beta2),
             fused=True,
@@ -64,8 +65,11 @@ def make_optimizers(
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a block (or a stack of them, one a head), which Muon can take."""
-    return name.startswith("blocks.") and name.rsplit(".", 1)[-1].startswith("W_")
+    """Whether a parameter is a matrix of a block (or a stack of them, one a head), which Muon can take.
+
+    BDH's levels share theirs: they are the model's ``neurons``.
+    """
+    return name.startswith(("blocks.", "neurons.")) and name.rsplit(".", 1)[-1].startswith("W_")
 
 
 class Muon(torch.optim.Optimizer):

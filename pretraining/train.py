@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -78,6 +79,8 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
             for optimizer, rates in zip(replica.optimizers, peak_rates, strict=True):
                 for param_group, rate in zip(optimizer.param_groups, rates, strict=True):
                     param_group["lr"] = rate * share
+            if cfg.model.dropout:
+                _seed_dropout(run.seed, step, group.rank)
             loss, grad_norm = _take_step(replica, next(batches), step)
             rate = cfg.tokens_per_step / (time.perf_counter() - began)
             record = {"loss": loss, "grad_norm": grad_norm, "lr_share": share, "tokens_per_s": rate}
@@ -101,6 +104,11 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     if done < run.steps and group.is_first:
         print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
     return newest_checkpoint(out)
+
+
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """What a step drops is a function of it, so that a resumed run drops the same."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
 
 
 def _take_step(replica: Replica, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
@@ -166,12 +174,15 @@ def evaluate(
     batches = spread_batches(tokens, rows, cfg.data.context, max_tokens)
     numbers = itertools.count()
     own = (batch for batch in batches if next(numbers) % group.world_size == group.rank)
+    training = model.training
+    model.eval()
     with _autocast(cfg, group.device):
         share = summed_loss(model, own)
         remainder = next(numbers) % group.world_size
         if cfg.run.sharding == "fsdp" and 0 < remainder <= group.rank:
             # Sliced weights are put together by all processes or by none: take part without a batch to read.
             summed_loss(model, [(torch.zeros(1, 1, dtype=torch.int64),) * 2])
+    model.train(training)
     sums = torch.tensor(share, dtype=torch.float64, device=group.device)
     if group.world_size > 1:
         dist.all_reduce(sums)

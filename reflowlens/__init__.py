@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reflowlens import metrics as metrics
+    from reflowlens.attention_view import show_attention as show_attention
     from reflowlens.cache import ActivationCache as ActivationCache
     from reflowlens.checkpoints import list_models as list_models
     from reflowlens.checkpoints import load_model as load_model
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from reflowlens.models import build_model as build_model
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
+    from reflowlens.token_view import show_tokens as show_tokens
     from reflowlens.tokenizers import get_tokenizer as get_tokenizer
 
 _HOMES = {
@@ -94,6 +96,8 @@ _HOMES = {
     "run": "interventions.apply",
     "save_model": "checkpoints",
     "screen": "interventions.screening",
+    "show_attention": "attention_view",
+    "show_tokens": "token_view",
     "signal_view": "signals",
     "sweep": "interventions.sweep",
 }

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import transformer_lens
 from jaxtyping import Float, Int
@@ -197,19 +196,24 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     # -- in a notebook ------------------------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return f"ActivationCache({self._summary()})"
+
+    def _summary(self) -> str:
+        total = {_identity(x): x.numel() * x.element_size() / 1e6 for x in self.values()}
+        where = "on disk" if isinstance(self.cache_dict, _OnDisk) else "in memory"
+        return f"{len(self)} points, {sum(total.values()):.2f} MB {where}"
+
     def _repr_html_(self) -> str:
+        from reflowlens.html import table, titled
+
         rows: dict[tuple[str, str, str], list[float]] = {}
-        total = {}
         for name, x in self.items():
             megabytes = x.numel() * x.element_size() / 1e6
             shape = " × ".join(map(str, x.shape))
             rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), shape, _type_name(x)), []).append(megabytes)
-            total[_identity(x)] = megabytes
-        table = [(*what, len(sizes), f"{sum(sizes):.2f}") for what, sizes in rows.items()]
-        frame = pd.DataFrame(table, columns=["point", "shape", "dtype", "points", "MB"])
-        where = "on disk" if isinstance(self.cache_dict, _OnDisk) else "in memory"
-        title = f"<b>ActivationCache</b>: {len(self)} points, {sum(total.values()):.2f} MB {where}"
-        return title + frame.to_html(index=False, border=0)
+        lines = [(*what, len(sizes), f"{sum(sizes):.2f}") for what, sizes in rows.items()]
+        return titled("ActivationCache", self._summary(), table(["point", "shape", "dtype", "points", "MB"], lines))
 
 
 class _OnDisk(MutableMapping[str, Tensor]):

@@ -137,6 +137,16 @@ class Collected:
     model: str
     model_hash: str
 
+    def __repr__(self) -> str:
+        return (
+            f"Collected({self.model or 'unnamed model'}: {self.n_rows:,} prompts, {', '.join(self.choices.statistics)})"
+        )
+
+    def _repr_html_(self) -> str:
+        from reflowlens.html import table, titled
+
+        return titled(repr(self), "", table(["point"], [(name,) for name in self.points]))
+
     def __getitem__(self, name: str) -> PointStatistics:
         if name not in self.points:
             raise ReflowlensError(f"{name!r} was not collected; these were: {', '.join(self.points)}")
@@ -269,7 +279,7 @@ def _of_batch(
             names_filter=choices.names,
             return_type=None,
             return_cache_object=False,
-            stop_at_layer=_stop(choices.names),
+            stop_at_layer=first_unneeded_block(choices.names),
         )
         row, position = kept.nonzero(as_tuple=True)
         where = row, position, tokens[kept]
@@ -277,7 +287,7 @@ def _of_batch(
     return Collected(points, len(tokens), choices, so_far.model, so_far.model_hash)
 
 
-def _stop(names: Sequence[str]) -> int | None:
+def first_unneeded_block(names: Sequence[str]) -> int | None:
     """The first block that need not run; None when the end of the pass is asked for."""
     if not all(name.startswith("blocks.") or name in _BEFORE_BLOCKS for name in names):
         return None

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 
 from reflowlens.errors import ReflowlensError
 
-ARCHITECTURES = ("gpt2", "gpt2_new", "llama", "reflow", "reflow_topk", "reflow_lite")
+ARCHITECTURES = ("gpt2", "gpt2_new", "llama", "reflow", "reflow_topk", "reflow_lite", "bdh")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "architecture": ARCHITECTURES,
     "act_fn": ("gelu", "gelu_new", "relu", "silu"),
@@ -58,8 +58,9 @@ class ModelConfig:
     """The shape of a model, in TransformerLens's field names.
 
     Args:
-        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``.
+        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``, ``bdh``.
         n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
+            Of ``bdh`` ``n_layers`` are its levels, ``d_mlp`` the neurons of a level and ``d_head`` those of a head.
         n_key_value_heads: heads that own keys and values (grouped-query attention); None means one for every head.
         d_vocab: rows of the embedding, padding included; at least the tokenizer's number of tokens.
         n_ctx: longest input in tokens.
@@ -71,6 +72,7 @@ class ModelConfig:
         qkv_bias, attn_out_bias: attention has ``b_Q``, ``b_K``, ``b_V``; it has ``b_O``.
         mlp_bias: MLPs have ``b_in`` and ``b_out``, gated ones ``b_gate`` too.
         tie_word_embeddings: logits are read through the embedding; False gives the model a matrix ``unembed.W_U``.
+        dropout: share of the neurons that training silences at random (``bdh`` only).
         tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
             weights (:func:`reflowlens.tokenizers.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
@@ -112,6 +114,7 @@ class ModelConfig:
     attn_out_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
+    dropout: float = 0.0
     tokenizer_name: str = "gpt2"
     initializer_range: float = 0.02
     basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
@@ -143,6 +146,7 @@ class ModelConfig:
         self._check_heads()
         self._check_rotary()
         self._check_signals()
+        self._check_neurons()
 
     def _check_heads(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -176,6 +180,25 @@ class ModelConfig:
         elif self.topk is not None:
             raise ReflowlensError(f"topk must be None for architecture {self.architecture!r}: only reflow_topk prunes")
 
+    def _check_neurons(self) -> None:
+        if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+            raise ReflowlensError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
+        if self.architecture != "bdh":
+            if self.dropout:
+                raise ReflowlensError(f"dropout must be 0 for architecture {self.architecture!r}: only bdh has it")
+            return
+        if self.d_mlp != self.n_heads * self.d_head:
+            raise ReflowlensError(
+                f"d_mlp must be n_heads * d_head = {self.n_heads * self.d_head}, the neurons of a level, "
+                f"got {self.d_mlp}"
+            )
+        # What the architecture is made of, and no configuration changes.
+        fixed = _architecture_defaults("bdh") | {"n_key_value_heads": None, "tie_word_embeddings": False}
+        fixed |= dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias"), False) | {"rotary_scaling": None}
+        for name, value in fixed.items():
+            if name != "eps" and getattr(self, name) != value:
+                raise ReflowlensError(f"{name} must be {value!r} for architecture 'bdh', got {getattr(self, name)!r}")
+
     @property
     def is_factored(self) -> bool:
         """Whether the embedding is a product of a recipe and a basis."""
@@ -194,11 +217,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields that describe the model, without where it is or which points are cached.
 
-        What only imported models have is left out where a model does not have it: the description, and with it the
-        hash, of a model written before these fields existed stays what it was.
+        What only imported models or BDH have is left out where a model does not have it: the description, and with it
+        the hash, of a model written before these fields existed stays what it was.
         """
         fields = dataclasses.asdict(self)
-        absent = {name for name, value in _OF_IMPORTED_MODELS.items() if fields[name] == value}
+        absent = {name for name, value in _OF_FEW_MODELS.items() if fields[name] == value}
         return {name: value for name, value in fields.items() if name not in absent | _RUNTIME}
 
     @classmethod
@@ -217,21 +240,38 @@ class ModelConfig:
             raise ReflowlensError(f"the model configuration lacks {', '.join(missing)}")
         return cls(**fields)
 
+    def __repr__(self) -> str:
+        """The fields that the architecture and the defaults do not give: what one would write."""
+        given = {name: getattr(self, name) for name in self._given()}
+        return f"ModelConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def _given(self) -> list[str]:
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        usual |= _architecture_defaults(self.architecture)
+        return [name for name, value in usual.items() if getattr(self, name) != value]
+
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{name}</td><td>{json.dumps(value)}</td></tr>" for name, value in self.to_dict().items()
-        )
-        return f"<table><thead><tr><th>field</th><th>value</th></tr></thead><tbody>{rows}</tbody></table>"
+        from reflowlens.html import folded, table, titled
+
+        every = self.to_dict()
+        given = {name: every[name] for name in self._given() if name in every}
+        rest = {name: value for name, value in every.items() if name not in given}
+        tables = [
+            table(["field", "value"], [(name, json.dumps(value)) for name, value in fields.items()])
+            for fields in (given, rest)
+        ]
+        return titled("ModelConfig", "", tables[0], folded(f"{len(rest)} fields at their defaults", tables[1]))
 
 
 _RUNTIME = {"device", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
-_OF_IMPORTED_MODELS = {
+_OF_FEW_MODELS = {
     "rotary_scaling": None,
     "norm_bias": False,
     "qkv_bias": False,
     "attn_out_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
+    "dropout": 0.0,
 }
 
 
@@ -277,6 +317,15 @@ def _architecture_defaults(architecture: str) -> dict[str, Any]:
             "positional_embedding_type": "standard",
             "rotary_adjacent_pairs": False,
         }
+    if architecture == "bdh":
+        return {
+            "act_fn": "relu",
+            "gated_mlp": False,
+            "normalization_type": "LN",
+            "eps": 1e-5,
+            "positional_embedding_type": "rotary",
+            "rotary_adjacent_pairs": True,
+        }
     return {
         "act_fn": "silu",
         "gated_mlp": True,
@@ -299,8 +348,8 @@ def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:
     return ModelConfig(architecture=architecture, n_layers=n_layers, **(sizes | fields))
 
 
-# The seven published configurations. The published parameter counts determine the sizes; head counts do not show in a
-# count and follow nanoGPT (head width 64).
+# The seven published configurations of the reFlow family, and BDH's. The family's published parameter counts determine
+# the sizes; head counts do not show in a count and follow nanoGPT (head width 64).
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": _published("gpt2", 36, d_mlp=4096),
     "gpt2_new": _published("gpt2_new", 36),
@@ -309,6 +358,21 @@ PRESETS: dict[str, ModelConfig] = {
     "reflow_1_topk_big": _published("reflow_topk", 36, n_signals=1024, topk=64),
     "reflow_1_lite": _published("reflow_lite", 32, n_signals=1024, n_key_value_heads=4),
     "reflow_1_small": _published("reflow", 6, d_model=512, n_heads=8, d_mlp=1536, n_signals=512),
+    # Any text length would do: n_ctx bounds what is read at once.
+    "bdh": ModelConfig(
+        architecture="bdh",
+        n_layers=6,
+        d_model=256,
+        n_heads=4,
+        d_head=8192,
+        d_mlp=32_768,
+        d_vocab=256,
+        n_ctx=4096,
+        rotary_base=65_536.0,
+        dropout=0.1,
+        tie_word_embeddings=False,
+        tokenizer_name="bytes",
+    ),
 }
 
 

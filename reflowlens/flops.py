@@ -27,6 +27,8 @@ def forward_flops_by_part(cfg: ModelConfig, context: int, *, batch: int = 1) -> 
         context: tokens of an example.
         batch: examples of one pass, which decides with ``context`` whether a factored readout forms E.
     """
+    if cfg.architecture == "bdh":
+        return _bdh_flops(cfg, context) | _embedding_flops(cfg, batch * context)
     width, mlp_matrices = cfg.n_heads * cfg.d_head, 3 if cfg.gated_mlp else 2
     projections = cfg.d_model * (2 * width + 2 * cfg.kv_heads * cfg.d_head)
     parts = {
@@ -35,6 +37,15 @@ def forward_flops_by_part(cfg: ModelConfig, context: int, *, batch: int = 1) -> 
         "mlp": 2.0 * cfg.n_layers * mlp_matrices * cfg.d_model * cfg.d_mlp,
     }
     return parts | _embedding_flops(cfg, batch * context)
+
+
+def _bdh_flops(cfg: ModelConfig, context: int) -> dict[str, float]:
+    """Of BDH's levels in their square form: a position is compared with those before it, (context - 1) / 2 of them."""
+    before = (context - 1) / 2
+    return {
+        "attention_mixing": 2.0 * cfg.n_layers * (cfg.d_mlp + cfg.n_heads * cfg.d_model) * before,
+        "neurons": 2.0 * cfg.n_layers * 3 * cfg.d_model * cfg.d_mlp,
+    }
 
 
 def _embedding_flops(cfg: ModelConfig, n: int) -> dict[str, float]:

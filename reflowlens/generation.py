@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
-from reflowlens.models.components import KeyValueCache
 
 
 @torch.no_grad()
@@ -47,7 +46,8 @@ def generate(
         stop_at_eos: end a row after the document-end token.
         stop_token: end a row after this token too.
         seed: row i draws from a generator seeded with ``seed + i``.
-        use_past_kv_cache: keep keys and values; False reads the whole text again at every step, for checking.
+        use_past_kv_cache: keep what the model needs of the text that was read (keys and values, or a recurrent
+            state); False reads the whole text again at every step, for checking.
         return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch,
             pos], ended rows filled up with the document end.
         return_cache: also return the activations over prompt and continuation (``names_filter`` as in
@@ -75,7 +75,7 @@ def generate(
     tokens = torch.full((batch, total), filler, device=prompts.device)
     tokens[:, : prompts.shape[1]] = prompts
     generators = [torch.Generator().manual_seed(seed + row) for row in range(batch)]
-    past = KeyValueCache(model.cfg, batch, next(model.parameters()).dtype) if use_past_kv_cache else None
+    past = model.make_cache(batch, next(model.parameters()).dtype) if use_past_kv_cache else None
     ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
     final = ends.clone()
     read, end = 0, min(lengths)

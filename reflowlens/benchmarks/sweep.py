@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformer_lens import patching
 from transformer_lens.patching import PatchingResult
 
@@ -65,13 +66,16 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
         leaves out) and ``difference``, the largest between the two results.
     """
     cases = cases or default_cases()
-    rows = []
+    comparisons: list[Callable[[], dict[str, Any]]] = []
     for case in cases:
-        rows.append(_grid(case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
-        rows.append(_grid(case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds))
-    rows.append(_signal_patches(cases[0], patches, rounds))
-    rows.append(_readout_ablation(cases[0], rounds))
-    return pd.DataFrame(rows)
+        comparisons.append(partial(_grid, case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
+    # A large model's heads would take TransformerLens minutes and show the same.
+    for case in (case for case in cases if case.model.cfg.d_model <= 256):
+        heads = partial(_grid, case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds)
+        comparisons.append(heads)
+    comparisons.append(partial(_signal_patches, cases[0], patches, rounds))
+    comparisons.append(partial(_readout_ablation, cases[0], rounds))
+    return pd.DataFrame([compare() for compare in tqdm(comparisons, unit="comparison", disable=None)])
 
 
 def default_cases() -> list[Case]:

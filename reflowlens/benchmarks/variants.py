@@ -13,8 +13,8 @@ from reflowlens.config import ModelConfig
 from reflowlens.models import MODEL_CLASSES
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Positions
-from reflowlens.models.decoder import Unembed
 from reflowlens.models.reflow import ReFlow
+from reflowlens.models.residual import Unembed
 
 NANO = ModelConfig(
     architecture="reflow",

@@ -41,6 +41,16 @@ class EdgeScores:
     values: Float[Tensor, "sender receiver prompt"]
     baseline: Float[Tensor, " prompt"]
 
+    def __repr__(self) -> str:
+        return f"EdgeScores({len(self.frame):,} edges, {self.values.shape[-1]} prompts)"
+
+    def _repr_html_(self) -> str:
+        from reflowlens.html import table, titled
+
+        strongest = self.frame.sort_values("score", key=abs, ascending=False, kind="stable").head(10)
+        rows = strongest.astype(object).itertuples(index=False)
+        return titled(repr(self), "the strongest of them", table(list(strongest.columns), rows))
+
     @property
     def frame(self) -> pd.DataFrame:
         """One row an edge: ``sender``, ``receiver``, ``score``, the mean over prompts."""

@@ -19,11 +19,11 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens.patching import PatchingResult
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edges import EdgeScores, sent
 from reflowlens.interventions.graph import Edge, Graph
+from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
 from reflowlens.interventions.sweep import paired_tokens

@@ -13,7 +13,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import check_lengths_known
 from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, read_positions
 from reflowlens.models.base import HookedModel
-from reflowlens.models.decoder import Decoder, Readout
+from reflowlens.models.residual import Readout, ResidualModel
 
 _LOGITS_AT_ONCE = 2**24  # entries of a [row, read, d_vocab] block
 
@@ -33,7 +33,7 @@ class LazyLogits:
 
 
 class Reader:
-    """A metric bound to a decoder and the prompts that are patched.
+    """A metric bound to a model and the prompts that are patched.
 
     Attributes:
         positions: read positions of each prompt, [prompt, read].
@@ -43,7 +43,7 @@ class Reader:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ResidualModel,
         metric: Metric,
         tokens: Int[Tensor, "prompt pos"],
         lengths: Sequence[int],

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens.patching import PatchingResult
 
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
 from reflowlens.interventions.grids import Cell, Cells, CellSpec, make_cells
+from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.results_file import ResultsFile
 from reflowlens.interventions.runs import PackedRuns, WholeRuns

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens.patching import PatchingResult
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
+from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
 from reflowlens.interventions.suffixes import Layout, attend
@@ -37,7 +37,8 @@ from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder, Readout
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import Readout
 from reflowlens.signals import SignalView, ViewName, signal_view
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"

@@ -8,6 +8,7 @@ import torch
 
 from reflowlens.config import ModelConfig, preset
 from reflowlens.models.base import HookedModel
+from reflowlens.models.bdh import BDH
 from reflowlens.models.gpt2 import GPT2
 from reflowlens.models.gpt2_new import GPT2New
 from reflowlens.models.llama import Llama
@@ -22,6 +23,7 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "reflow": ReFlow,
     "reflow_topk": ReFlowTopK,
     "reflow_lite": ReFlowLite,
+    "bdh": BDH,
 }
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from transformer_lens.utilities import Slice
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.components import Block, Norm, plus
+from reflowlens.models.components import Norm
+from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
@@ -44,7 +46,7 @@ _LARGE_POINTS = {
 _PER_HEAD = ("batch", "pos", "head", "d_head")
 _PER_HEAD_STREAM = ("batch", "pos", "head", "d_model")
 _SQUARE = ("batch", "head", "pos", "key_pos")
-_AXES: dict[str, tuple[str, ...]] = {
+AXES: dict[str, tuple[str, ...]] = {
     "hook_recipe": ("batch", "pos", "signal"),
     "hook_signal": ("batch", "pos", "signal"),
     "hook_basis": ("signal", "d_model"),
@@ -61,6 +63,7 @@ class HookedModel(HookedRootModule):
 
     blocks: torch.nn.ModuleList
     ln_final: Norm
+    point_axes = AXES  # a family with points of its own adds theirs
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -201,30 +204,24 @@ class HookedModel(HookedRootModule):
         """Fill the parameters with fresh values."""
         raise NotImplementedError
 
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> Any:
+        """What the model keeps of texts that it reads piece by piece, empty: the ``past_kv_cache`` of its passes."""
+        raise NotImplementedError
+
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """What attention and MLP biases have added to the stream that block ``layer`` (or its MLP) reads.
+        """What biases have added to the stream that block ``layer`` (or its MLP) reads: nothing where there are none.
 
         Args:
             mlp_input: count the attention bias of block ``layer`` too.
             include_mlp_biases: False counts those of attention alone.
         """
-        total = torch.zeros(self.cfg.d_model, device=self.cfg.device)
-        for i, block in enumerate(cast("list[Block]", self.blocks[: layer + mlp_input])):
-            total = plus(total, block.attn.b_O)
-            if include_mlp_biases and i < layer:
-                total = plus(total, block.mlp.b_out)
-        return total
+        return torch.zeros(self.cfg.d_model, device=self.cfg.device)
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters under TransformerLens's names: ``unembed.W_U`` always, shared keys and values per query head."""
-        parameters: dict[str, Tensor] = dict(self.named_parameters())
-        group = self.cfg.n_heads // self.cfg.kv_heads
-        for name, parameter in parameters.items():
-            if name.endswith(("attn.W_K", "attn.W_V", "attn.b_K", "attn.b_V")):
-                parameters[name] = parameter.repeat_interleave(group, dim=0)
-        return parameters | {"unembed.W_U": self.W_U}
+        return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedModel:
         super()._apply(fn, recurse)
@@ -264,26 +261,22 @@ class HookedModel(HookedRootModule):
         ('batch', 'pos', 'head', 'd_head')
         """
         self.check_hook_name(name)
-        return _AXES.get(name.rsplit(".", 1)[-1], ("batch", "pos", "d_model"))
+        return self.point_axes.get(name.rsplit(".", 1)[-1], ("batch", "pos", "d_model"))
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str):
             self.check_hook_name(name)
         super().add_hook(name, hook, *args, **kwargs)
 
-    @contextlib.contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Hooks = (),
-        bwd_hooks: Hooks = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator[HookedModel]:
-        """Attach hooks for the duration of a ``with`` block; always removed, also after an exception.
+    @property
+    def hooks(self) -> ModelHooks:
+        """``with model.hooks([(name, function)]):`` attaches hooks; ``model.hooks.blocks[3].`` completes names."""
+        return ModelHooks(list(self.hook_dict), self._attached)
 
-        Raises:
-            ReflowlensError: a hook point does not exist, or a forward hook had not run by the end of the block.
-        """
+    @contextlib.contextmanager
+    def _attached(
+        self, fwd_hooks: Hooks, bwd_hooks: Hooks, reset_hooks_end: bool, clear_contexts: bool
+    ) -> Iterator[HookedModel]:
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
                 self.check_hook_name(name)
@@ -408,10 +401,23 @@ class HookedModel(HookedRootModule):
 
         return generate(self, input, max_new_tokens, **kwargs)
 
+    def __repr__(self) -> str:
+        """One line; ``print(model.blocks)`` shows the modules."""
+        cfg = self.cfg
+        signals = f", {cfg.n_signals} signals" if cfg.n_signals else ""
+        sizes = f"{self.n_parameters:,} parameters, {cfg.n_layers} layers, d_model {cfg.d_model}{signals}, {cfg.device}"
+        return f"{type(self).__name__}({cfg.model_name or cfg.architecture}: {sizes})"
+
     def _repr_html_(self) -> str:
-        title = self.cfg.model_name or self.cfg.architecture
-        sizes = f"{self.n_parameters:,} parameters, {len(self.hook_dict)} hook points"
-        return f"<b>{title}</b>: {sizes}{self.cfg._repr_html_()}"
+        from reflowlens.html import folded, table, titled
+
+        rows: dict[str, list[str]] = {}
+        for name in self.hook_dict:
+            rows.setdefault(re.sub(r"^blocks\.\d+\.", "blocks.*.", name), []).append(name)
+        points = [(name, len(names), ", ".join(self.hook_axes(names[0]))) for name, names in rows.items()]
+        hooks = folded(f"{len(self.hook_dict)} hook points", table(["point", "how many", "axes"], points))
+        kind, _, facts = repr(self).rstrip(")").partition("(")
+        return titled(kind, facts, self.cfg._repr_html_(), hooks)
 
 
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:

@@ -2,72 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
-from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.components import Block, KeyValueCache, Norm, Places, Positions, is_bias, packed_places
-from reflowlens.models.loss import IGNORE, cross_entropy
-
-ReturnType = Literal["logits", "loss", "both"] | None
+from reflowlens.models.components import Block, KeyValueCache, Norm, is_bias, plus
+from reflowlens.models.residual import ResidualModel
 
 
-class Readout(NamedTuple):
-    """The last linear map, not yet applied: ``logits = features @ matrix.T``."""
-
-    features: Float[Tensor, "batch pos k"]
-    matrix: Float[Tensor, "d_vocab k"]
-
-    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.features @ self.matrix.T
-
-    def loss(self, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten())
-
-
-class Embed(nn.Module):
-    """The token embedding, used at both ends of the model."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.W_E = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
-
-
-class Unembed(nn.Module):
-    """The tied readout. It owns no weights: it asks the model for the embedding's."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        self.tied_weights = model.tied_weights
-
-    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        (W_E,) = weights
-        return Readout(x, W_E)
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.readout(x, self.tied_weights()).logits()
-
-
-class OwnUnembed(Unembed):
-    """A readout with a matrix of its own, as large Llamas have it."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__(model)
-        self.W_U = nn.Parameter(torch.empty(model.cfg.d_model, model.cfg.d_vocab))
-
-    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        return Readout(x, self.W_U.T)
-
-
-class Decoder(HookedModel):
+class Decoder(ResidualModel):
     """Pre-norm causal decoder, its embedding tied unless the configuration says otherwise.
 
     An architecture overrides what is its own: :meth:`build_embedding`, :meth:`tied_weights` and :meth:`embed_tokens`.
@@ -81,9 +28,6 @@ class Decoder(HookedModel):
         torch.Size([1, 2, 256])
     """
 
-    embed: nn.Module
-    unembed: Unembed
-
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
         self.build_embedding(cfg)
@@ -92,113 +36,8 @@ class Decoder(HookedModel):
         self.ln_final = Norm(cfg)
         self.setup()
 
-    def build_embedding(self, cfg: ModelConfig) -> None:
-        """Create the modules at both ends."""
-        self.embed = Embed(cfg)
-        self.unembed = Unembed(self) if cfg.tie_word_embeddings else OwnUnembed(self)
-
-    def tied_weights(self) -> tuple[Tensor, ...]:
-        """The embedding's factors as this pass uses them, at both ends."""
-        return (cast(Embed, self.embed).W_E,)
-
-    def embed_tokens(
-        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream before the first block."""
-        (W_E,) = weights
-        return self.hook_embed(F.embedding(tokens, W_E))
-
-    def forward(
-        self,
-        input: TextInput | Float[Tensor, "batch pos d_model"],
-        return_type: ReturnType = "logits",
-        *,
-        targets: Int[Tensor, "batch pos"] | None = None,
-        start_at_layer: int | None = None,
-        stop_at_layer: int | None = None,
-        past_kv_cache: KeyValueCache | None = None,
-        segments: Int[Tensor, "batch pos"] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor] | None:
-        """Read text or tokens and predict the next token at every position.
-
-        Args:
-            input: a text, a list of texts (padded on the right), tokens [batch, pos] or [pos]; with ``start_at_layer``
-                the residual stream [batch, pos, d_model] that this layer reads.
-            return_type: ``"logits"`` [batch, pos, d_vocab], ``"loss"`` (mean next-token cross-entropy in nats, padding
-                left out), ``"both"`` (logits, loss) or None to run for the hooks alone.
-            targets: what each position should predict, -100 where nothing counts; default: the input shifted by one.
-            start_at_layer: first block to run; negative counts from the end.
-            stop_at_layer: first block not to run; the residual stream in front of it is returned.
-            past_kv_cache: keys and values of earlier positions; extended by the new ones.
-            segments: several texts in a row, each a run of equal ids and read as if alone: attention stays within it,
-                its positions start at 0, and its last token is left out of the default targets, as is padding, which
-                negative ids mark.
-
-        Raises:
-            ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
-                does not exist, a loss is asked for without targets, segments do not fit the input or come with a
-                key-value cache, or that cache was made for another batch.
-        """
-        if return_type not in ("logits", "loss", "both", None):
-            raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
-        offset = past_kv_cache.length if past_kv_cache is not None else 0
-        start, stop = self._layer_range(start_at_layer, stop_at_layer)
-        weights = self.tied_weights()
-        if start_at_layer is None:
-            tokens, lengths = self.tokens_and_lengths(input, offset=offset)
-            places = self._places(tokens.shape, segments, past_kv_cache)
-            if targets is None and return_type in ("loss", "both"):
-                targets = self.next_tokens(tokens, lengths)
-                if segments is not None:
-                    unpredictive = (segments != segments.roll(-1, dims=1)) | (segments < 0)
-                    targets = targets.masked_fill(unpredictive.to(targets.device), IGNORE)
-            resid = self.embed_tokens(tokens, weights, places.positions)
-        else:
-            if not isinstance(input, Tensor) or input.ndim != 3:
-                raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
-            if input.shape[2] != self.cfg.d_model:
-                raise ReflowlensError(f"this residual stream is {input.shape[2]} wide, but d_model={self.cfg.d_model}")
-            self.check_length(input.shape[1], offset)
-            places = self._places(input.shape[:2], segments, past_kv_cache)
-            resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
-        for block in self.blocks[start:stop]:
-            resid = block(resid, places, past_kv_cache)
-        if past_kv_cache is not None:
-            past_kv_cache.length += resid.shape[1]
-        if stop_at_layer is not None:
-            return resid
-        readout = self.unembed.readout(self.ln_final(resid), weights)
-        if return_type is None:
-            return None
-        if return_type == "logits":
-            return readout.logits()
-        if targets is None:
-            raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
-        if return_type == "loss":
-            return readout.loss(targets)
-        return readout.logits(), readout.loss(targets)
-
-    def _places(
-        self, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: KeyValueCache | None
-    ) -> Places:
-        if segments is None:
-            offset = past.length if past is not None else 0
-            return Places(slice(offset, offset + shape[1]))
-        if past is not None:
-            raise ReflowlensError(
-                "segments cannot be read with a key-value cache: pass whole rows and no past_kv_cache"
-            )
-        if segments.shape != shape:
-            raise ReflowlensError(f"segments must be [batch, pos] = {list(shape)}, got {list(segments.shape)}")
-        return packed_places(segments.to(self.cfg.device))
-
-    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
-        n_layers = self.cfg.n_layers
-        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
-            if layer is not None and not -n_layers <= layer <= n_layers:
-                raise ReflowlensError(f"{name}={layer} is out of range: this model has blocks 0 to {n_layers - 1}")
-        first, last, _ = slice(start, stop).indices(n_layers)
-        return first, last
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KeyValueCache:
+        return KeyValueCache(self.cfg, batch, dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -213,20 +52,20 @@ class Decoder(HookedModel):
                 residual = name.endswith(("attn.W_O", "mlp.W_out"))
                 parameter.normal_(0.0, std / (2 * self.cfg.n_layers) ** 0.5 if residual else std, generator=generator)
 
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
-        """The embedding; a ``FactoredMatrix`` where the architecture factors it."""
-        return cast(Embed, self.embed).W_E
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        total = super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+        for i, block in enumerate(cast("list[Block]", self.blocks[: layer + mlp_input])):
+            total = plus(total, block.attn.b_O)
+            if include_mlp_biases and i < layer:
+                total = plus(total, block.mlp.b_out)
+        return total
 
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding as one matrix (TransformerLens's tools index it); a tied one is formed at each access."""
-        if isinstance(self.unembed, OwnUnembed):
-            return self.unembed.W_U
-        W_E = self.W_E
-        return (W_E.AB if isinstance(W_E, FactoredMatrix) else W_E).T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
-        return torch.zeros(self.cfg.d_vocab, device=self.cfg.device)
+    def tl_parameters(self) -> dict[str, Tensor]:
+        parameters = super().tl_parameters()
+        group = self.cfg.n_heads // self.cfg.kv_heads
+        for name, parameter in parameters.items():
+            if name.endswith(("attn.W_K", "attn.W_V", "attn.b_K", "attn.b_V")):
+                parameters[name] = parameter.repeat_interleave(group, dim=0)
+        return parameters

@@ -15,7 +15,8 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.components import Positions, is_hooked, through_copy
-from reflowlens.models.decoder import Decoder, Readout, Unembed
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import Readout, Unembed
 
 
 class RecipeEmbed(nn.Module):

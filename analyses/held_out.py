@@ -1,0 +1,55 @@
+"""Held-out text as rows of tokens: windows drawn at random, or all of it in tiles; and text in a random order."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+Stream: TypeAlias = "str | np.ndarray | Int[Tensor, ' token']"
+
+
+def as_stream(model: HookedModel, text: Stream) -> Int[Tensor, " token"]:
+    """A text, or its token ids, as ids on the model's device.
+
+    Raises:
+        ReflowlensError: it is no text and no flat array of ids.
+    """
+    ids = model.tokenizer.encode(text) if isinstance(text, str) else text
+    stream = torch.as_tensor(np.asarray(ids, dtype=np.int64) if not isinstance(ids, Tensor) else ids)
+    if stream.ndim != 1 or stream.is_floating_point():
+        raise ReflowlensError(f"a text or its token ids [token] were expected, got {list(stream.shape)}")
+    return stream.to(model.cfg.device)
+
+
+def tiles(stream: Int[Tensor, " token"], context: int) -> Int[Tensor, "row context"]:
+    """The whole stream in rows that do not overlap; a remainder shorter than a row is left out.
+
+    >>> tiles(torch.arange(7), 3).tolist()
+    [[0, 1, 2], [3, 4, 5]]
+    """
+    n_rows = len(stream) // context
+    if not n_rows:
+        raise ReflowlensError(f"{len(stream)} tokens are too few for one row of {context}")
+    return stream[: n_rows * context].unflatten(0, (n_rows, context))
+
+
+def windows(stream: Int[Tensor, " token"], n_rows: int, context: int, seed: int) -> Int[Tensor, "row context"]:
+    """Rows from random places, which may overlap."""
+    if len(stream) < context:
+        raise ReflowlensError(f"{len(stream)} tokens are too few for one row of {context}")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(stream) - context + 1, (n_rows,), generator=generator)
+    return torch.stack([stream[start : start + context] for start in starts.tolist()])
+
+
+def shuffled(stream: Int[Tensor, " token"], seed: int) -> Int[Tensor, " token"]:
+    """The same tokens in a random order: their frequencies stay, what they say does not."""
+    order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(seed))
+    return stream[order.to(stream.device)]

@@ -1,0 +1,81 @@
+"""Concepts that a text has by itself: where lines, words and speakers begin and end, and what a character is.
+
+They are defined once, on characters, before any unit is looked at. A token has a concept by its last character, or by
+its first where the concept is about a beginning; on a byte tokenizer the two are one.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reflowlens.models.base import HookedModel
+
+CONCEPTS: dict[str, str] = {
+    "line_start": "the first character of a line",
+    "after_blank_line": "the first character behind an empty line",
+    "speaker_name": "in a line that ends with a colon and stands behind an empty line, the colon included",
+    "early_in_line": "among the first eight characters of a line",
+    "capital": "an upper-case letter",
+    "vowel": "one of aeiou, of either case",
+    "space": "a space",
+    "newline": "a line break",
+    "colon": "a colon",
+    "punctuation": "one of . , ; : ! ? ' -",
+    "word_start": "a letter that no letter precedes",
+    "word_end": "a letter that no letter follows",
+}
+_BY_FIRST = ("line_start", "after_blank_line", "capital", "word_start")
+
+
+def label_tokens(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos concept"]:
+    """Whether each token has each of ``CONCEPTS``, by what its own row shows: what precedes a row is not known.
+
+    Example: ``label_tokens(model, model.to_tokens("KING:\\nHo!"))[0, :, list(CONCEPTS).index("colon")]``
+    """
+    return torch.stack([_label_row(model.tokenizer.to_str_tokens(row.tolist())) for row in tokens.cpu()])
+
+
+def _label_row(pieces: list[str]) -> Bool[Tensor, "pos concept"]:
+    found = label_characters("".join(pieces))
+    ends = np.cumsum([len(piece) for piece in pieces])
+    first, last = ends - [len(piece) for piece in pieces], ends - 1
+    columns = [labels[first if name in _BY_FIRST else last] for name, labels in found.items()]
+    return torch.from_numpy(np.stack(columns, axis=1))
+
+
+def label_characters(text: str) -> dict[str, NDArray[np.bool_]]:
+    """Each concept's labels [character].
+
+    >>> label_characters("a\\n\\nBo:")["speaker_name"].tolist()
+    [False, False, False, True, True, True]
+    """
+    return {name: _spans(pattern, text) for name, pattern in _PATTERNS.items()}
+
+
+_PATTERNS: dict[str, str] = {
+    "line_start": r"(?<=\n)[^\n]",
+    "after_blank_line": r"(?<=\n\n)[^\n]",
+    "speaker_name": r"(?<=\n\n)[^\n:]{1,40}:(?=\n|$)",
+    "early_in_line": r"(?<=\n)[^\n]{1,8}",
+    "capital": r"[A-Z]",
+    "vowel": r"[aeiouAEIOU]",
+    "space": r" ",
+    "newline": r"\n",
+    "colon": r":",
+    "punctuation": r"[.,;:!?'-]",
+    "word_start": r"(?<![A-Za-z])[A-Za-z]",
+    "word_end": r"[A-Za-z](?![A-Za-z]|$)",  # at the end of what is seen it is not known
+}
+
+
+def _spans(pattern: str, text: str) -> NDArray[np.bool_]:
+    labels = np.zeros(len(text), dtype=bool)
+    for match in re.finditer(pattern, text):
+        labels[match.start() : match.end()] = True
+    return labels

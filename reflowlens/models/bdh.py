@@ -1,0 +1,280 @@
+"""BDH, the Dragon Hatchling (Kosowski et al., 2025, arXiv 2509.26507): linear attention of sparse positive neurons.
+
+A level reads the residual stream x through rectified neurons twice. The first reading, ``x_sparse``, is query and key
+at once: a position attends to those *before* it by how alike their turned neurons are, without softmax or scale. What
+it finds is read by the second rectified map, ``y_sparse``, and the product of both readings writes to the stream::
+
+    x_sparse = relu(x Dx)                                     [head, neuron]
+    a_t      = Σ_{s<t} <R_t x_sparse_t, R_s x_sparse_s> x_s     R_t: rotary turn of position t
+    y_sparse = relu(LN(a) Dy)
+    x        = LN(x + LN((x_sparse ⊙ y_sparse) E))
+
+Dx, Dy and E are shared by all levels; LN has neither weight nor bias. The sum over s has three forms that agree:
+
+==========  ==========================================  ==============================================================
+square      scores [pos, pos] times x                   short texts, packed texts, and when the scores are hooked
+chunked     squares of a few positions, and between     long texts
+            them the state ρ = Σ_s R_s x_sparse_sᵀ x_s
+recurrent   a chunk a pass, ρ kept in between           generation: a byte costs the same wherever it stands
+==========  ==========================================  ==============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import AXES
+from reflowlens.models.components import Norm, Places, Positions, is_hooked
+from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
+
+_NEURONS = ("batch", "pos", "head", "neuron")
+_PER_HEAD = ("batch", "pos", "head", "d_model")
+
+
+class BDH(ResidualModel):
+    """The architecture; ``cfg.d_mlp`` neurons a level in ``cfg.n_heads`` heads, ``cfg.n_layers`` levels.
+
+    The last level leaves the stream normalised, so that logits are read off it as it is, and off every earlier level
+    too: ``ln_final`` changes nothing. ``hook_embed`` is the embedding before its norm.
+
+    Example:
+        >>> from reflowlens.config import ModelConfig
+        >>> from reflowlens.models import build_model
+        >>> tiny = ModelConfig(architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256,
+        ...                    n_ctx=64, tie_word_embeddings=False, tokenizer_name="bytes")
+        >>> logits, cache = build_model(tiny).run_with_cache("To be")
+        >>> cache["xy_sparse", 1].shape, bool((cache["xy_sparse", 1][0, 0] == 0).all())
+        (torch.Size([1, 5, 2, 32]), True)
+    """
+
+    point_axes = AXES | {
+        **dict.fromkeys(("hook_x_pre", "hook_x_sparse", "hook_y_pre", "hook_y_sparse", "hook_xy_sparse"), _NEURONS),
+        **dict.fromkeys(("hook_attn_out", "hook_attn_norm"), _PER_HEAD),
+    }
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        self.build_embedding(cfg)
+        self.hook_embed = HookPoint()
+        self.neurons = Neurons(cfg)
+        self.blocks = nn.ModuleList([Level(cfg, layer, self._shared) for layer in range(cfg.n_layers)])
+        self.ln_final = cast(Norm, Unnormalised(cfg))
+        self.setup()
+
+    def build_embedding(self, cfg: ModelConfig) -> None:
+        self.embed = Embed(cfg)
+        self.unembed = OwnUnembed(self)
+
+    def _shared(self) -> Neurons:
+        return self.neurons
+
+    def embed_tokens(
+        self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return normalized(super().embed_tokens(tokens, weights, positions), self.cfg.eps)
+
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> RecurrentState:
+        return RecurrentState(self.cfg, batch, dtype)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every matrix N(0, initializer_range²)."""
+        for parameter in self.parameters():
+            parameter.normal_(0.0, self.cfg.initializer_range, generator=generator)
+
+
+class Neurons(nn.Module):
+    """The three matrices that all levels share, and the turn of a position."""
+
+    frequency: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        shape = (cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_x = nn.Parameter(torch.empty(shape))  # Dx
+        self.W_y = nn.Parameter(torch.empty(shape))  # Dy
+        self.W_out = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))  # E, a row a neuron
+        exponent = torch.arange(0, cfg.d_head, 2, device="cpu") / cfg.d_head
+        frequency = 1 / cfg.rotary_base**exponent / (2 * torch.pi)
+        self.register_buffer("frequency", frequency, persistent=False)  # turns a position, of each pair of channels
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Neurons:
+        frequency = self.frequency
+        super()._apply(fn, recurse)
+        self.frequency = frequency.to(self.frequency.device)  # a 16-bit model turns by exact angles
+        return self
+
+    def turn(
+        self, x: Float[Tensor, "batch pos head neuron"], positions: Positions
+    ) -> Float[Tensor, "batch pos head neuron"]:
+        """Each pair of adjacent channels rotated by its phase at the position; phases are float32, as published."""
+        if isinstance(positions, slice):
+            positions = torch.arange(positions.start, positions.stop, device=x.device)[None]
+        phase = (positions[..., None].float() * self.frequency).frac() * (2 * torch.pi)
+        cos, sin = phase.cos()[:, :, None], phase.sin()[:, :, None]
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+class Level(nn.Module):
+    """One level: attention between neurons, their second reading, and the write."""
+
+    hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
+
+    def __init__(self, cfg: ModelConfig, layer: int, neurons: Callable[[], Neurons]) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.neurons = neurons
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
+        self.hook_x_pre = HookPoint()  # [batch, pos, head, neuron]
+        self.hook_x_sparse = HookPoint()  # [batch, pos, head, neuron]
+        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], 0 where not allowed
+        self.hook_attn_out = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_attn_norm = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_y_pre = HookPoint()  # [batch, pos, head, neuron]
+        self.hook_y_sparse = HookPoint()  # [batch, pos, head, neuron]
+        self.hook_xy_sparse = HookPoint()  # [batch, pos, head, neuron]
+        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model], before its norm
+        self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: RecurrentState | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        neurons, eps = self.neurons(), self.cfg.eps
+        x = self.hook_resid_pre(resid)
+        # One product with all heads: as an einsum it would copy the weights at each byte.
+        x_pre = (x.flatten(0, 1) @ neurons.W_x).unflatten(1, x.shape[:2])
+        x_pre = rearrange(x_pre, "head batch pos neuron -> batch pos head neuron")
+        x_sparse = self.hook_x_sparse(F.relu(self.hook_x_pre(x_pre)))
+        turned = rearrange(neurons.turn(x_sparse, places.positions), "batch pos head neuron -> batch head pos neuron")
+        found = rearrange(self.attend(turned, x, places.mask, past), "batch head pos d_model -> batch pos head d_model")
+        a = self.hook_attn_norm(normalized(self.hook_attn_out(found), eps))
+        y_sparse = self.hook_y_sparse(F.relu(self.hook_y_pre(torch.einsum("bphd,hdn->bphn", a, neurons.W_y))))
+        xy_sparse = F.dropout(self.hook_xy_sparse(x_sparse * y_sparse), self.cfg.dropout, self.training)
+        out = self.hook_mlp_out(torch.einsum("bphn,hnd->bpd", xy_sparse, neurons.W_out))
+        return self.hook_resid_post(normalized(x + normalized(out, eps), eps))
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch head pos neuron"],
+        x: Float[Tensor, "batch pos d_model"],
+        mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
+        past: RecurrentState | None,
+    ) -> Float[Tensor, "batch head pos d_model"]:
+        """Σ of x over the positions before each, weighted by how alike the turned neurons are; 0 at the first."""
+        hooked = is_hooked(self.hook_attn_scores)
+        if past is not None:
+            if hooked:
+                raise ReflowlensError(
+                    "attn_scores exist where the whole text is read at once: pass no past_kv_cache to hook them"
+                )
+            return past.attend(self.layer, q, x)
+        if not hooked and mask is None and chunks_are_cheaper(q.shape[2], q.shape[3], x.shape[2]):
+            return attend_in_chunks(q, x, chunk=x.shape[2])[0]
+        scores = (q @ q.mT).tril(-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, 0.0)
+        return self.hook_attn_scores(scores) @ x[:, None]
+
+
+class RecurrentState:
+    """ρ of every level, Σ_s R_s x_sparse_sᵀ x_s over the positions that were read: its size does not grow with them.
+
+    Example: ``past = model.make_cache(1); model("To b", past_kv_cache=past); model("e", past_kv_cache=past)`` gives the
+    logits of the last byte alone.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (batch, cfg.n_heads, cfg.d_head, cfg.d_model)
+        self.states: list[Float[Tensor, "batch head neuron d_model"]] = [
+            torch.zeros(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
+        ]
+        self.length = 0
+
+    def attend(
+        self, layer: int, q: Float[Tensor, "batch head pos neuron"], x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch head pos d_model"]:
+        """Attention of the new positions of a level to all before them; they are read into the state.
+
+        Raises:
+            ReflowlensError: the state was made for another number of rows.
+        """
+        state = self.states[layer]
+        if len(q) != len(state):
+            raise ReflowlensError(f"this state holds a batch of {len(state)}, and the input is a batch of {len(q)}")
+        out, self.states[layer] = attend_in_chunks(q, x, chunk=x.shape[2], state=state)
+        return out
+
+
+def attend_in_chunks(
+    q: Float[Tensor, "batch head pos neuron"],
+    x: Float[Tensor, "batch pos d_model"],
+    chunk: int,
+    state: Float[Tensor, "batch head neuron d_model"] | None = None,
+) -> tuple[Float[Tensor, "batch head pos d_model"], Float[Tensor, "batch head neuron d_model"]]:
+    """Σ_{s<t} <q_t, q_s> x_s a chunk at a time, what lies before it in the state.
+
+    Args:
+        state: Σ q_sᵀ x_s of earlier positions; without gradients it is updated in place.
+
+    Returns:
+        The sums, and the state behind the last position.
+    """
+    parts = []
+    for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):
+        out = (here @ here.mT).tril(-1) @ values
+        if state is None:
+            state = x.new_zeros(*q.shape[:2], q.shape[3], x.shape[2])
+        else:
+            out = out + here @ state.to(here.dtype)
+        parts.append(out)
+        state = remembered(state, here, values.expand(-1, q.shape[1], -1, -1))
+    assert state is not None  # a text has one position at least
+    return torch.cat(parts, dim=2), state
+
+
+def remembered(
+    state: Float[Tensor, "batch head neuron d_model"],
+    q: Float[Tensor, "batch head pos neuron"],
+    x: Float[Tensor, "batch head pos d_model"],
+) -> Float[Tensor, "batch head neuron d_model"]:
+    """``state + qᵀ x``, in the state's precision; the sum goes into its memory where no gradient needs the old one."""
+    with torch.autocast(q.device.type, enabled=False):
+        keys, values = q.to(state.dtype).mT.flatten(0, 1), x.to(state.dtype).flatten(0, 1)
+        flat = state.flatten(0, 1)
+        total = flat.baddbmm(keys, values) if torch.is_grad_enabled() else flat.baddbmm_(keys, values)
+        return total.unflatten(0, state.shape[:2])
+
+
+def chunks_are_cheaper(n_positions: int, n_neurons: int, d_model: int) -> bool:
+    """Whether chunks of d_model positions take fewer multiplications than the square of all of them."""
+    square = n_positions * (n_neurons + d_model)
+    return n_positions > d_model and d_model * (n_neurons + d_model) + 2 * n_neurons * d_model < square
+
+
+def normalized(x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
+    """LayerNorm without weight and bias, in float32; of a vector of zeros 0."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+class Unnormalised(nn.Module):
+    """Stands where other models have their final norm, of weight ``w`` 1: this stream is read as it is."""
+
+    w: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.ones(cfg.d_model), persistent=False)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"], hooked: bool = True) -> Float[Tensor, "*batch d_model"]:
+        return x
