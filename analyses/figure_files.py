@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analyses.result import Result
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_export import Width, save_figures
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 def export_figures(
@@ -37,7 +41,7 @@ def export_figures(
     if not results:
         raise ReflowlensError(f"no results in {folder}: a folder that `reflowlens run` has written was expected")
     out = folder / "figures" if out is None else Path(out)
-    figures = {
+    figures: dict[str | Path, go.Figure] = {
         out / f"{result.name}-{name}.{format}": figure
         for result in results
         for name, figure in result.figures.items()

@@ -201,7 +201,7 @@ def _figures(options: argparse.Namespace) -> None:
 
     formats = list(dict.fromkeys(options.format))
     paths = export_figures(options.folder, formats, out=options.out, width=options.width, progress=sys.stderr.isatty())
-    print(f"{len(paths)} figures in {paths[0].parent if paths else options.folder}")
+    print(f"{len(paths)} files in {paths[0].parent if paths else options.folder}")
 
 
 def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

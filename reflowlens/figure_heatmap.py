@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 4_000_000  # of a heatmap's numbers and texts, so that its file stays under 5 MB
 _BYTES_A_CELL = 11  # eight in base64
-_MOST_LABELS = 80
+_SAMPLE = 500  # rows, to tell how long the texts of all are
+_MOST_LABELS, _FEW_LABELS = 80, 12
 _MOST_GAPS = 100  # cells across, beyond which a gap between them would hide what it divides
 
 
@@ -65,12 +67,12 @@ def heatmap(
         cells = frame.assign(_cell=values).pivot(index=y, columns=x, values="_cell")
         return cells.reindex(index=list(lines), columns=list(columns)).to_numpy()
 
-    names = [x, x_labels, y, y_labels, text, z, *hover]
-    shown = pd.Series(hover_texts(frame, [name for name in dict.fromkeys(names) if name]), index=frame.index)
-    n_bytes = shown.str.len().sum() + _BYTES_A_CELL * len(lines) * len(columns)
+    names = list(dict.fromkeys(name for name in (x, x_labels, y, y_labels, text, z, *hover) if name))
+    n_cells = len(lines) * len(columns)
+    text_length = np.mean([len(shown) for shown in hover_texts(frame.iloc[:: -(-len(frame) // _SAMPLE)], names)])
     down, across = block_of(len(lines), len(columns), MOST_BYTES // _BYTES_A_CELL)
     note = ""
-    if n_bytes > MOST_BYTES:
+    if n_cells * (text_length + _BYTES_A_CELL) > MOST_BYTES:
         note = "too large to tell each cell's values when pointing at it"
     if down * across > 1:
         note = f"too large to draw each cell: every one here is the mean of {down} × {across} (down × across)"
@@ -78,6 +80,7 @@ def heatmap(
     scale = {"text": label(z_title or words(z)), "side": "right", "font": {"size": 13}}
     texts: dict[str, Any] = {"hovertemplate": "%{z:.4g}<extra>%{x}, %{y}</extra>"}
     if not note:
+        shown = pd.Series(hover_texts(frame, names), index=frame.index)
         texts = {"customdata": grid(shown), "hovertemplate": "%{customdata}<extra></extra>"}
         if text is not None:
             texts |= {"text": grid(frame[text].map(label)), "texttemplate": "%{text}"}
@@ -103,7 +106,9 @@ def heatmap(
     if note:
         figure.update_layout(meta={"note": note}, margin_b=110)
         place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top", "yshift": -64}
-        figure.add_annotation(text=note, showarrow=False, font={"size": 11}, **place)
+        figure.add_annotation(
+            text="<br>".join(textwrap.wrap(note, 52)), align="left", showarrow=False, font={"size": 11}, **place
+        )
     elif text is not None:
         figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 84 * len(columns)})
     return figure
@@ -137,8 +142,8 @@ def block_means(values: Float[np.ndarray, "row column"], down: int, across: int)
 
 
 def _ticks(labels: Sequence[str]) -> dict[str, Any]:
-    """A label for each place, or for every so many where there are more than can be read."""
-    step = math.ceil(len(labels) / _MOST_LABELS)
+    """A label for each place, or for a few of them where there are more than can be read."""
+    step = 1 if len(labels) <= _MOST_LABELS else math.ceil(len(labels) / _FEW_LABELS)
     return {"tickvals": list(range(0, len(labels), step)), "ticktext": list(labels[::step])}
 
 

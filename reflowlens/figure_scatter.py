@@ -44,7 +44,8 @@ def scatter(
     check_columns(frame, [x, y, color, z, *hover])
     titles = {"x": x_title or words(x), "y": y_title or words(y)}
     figure = blank_figure(title, titles["x"], titles["y"])
-    for i, series in enumerate(series_of(frame, color, ())):
+    groups = list(series_of(frame, color, ()))
+    for i, series in enumerate(groups):
         shared = {
             "mode": "markers",
             "name": series.name,
@@ -61,9 +62,8 @@ def scatter(
             figure.add_scatter(x=series.rows[x], y=series.rows[y], **shared)
         else:
             figure.add_scatter3d(x=series.rows[x], y=series.rows[y], z=series.rows[z], **shared)
-    figure.update_layout(
-        height=620, meta={"min_width": 640}, legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}
-    )
+    legend = {"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"}  # beside the points, each group on its line
+    figure.update_layout(height=max(620, 80 + 20 * len(groups)), meta={"min_width": 640}, legend=legend)
     if z is not None:
         titles["z"] = z_title or words(z)
         axis = {"showbackground": False, "gridcolor": "rgba(128, 128, 128, 0.3)", "zeroline": False}

@@ -232,20 +232,3 @@ def test_json_round_trip(tmp_path):
 def test_an_unknown_suffix_is_an_error(tmp_path):
     with pytest.raises(ReflowlensError, match=r"'a.gif': a name ending in .html, .json, .png, .svg, .pdf was expected"):
         save_figure(go.Figure(), tmp_path / "a.gif")
-
-
-def test_without_kaleido_the_install_line_is_given_and_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ReflowlensError, match=r"writing .png needs kaleido: pip install 'kaleido>=1'"):
-        save_figure(go.Figure(), tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_chrome_kaleido_says_so_in_one_line(tmp_path, monkeypatch):
-    def no_chrome(figure, path, scale):
-        raise RuntimeError("\n\nKaleido requires Google Chrome\nto be installed.\n")
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(go.Figure, "write_image", no_chrome)
-    with pytest.raises(ReflowlensError, match=r"writing .svg failed: Kaleido requires Google Chrome to be installed."):
-        save_figure(go.Figure(), tmp_path / "a.svg")
