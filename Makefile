@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test slow lint types clean
+.PHONY: run test slow lint types docs notebooks clean
 
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
@@ -21,8 +21,15 @@ lint: .venv/.dev
 types: .venv/.dev
 	$(BIN)/mypy
 
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Executes them in full, minutes, and writes them back with their outputs.
+notebooks: .venv/.dev
+	$(BIN)/python -m notebooks.execute
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -33,4 +40,8 @@ clean:
 
 .venv/.dev: .venv/.installed
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(PIP) --editable '.[docs]'
 	touch $@
