@@ -363,6 +363,12 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = _command(commands, "evaluate", "validation loss of a model on prepared data")
     parser.add_argument("model", help="packaged name, checkpoint folder or file")
     parser.add_argument("data", type=Path, help="a folder made by prepare")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="MODEL",
+        help="a table of these beside the model: losses and differences a token, with intervals over documents",
+    )
     parser.add_argument("--split", default="val", choices=["train", "val"])
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
     parser.set_defaults(command=_evaluate)
@@ -372,6 +378,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     from pretraining.evaluate import evaluate_model
     from reflowlens.checkpoints import load_model
 
+    if options.against:
+        from pretraining.loss_comparison import compare_losses
+
+        models = {name: load_model(name, device=options.device) for name in [options.model, *options.against]}
+        frame = compare_losses(models, options.data, split=options.split)
+        counts = dict.fromkeys(["parameters", "outside_embedding", "tokens", "documents"], "{:,}".format)
+        print(frame.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=counts))
+        return
     result = evaluate_model(load_model(options.model, device=options.device), options.data, split=options.split)
     print(
         f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}, "

@@ -1,0 +1,152 @@
+"""Validation losses of several models on the same tokens, and how sure their differences are.
+
+Tokens of one document stand and fall together, so documents are what is resampled, whole; and every model has read the
+same ones, so the difference is taken token by token before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import stats
+from tqdm import tqdm
+
+from pretraining.batches import sequential_batches
+from pretraining.data import open_tokens
+from pretraining.token_files import TokenStream
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+_EMBEDDING = ("embed.", "pos_embed.", "unembed.")
+
+
+def compare_losses(
+    models: Mapping[str, HookedModel],
+    folder: str | Path,
+    *,
+    split: str = "val",
+    batch_size: int = 8,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Loss of every model on a whole split, and its difference to the first model's.
+
+    The stream is read in blocks of the shortest context among the models, as
+    :func:`pretraining.evaluate.evaluate_model` reads it.
+
+    Args:
+        models: by name; the first is what the others are compared with.
+        resamples: of the documents, with replacement.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        A row a model: ``model``, ``parameters``, ``outside_embedding`` (those of blocks and norms), ``tokens`` and
+        ``documents`` read, ``loss`` in nats a token with its 95% percentile bootstrap interval ``low``, ``high``, and
+        ``difference`` (its loss minus the first model's, per token; positive: worse) with ``difference_low``,
+        ``difference_high``, missing for the first.
+
+    Raises:
+        ReflowlensError: no model is given, one reads another tokenizer than the data's, or there are fewer than two
+            documents.
+
+    Example: ``compare_losses({name: rl.load_model(name) for name in rl.list_models()}, "data/mix16k")``
+    """
+    if not models:
+        raise ReflowlensError("no model is given: a loss needs one, a difference two")
+    data = open_tokens(folder, split)
+    for name, model in models.items():
+        if model.cfg.tokenizer_name != data.manifest.tokenizer:
+            raise ReflowlensError(
+                f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"
+            )
+    documents = document_of_targets(data.tokens, data.manifest.end_id)
+    n_documents = int(documents[-1]) + 1
+    if n_documents < 2:
+        raise ReflowlensError(f"{folder} has one document in {split!r}: an interval over documents needs two")
+    context = min(model.cfg.n_ctx for model in models.values())
+    counts = np.bincount(documents, minlength=n_documents).astype(float)
+    rows, baseline = [], None
+    for name, model in models.items():
+        losses = token_losses(model, data.tokens, batch_size, context, name, progress)
+        own = np.bincount(documents, weights=losses, minlength=n_documents)
+        loss, low, high = _mean_with_interval(own, counts, resamples, seed)
+        row = {
+            "model": name,
+            "parameters": model.n_parameters,
+            "outside_embedding": parameters_outside_embedding(model),
+            "tokens": len(losses),
+            "documents": n_documents,
+            "loss": loss,
+            "low": low,
+            "high": high,
+        }
+        if baseline is None:
+            baseline = own
+        else:
+            difference = _mean_with_interval(own - baseline, counts, resamples, seed)
+            row |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def document_of_targets(tokens: TokenStream, end: int) -> NDArray[np.int64]:
+    """For every token but the first, the index of its document; the end token is its document's last.
+
+    >>> document_of_targets(np.array([5, 9, 6, 6, 9, 7]), end=9)
+    array([0, 1, 1, 1, 2])
+    """
+    ends = np.asarray(tokens[:-1]) == end
+    return np.cumsum(ends, dtype=np.int64)
+
+
+@torch.no_grad()
+def token_losses(
+    model: HookedModel, tokens: TokenStream, batch_size: int, context: int, name: str, progress: bool | None
+) -> Float[np.ndarray, " target"]:
+    """Cross-entropy in nats of every token but the first, in the order of the stream."""
+    losses = []
+    total = len(tokens) - 1
+    with tqdm(
+        total=total, desc=name, unit="token", unit_scale=True, disable=None if progress is None else not progress
+    ) as bar:
+        for x, y in sequential_batches(tokens, batch_size, context):
+            logits = model(x.to(model.cfg.device))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten().to(logits.device), reduction="none")
+            losses.append(loss.double().cpu().numpy())
+            bar.update(y.numel())
+    return np.concatenate(losses)
+
+
+def parameters_outside_embedding(model: HookedModel) -> int:
+    """How many parameters are not of the token, position or output embedding: those of blocks and norms."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(_EMBEDDING))
+
+
+def _mean_with_interval(
+    sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """Mean over tokens of documents' sums, with the percentile interval over documents drawn with replacement."""
+
+    def mean(a: NDArray, b: NDArray, axis: int = -1) -> NDArray:
+        return np.asarray(a.sum(axis=axis) / b.sum(axis=axis))
+
+    interval = stats.bootstrap(
+        (sums, counts),
+        mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        batch=100,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(mean(sums, counts)), float(interval.low), float(interval.high)
