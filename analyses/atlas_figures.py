@@ -154,9 +154,8 @@ def atlas_figures(frames: Mapping[str, pd.DataFrame], band: tuple[float, float])
         opacity=0.25,
         line_width=0,
         layer="below",
-        annotation_text="95% of random pairs as frequent",
-        annotation_position="outside top right",
-        annotation_yshift=20,  # above the first bar
+        name="95% of random pairs as frequent",
+        showlegend=True,
     )
     pairs.update_layout(barmode="overlay")
     return {

@@ -145,11 +145,14 @@ def _table(comparison: pd.DataFrame) -> str:
             title = next((known.title for known in EXPERIMENTS.values() if known.name == experiment), experiment)
             lines.append(f'<tr><th scope="rowgroup" colspan="{len(columns) + 1}">{escape(translate(title))}</th></tr>')
             heading = experiment
-        shown = "".join(f"<td>{cells.get((experiment, metric, column), '')}</td>" for column in columns)
+        shown = "".join(
+            f'<td data-column="{escape(column)}">{cells.get((experiment, metric, column), "")}</td>'
+            for column in columns
+        )
         name = recognise(words(metric), *NAMES) if metric else translate("No result")
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
     table = f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return scroll_box(f'<table class="metrics">{table}</table>', translate("Results at a glance"))
+    return scroll_box(f'<table class="compared">{table}</table>', translate("Results at a glance"))
 
 
 def _html_cell(part: pd.DataFrame) -> str:

@@ -8,7 +8,8 @@ implants a concept. If a model decides at one depth, they agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,6 +18,7 @@ from analyses.result import Result
 from reflowlens.figure_style import label
 from reflowlens.figures import dots
 
+BOUNDARY = "crystallisation_boundary"
 UNTRAINED = "untrained"
 _READINGS = {
     ("layer_evolution", "crystallisation_share"): "the lens shows the final token",
@@ -41,11 +43,10 @@ def crystallisation_boundary(results: Mapping[str, Result]) -> Result | None:
         return None
     frame = pd.DataFrame([_reading(results[name], metric, text) for (name, metric), text in run.items()])
     absent = frame.loc[frame["share"].isna(), "reading"].tolist()
-    hashes = [results[name].params.get("model_hash", "") for name, _ in run]
     return Result(
-        name="crystallisation_boundary",
+        name=BOUNDARY,
         title="Crystallisation Boundary",
-        params={"model_hash": hashes[0]},
+        params={"experiments": [name for name, _ in run]} | _shared([results[name].params for name, _ in run]),
         frames={"boundaries": frame},
         figures={"boundary": boundary_figure({"model": frame})} if len(absent) < len(frame) else {},
         notes=[f"no boundary found: {text}" for text in absent],
@@ -105,6 +106,12 @@ def boundary_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
                 "width": 4,
             }
     return figure.update_xaxes(range=[-0.03, 1.03])
+
+
+def _shared(params: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments that all of them were called with alike."""
+    first = {name: params[0][name] for name in ("seed", "quick", "model_hash") if name in params[0]}
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in params)}
 
 
 def _reading(result: Result, metric: str, text: str) -> dict[str, object]:

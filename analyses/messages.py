@@ -11,7 +11,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -115,13 +115,16 @@ def translate_figure(figure: go.Figure) -> go.Figure:
             trace.name = _marked_up(trace.name, "series")
         if trace.type == "table":
             trace.header.values = [_marked_up(name, *NAMES, "axes") for name in trace.header["values"]]
-            trace.cells.values = [list(map(_category, column)) for column in trace.cells["values"]]
+            trace.cells.values = [_categories(column) for column in trace.cells["values"]]
         for axis in ("x", "y"):
             if axis in trace and trace[axis] is not None:
-                trace[axis] = [_category(value) for value in trace[axis]]
+                trace[axis] = _categories(trace[axis])
+    for shape in copy.layout.shapes:
+        if shape.name:
+            shape.name = _marked_up(shape.name, *FIGURE_TEXTS)
     for axis in (*copy.select_xaxes(), *copy.select_yaxes()):
         if axis.categoryarray is not None:
-            axis.categoryarray = [_category(value) for value in axis.categoryarray]
+            axis.categoryarray = _categories(axis.categoryarray)
     return copy
 
 
@@ -130,8 +133,12 @@ def plain(text: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", " ", text))
 
 
-def _category(value: Any) -> Any:
-    return _marked_up(value, "series") if isinstance(value, str) else value
+def _categories(values: Any) -> Any:
+    """Names along an axis translated; a figure that was read from a file has its numbers in plotly's binary form, a
+    dictionary, which is left as it is."""
+    if isinstance(values, Mapping):
+        return values
+    return [_marked_up(value, "series") if isinstance(value, str) else value for value in values]
 
 
 def _marked_up(text: str, *sections: str) -> str:

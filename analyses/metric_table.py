@@ -10,13 +10,22 @@ from analyses.messages import NAMES, recognise, translate
 from analyses.result import Result
 from analyses.statistics import Verdict
 
-COLUMNS = {"Metric": "", "Value": "number", "": "", "Controls": "", "Published": "number", "Verdict": ""}
-_SIGNS = {"supported": "✓", "not supported": "✗", "underpowered": "?"}
+COLUMNS = {
+    "Metric": "metric",
+    "Value": "value",
+    "Controls": "controls",
+    "Published": "number published",
+    "Verdict": "judged",
+}
+_SORTED_AS = {"Metric": "text", "Value": "number", "Verdict": "number"}  # by report.js
+_SIGNS = {"supported": "✓", "underpowered": "?", "not supported": "✗"}
 
 
 def metric_table(bodies: Sequence[str], label: str) -> str:
-    """The table around groups of `metric_rows`; `label` names it for screen readers."""
-    head = "".join(f'<th scope="col" class="{kind}">{translate(name)}</th>' for name, kind in COLUMNS.items())
+    """The table around groups of `metric_rows`; `label` names it for screen readers. report.js makes it sortable."""
+    head = "".join(
+        f'<th scope="col" class="{kind}"{_sorted_as(name)}>{translate(name)}</th>' for name, kind in COLUMNS.items()
+    )
     groups = "".join(f"<tbody>{body}</tbody>" for body in bodies)
     return scroll_box(f'<table class="metrics"><thead><tr>{head}</tr></thead>{groups}</table>', label)
 
@@ -65,29 +74,40 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.4g}"
 
 
+def definition_id(experiment: str, metric: str) -> str:
+    """Where in the report a metric is defined."""
+    return escape(f"{experiment}-is-{metric}".replace(" ", "_"))
+
+
 def words(name: str) -> str:
     """An identifier for people."""
     return name.replace("_", " ")
+
+
+def _sorted_as(column: str) -> str:
+    return f' data-sort="{_SORTED_AS[column]}"' if column in _SORTED_AS else ""
 
 
 def _row(result: Result, metric: str) -> str:
     value, interval = number(result.metrics[metric]), ""
     if metric in result.intervals:
         low, high = map(number, result.intervals[metric])
-        interval = f'<br><span class="interval">{translate("{low} to {high}", low=low, high=high)}</span>'
+        interval = f' <span class="interval">{translate("{low} to {high}", low=low, high=high)}</span>'
     controls = "".join(
         f"<li>{escape(recognise(words(name), *NAMES))} <b>{number(control)}</b></li>"
         for name, control in result.controls.get(metric, {}).items()
     )
     published = number(result.published[metric]) if metric in result.published else ""
     verdict = verdict_chip(result.verdicts[metric]) if metric in result.verdicts else ""
+    order = f' data-order="{[*_SIGNS].index(result.verdicts[metric])}"' if verdict else ""
+    name = escape(recognise(words(metric), *NAMES))
     return (
-        f'<tr><th scope="row">{escape(recognise(words(metric), *NAMES))}</th>'
-        f'<td class="number value">{value}{interval}</td>'
-        f'<td class="drawn">{_drawing(result, metric)}</td>'
+        f'<tr><th scope="row"><a href="#{definition_id(result.name, metric)}">{name}</a></th>'
+        f'<td class="value" data-order="{result.metrics[metric]!r}"><div>{value}{interval}</div>'
+        f"{_drawing(result, metric)}</td>"
         f'<td class="controls">{f"<ul>{controls}</ul>" if controls else ""}</td>'
         f'<td class="number published">{published}</td>'
-        f'<td class="judged">{verdict}</td></tr>'
+        f'<td class="judged"{order}>{verdict}</td></tr>'
     )
 
 

@@ -16,8 +16,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 
+from analyses.crystallisation import BOUNDARY
+from analyses.figure_code import figure_code
 from analyses.messages import NAMES, in_language, language, plain, recognise, translate, translate_figure
-from analyses.metric_table import group_row, key, metric_rows, metric_table, number, scroll_box, verdict_chip, words
+from analyses.metric_table import (
+    definition_id,
+    group_row,
+    key,
+    metric_rows,
+    metric_table,
+    number,
+    scroll_box,
+    verdict_chip,
+    words,
+)
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import Result
 from analyses.statistics import Verdict
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 FIRST_ROWS = 10
-_OWN = "Other experiments"
+_OWN, _ACROSS = "Other experiments", "Across the experiments"
 _MESSAGE = re.compile(r"\{\{(.+?)\}\}")  # in templates
 
 
@@ -58,15 +70,16 @@ def write_report(
 
 def _page(results: Sequence[Result], errors: Mapping[str, str], model_card: Mapping[str, Any], folder: Path) -> str:
     verdicts = [verdict for result in results for verdict in result.verdicts.values()]
+    name = str(model_card.get("name", "model"))
     return template("report.html").substitute(
         language=language(),
-        title=escape(str(model_card.get("name", "model"))),
+        title=escape(name),
         lead=_lead(results, errors),
         tally=_tally(verdicts),
         contents=_contents(results, errors),
         card="\n".join(_fact(name, value) for name, value in model_card.items() if name != "name"),
         headline=_headline(results),
-        experiments="\n".join([*(_section(r, folder) for r in results), *map(_failure, errors, errors.values())]),
+        experiments="\n".join([*(_section(r, folder, name) for r in results), *map(_failure, errors, errors.values())]),
         footer=footer(),
         style=template_text("report.css"),
         script=template_text("report.js"),
@@ -79,8 +92,9 @@ def _page(results: Sequence[Result], errors: Mapping[str, str], model_card: Mapp
 
 def _lead(results: Sequence[Result], errors: Mapping[str, str]) -> str:
     seconds = sum(result.seconds or 0.0 for result in results)
+    count = sum(result.name != BOUNDARY for result in results)
     parts = [
-        translate("1 experiment") if len(results) == 1 else translate("{count} experiments", count=len(results)),
+        translate("1 experiment") if count == 1 else translate("{count} experiments", count=count),
         translate("{count} without a result", count=len(errors)) if errors else "",
         translate("{seconds} s", seconds=f"{seconds:.0f}") if seconds >= 1 else "",
         datetime.now().strftime(translate("%d %B %Y, %H:%M")),
@@ -103,10 +117,9 @@ def _contents(results: Sequence[Result], errors: Mapping[str, str]) -> str:
     entries += [(_experiment(name), name, _title(name), ' class="failed"') for name in errors]
     lines, group = [], ""
     for experiment, name, title, attributes in entries:
-        own = experiment.group if experiment else _OWN
-        if own != group:
-            lines.append(f"<span>{escape(translate(own))}</span>")
-            group = own
+        if _group(name) != group:
+            group = _group(name)
+            lines.append(f"<span>{group}</span>")
         lines.append(f'<a href="#{name}"{attributes}>{_numbered(experiment, title)}</a>')
     return "\n".join(lines)
 
@@ -141,7 +154,7 @@ def footer() -> str:
 # -- one experiment ---------------------------------------------------------------------------------------------------
 
 
-def _section(result: Result, folder: Path) -> str:
+def _section(result: Result, folder: Path, model_name: str) -> str:
     experiment = _experiment(result.name)
     definitions = "\n".join(
         _definition(result, metric) for metric in dict.fromkeys([*result.definitions, *result.metrics])
@@ -156,16 +169,21 @@ def _section(result: Result, folder: Path) -> str:
     frames = "\n".join(_frame(result.name, name, frame, folder) for name, frame in result.frames.items())
     return template("experiment.html").substitute(
         name=result.name,
-        group=escape(translate(experiment.group if experiment else _OWN)),
+        group=_group(result.name),
         heading=_numbered(experiment, result.title),
         question=escape(translate(experiment.question) if experiment else ""),
         tally=_tally(result.verdicts.values()),
-        figures="\n".join(figure_html(f"{result.name}-{name}", figure) for name, figure in result.figures.items()),
+        figures="\n".join(
+            figure_html(f"{result.name}-{name}", figure, figure_code(result, name, model_name))
+            for name, figure in result.figures.items()
+        ),
         definitions=_headed("Definitions used", f'<dl class="definitions">{definitions}</dl>') if definitions else "",
         notes=_headed("Notes", f'<ul class="notes">{notes}</ul>') if notes else "",
         metrics=_folded(translate("All metrics"), f"{len(result.metrics)}", metrics) if result.metrics else "",
         frames=frames,
-        params=_folded(parameters, "", scroll_box(f"<table>{params}</table>", parameters)) if params else "",
+        params=_folded(parameters, "", scroll_box(f'<table class="params">{params}</table>', parameters))
+        if params
+        else "",
     )
 
 
@@ -175,8 +193,7 @@ def _headed(heading: str, content: str) -> str:
 
 def _failure(name: str, error: str) -> str:
     experiment = _experiment(name)
-    group = escape(translate(experiment.group if experiment else _OWN))
-    heading = f'<p class="group">{group}</p><h2>{_numbered(experiment, _title(name))}</h2>'
+    heading = f'<p class="group">{_group(name)}</p><h2>{_numbered(experiment, _title(name))}</h2>'
     reason = escape(translate("No result: {reason}", reason=translate(error)))
     text = f'<p class="failure">{reason}</p>'
     return f'<section id="{escape(name)}" class="experiment">{heading}{text}</section>'
@@ -185,12 +202,13 @@ def _failure(name: str, error: str) -> str:
 def _definition(result: Result, metric: str) -> str:
     value = number(result.metrics[metric]) if metric in result.metrics else translate("not computed")
     text = escape(recognise(result.definitions.get(metric, ""), "definitions"))
-    return f"<dt>{escape(recognise(words(metric), *NAMES))} <b>{value}</b></dt><dd>{text}</dd>"
+    name = escape(recognise(words(metric), *NAMES))
+    return f'<dt id="{definition_id(result.name, metric)}">{name} <b>{value}</b></dt><dd>{text}</dd>'
 
 
-def figure_html(identifier: str, figure: go.Figure) -> str:
+def figure_html(identifier: str, figure: go.Figure, code: str = "") -> str:
     """A place of the figure's size and its data, which report.js draws; its title becomes a caption, which wraps on a
-    narrow screen."""
+    narrow screen. `code`: what made it, folded away below."""
     copy = translate_figure(figure)
     title = plain(copy.layout.title.text or "") or words(identifier.split("-", 1)[1]).capitalize()
     copy.update_layout(title=None, margin_t=None)
@@ -200,7 +218,14 @@ def figure_html(identifier: str, figure: go.Figure) -> str:
     canvas = f'<div class="canvas" style="height:{height:.0f}px;min-width:{width:.0f}px"></div>'
     script = f'<script type="application/json">{data}</script>'
     caption = f"<figcaption>{escape(title)}</figcaption>"
-    return f'<figure id="{identifier}">{caption}{scroll_box(canvas, title)}{script}</figure>'
+    return f'<figure id="{identifier}">{caption}{scroll_box(canvas, title)}{script}{_code(code)}</figure>'
+
+
+def _code(code: str) -> str:
+    if not code:
+        return ""
+    summary = f"<summary>{translate('Code of this figure')}</summary>"
+    return f'<details class="code">{summary}<pre tabindex="0"><code>{escape(code)}</code></pre></details>'
 
 
 def _frame(experiment: str, name: str, frame: pd.DataFrame, folder: Path) -> str:
@@ -230,6 +255,12 @@ def _folded(title: str, note: str, content: str) -> str:
 
 def _experiment(name: str) -> Experiment | None:
     return next((experiment for experiment in EXPERIMENTS.values() if experiment.name == name), None)
+
+
+def _group(name: str) -> str:
+    """The heading above an experiment in the contents, as HTML."""
+    experiment = _experiment(name)
+    return escape(translate(experiment.group if experiment else _ACROSS if name == BOUNDARY else _OWN))
 
 
 def _title(name: str) -> str:

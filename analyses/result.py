@@ -30,7 +30,6 @@ import pandas as pd
 from analyses.statistics import Interval, Verdict
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import read_figure, save_figure, save_figures, stamp
-from reflowlens.html import escape, table, titled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -141,6 +140,8 @@ class Result:
 
     def _repr_html_(self) -> str:
         """The headline for a notebook: one row a metric, its controls beside it, and the notes."""
+        from reflowlens.html import escape, table, titled
+
         rows = [
             (
                 metric,

@@ -293,7 +293,7 @@ def make_folder(out: str | Path | None, name: str) -> Path:
 
 def _packaged_manifest(model: HookedModel, name: str) -> dict[str, Any]:
     """The manifest of the packaged model of that name, if its weights are these; else nothing is known."""
-    from reflowlens.checkpoints import list_models, load_model, model_hash, read_manifest
+    from analyses.figure_code import is_packaged
+    from reflowlens.checkpoints import model_hash, read_manifest
 
-    packaged = name in list_models() and model_hash(load_model(name)) == model_hash(model)
-    return read_manifest(name) if packaged else {}
+    return read_manifest(name) if is_packaged(name, model_hash(model)) else {}

@@ -65,17 +65,22 @@ def find_browser() -> str:
 
 
 class Page:
-    """The one page of a browser: scripts run in it, and it is printed."""
+    """The one page of a browser: scripts run in it, and it is printed.
+
+    ``complaints``: the errors of its console so far: of scripts, uncaught exceptions, files that did not load.
+    """
 
     def __init__(self, receive: int, send: int) -> None:
         self._receive, self._send = receive, send
         self._unread, self._calls, self._session = b"", 0, ""
+        self.complaints: list[str] = []
 
     def open(self, url: str) -> None:
         """Load a page and wait until its scripts have run."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
         self._until(lambda message: message.get("method") == "Page.loadEventFired")
 
@@ -127,6 +132,7 @@ class Page:
             if end:
                 self._unread = rest
                 message: dict[str, Any] = json.loads(text)
+                self.complaints += _complaints(message)
                 if wanted(message):
                     return message
                 continue
@@ -136,6 +142,20 @@ class Page:
             if not part:
                 raise ReflowlensError("the browser ended before it had drawn everything; does it start by itself?")
             self._unread += part
+
+
+def _complaints(message: dict[str, Any]) -> list[str]:
+    """What the console shows as errors, from one message of the browser."""
+    params = message.get("params", {})
+    match message.get("method"):
+        case "Runtime.exceptionThrown":
+            details = params["exceptionDetails"]
+            return [details.get("exception", {}).get("description") or details["text"]]
+        case "Runtime.consoleAPICalled" if params["type"] in ("error", "assert"):
+            return [" ".join(str(part.get("value", part.get("description", ""))) for part in params["args"])]
+        case "Log.entryAdded" if params["entry"]["level"] == "error":
+            return [f"{params['entry']['text']} {params['entry'].get('url', '')}".strip()]
+    return []
 
 
 @contextmanager

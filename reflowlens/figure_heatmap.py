@@ -110,7 +110,7 @@ def heatmap(
             text="<br>".join(textwrap.wrap(note, 52)), align="left", showarrow=False, font={"size": 11}, **place
         )
     elif text is not None:
-        figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 84 * len(columns)})
+        figure.update_layout(height=130 + 24 * len(lines), meta={"min_width": 160 + 76 * len(columns)})
     return figure
 
 

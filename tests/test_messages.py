@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from string import Formatter
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -28,6 +30,7 @@ from analyses.metric_table import COLUMNS, words
 from analyses.registry import EXPERIMENTS
 from analyses.suite import model_card
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures import read_figure, save_figure
 from tests.tiny import random_model
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
@@ -201,3 +204,16 @@ def test_a_figures_texts_are_translated_and_its_data_is_not():
     assert list(shown.data[0].y) == [1, 2, 3]
     assert shown.layout.annotations[0].text == "块"
     assert figure.layout.title.text == "Who writes the prediction", "the given one is left alone"
+
+
+def test_numbers_of_a_figure_that_was_saved_survive_its_translation(tmp_path):
+    figure = go.Figure(go.Scatter(x=np.arange(3.0), y=np.array([1.0, 4.0, 9.0]), name="untrained"))
+    figure.add_bar(x=np.arange(3), y=["shuffled_recipe", "E", "R"], orientation="h")
+    figure.add_vrect(0.0, 1.0, name="95% of random pairs as frequent", showlegend=True)
+    saved = read_figure(save_figure(figure, tmp_path / "figure.json"))
+    with in_language("zh"):
+        shown = translate_figure(saved)
+    assert json.loads(shown.to_json())["data"][0]["y"] == json.loads(saved.to_json())["data"][0]["y"]
+    assert shown.data[0].name == "未训练"
+    assert list(shown.data[1].y) == ["打乱配方", "E", "R"]
+    assert re.search("[\u4e00-\u9fff]", shown.layout.shapes[0].name)

@@ -9,9 +9,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+import reflowlens as rl
+from analyses.crystallisation import BOUNDARY, crystallisation_boundary
+from analyses.figure_code import figure_code
 from analyses.metric_table import number
+from analyses.registry import EXPERIMENTS
 from analyses.report import write_report
 from analyses.result import Result
+from reflowlens.checkpoints import model_hash
 from reflowlens.figures import line_with_band
 
 NASTY = "</script><script>alert(1)</script><!-- & \" '"
@@ -195,7 +200,8 @@ def test_a_report_in_chinese_has_no_english_left_but_data_and_names(tmp_path):
     path = write_report([own], errors, card, tmp_path / "report.html", lang="zh")
     html = path.read_text(encoding="utf-8")
     (figure,) = Page(html).data
-    shown = re.sub(r"reflowlens[\d. ]*|torch [\d.+a-z]*|plotly|Python|KL|top-k", "", visible(Page(html)))
+    read = re.sub(r"<pre.*?</pre>", "", html, flags=re.S)  # code is data too
+    shown = re.sub(r"reflowlens[\d. ]*|torch [\d.+a-z]*|plotly|Python|KL|top-k", "", visible(Page(read)))
     assert re.findall(r"[A-Za-z]{2,}", shown) == []
     assert "1 项实验 · 1 项无结果 · 12 秒" in shown
     assert '<html lang="zh">' in html
@@ -218,3 +224,94 @@ def test_a_report_in_chinese_has_no_english_left_but_data_and_names(tmp_path):
 )
 def test_number(value, shown):
     assert number(value) == shown
+
+
+# -- the code that made a figure --------------------------------------------------------------------------------------
+
+
+def executed(code):
+    """The names a snippet leaves, without showing its figure."""
+    names = {}
+    exec(code.removesuffix(".show()"), names)
+    return names
+
+
+def made(**params):
+    """A result of the packaged model."""
+    return result(params={"lexicon": "1.0.0", "model_hash": model_hash(rl.load_model("reflow-nano"))} | params)
+
+
+def test_the_code_calls_the_experiment_with_what_is_not_default():
+    own = made(prompt="The 'sea'\n", target=" is", view="rotated", seed=3, quick=False)
+    assert figure_code(own, "probability", "reflow-nano").splitlines() == [
+        "import reflowlens as rl",
+        "from analyses import layer_evolution",
+        "",
+        "model = rl.load_model('reflow-nano')",
+        "result = layer_evolution(model, prompt=\"The 'sea'\\n\", target=' is', view='rotated', seed=3)",
+        "result.figures['probability'].show()",
+    ]
+
+
+def test_the_code_says_what_it_does_not_know():
+    own = result(name="sparsity_profile", params={"texts": 11, "view": "mine", "lexicon": "0.9", "seed": 0})
+    code = figure_code(own, "counts", "my\nrun")
+    assert 'rl.load_model("…")  # put in the path of this model: my run' in code
+    assert "# not held by the result, so left at the default: rule, threshold, view, lexicon, texts, rotations" in code
+    edited = result(params={"model_hash": "ab" * 32, "seed": 0})
+    assert 'rl.load_model("…")  # put in the path of this model: reflow-nano, abababababab' in figure_code(
+        edited, "probability", "reflow-nano"
+    ), "the packaged model has other weights"
+
+
+def test_the_code_of_an_experiment_of_ones_own_loads_what_was_saved(tmp_path, monkeypatch):
+    own = Result("my_probe", "My Probe", figures={"a": go.Figure(layout_title_text="mine")})
+    own.save(tmp_path / "my_probe")
+    monkeypatch.chdir(tmp_path)
+    loaded = executed(figure_code(own, "a", "nano"))["result"]
+    assert loaded.figures["a"].layout.title.text == "mine"
+
+
+def test_the_code_of_the_boundary_runs_its_experiments():
+    names = ["layer_evolution", "concept_inception"]
+    results = {name: Result(name, name, params={"seed": 0, "quick": name[0] == "l"}) for name in names}
+    across = crystallisation_boundary(results)
+    code = figure_code(across, "boundary", "nano")
+    assert (
+        f"run = run_suite(model, experiments={names}, seed=0)\nresult = crystallisation_boundary(run.results)" in code
+    )
+
+
+def test_a_figures_code_stands_below_it_and_is_text(written):
+    html = written([result(params={"prompt": NASTY, "seed": 0})])
+    (code,) = re.findall(r"<pre[^>]*><code>(.*?)</code></pre>", html, re.S)
+    assert unescape(code) == figure_code(result(params={"prompt": NASTY, "seed": 0}), "probability", "nano")
+    compile(unescape(code), "code", "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["semantic_galaxy", "signal_flow"])
+def test_the_code_makes_the_same_result_again(name):
+    experiment = next(known for known in EXPERIMENTS.values() if known.name == name)
+    own = experiment.load()(rl.load_model("reflow-nano"), quick=True, seed=1)
+    again = executed(figure_code(own, next(iter(own.figures)), "reflow-nano"))["result"]
+    assert again.metrics == pytest.approx(own.metrics, rel=1e-5)
+    assert again.params == own.params
+
+
+# -- the contents and the count ---------------------------------------------------------------------------------------
+
+
+def test_the_boundary_is_no_experiment_and_stands_across_them(written):
+    across = Result(BOUNDARY, "Crystallisation Boundary")
+    text = visible(Page(written([result(), across])))
+    assert "1 experiment ·" in text
+    assert "Across the experiments" in text
+    assert "Other experiments" not in text
+
+
+def test_a_metric_leads_to_its_definition(written):
+    html = written([result()])
+    links = set(re.findall(r'<th scope="row"><a href="#([^"]*)">', html))
+    assert len(links) == 3
+    assert links <= set(re.findall(r'<dt id="([^"]*)">', html))
