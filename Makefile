@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
 
+# A file stays with one worker: its fixtures are made once.
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

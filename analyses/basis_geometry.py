@@ -92,7 +92,7 @@ def basis_geometry(
 
     Args:
         view: whose basis; default the model's native one. The identity view has the spectrum of E alone.
-        texts: running text whose residuals are read; default the lexicon's neutral texts, short and long prompts.
+        texts: running text whose residuals are read; default the lexicon's neutral texts and long prompts.
         directions: how many singular vectors residuals are held against; default a quarter of d_model.
         rotations: random rotations beside the coherence, at least 2; default 10, of a quick run 4.
         seed: of Gaussian matrices, rotations, random directions and bootstrap; the untrained model is built with
@@ -117,8 +117,8 @@ def basis_geometry(
     chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view, seed=seed))
     untrained = real_tokens(untrained_view(chosen, seed))
     lexicon = lexicon or load_lexicon()
-    if texts is None:
-        texts = [*lexicon.neutral_texts, *lexicon.short_prompts, *lexicon.long_prompts]
+    if texts is None:  # texts are the units of replication: a long prompt holds its short one, which is none of its own
+        texts = [*lexicon.neutral_texts, *(lexicon.long_prompts or lexicon.short_prompts)]
     rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
     draws = QUICK_GAUSSIANS if quick else GAUSSIANS
     spectra = {"E": _embedding_spectrum(chosen, untrained, draws, seed)}

@@ -3,9 +3,9 @@
 A reFlow prediction is a sum over S signals, so single signals can be removed exactly and for free. Whether that says
 anything about *these* signals is another matter: with S = d_model the same function can be written in any rotated
 basis, (R A, Aᵀ B), and has S signals there too. Every figure therefore stands beside ``rotated_basis``, the same
-measurement on the same predictions in random rotations; beside ``random_signal``, a signal drawn at random; beside
-``matched_signal``, the signal that moves all logits together as much (``|a_s| ‖R_:s‖``) as the one chosen; and beside
-``untrained``.
+measurement on the same predictions in random rotations, its floor; beside ``varimax``, the same in the rotation with
+the sparsest recipes, its ceiling; beside ``random_signal``, a signal drawn at random; beside ``matched_signal``, the
+signal that moves all logits together as much (``|a_s| ‖R_:s‖``) as the one chosen; and beside ``untrained``.
 """
 
 from __future__ import annotations
@@ -34,15 +34,8 @@ from analyses.knockout import (
 from analyses.lens import first_settled, lens_log_probabilities, residual_stack
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.statistics import (
-    Alternative,
-    Verdict,
-    bootstrap_band,
-    bootstrap_interval,
-    holm,
-    predictive_pvalue,
-    verdict,
-)
+from analyses.rotations import ROTATIONS, add_basis_controls, add_basis_verdicts, other_bases, rotated_values
+from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations
@@ -50,17 +43,23 @@ from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
-from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
+from reflowlens.signals import SignalView, ViewName, signal_view
 
 MINIMUM_PROMPTS = 20
 RECOVERED = 0.9
+PRIVILEGED: dict[str, Alternative] = {
+    "remaining_after_one": "less",
+    "knockout_area": "greater",
+    "sufficient_share": "less",
+}
+"""In a privileged basis one removal leaves less, the order matters more, and fewer signals suffice."""
 DEFINITIONS = {
     "probability_before": "probability of the target of the prompt shown in detail; untrained: of the same token",
     "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most. random_signal: "
-    "mean over all signals; rotated_basis: the most damaging signal of each rotated basis, mean over rotations",
+    "mean over all signals; rotated_basis, varimax: the most damaging signal of each such basis, mean over rotations",
     "remaining_after_one": "share of the top-1 token's probability that is left after zeroing the single most damaging "
     "signal at the readout, mean over prompts. matched_signal: the other signal nearest in |a_s| ‖R_:s‖; "
-    "rotated_basis: the most damaging signal of each rotated basis",
+    "rotated_basis, varimax: the most damaging signal of each such basis",
     "knockout_area": "area between the curve of random order and the curve of contribution order: share of the top-1 "
     "token's probability against the share of signals zeroed at the readout; mean over prompts",
     "sufficient_share": "smallest share of signals, kept in order of contribution with all others zeroed, that "
@@ -82,7 +81,7 @@ def causal_ablation(
     *,
     view: SignalView | ViewName | None = None,
     lexicon: Lexicon | None = None,
-    rotations: int = 10,
+    rotations: int = ROTATIONS,
     seed: int = 0,
     quick: bool = False,
     progress: bool = False,
@@ -115,21 +114,19 @@ def causal_ablation(
         raise ReflowlensError("causal_ablation needs at least two factual prompts in the lexicon")
     if not lexicon.neutral_texts:
         raise ReflowlensError("causal_ablation needs neutral_texts in the lexicon: they are its reference text")
-    if rotations < 2:
-        raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
     prompt = prompt if prompt is not None else prompts[0]
     detail = residual_stack(model, prompt)[-1]
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
     untrained = real_tokens(untrained_view(chosen, seed))
-    rotated = [rotate(chosen, random_rotation(chosen.n_signals, seed + i)) for i in range(rotations)]
-    bar = tqdm(total=3 + len(rotated), desc="causal ablation", disable=not progress)
+    bases = dict(other_bases(chosen, rotations, seed))
+    bar = tqdm(total=3 + len(bases), desc="causal ablation", disable=not progress)
     native = _measure(chosen, final, seed)
     bar.update()
     controls = {"untrained": _measure(untrained, residual_stack(untrained.model, prompts)[-1], seed)}
     bar.update()
-    for i, other in enumerate(rotated):
-        controls[f"rotated_{i}"] = _measure(other, final, seed)
+    for name, other in bases.items():
+        controls[name] = _measure(other, final, seed)
         bar.update()
     frames = {
         "signals": _signal_frame(model, chosen, prompt, target_id, lexicon, seed),
@@ -146,7 +143,7 @@ def causal_ablation(
             "prompt": prompt,
             "target": frames["signals"]["target"].iloc[0],
             "view": chosen.name,
-            "rotations": len(rotated),
+            "rotations": rotations,
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
@@ -160,10 +157,9 @@ def causal_ablation(
     result = _with_metrics(result, native, controls, seed)
     at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
     result.controls["probability_before"] = {"untrained": float(at_start[0, target_id].exp())}
-    result.controls["probability_after_one"] = {
-        "random_signal": float(frames["signals"]["after_zero"].mean()),
-        "rotated_basis": float(np.mean([_least_without_one(other, detail, target_id) for other in rotated])),
-    }
+    result.controls["probability_after_one"] = {"random_signal": float(frames["signals"]["after_zero"].mean())}
+    least = {name: _least_without_one(other, detail, target_id) for name, other in bases.items()}
+    add_basis_controls(result, "probability_after_one", least)
     return result
 
 
@@ -226,54 +222,28 @@ def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int
 
 
 def _with_metrics(result: Result, native: Measured, controls: dict[str, Measured], seed: int) -> Result:
-    rotated = [measured for name, measured in controls.items() if name.startswith("rotated")]
     values = native.headline()
-    nulls = {metric: [m.headline()[metric].mean() for m in rotated] for metric in values}
-    untrained = controls["untrained"]
-    others = {
-        "remaining_after_one": {
-            "random_signal": native.single["random_signal"],
-            "matched_signal": native.single["matched_signal"],
-            "untrained": untrained.single["worst"],
-        },
-        "knockout_area": {"matched_signal": native.area("matched"), "untrained": untrained.area()},
-        "sufficient_share": {"untrained": untrained.sufficient_share()},
+    headlines = {name: measured.headline() for name, measured in controls.items()}
+    beside = {
+        "remaining_after_one": {name: native.single[name] for name in ("random_signal", "matched_signal")},
+        "knockout_area": {"matched_signal": native.area("matched")},
+        "sufficient_share": {},
     }
     signals = result.frames["signals"]
     result.metrics["probability_before"] = float(signals["probability_before"].iloc[0])
     result.metrics["probability_after_one"] = float(signals["after_zero"].min())
-    raw = {}
+    nulls = {}
     for metric, per_prompt in values.items():
+        means = {name: float(headline[metric].mean()) for name, headline in headlines.items()}
+        nulls[metric] = rotated_values(means)
         result.metrics[metric] = float(per_prompt.mean())
         result.intervals[metric] = bootstrap_interval(per_prompt, seed=seed)
-        result.controls[metric] = {name: float(v.mean()) for name, v in others[metric].items()}
-        result.controls[metric]["rotated_basis"] = float(np.mean(nulls[metric]))
-        raw[metric] = predictive_pvalue(per_prompt.mean(), nulls[metric], _privileged(metric))
-    for metric, p in zip(raw, holm(list(raw.values())).tolist(), strict=True):
-        result.verdicts[metric] = rotation_verdict(result, metric, p, units=len(values[metric]))
-        result.notes.append(
-            f"{metric}: as one more rotation of the basis p = {raw[metric]:.2g}, Holm-adjusted {p:.2g}; "
-            f"rotations {min(nulls[metric]):.3g} to {max(nulls[metric]):.3g}"
-        )
+        result.controls[metric] = {name: float(value.mean()) for name, value in beside[metric].items()}
+        result.controls[metric]["untrained"] = means["untrained"]
+        add_basis_controls(result, metric, means)
+    units = {metric: len(per_prompt) for metric, per_prompt in values.items()}
+    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
     return result
-
-
-def rotation_verdict(result: Result, metric: str, p: float, units: int) -> Verdict:
-    """Claim: the trained basis is privileged, single signals matter more in it than in a random rotation of it.
-
-    Supported if the Holm-adjusted p of the metric's mean as one more draw from the rotations is below 0.05 and its
-    interval over prompts is clear of the rotations' mean, on the side that says more; underpowered with fewer than 20
-    prompts.
-    """
-    sign = 1 if _privileged(metric) == "greater" else -1
-    low, high = sorted(sign * end for end in result.intervals[metric])
-    control = sign * result.controls[metric]["rotated_basis"]
-    return verdict((low, high), control, p, minimum_units=MINIMUM_PROMPTS, units=units)
-
-
-def _privileged(metric: str) -> Alternative:
-    """In a privileged basis the order matters more, one removal leaves less, and fewer signals suffice."""
-    return "greater" if metric == "knockout_area" else "less"
 
 
 def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d_model"], target: str | None) -> int:
@@ -328,7 +298,7 @@ def _reference_signals(model: HookedModel, view: SignalView, lexicon: Lexicon) -
     """Readouts at every position of the lexicon's neutral texts."""
     readouts = []
     for text in lexicon.neutral_texts:
-        ids = model.tokenizer.encode(text)[: model.cfg.n_ctx]
+        ids = (model.text_start() + model.tokenizer.encode(text))[: model.cfg.n_ctx]
         tokens = torch.tensor([ids], device=model.cfg.device)
         readouts.append(view.readout(model(tokens, stop_at_layer=model.cfg.n_layers))[0].float())
     return torch.cat(readouts)

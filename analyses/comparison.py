@@ -16,7 +16,7 @@ from analyses.messages import NAMES, in_language, language, recognise, translate
 from analyses.metric_table import number, scroll_box, verdict_chip, words
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from analyses.report import figure_html, footer, plotly_script, template, template_text
-from analyses.suite import failure_message, run_experiment
+from analyses.suite import check_seed, failure_message, run_experiment
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 
@@ -53,7 +53,8 @@ def compare_models(
         is run once a model, and `view` is "".
 
     Raises:
-        ReflowlensError: an experiment, model or view that does not exist, before anything is run.
+        ReflowlensError: an experiment, model or view that does not exist, or a seed out of range; before anything is
+            run.
 
     Example: `side_by_side(compare_models(["reflow-nano", "untrained"], ["native", "rotated"], [2, 9], quick=True))`
     """
@@ -63,6 +64,7 @@ def compare_models(
     for view in views:
         if view not in VIEWS:
             raise ReflowlensError(f"no view {view!r}: some of {', '.join(VIEWS)} were expected")
+    check_seed(seed)
     selected = [EXPERIMENTS[i] for i in parse_selection(experiments)]
     opened = dict(models) if isinstance(models, Mapping) else _open(models, seed, device)
     tasks = [

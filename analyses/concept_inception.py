@@ -140,17 +140,17 @@ def concept_inception(
     return _with_metrics(result, model.cfg.n_layers, seed)
 
 
-def closing_verdict(interval: tuple[float, float], units: int) -> Verdict:
+def closing_verdict(interval: tuple[float, float], untrained: float, units: int) -> Verdict:
     """Claim: an intervention can come too late (published: after layers 12 to 18 of 36), that is, most concepts have a
     point of no return.
 
-    Supported if the whole interval of closed_share lies above 0.5, underpowered with fewer than 20 concepts or if it
-    contains 0.5.
+    Supported if the whole interval of closed_share lies above 0.5 and above the untrained model's, in which nothing is
+    decided that could be too late to change; underpowered with fewer than 20 concepts or if it contains 0.5.
     """
     low, high = interval
     if units < MINIMUM_CONCEPTS or low <= 0.5 <= high:
         return "underpowered"
-    return "supported" if low > 0.5 else "not supported"
+    return "supported" if low > max(0.5, untrained) else "not supported"
 
 
 def delay_verdict(interval: tuple[float, float], p: float, units: int) -> Verdict:
@@ -333,7 +333,9 @@ def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
     else:
         result.notes.append("point_of_no_return is absent: concepts can be implanted up to the end of the model")
     units = short["concept"].nunique()
-    result.verdicts["closed_share"] = closing_verdict(result.intervals["closed_share"], units)
+    result.verdicts["closed_share"] = closing_verdict(
+        result.intervals["closed_share"], result.controls["closed_share"]["untrained"], units
+    )
     if "long" in series:
         delay = (_by_concept(no_return["long"], "layer") - _by_concept(short, "layer")) / n_layers
         add("long_clause_delay", delay)

@@ -159,5 +159,6 @@ def context_figure(frame: pd.DataFrame, seed: int) -> go.Figure:
 
 def _fit(view: SignalView, series: Mapping[str, Sequence[str]]) -> bool:
     """Whether the model's context has room for all of the prompts."""
-    encode, n_ctx = view.model.tokenizer.encode, view.model.cfg.n_ctx
-    return all(len(encode(prompt)) <= n_ctx for prompts in series.values() for prompt in prompts)
+    model = view.model
+    room = model.cfg.n_ctx - len(model.text_start())
+    return all(len(model.tokenizer.encode(prompt)) <= room for prompts in series.values() for prompt in prompts)

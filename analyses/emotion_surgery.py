@@ -8,8 +8,9 @@ at every position, as a text generated under steering is, and toward either pole
 Layers differ in what they bear, so they are compared at equal cost: at each the largest strength that raises the
 perplexity by at most ``max_cost``. Beside it at the same strength: ``shuffled_labels``, the same adjectives dealt to
 the poles at random (the permutation test); ``random_direction``, isotropic ones; and ``untrained``, the architecture
-at initialisation with the direction of its own recipes. A rotation of the signals moves no written direction, so that
-``rotated_basis`` would be the measurement itself.
+at initialisation with the direction of its own recipes. The best layer is the best by luck too: so is each draw's of a
+control, which has its own best layer. A rotation of the signals moves no written direction, so that ``rotated_basis``
+would be the measurement itself.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ CONTROLS = ("shuffled_labels", "random_direction", "untrained")
 DEFINITIONS = {
     "best_flip_rate": "share of carriers whose most probable held-out continuation changes its pole when they are "
     "steered against it, at the layer where that is largest; at each layer the largest strength that raises the "
-    "perplexity of neutral texts by at most max_cost. Controls at the same layer and strength",
+    "perplexity of neutral texts by at most max_cost. Controls at the same strengths, each draw at the layer that is "
+    "best for it",
     "best_layer": "that layer: of the stream that block reads, the number of blocks being the end",
     "log_odds_shift": "how far steering moves the log odds of all positive against all negative held-out continuations "
-    "away from the carrier's leaning, at the same place, in nats; mean over carriers",
+    "away from the carrier's leaning, at that layer and strength, in nats; mean over carriers. Controls there too",
     "last_effective_layer": "last layer whose flip rate at that cost exceeds that of shuffled labels, Holm-adjusted "
     "p < 0.05",
     "last_effective_share": "the same as a share of the depth. Published: effective at layers 0 to 12 of 36, inert "
@@ -186,9 +188,9 @@ def flip_verdict(interval: tuple[float, float], controls: dict[str, float], p: f
     """Claim: the recipe of a feeling turns continuations at little cost.
 
     Supported if the interval of best_flip_rate over carriers lies above both shuffled_labels and random_direction and
-    the Holm-adjusted p of its layer against shuffled labels is below 0.05; underpowered with fewer than 20 carriers.
-    The untrained model has no part in it: its words are so nearly alike that the least push turns some, whichever way
-    (its log_odds_shift is the better comparison).
+    its permutation p against the best flip rate of each shuffle is below 0.05; underpowered with fewer than 20
+    carriers. The untrained model has no part in it: its words are so nearly alike that the least push turns some,
+    whichever way (its log_odds_shift is the better comparison).
     """
     control = max(controls["shuffled_labels"], controls["random_direction"])
     return verdict(interval, control, p, minimum_units=MINIMUM_PROMPTS, units=units)
@@ -395,12 +397,13 @@ def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: 
 
     add("best_flip_rate", outcome.flipped[0], "flip_rate")
     add("log_odds_shift", outcome.shift[0], "log_odds_shift")
-    p = float(here["p_holm"]["sentiment"])
-    controls = result.controls["best_flip_rate"]
+    bests = {name: _best_flip_rates(places, name) for name in CONTROLS}
+    controls = result.controls["best_flip_rate"] = {name: float(rates.mean()) for name, rates in bests.items()}
+    p = permutation_pvalue(result.metrics["best_flip_rate"], bests["shuffled_labels"])
     result.verdicts["best_flip_rate"] = flip_verdict(result.intervals["best_flip_rate"], controls, p, units)
     result.notes.append(
-        f"best_flip_rate at layer {best.layer}: permutation p = {here['p']['sentiment']:.2g} against shuffled labels, "
-        f"Holm-adjusted over {len(places)} layers {p:.3g}; {units} carriers. The layer is chosen on the same carriers"
+        f"best_flip_rate at layer {best.layer}: permutation p = {p:.2g} against the best layer of each shuffle; "
+        f"{units} carriers. The layer is chosen on the same carriers, and its interval takes it as given"
     )
     result.metrics["best_layer"] = best.layer
     result.metrics |= {"strength": best.strength, "alpha": best.alpha}
@@ -411,6 +414,11 @@ def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: 
     result.controls["perplexity_cost"] = dict(zip(same["series"], same["perplexity_cost"], strict=True))
     _add_last_effective(result, places, units, seed)
     return result
+
+
+def _best_flip_rates(places: Sequence[_Place], series: str) -> NDArray[np.float64]:
+    """The flip rate of each draw of a series at the layer that is best for it, chosen as the metric's own is."""
+    return np.max([place.outcomes[series].flipped.mean(axis=1) for place in places], axis=0)
 
 
 def _add_last_effective(result: Result, places: Sequence[_Place], units: int, seed: int) -> None:

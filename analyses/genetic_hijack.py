@@ -38,6 +38,7 @@ from analyses.recipe_edits import (
     strongest_signal,
 )
 from analyses.result import Result
+from analyses.rotations import check_rotations
 from analyses.sentiment import Poles, sentiment_poles
 from analyses.statistics import (
     Verdict,
@@ -241,8 +242,7 @@ def _check(carriers: list[str], neutral: list[str], betas: Sequence[float], rota
         )
     if not betas or min(betas) <= 0:
         raise ReflowlensError(f"betas must be positive, for each is taken with both signs, got {list(betas)}")
-    if rotations < 2:
-        raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
+    check_rotations(rotations)
 
 
 def _shifts(runs: Sequence[_Run], series: str, beta: float) -> list[_Run]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
 Stream: TypeAlias = "str | np.ndarray | Int[Tensor, ' token']"
+Sampling = Literal["windows", "tiles"]
 
 
 def as_stream(model: HookedModel, text: Stream) -> Int[Tensor, " token"]:
@@ -47,6 +48,15 @@ def windows(stream: Int[Tensor, " token"], n_rows: int, context: int, seed: int)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(stream) - context + 1, (n_rows,), generator=generator)
     return torch.stack([stream[start : start + context] for start in starts.tolist()])
+
+
+def sampled_rows(
+    stream: Int[Tensor, " token"], sampling: Sampling, n_rows: int, context: int, seed: int
+) -> Int[Tensor, "row context"]:
+    """``n_rows`` random windows, or all of the text in tiles."""
+    if sampling not in ("windows", "tiles"):
+        raise ReflowlensError(f"sampling must be 'windows' or 'tiles', got {sampling!r}")
+    return tiles(stream, context) if sampling == "tiles" else windows(stream, n_rows, context, seed)
 
 
 def shuffled(stream: Int[Tensor, " token"], seed: int) -> Int[Tensor, " token"]:

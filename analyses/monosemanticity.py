@@ -33,6 +33,7 @@ from analyses.result import Result
 from analyses.statistics import bootstrap_interval
 from analyses.text_concepts import CONCEPTS, label_tokens
 from analyses.unit_ablation import ablate_concepts
+from analyses.unit_points import default_points, kind_of, level_of
 from analyses.unit_scores import (
     auroc,
     benjamini_hochberg,
@@ -42,7 +43,6 @@ from analyses.unit_scores import (
     shifted_auroc,
     token_entropy,
 )
-from analyses.unit_statistics import default_points, kind_of, level_of
 from reflowlens.checkpoints import model_hash
 from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError

@@ -1,4 +1,8 @@
-"""Bootstrap of many columns at once, for units by the ten thousand: a token is a row, and a resample a product."""
+"""Bootstrap of many columns at once, for units by the ten thousand: a token is a row, and a resample a product.
+
+Rows that stand behind one another in a text are alike, and drawing them one by one would hide how little they say: the
+moving-block bootstrap (Künsch, 1989) draws runs of consecutive rows.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,27 @@ def resampled_means(values: ArrayLike, *, resamples: int = 1000, seed: int = 0) 
         weights = np.stack([np.bincount(row, minlength=units) for row in draws]).astype(np.float32) / np.float32(units)
         parts.append(weights @ table)
     return np.concatenate(parts)
+
+
+def moving_block_weights(
+    n: int, *, block: int | None = None, resamples: int = 1000, seed: int = 0
+) -> NDArray[np.float32]:
+    """How often each of ``n`` consecutive rows is drawn, [resample, row], in runs of ``block`` rows.
+
+    A resample is as many runs as cover ``n`` rows, each from a random place, the last one cut short. ``block``: by
+    default the cube root of ``n``, rounded. Raises ReflowlensError for fewer than 2 rows or a block that is none.
+
+    >>> moving_block_weights(5, resamples=3).sum(axis=1).tolist()
+    [5.0, 5.0, 5.0]
+    """
+    if n < 2:
+        raise ReflowlensError(f"at least 2 units of replication are needed to say how sure it is, got {n}")
+    block = max(1, round(n ** (1 / 3))) if block is None else block
+    if not 1 <= block <= n:
+        raise ReflowlensError(f"a block of {n} rows is of 1 to {n} of them, got {block}")
+    starts = np.random.default_rng(seed).integers(n - block + 1, size=(resamples, -(-n // block)))
+    drawn = (starts[:, :, None] + np.arange(block)).reshape(resamples, -1)[:, :n]
+    return np.stack([np.bincount(rows, minlength=n) for rows in drawn]).astype(np.float32)
 
 
 def percentile_interval(resampled: ArrayLike, confidence: float = 0.95) -> Interval:

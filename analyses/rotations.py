@@ -23,13 +23,18 @@ INVARIANT = (
 )
 
 
+def check_rotations(rotations: int) -> None:
+    """Raises ReflowlensError for fewer than 2 random rotations."""
+    if rotations < 2:
+        raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
+
+
 def other_bases(view: SignalView, rotations: int, seed: int) -> Iterator[tuple[str, SignalView]]:
     """``rotations`` random rotations of a view, named ``rotated_0`` and on, and the ``varimax`` one.
 
     Raises ReflowlensError for fewer than 2 rotations.
     """
-    if rotations < 2:
-        raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
+    check_rotations(rotations)
     for i in range(rotations):
         yield f"rotated_{i}", rotate(view, random_rotation(view.n_signals, seed + i))
     yield "varimax", varimax_view(view, seed=seed)

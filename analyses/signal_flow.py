@@ -35,7 +35,7 @@ from analyses.flow_detail import detail_frames
 from analyses.flow_figures import flow_figures
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.rotations import add_basis_controls, add_basis_verdicts, rotated_values
+from analyses.rotations import ROTATIONS, add_basis_controls, add_basis_verdicts, check_rotations, rotated_values
 from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
@@ -81,7 +81,7 @@ def signal_flow(
     k: int = LEADING,
     view: SignalView | ViewName | None = None,
     lexicon: Lexicon | None = None,
-    rotations: int = 10,
+    rotations: int = ROTATIONS,
     seed: int = 0,
     quick: bool = False,
     progress: bool = False,
@@ -120,8 +120,7 @@ def signal_flow(
         raise ReflowlensError("signal_flow needs at least two factual prompts in the lexicon")
     if not 1 <= k <= chosen.n_signals:
         raise ReflowlensError(f"k must be between 1 and the view's {chosen.n_signals} signals, got {k}")
-    if rotations < 2:
-        raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
+    check_rotations(rotations)
     prompt = prompt if prompt is not None else prompts[0]
     frames = detail_frames(chosen, prompt, target, position, signal, k)
     bar = tqdm(total=3 + rotations, desc="signal flow", disable=not progress)

@@ -9,7 +9,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "EXPERIMENTS",
     "Experiment",
     "SuiteRun",
+    "check_seed",
     "failure_message",
     "make_folder",
     "model_card",
@@ -42,6 +44,7 @@ __all__ = [
 INTERRUPTED = "interrupted before it was done"
 ERROR_FILE = "error.txt"
 METRICS_FILE = "results.json"
+MAX_SEED = 2**31  # experiments count on from it, and generators of NumPy end at 2**32
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def run_suite(
     and does not stop the others. Ctrl-C does: what is done is reported, and what is not is named. Other experiments
     that an earlier run left in `out` stay in the report and in `results.json`.
 
-    Raises ReflowlensError for an unknown experiment or language, a file of analogies that cannot be read, a folder that
-    cannot be written and one that holds results of another model, before anything is run.
+    Raises ReflowlensError for an unknown experiment or language, a seed out of range, a file of analogies that cannot
+    be read, a folder that cannot be written and one that holds results of another model, before anything is run; and
+    where the disk is full.
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
@@ -109,6 +113,7 @@ def run_suite(
     from reflowlens.checkpoints import model_hash
 
     check_language(lang)
+    check_seed(seed)
     selected = [EXPERIMENTS[number] for number in parse_selection(experiments)]
     if isinstance(analogies, str | Path):
         analogies = Path(analogies)
@@ -127,16 +132,32 @@ def run_suite(
             with in_language(lang):
                 bar.set_description(translate(experiment.title))
             _run_one(run, experiment, model, options, key)
-            _write_metrics(_merged(earlier, run))
+            with _writing_into(folder):
+                _write_metrics(_merged(earlier, run))
     except KeyboardInterrupt:
         missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
         run.errors.update(dict.fromkeys(missing, INTERRUPTED))
         bar.close()
         print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
     everything = _merged(earlier, run)
-    _write_metrics(everything)
-    _report(everything, card, lang)
+    with _writing_into(folder):
+        _write_metrics(everything)
+        _report(everything, card, lang)
     return run
+
+
+def check_seed(seed: int) -> None:
+    """Raises ReflowlensError for a seed that not every generator takes."""
+    if not 0 <= seed < MAX_SEED:
+        raise ReflowlensError(f"seed must lie between 0 and {MAX_SEED - 1}, got {seed}")
+
+
+@contextmanager
+def _writing_into(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReflowlensError(f"cannot write into {folder}: {error.strerror or error}") from error
 
 
 def run_experiment(
@@ -198,7 +219,7 @@ def _run_one(
             run.cached.add(experiment.name)
     except Exception as error:
         run.errors[experiment.name] = failure_message(error)
-        with replacing(folder / ERROR_FILE) as path:
+        with suppress(OSError), replacing(folder / ERROR_FILE) as path:  # on a full disk the message has to do
             path.write_text(traceback.format_exc(), encoding="utf-8")
     run.seconds[experiment.name] = time.perf_counter() - started
     if experiment.name in run.cached:
@@ -215,8 +236,6 @@ def failure_message(error: Exception) -> str:
 
 def _read_earlier(folder: Path, selected: Sequence[Experiment], model_hash: str) -> SuiteRun:
     """What earlier runs on this model left in a folder."""
-    from analyses.result import Result
-
     earlier, path = SuiteRun(folder), folder / METRICS_FILE
     if not path.exists():
         return earlier
@@ -229,13 +248,27 @@ def _read_earlier(folder: Path, selected: Sequence[Experiment], model_hash: str)
         if why is not None and name not in again:
             earlier.errors[name] = why
         elif why is None:
-            result = Result.load(folder / name)
+            result = _load_earlier(folder / name, name in again)
+            if result is None:
+                continue
             if result.params.get("model_hash", model_hash) == model_hash:
                 earlier.results[name] = result
             elif name not in again:
                 raise ReflowlensError(f"{folder} holds the results of another model ({name}): choose another folder")
         earlier.seconds[name] = seconds
     return earlier
+
+
+def _load_earlier(folder: Path, runs_again: bool) -> Result | None:
+    """A result of an earlier run; None for one that cannot be read and is about to be replaced."""
+    from analyses.result import Result
+
+    try:
+        return Result.load(folder)
+    except ReflowlensError:
+        if not runs_again:
+            raise
+        return None
 
 
 def _merged(earlier: SuiteRun, run: SuiteRun) -> SuiteRun:
@@ -284,10 +317,8 @@ def make_folder(out: str | Path | None, name: str) -> Path:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         names = itertools.chain([stamp], (f"{stamp}_{i}" for i in itertools.count(2)))
         out = next(base / name for name in names if not (base / name).exists())
-    try:
+    with _writing_into(out):
         Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReflowlensError(f"cannot write into {out}: {error.strerror}") from error
     return Path(out)
 
 

@@ -19,13 +19,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
+from analyses.sparsity import gini, hoyer, participation_ratio
 from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
 SHARES = (0.01, 0.1)  # thresholds, as shares of a unit's 99.9th percentile
 PERCENTILE = 99.9
+SPARSITY = ("gini", "hoyer", "participation")
 _TAIL = 1 - PERCENTILE / 100
+STRETCHES = 128  # into which the text is divided for intervals: memory is so many counts a unit, however long it is
+_EVERY = 17  # positions of which one is taken for sparsity, which has to sort: no divisor of a usual row
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,11 @@ class UnitCounts:
         above: positions above each of ``SHARES`` times the percentile.
         row_rates: of each row of the text, the mean firing rate of the units.
         active: how many units fire at a position, summed over positions and squared.
+        stretch_events: events in each of at most ``STRETCHES`` runs of consecutive rows.
+        stretch_positions: how many positions each of them has.
+        sparsity: of the values of all units at a position, mean over every 17th position where one fires: ``gini``,
+            ``hoyer`` and ``participation`` (`analyses.sparsity`), the last of what the units write, value times norm
+            of the write direction, NaN where they write nothing by themselves.
     """
 
     n: int
@@ -54,6 +63,9 @@ class UnitCounts:
     above: Int[Tensor, "share unit"]
     row_rates: Float[Tensor, " row"]
     active: tuple[float, float]
+    stretch_events: Int[Tensor, "stretch unit"]
+    stretch_positions: Int[Tensor, " stretch"]
+    sparsity: dict[str, float]
 
     @property
     def rate(self) -> Float[Tensor, " unit"]:
@@ -85,8 +97,14 @@ class UnitCounts:
 class _Running:
     """The sums of :class:`UnitCounts` so far."""
 
-    def __init__(self, n_positions: int) -> None:
-        self.kept = math.floor(_TAIL * (n_positions - 1)) + 2  # enough of the largest to interpolate the percentile
+    def __init__(self, tokens: Int[Tensor, "row pos"], write_norms: Float[Tensor, " unit"] | None) -> None:
+        # enough of the largest to interpolate the percentile
+        self.kept = math.floor(_TAIL * (tokens.numel() - 1)) + 2
+        self.write_norms = write_norms
+        self.stretch = torch.arange(len(tokens), device=tokens.device) // -(-len(tokens) // STRETCHES)  # of each row
+        self.stretch_positions = self.stretch.bincount() * tokens.shape[1]
+        self.rows = 0
+        self.measured: list[Tensor] = []
         self.n, self.active = 0, (0.0, 0.0)
         self.row_rates: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
@@ -103,6 +121,7 @@ class _Running:
             zero = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
             self.events, self.total, self.square = zero.long(), zero, zero
             self.largest, self.where, self.top = largest, where, top
+            self.stretch_events = zero.int().repeat(len(self.stretch_positions), 1)
         else:
             later = largest > self.largest
             self.where = torch.where(later, where + self.n, self.where)
@@ -115,7 +134,23 @@ class _Running:
         per_position = fires.sum(dim=1).double()
         self.active = self.active[0] + float(per_position.sum()), self.active[1] + float(per_position.square().sum())
         self.row_rates.append(per_position.unflatten(0, activation.shape[:2]).mean(dim=1) / values.shape[1])
+        stretch = self.stretch[self.rows : self.rows + len(activation)]
+        self.stretch_events.index_add_(0, stretch, fires.unflatten(0, activation.shape[:2]).sum(dim=1).int())
+        self.measured.append(self._sparsity(values[-self.n % _EVERY :: _EVERY]))
+        self.rows += len(activation)
         self.n += len(values)
+
+    def _sparsity(self, values: Float[Tensor, "pos unit"]) -> Float[Tensor, "pos measure"]:
+        """Gini, Hoyer and the participation ratio of the writes at each position where a unit fires."""
+        values = values[(values > 0).any(dim=1)].double()
+        norms = torch.nan if self.write_norms is None else self.write_norms
+        ginis = torch.from_numpy(gini(values.cpu().numpy())).to(values.device)
+        return torch.stack([ginis, hoyer(values), participation_ratio(values * norms)], dim=1)
+
+    @property
+    def mean_sparsity(self) -> dict[str, float]:
+        """NaN where no unit fires."""
+        return dict(zip(SPARSITY, torch.cat(self.measured).mean(dim=0).tolist(), strict=True))
 
     def percentile(self) -> Float[Tensor, " unit"]:
         """Between the two values around it, counted from the largest."""
@@ -147,7 +182,7 @@ def count_units(
     for name in points:
         if model.hook_axes(name)[:2] != ("batch", "pos"):
             raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: units are of [batch, pos, ...]")
-    running = {name: _Running(tokens.numel()) for name in points}
+    running = {name: _Running(tokens, write_norms(model, name)) for name in points}
     with _watching(model, points, lambda name, activation: running[name].add(activation, name)):
         _read(model, tokens, points, batch_size, "counting units", progress)
     percentiles = {name: part.percentile() for name, part in running.items()}
@@ -173,9 +208,64 @@ def count_units(
             above[name],
             torch.cat(part.row_rates).cpu(),
             part.active,
+            part.stretch_events.cpu(),
+            part.stretch_positions.cpu(),
+            part.mean_sparsity,
         )
         for name, part in running.items()
     }
+
+
+def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
+    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing.
+
+    Those of BDH's product and of an MLP's neurons write, each in a direction of its own.
+    """
+    if point.endswith(".hook_xy_sparse"):
+        weight = "neurons.W_out"  # the same at every level
+    elif point.endswith(".mlp.hook_post"):
+        weight = point.replace("hook_post", "W_out")
+    else:
+        return None
+    return dict(model.named_parameters())[weight].detach().norm(dim=-1).flatten()
+
+
+@torch.no_grad()
+def firing_overlap(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[tuple[str, str], Float[Tensor, " unit"]]:
+    """Jaccard's index of the positions at which a unit fires at two points: |both| / |either|; NaN if at neither.
+
+    Args:
+        pairs: hook points with as many units; unit i of one is held against unit i of the other.
+
+    Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
+    """
+    points = list(dict.fromkeys(name for pair in pairs for name in pair))
+    both: dict[tuple[str, str], Tensor] = {}
+    either: dict[tuple[str, str], Tensor] = {}
+    fires: dict[str, Tensor] = {}
+
+    def compare() -> None:
+        for first, second in pairs:
+            a, b = fires[first], fires[second]
+            both[first, second] = both.get((first, second), 0) + (a & b).sum(dim=0)
+            either[first, second] = either.get((first, second), 0) + (a | b).sum(dim=0)
+
+    def see(name: str, activation: Tensor) -> None:
+        fires[name] = activation.flatten(2).flatten(0, 1) > 0
+        if len(fires) == len(points):
+            compare()
+            fires.clear()
+
+    with _watching(model, points, see):
+        _read(model, tokens, points, batch_size, "comparing levels", progress)
+    return {pair: (both[pair].double() / either[pair]).cpu() for pair in pairs}
 
 
 @contextmanager

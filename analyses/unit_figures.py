@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.statistics import bootstrap_interval
 from analyses.unit_counts import UnitCounts
+from analyses.unit_intervals import mean_interval
 from reflowlens.figures import histogram_with_control, line_with_band
 
 CONTROLS = ("untrained", "shuffled_text")
@@ -54,7 +54,7 @@ def firing_by_level(counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Cal
             level = int(point.split(".")[1]) if point.startswith("blocks.") else -1
             series = kind_of(point) if model == "model" else f"{kind_of(point)}, {model}"
             several = len(part.row_rates) > 1
-            low, high = bootstrap_interval(part.row_rates.numpy()) if several else (np.nan, np.nan)
+            low, high = mean_interval(part.row_rates.numpy()) if several else (np.nan, np.nan)
             mean = float(part.row_rates.mean())
             rows.append({"level": level, "firing_rate": mean, "low": low, "high": high, "units": series})
     frame = pd.DataFrame(rows)

@@ -91,7 +91,7 @@ class RunConfig:
         accumulation: forward passes a step.
         dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32.
         sharding: what several processes share out: ``none``, ``zero1`` (optimiser state) or ``fsdp`` (optimiser state,
-            gradients and weights); see :mod:`pretraining.sharding`. Checkpoints are the same whatever it is.
+            gradients and weights); see :mod:`pretraining.replicas`. Checkpoints are the same whatever it is.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
     """
 
@@ -237,9 +237,10 @@ def find_config(name: str | Path) -> Path:
         raise ReflowlensError(f"no configuration file {str(path)!r}")
     shipped = list_configs()
     if path.name not in shipped:
+        hint = nearest(path.name, shipped)
         raise ReflowlensError(
-            f"no configuration {path.name!r}{nearest(path.name, shipped)} "
-            f"Shipped: {', '.join(shipped)}; otherwise give a TOML file"
+            f"no configuration {path.name!r}{f'{hint} Shipped' if hint else '; shipped'} are {', '.join(shipped)}; "
+            "otherwise give a TOML file"
         )
     return CONFIGS / f"{path.name}.toml"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import re
@@ -81,6 +82,9 @@ def processes(advice: Callable[[], str] = str) -> Iterator[Processes]:
         reason = f"{type(error).__name__}: {_first_sentence(error)}"
         print(f"error: rank {rank} of {world_size} failed: {reason}{ending}", file=sys.stderr)
         raise
+    # A wrapped model in a reference cycle keeps the group's threads past this point, and one that still lets go of
+    # something while the interpreter ends aborts the process ("terminate called without an active exception").
+    gc.collect()
     dist.destroy_process_group()
 
 

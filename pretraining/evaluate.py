@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from pretraining.batches import sequential_batches
 from pretraining.data import open_tokens
+from pretraining.token_files import TokenData
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -34,22 +36,42 @@ class Evaluation:
     tokens: int
 
 
-def evaluate_model(model: HookedModel, folder: str | Path, *, split: str = "val", batch_size: int = 32) -> Evaluation:
+def evaluate_model(
+    model: HookedModel, folder: str | Path, *, split: str = "val", batch_size: int = 32, progress: bool | None = None
+) -> Evaluation:
     """Read a whole split in order, in blocks of the model's context; every token but the first is predicted once.
+
+    Args:
+        progress: show a bar; by default on a terminal.
 
     Raises:
         ReflowlensError: the data were prepared with another tokenizer.
 
     Example: ``evaluate_model(rl.load_model("reflow-nano"), "data/mix16k").loss``
     """
+    data = tokens_for(model, folder, split)
+    n_batches = math.ceil((len(data.tokens) - 1) / (batch_size * model.cfg.n_ctx))
+    batches = sequential_batches(data.tokens, batch_size, model.cfg.n_ctx)
+    disabled = None if progress is None else not progress
+    total, tokens = summed_loss(
+        model, tqdm(batches, total=n_batches, desc="evaluating", unit="batch", disable=disabled)
+    )
+    loss, text_bytes = total / tokens, data.manifest.splits[split].text_bytes
+    return Evaluation(loss, math.exp(loss), total / math.log(2) / text_bytes, tokens)
+
+
+def tokens_for(model: HookedModel, folder: str | Path, split: str) -> TokenData:
+    """A split of prepared data, which the model can read.
+
+    Raises:
+        ReflowlensError: the data were prepared with another tokenizer.
+    """
     data = open_tokens(folder, split)
     if data.manifest.tokenizer != model.cfg.tokenizer_name:
         raise ReflowlensError(
             f"{folder} was prepared with {data.manifest.tokenizer!r}, but the model reads {model.cfg.tokenizer_name!r}"
         )
-    total, tokens = summed_loss(model, sequential_batches(data.tokens, batch_size, model.cfg.n_ctx))
-    loss, text_bytes = total / tokens, data.manifest.splits[split].text_bytes
-    return Evaluation(loss, math.exp(loss), total / math.log(2) / text_bytes, tokens)
+    return data
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class FinetuneConfig:
             of the steps and falls to 0 along a cosine.
         batch_size: rows a step.
         context: positions of a row, into which as many examples are packed as fit; None: the model's ``n_ctx``.
-        seed: of the split and of each epoch's order.
+        seed: of the split, of each epoch's order and of what dropout drops.
         val_fraction: share of the prompts that is held out, where no files to validate on are given.
         dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32.
     """
@@ -198,6 +198,8 @@ def training(model: HookedModel, data: Data, cfg: FinetuneConfig, context: int) 
         learning_rate=cfg.learning_rate, warmup_steps=math.ceil(steps / 20), schedule="cosine", final_fraction=0.0
     )
     (optimizer,) = make_optimizers(model, optimizer_cfg)
+    if model.cfg.dropout:
+        torch.manual_seed(cfg.seed)
     step = tokens = 0
     yield Progress(step, steps, tokens, {}, evaluate(model, val_batches, cfg, context))
     for batches in epochs:
@@ -240,14 +242,17 @@ def completion_loss(model: HookedModel, batch: Batch) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def evaluate(model: HookedModel, batches: Sequence[Rows], cfg: FinetuneConfig, context: int) -> float:
-    """Mean completion loss over batches of rows, every completion token weighing the same."""
+    """Mean completion loss over batches of rows, every completion token weighing the same; nothing is dropped."""
     total, count = 0.0, 0
+    training = model.training
+    model.eval()
     for rows in batches:
         batch = to_batch(rows, context)
         with _autocast(model, cfg):
             loss = completion_loss(model, batch).item()
         counted = int((batch.targets != IGNORE).sum())
         total, count = total + loss * counted, count + counted
+    model.train(training)
     return total / count
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,23 @@ from reflowlens.files import replacing
 
 
 class Log:
-    """``metrics.jsonl``; a resumed run drops what it is about to repeat."""
+    """``metrics.jsonl``; a resumed run drops what it is about to repeat.
+
+    Raises:
+        ReflowlensError: it cannot be written, or wandb is asked for and not installed.
+    """
 
     def __init__(self, out: Path, start: int, cfg: TrainConfig, *, enabled: bool) -> None:
         self.path, self.enabled, self.tokens_per_step = out / "metrics.jsonl", enabled, cfg.tokens_per_step
         self.wandb: Any = None
         if not enabled:
             return
-        out.mkdir(parents=True, exist_ok=True)
-        whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
-        kept = [line for line in whole if json.loads(line)["step"] <= start]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf8")
+        with _writing(self.path):
+            out.mkdir(parents=True, exist_ok=True)
+            whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
+            kept = [line for line in whole if json.loads(line)["step"] <= start]
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf8")
         if cfg.run.wandb_project:
             try:
                 import wandb
@@ -38,10 +45,18 @@ class Log:
     def write(self, step: int, record: dict[str, float]) -> None:
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, "tokens": step * self.tokens_per_step, **record}) + "\n")
         if self.wandb is not None:
             self.wandb.log(record, step=step)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReflowlensError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int) -> None:
@@ -52,5 +67,5 @@ def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int)
     starts = json.loads(path.read_text(encoding="utf8"))["starts"] if path.exists() else []
     this = {"step": start, "processes": world_size, "torch": torch.__version__, "overrides": dict(cfg.overrides)}
     manifest = {"training": cfg.to_dict(), "overrides": dict(cfg.overrides), "starts": [*starts, this]}
-    with replacing(path) as temporary:
+    with _writing(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")

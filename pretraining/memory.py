@@ -126,11 +126,11 @@ def activation_bytes(cfg: ModelConfig, n: int, width: int) -> tuple[float, float
 
 
 def _bdh_activation_bytes(cfg: ModelConfig, n: int, width: int) -> float:
-    """Of BDH's levels: both rectified readings, the turned neurons, their product and what it is made of, one more
-    where some are dropped; a head's find with its norm, and the stream. Scores and tables of angles, which depend on
-    how the positions are cut into texts, are left out: together a few percent.
+    """Of BDH's levels: both rectified readings, the turned neurons and the product of both, one more where some are
+    dropped; a head's find with its norm, and the stream. Scores and tables of angles, which depend on how the positions
+    are cut into texts, are left out: together a few percent.
     """
-    neurons = cfg.d_mlp * width * (5 + (cfg.dropout > 0))
+    neurons = cfg.d_mlp * width * (4 + (cfg.dropout > 0))
     narrow = cfg.d_model * (cfg.n_heads * (_WIDE + 2 * width) + 3 * _WIDE + width)
     return float(n * (cfg.n_layers * (neurons + narrow) + _WIDE * 2 * cfg.d_model))
 

@@ -212,9 +212,10 @@ def _message(turn: Any, index: int, where: str) -> Message:
         raise ReflowlensError(f"{where}: turn {index + 1} must be text or a role with its content, got {turn!r}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
+        hint = nearest(str(role), list(_ROLES))
         raise ReflowlensError(
-            f"{where}: turn {index + 1} has the unknown role {role!r}{nearest(str(role), list(_ROLES))} "
-            "Roles: system, user, assistant"
+            f"{where}: turn {index + 1} has the unknown role {role!r}{f'{hint} Roles' if hint else '; roles'} are "
+            "system, user and assistant"
         )
     if not isinstance(content, str):
         raise ReflowlensError(f"{where}: the content of turn {index + 1} must be text, got {content!r}")

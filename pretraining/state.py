@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretraining.config import TrainConfig
+from pretraining.config import OptimizerConfig, TrainConfig
+from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
+from pretraining.token_files import Manifest
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -44,12 +46,24 @@ def start_fresh(out: Path) -> int:
     return 0
 
 
+def training_data(manifest: Manifest) -> dict[str, Any]:
+    """What tells the tokens that a run reads from any others: how many, and the hash of each file of them."""
+    split = manifest.splits["train"]
+    return {"tokens": split.tokens, "sha256": [shard.sha256 for shard in split.shards]}
+
+
 def save_state(
-    cfg: TrainConfig, model: HookedModel, optimizer_state: Mapping[str, Tensor], step: int, record: dict[str, float]
+    cfg: TrainConfig,
+    data: Mapping[str, Any],
+    model: HookedModel,
+    optimizer_state: Mapping[str, Tensor],
+    step: int,
+    record: dict[str, float],
 ) -> Path:
     """A checkpoint folder: the model as anyone may load it, and beside it what resuming needs.
 
     Args:
+        data: :func:`training_data`.
         optimizer_state: by ``"{index of the optimiser}/{parameter}/{entry}"``.
         record: the step's measurements, for the manifest.
     """
@@ -60,6 +74,7 @@ def save_state(
         "tokens_seen": step * cfg.tokens_per_step,
         **record,
         "training": cfg.to_dict(),
+        "training_data": dict(data),
         "overrides": dict(cfg.overrides),
     }
 
@@ -76,19 +91,23 @@ def save_state(
     return folder
 
 
-def resume_state(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.optim.Optimizer]) -> int:
+def resume_state(
+    cfg: TrainConfig, data: Mapping[str, Any], model: HookedModel, optimizers: list[torch.optim.Optimizer]
+) -> int:
     """Fill model and optimisers from the newest checkpoint and return the step to go on from.
 
     Of a parameter that processes hold in parts, each takes its own; optimisers take the state of their parameters.
 
     Raises:
-        ReflowlensError: there is none, or the configuration describes another model or another order of steps.
+        ReflowlensError: there is none, the configuration describes another model or other steps than were taken, or
+            the tokens (`training_data`) are others.
     """
     from safetensors import safe_open
 
     folder = newest_checkpoint(Path(cfg.run.out))
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
     _check_same_run(folder, cfg, manifest)
+    _check_same_data(folder, cfg, data, manifest)
     parameters = dict(model.named_parameters())
     with torch.no_grad(), safe_open(folder / WEIGHTS, framework="pt") as weights:
         for name, parameter in parameters.items():
@@ -107,9 +126,7 @@ def resume_state(cfg: TrainConfig, model: HookedModel, optimizers: list[torch.op
     return int(manifest["step"])
 
 
-# What a resumed run must have in common with the run it continues, whatever the configuration says elsewhere.
-_DECISIVE = ("data.context", "run.batch_size", "run.seed", "optimizer.name", "optimizer.matrix_scale")
-# What may be overridden otherwise than at the start: where the run lies and how it is computed, up to rounding.
+# Where a run lies and how it is computed, up to rounding: free to change when it is resumed.
 _INDIFFERENT = {
     "run.out",
     "run.accumulation",
@@ -121,23 +138,52 @@ _INDIFFERENT = {
     "run.keep_checkpoints",
     "run.wandb_project",
 }
+# Free as long as the steps already taken had the same rates, so that a run can be made longer.
+_SCHEDULE = {
+    "run.steps",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
+}
 
 
 def _check_same_run(folder: Path, cfg: TrainConfig, manifest: dict[str, Any]) -> None:
     if manifest["config"] != cfg.model.to_dict():
         raise ReflowlensError(f"{folder} holds another model than the configuration describes")
     ours, theirs, given = cfg.to_dict(), manifest["training"], manifest.get("overrides", {})
-    overridden = {place for place in (*given, *cfg.overrides) if not place.startswith("model.")} - _INDIFFERENT
-    for place in (*_DECISIVE, *sorted(overridden)):
-        section, name = place.split(".")
+    free = set(_INDIFFERENT)
+    if _same_rates(cfg, theirs, int(manifest["step"])):
+        free |= _SCHEDULE - (given.keys() - cfg.overrides.keys())  # what --set gave is not to be forgotten
+    if "training_data" in manifest or "data.folder" not in {*given, *cfg.overrides}:
+        free.add("data.folder")  # a folder may move: the tokens in it are compared apart
+    for place in (f"{table}.{name}" for table in ("data", "optimizer", "run") for name in ours[table]):
+        table, name = place.split(".")
         # A field's default is what checkpoints written before it existed were trained with.
-        before, now = theirs[section].get(name, _default(cfg, place)), ours[section][name]
-        if before != now:
+        before, now = theirs[table].get(name, _default(cfg, place)), ours[table][name]
+        if before != now and place not in free:
             again = f" (give --set {place}={before} again)" if place in given and place not in cfg.overrides else ""
             raise ReflowlensError(
                 f"{folder} was trained with {place}={before!r}, but the configuration has {now!r}: "
                 f"a resumed run must repeat the uninterrupted one{again}"
             )
+
+
+def _same_rates(cfg: TrainConfig, theirs: Mapping[str, Any], steps: int) -> bool:
+    """Whether the configuration gives the steps already taken the rates that they had."""
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    before = OptimizerConfig(**{name: value for name, value in theirs["optimizer"].items() if name in known})
+    total = theirs["run"]["steps"]
+    return all(schedule(i, cfg.optimizer, cfg.run.steps) == schedule(i, before, total) for i in range(steps))
+
+
+def _check_same_data(folder: Path, cfg: TrainConfig, data: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    before = manifest.get("training_data", data)  # older checkpoints do not say
+    if before != data:
+        raise ReflowlensError(
+            f"{folder} was trained on other tokens than {cfg.data.folder} holds now: a resumed run must repeat the "
+            "uninterrupted one"
+        )
 
 
 def _default(cfg: TrainConfig, place: str) -> Any:

@@ -30,9 +30,9 @@ from pretraining.optimizers import schedule
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
-from pretraining.state import newest_checkpoint, resume_state, save_state, start_fresh
+from pretraining.state import newest_checkpoint, resume_state, save_state, start_fresh, training_data
 from pretraining.stopping import stop_requests
-from pretraining.token_files import open_tokens
+from pretraining.token_files import TokenData, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
 from reflowlens.models.base import HookedModel
@@ -50,8 +50,8 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: the data do not fit the model, ``out`` already holds a run, there is nothing to resume, or the
-            loss stops being finite.
+        ReflowlensError: the data do not fit the model, ``out`` already holds a run or cannot be written, there is
+            nothing to resume, or the loss stops being finite.
     """
     with processes(partial(_advice, Path(cfg.run.out))) as group, stop_requests() as stop:
         return _train(cfg, group, stop, resume, sys.stderr.isatty() if progress is None else progress)
@@ -60,11 +60,12 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
 def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume: bool, progress: bool) -> Path:
     run, out = cfg.run, Path(cfg.run.out)
     rows = cfg.rows_per_process(group.world_size)
-    train_tokens, val_tokens = (_open(cfg, split) for split in ("train", "val"))
+    opened, val_tokens = _open(cfg, "train"), _open(cfg, "val").tokens
+    data = training_data(opened.manifest)
     if group.device.type == "cuda" and run.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
     replica = make_replica(cfg, group)
-    start = resume_state(cfg, replica.model, replica.optimizers) if resume else start_fresh(out)
+    start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(out)
     log = Log(out, start, cfg, enabled=group.is_first)
     on_first_process(group, partial(write_run_manifest, out, cfg, start, group.world_size))
     flops = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
@@ -72,7 +73,7 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     peak_rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in replica.optimizers]
     bar = tqdm(total=run.steps, initial=start, unit="step", disable=not (progress and group.is_first))
     done, steps = start, range(start, run.steps)
-    with bar, prefetched(partial(_load, train_tokens, cfg, group), steps, group.device) as batches:
+    with bar, prefetched(partial(_load, opened.tokens, cfg, group), steps, group.device) as batches:
         for step in steps:
             began = time.perf_counter()
             share = schedule(step, cfg.optimizer, run.steps)
@@ -98,7 +99,7 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
             stopping = any_rank(stop(), group)
             if last or stopping or done % run.checkpoint_interval == 0:
                 model, state = replica.gather()
-                on_first_process(group, partial(save_state, cfg, model, state, done, record))
+                on_first_process(group, partial(save_state, cfg, data, model, state, done, record))
             if stopping:
                 break
     if done < run.steps and group.is_first:
@@ -147,14 +148,19 @@ def _accumulate(replica: Replica, batch: tuple[Tensor, Tensor]) -> float:
     return total.item()
 
 
-def _open(cfg: TrainConfig, split: str) -> Any:
+def _open(cfg: TrainConfig, split: str) -> TokenData:
     data = open_tokens(cfg.data.folder, split)
     if data.manifest.tokenizer != cfg.model.tokenizer_name:
         raise ReflowlensError(
             f"{cfg.data.folder} was prepared with {data.manifest.tokenizer!r}, "
             f"but model.tokenizer_name is {cfg.model.tokenizer_name!r}"
         )
-    return data.tokens
+    if data.manifest.n_vocab > cfg.model.d_vocab:
+        raise ReflowlensError(
+            f"{cfg.data.folder} holds ids up to {data.manifest.n_vocab - 1}, but model.d_vocab is {cfg.model.d_vocab}: "
+            f"at least {data.manifest.n_vocab} is needed"
+        )
+    return data
 
 
 def _load(tokens: Any, cfg: TrainConfig, group: Processes, step: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
-from reflowlens.models import MODEL_CLASSES, build_model
+from reflowlens.models import MODEL_CLASSES, build_model, moved
 from reflowlens.models.base import HookedModel
 
 FORMAT = "reflowlens-1"
@@ -73,10 +73,7 @@ def model_from_weights(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    try:
-        return model.to(device=device, dtype=dtype).eval()
-    except (RuntimeError, AssertionError) as error:  # torch's answers to a device that it does not know or have
-        raise ReflowlensError(f"cannot compute on device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return moved(model, device, dtype).eval()
 
 
 def save_model(

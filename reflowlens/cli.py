@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:
+    from reflowlens.models.base import HookedModel
 
 DEFAULT_MODEL = "reflow-nano"
 
@@ -55,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_import(commands)
     _add_inspect(commands)
+    _add_units(commands)
     _add_bench(commands)
     return parser
 
@@ -467,6 +472,105 @@ def _inspect(options: argparse.Namespace) -> int:
     found = inspect_path(options.path, against=options.against)
     print(found.to_json() if options.json else found.to_text(all_tensors=options.tensors))
     return 1 if found.problems else 0
+
+
+def _add_units(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "units", "how often single units fire, how selective they are, and what they fire at")
+    parser.add_argument("model", help="packaged name, checkpoint folder or file")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="TEXT", help="held-out text: a file, or a folder made by prepare"
+    )
+    parser.add_argument(
+        "--hook",
+        nargs="+",
+        metavar="POINT",
+        help="hook points, e.g. blocks.0.mlp.hook_post, or kinds at every level, e.g. xy_sparse, mlp_post, "
+        "unembed_signal (default: what the architecture is made of)",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="MODEL",
+        help="a table of these beside the model instead, such as other steps or seeds: rates and their differences; "
+        "'untrained' is its own architecture at initialisation",
+    )
+    parser.add_argument(
+        "--sampling", default="windows", choices=["windows", "tiles"], help="random windows, or all of the text"
+    )
+    parser.add_argument("--batches", type=int, default=10, help="of random windows")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows read at once")
+    parser.add_argument("--context", type=int, help="tokens of a window or tile (default: 256, or the model's n_ctx)")
+    parser.add_argument("--events", type=int, default=20, help="positions at which a unit must fire to be ranked")
+    parser.add_argument("--top", type=int, default=10, help="units of each kind whose strongest context is shown")
+    parser.add_argument("--no-controls", action="store_true", help="leave out untrained models and shuffled text")
+    parser.add_argument("--quick", action="store_true", help="two batches and one untrained model, for a first look")
+    parser.add_argument("--out", type=Path, help="folder to keep tables and figures in (of --against: the table)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
+    parser.set_defaults(command=_units)
+
+
+def _units(options: argparse.Namespace) -> None:
+    from analyses import unit_statistics
+    from analyses.unit_report import table, unit_report
+    from reflowlens.checkpoints import load_model
+
+    for name in ("batches", "batch_size", "context", "events", "top"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ReflowlensError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    model = load_model(options.model, device=options.device)
+    text = _held_out(model, options.data)
+    settings = {
+        "sampling": options.sampling,
+        "n_batches": options.batches,
+        "batch_size": options.batch_size,
+        "context": options.context or min(256, model.cfg.n_ctx),
+        "minimum_events": options.events,
+        "seed": options.seed,
+        "progress": sys.stderr.isatty(),
+    }
+    if options.against:
+        from analyses.unit_comparison import compare_units
+        from reflowlens.models import build_model
+
+        others = {
+            name: build_model(model.cfg, seed=options.seed + 1, device=options.device)
+            if name == "untrained"
+            else load_model(name, device=options.device)
+            for name in options.against
+        }
+        frame = compare_units({options.model: model, **others}, text, options.hook, **settings)
+        print(table(frame))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            frame.to_csv(options.out / "units.csv", index=False)
+        return
+    result = unit_statistics(
+        model,
+        text,
+        options.hook,
+        top=options.top,
+        controls=not options.no_controls,
+        quick=options.quick,
+        **settings,
+    )
+    print(unit_report(result, top=options.top))
+    if options.out:
+        print(result.save(options.out))
+
+
+def _held_out(model: HookedModel, path: Path) -> Any:
+    """The text of a file, or the validation tokens of prepared data."""
+    if path.is_dir():
+        from pretraining.evaluate import tokens_for
+
+        return tokens_for(model, path, "val").tokens[:]
+    try:
+        return path.read_text(encoding="utf8")
+    except OSError as error:
+        raise ReflowlensError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ReflowlensError(f"{path} is no UTF-8 text; prepare reads .xz, .gz, .jsonl and tables") from error
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -38,7 +39,7 @@ def generate(
     goes on reads its own next token instead of a sampled one. A row therefore gets what it would get alone.
 
     Args:
-        input: a text, a list of texts, or tokens [batch, pos].
+        input: a text, a list of texts, or tokens [batch, pos], a tensor or an array.
         max_new_tokens: tokens to add to each prompt.
         temperature: 0 takes the most probable token; otherwise logits are divided by it.
         top_k: sample among the k most probable tokens.
@@ -55,11 +56,14 @@ def generate(
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: a prompt is empty, a setting is out of range, or prompt and continuation exceed ``n_ctx``.
+        ReflowlensError: a prompt is empty, a setting is out of range, prompt and continuation exceed ``n_ctx``, or the
+            logits are NaN.
 
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
     _check_settings(temperature, top_k, top_p, max_new_tokens)
+    if return_type not in ("text", "tokens"):
+        raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
     prompts, lengths = model.tokens_and_lengths(input)
     n_ctx, batch = model.cfg.n_ctx, prompts.shape[0]
     total = max(lengths) + max_new_tokens
@@ -97,7 +101,7 @@ def generate(
         tokens[row, stop:] = filler
     result: Any = tokens
     if return_type == "text":
-        start = 0 if isinstance(input, Tensor) else len(model.text_start())
+        start = 0 if isinstance(input, Tensor | np.ndarray) else len(model.text_start())
         rows = [row[start:stop].tolist() for row, stop in zip(tokens, final.tolist(), strict=True)]
         texts = [model.tokenizer.decode(row) for row in rows]
         result = texts[0] if isinstance(input, str) else texts
@@ -113,7 +117,13 @@ def sample(
     top_p: float | None,
     generators: list[torch.Generator],
 ) -> Int[Tensor, " batch"]:
-    """Draw a token for each row from its own generator."""
+    """Draw a token for each row from its own generator.
+
+    Raises:
+        ReflowlensError: a logit is NaN.
+    """
+    if logits.isnan().any():
+        raise ReflowlensError("the logits are NaN: the weights, or an intervention, are not finite")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature

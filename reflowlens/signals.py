@@ -33,8 +33,9 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Norm
+from reflowlens.models.components import Norm, wide
 from reflowlens.varimax import varimax_rotation
 
 ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
@@ -93,7 +94,11 @@ class SignalView:
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch S"]:
-        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit exactly."""
+        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit exactly.
+
+        Raises:
+            ReflowlensError: the target is no single token, or there is no such id.
+        """
         return self.readout(resid) * self.recipe[self._ids(target)]
 
     def rows(self, words: list[str]) -> Float[Tensor, "word S"]:
@@ -123,8 +128,13 @@ class SignalView:
             frames.append(pd.DataFrame(frame))
         return pd.concat(frames, ignore_index=True)
 
-    def _ids(self, target: str | int | Tensor) -> int | Tensor:
-        return self.model.to_single_token(target) if isinstance(target, str) else target
+    def _ids(self, target: str | int | Tensor) -> Tensor:
+        if not isinstance(target, Tensor) or target.ndim == 0:
+            return target_ids(self.model, target, 1, len(self.recipe))[0]
+        for token in map(int, target.aminmax()):
+            if not 0 <= token < len(self.recipe):
+                raise ReflowlensError(f"no token {token}: ids are 0 to {len(self.recipe) - 1}")
+        return target
 
     def __repr__(self) -> str:
         return f"SignalView({self._summary()})"
@@ -170,22 +180,18 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
                 "use the 'identity' or 'svd' view"
             )
         factors = model.W_E
-        return SignalView("native", _wide(factors.A), _wide(factors.B), model.ln_final, model)
+        return SignalView("native", wide(factors.A.detach()), wide(factors.B.detach()), model.ln_final, model)
     if name == "rotated":
         view = signal_view(model)
         return rotate(view, random_rotation(view.n_signals, seed))
     if name == "varimax":
         return varimax_view(signal_view(model), seed=seed)
-    embedding = _wide(model.W_U.T)
+    embedding = wide(model.W_U.T.detach())
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
         return SignalView("identity", embedding, identity, model.ln_final, model)
     U, singular_values, Vh = torch.linalg.svd(embedding, full_matrices=False)
     return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model)
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:

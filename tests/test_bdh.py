@@ -12,14 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformer_lens import patching
 
 import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
 from analyses.lexicon import load_lexicon
 from pretraining.config import OptimizerConfig, load_config
+from pretraining.data import prepare
 from pretraining.memory import activation_bytes
 from pretraining.optimizers import make_optimizers
 from pretraining.train import train
+from reflowlens.cli import main
 from reflowlens.config import ModelConfig, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import forward_flops_by_part
@@ -273,6 +276,24 @@ def test_a_checkpoint_is_the_model(tmp_path: Path) -> None:
     assert loaded.cfg.dropout == 0.1
 
 
+def test_the_commands_take_it_as_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Continued, looked into, evaluated and written anew, from a folder and bytes."""
+    folder = str(rl.save_model(tmp_path / "bdh", random_bdh()))
+    (tmp_path / "train.txt").write_text("To be, or not to be.")
+    (tmp_path / "val.txt").write_text(README[:400], encoding="utf8")
+    texts = {"val_sources": [tmp_path / "val.txt"], "tokenizer": "bytes", "workers": 1, "progress": False}
+    prepare(tmp_path / "train.txt", tmp_path / "data", **texts)
+    assert main(["sample", folder, "To be", "--tokens", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("To be")
+    assert main(["inspect", folder]) == 0
+    assert "bdh" in capsys.readouterr().out
+    assert main(["evaluate", folder, str(tmp_path / "data")]) == 0
+    evaluated = capsys.readouterr().out
+    assert main(["export", folder, str(tmp_path / "copy")]) == 0
+    assert main(["evaluate", str(tmp_path / "copy"), str(tmp_path / "data")]) == 0
+    assert evaluated in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("field", "value", "also"),
     [
@@ -317,6 +338,26 @@ def test_sweeps_are_the_runs_one_by_one() -> None:
     units = [rl.Ablate("xy_sparse", layer=1, head=1, index=i) for i in (0, 5)]
     for value, unit in zip(rl.sweep(model, None, corrupted, units, metric).values, units, strict=True):
         assert_close(value, rl.run(model, corrupted, unit)[:, -1].softmax(-1)[:, 65])
+
+
+@pytest.mark.parametrize("grid", ["resid_pre", "mlp_out"])
+@torch.no_grad()
+def test_sweeps_are_transformer_lenss(grid: str) -> None:
+    """Every cell of a grid over levels and positions, against TransformerLens's own loop."""
+    model, (clean, corrupted) = random_bdh(), random_tokens(CONFIG, batch=2, pos=7)[:, None]
+    result = rl.sweep(model, clean, corrupted, grid, rl.metrics.logit_diff(65, 66))
+    _, cache = model.run_with_cache(clean)
+    expected = patching.generic_activation_patch(
+        model,
+        corrupted,
+        cache,
+        lambda logits: logits[0, -1, 65] - logits[0, -1, 66],
+        patching.layer_pos_patch_setter,
+        grid,
+        index_axis_names=["layer", "pos"],
+    )
+    assert result.values.std() > 0.01
+    assert_close(result.values[..., 0], expected, relative=1e-5)
 
 
 def test_a_gradient_sweep_estimates_small_changes() -> None:

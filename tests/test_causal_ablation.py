@@ -44,6 +44,16 @@ def test_the_planted_signal_beats_every_control(planted):
     assert planted.verdicts["sufficient_share"] == "supported"
 
 
+def test_every_metric_of_single_signals_has_its_floor_and_its_ceiling(planted):
+    """Both are the same measurement, through views of the same predictions."""
+    prompts = planted.frames["prompts"]
+    for metric in ("remaining_after_one", "knockout_area", "sufficient_share"):
+        for basis, control in ((r"rotated_\d+", "rotated_basis"), ("varimax", "varimax")):
+            values = prompts.loc[prompts["basis"].str.fullmatch(basis), metric]
+            assert planted.controls[metric][control] == pytest.approx(values.mean())
+    assert {"rotated_basis", "varimax"} <= planted.controls["probability_after_one"].keys()
+
+
 def test_nothing_is_found_where_nothing_is(empty):
     assert set(empty.verdicts.values()) == {"not supported"}
     for metric in ("remaining_after_one", "knockout_area", "sufficient_share"):

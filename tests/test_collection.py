@@ -150,7 +150,8 @@ def test_arrays_of_tokens_are_read_in_batches(monkeypatch: pytest.MonkeyPatch) -
     tokens = random_tokens(model.cfg, batch=9, pos=5)
     whole = rl.collect(model, [tokens], "hook_recipe")
     monkeypatch.setattr(collection, "_ROWS_AT_ONCE", 4)
-    for array in (tokens, tokens.numpy().astype(np.uint16)):
+    rows = (row[None] for row in tokens.numpy().astype(np.uint16))
+    for array in (tokens, tokens.numpy().astype(np.uint16), rows):
         assert_alike(rl.collect(model, array, "hook_recipe"), whole)
 
 

@@ -151,8 +151,9 @@ def test_hooks_and_prompts_without_the_token_are_errors():
 
 
 def test_the_verdicts_follow_their_rules():
-    assert closing_verdict((0.6, 0.9), 20) == "supported"
-    assert closing_verdict((0.1, 0.4), 20) == "not supported"
-    assert closing_verdict((0.4, 0.6), 20) == closing_verdict((0.6, 0.9), 19) == "underpowered"
+    assert closing_verdict((0.6, 0.9), 0.0, 20) == "supported"
+    assert closing_verdict((0.6, 0.9), 0.7, 20) == "not supported", "an untrained model closes as often"
+    assert closing_verdict((0.1, 0.4), 0.0, 20) == "not supported"
+    assert closing_verdict((0.4, 0.6), 0.0, 20) == closing_verdict((0.6, 0.9), 0.0, 19) == "underpowered"
     assert delay_verdict((0.1, 0.2), 0.01, 20) == "supported"
     assert delay_verdict((0.1, 0.2), 0.2, 20) == delay_verdict((0.0, 0.2), 0.01, 20) == "not supported"

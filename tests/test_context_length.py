@@ -66,6 +66,16 @@ def test_what_the_model_cannot_read_is_left_out_and_said():
     assert any(note.startswith(f"{DELAY} is absent") for note in result.notes)
 
 
+def test_a_token_that_begins_texts_takes_a_place_too(monkeypatch):
+    encode = build_model(CONFIG, device="meta").tokenizer.encode
+    eight = context_prompts(clauses(PACKAGED.short_prompts, PACKAGED.long_prompts), [8], seed=0)[8]
+    room = max(len(encode(prompt)) for prompts in eight.values() for prompt in prompts)
+    model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=room), seed=0))
+    assert layer_evolution(model, lexicon=WITH_CLAUSES).frames["context"]["words"].max() == 8
+    monkeypatch.setattr(model, "text_start", lambda prepend_bos=None: [0])
+    assert layer_evolution(model, lexicon=WITH_CLAUSES).frames["context"]["words"].max() == 4
+
+
 def test_every_long_prompt_of_the_lexicon_is_a_short_one_behind_a_clause():
     pairs = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
     assert len(pairs) == len(PACKAGED.short_prompts) == 20

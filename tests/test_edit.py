@@ -75,8 +75,10 @@ def test_silencing_a_signal_is_ablating_it_at_both_ends(reflow: HookedModel) -> 
         (rl.SetWeights("embed.W_basis", 0.0, rows="a"), "rows of 'embed.W_basis' are not tokens"),
         (rl.SetWeights("embed.W_recipe", 0.0, columns=32), "column 32 of 'embed.W_recipe' is out of range: 0 to 31"),
         (rl.SetWeights("embed.W_recipe", 0.0, rows=[1, 1]), "must be different"),
-        (rl.SetWeights("embed.W_recipe", torch.ones(5), rows=1), r"shape \[5\] does not fit"),
+        (rl.SetWeights("embed.W_recipe", torch.ones(5), rows=1), r"has shape \[5\], the selected part \[1, "),
         (rl.SetWeights("ln_final.w", 0.0, columns=1), "is a vector"),
+        (rl.SetWeights("embed.W_basis", "zero", rows=0), "SetWeights.value must be numbers, got 'zero'"),  # type: ignore[arg-type]
+        (rl.SetWeights("embed.W_basis", 0.0, rows=1.5), "chosen by index, a slice or indices, got 1.5"),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_edits_change_nothing(reflow: HookedModel, change: Any, message: str) -> None:
@@ -89,6 +91,20 @@ def test_impossible_edits_change_nothing(reflow: HookedModel, change: Any, messa
     assert rl.model_hash(reflow) == before
 
 
-def test_swap_needs_rows_or_columns() -> None:
-    with pytest.raises(ReflowlensError, match="two rows or two columns"):
-        rl.SwapWeights("embed.W_recipe")
+def test_a_swap_is_of_two_rows_or_columns() -> None:
+    for chosen in ({}, {"rows": ("a", "b", "c")}, {"columns": (1,)}, {"rows": "ab"}):
+        with pytest.raises(ReflowlensError, match="two rows or two columns"):
+            rl.SwapWeights("embed.W_recipe", **chosen)  # type: ignore[arg-type]
+
+
+def test_a_slice_chooses_its_rows(reflow: HookedModel) -> None:
+    with rl.edit(reflow, rl.ScaleWeights("embed.W_basis", 0.0, rows=slice(1, 6, 2))):
+        sliced = reflow("abcd")
+    with rl.edit(reflow, rl.ScaleWeights("embed.W_basis", 0.0, rows=torch.tensor([1, 3, 5]))):
+        assert torch.equal(sliced, reflow("abcd"))
+
+
+def test_only_edits_of_weights_are_edits(reflow: HookedModel) -> None:
+    for change in (rl.Ablate("z", layer=0), [rl.Ablate("z", layer=0)]):
+        with pytest.raises(ReflowlensError, match="is no edit of weights"), rl.edit(reflow, change):  # type: ignore[arg-type]
+            pass

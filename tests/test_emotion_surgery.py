@@ -50,6 +50,16 @@ def test_controls_do_not_turn_what_the_direction_turns(planted):
     assert planted.metrics["perplexity_cost"] <= 0.05
 
 
+def test_the_controls_of_the_best_layer_have_a_best_layer_too():
+    """Chosen among as many layers as the metric: a mean of draws' maxima is at least any layer's mean."""
+    result = emotion_surgery(empty_model(0), lexicon=LEXICON, strengths=(1.0,), max_cost=1e9)  # turns some, not all
+    rates = result.frames["layers"].pivot(index="layer", columns="series", values="flip_rate")
+    controls = result.controls["best_flip_rate"]
+    for series in ("shuffled_labels", "random_direction"):
+        assert controls[series] >= rates[series].max() > 0
+    assert controls["untrained"] == rates["untrained"].max()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nothing_is_found_where_nothing_is(seed):
     result = emotion_surgery(empty_model(seed), lexicon=LEXICON, strengths=STRENGTHS, seed=seed)

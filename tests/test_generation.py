@@ -97,6 +97,7 @@ def test_filters_keep_the_smallest_sufficient_set(k, p, seed):
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 30}, "at most 21 new tokens"),
+        ({"return_type": "tensor"}, "must be 'text' or 'tokens', got 'tensor'"),
     ],
 )
 def test_settings_out_of_range_are_errors(settings, message):
@@ -107,3 +108,12 @@ def test_settings_out_of_range_are_errors(settings, message):
 def test_an_empty_prompt_is_an_error():
     with pytest.raises(ReflowlensError, match="empty"):
         random_model("reflow").generate("", 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_nan_are_an_error(temperature):
+    model = random_model("reflow")
+    with torch.no_grad():
+        model.ln_final.w[0] = float("nan")
+    with pytest.raises(ReflowlensError, match="the logits are NaN"):
+        model.generate("The", 3, temperature=temperature)

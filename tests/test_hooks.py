@@ -96,6 +96,20 @@ def test_every_point_has_a_gradient(model: HookedModel, tokens: Tensor) -> None:
         assert (up - down).item() == pytest.approx(0.004, rel=0.05), name
 
 
+def test_gradients_are_of_a_loss(model: HookedModel, tokens: Tensor) -> None:
+    for return_type in ("logits", "both"):
+        with pytest.raises(ReflowlensError, match="incl_bwd needs a loss"):
+            model.run_with_cache(tokens, return_type, incl_bwd=True)
+    with torch.no_grad(), pytest.raises(ReflowlensError, match="incl_bwd needs a loss"):
+        model.run_with_cache(tokens, "loss", incl_bwd=True)
+    assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
+
+
+def test_points_are_named_by_text(model: HookedModel, tokens: Tensor) -> None:
+    with pytest.raises(ReflowlensError, match="named by its text"):
+        model.run_with_cache(tokens, names_filter=[everything])  # type: ignore[list-item]
+
+
 def plus(step: Tensor) -> Any:
     return lambda x, hook: x + step
 

@@ -226,6 +226,22 @@ def test_json_keeps_directions() -> None:
     assert isinstance(restored, rl.Steer)
     assert isinstance(restored.direction, Tensor)
     assert torch.equal(restored.direction, direction)
+    assert restored == rl.Steer("resid_pre", direction, 2.0, layer=0)
+
+
+def test_interventions_with_tensors_compare_and_go_into_sets() -> None:
+    direction = torch.randn(3)
+    steer = rl.Steer("resid_pre", direction, layer=[0, 1])
+    assert steer == rl.Steer("resid_pre", direction.clone(), layer=[0, 1])
+    assert len({steer, rl.Steer("resid_pre", direction.clone(), layer=[0, 1])}) == 1
+    for other in (
+        rl.Steer("resid_pre", direction + 1, layer=[0, 1]),
+        rl.Steer("resid_pre", direction[:1], layer=[0, 1]),
+        rl.Steer("resid_pre", direction.tolist(), layer=[0, 1]),
+        rl.Steer("resid_pre", direction, layer=[0]),
+        rl.Replace("resid_pre", direction, layer=[0, 1]),
+    ):
+        assert steer != other
 
 
 @pytest.mark.parametrize(
@@ -277,6 +293,8 @@ def test_impossible_interventions(
 def test_ablate_checks_its_fields() -> None:
     with pytest.raises(ReflowlensError, match="'zero', 'mean' or 'resample'"):
         rl.Ablate("z", layer=0, by="median")  # type: ignore[arg-type]
+    with pytest.raises(ReflowlensError, match="hook must be a hook point's name, got 3"):
+        rl.Ablate(3)  # type: ignore[arg-type]
     with pytest.raises(ReflowlensError, match="needs a reference"):
         rl.Ablate("z", layer=0, by="mean")
     with pytest.raises(ReflowlensError, match="takes no reference"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,6 +307,24 @@ def test_in_sixteen_bits(tiny_models: dict[str, HookedModel], dtype: torch.dtype
         assert (logits - expected).norm() < (0.05 if dtype == torch.bfloat16 else 0.01) * expected.norm()
 
 
+def test_in_sixty_four_bits(model: HookedModel) -> None:
+    """The loss has the precision of its parameters: a difference of 1e-6 along the gradient shows to eight digits."""
+    wide = copy.deepcopy(model).double()
+    tokens = random_tokens(model.cfg)
+    assert wide(tokens).dtype == torch.float64
+    wide(tokens, "loss").backward()
+    direction = {name: p.grad for name, p in wide.named_parameters()}
+    slope = sum(gradient.square().sum() for gradient in direction.values()).item()
+    step = 1e-6 / slope**0.5
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            parameter += step * direction[name]
+        up = wide(tokens, "loss").item()
+        for name, parameter in wide.named_parameters():
+            parameter -= 2 * step * direction[name]
+        assert (up - wide(tokens, "loss").item()) / (2 * step) == pytest.approx(slope, rel=1e-7)
+
+
 def test_rotary_angles_stay_exact_in_sixteen_bits() -> None:
     model = random_model("reflow")
     exact = model.blocks[0].attn.rotary.cos.clone()
@@ -329,6 +349,32 @@ def test_prompts_that_cannot_be_read(model: HookedModel) -> None:
         model(torch.zeros(1, 3))
     with pytest.raises(ReflowlensError, match=r"must be integers \[batch, pos\], got torch.int64 \[1, 1, 3\]"):
         model(torch.zeros(1, 1, 3, dtype=torch.long))
+    with pytest.raises(ReflowlensError, match=r"must be integers \[batch, pos\], got torch.bool \[2\]"):
+        model(torch.tensor([True, False]))
+    for strange, shown in (
+        ([1, 2], "a list with 1"),
+        (["a", None], "a list with None"),
+        (None, "None"),
+        ({"a": 1}, "{'a': 1}"),
+    ):
+        with pytest.raises(ReflowlensError, match=f"a prompt is a text, a list of texts, .* got {shown}"):
+            model(strange)
+    with pytest.raises(ReflowlensError, match="a loss needs two tokens"):
+        model(torch.zeros(0, 5, dtype=torch.long), "loss")
+
+
+def test_tokens_of_every_integer_type(model: HookedModel) -> None:
+    expected = model("Hi")
+    for kind in (np.uint8, np.uint16, np.uint32, np.int64):
+        array = np.array([[72, 105]], dtype=kind)
+        assert torch.equal(model(array), expected)
+        assert torch.equal(model(torch.from_numpy(array)), expected)
+    assert model.generate(np.array([72, 105]), 2, temperature=0) == [model.generate("Hi", 2, temperature=0)]
+
+
+def test_a_device_that_does_not_exist() -> None:
+    with pytest.raises(ReflowlensError, match="cannot compute on device 'cdua'"):
+        build_model(tiny_config("reflow"), device="cdua")
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers() -> None:
@@ -393,5 +439,7 @@ def test_text_in_and_out(model: HookedModel) -> None:
     assert model.to_string(torch.tensor([[72, 105], [72, 72]])) == ["Hi", "HH"]
     assert model.to_str_tokens("Hi") == ["H", "i"]
     assert model.to_str_tokens(torch.tensor([72, 105])) == ["H", "i"]
+    with pytest.raises(ReflowlensError, match="one text, or ids"):
+        model.to_str_tokens(["Hi", "H"])
     assert model.to_single_str_token(72) == "H"
     assert "parameters" in model._repr_html_()

@@ -32,6 +32,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers import get_tokenizer
 from tests.reference import sft as reference
+from tests.test_bdh import CONFIG as BDH
 from tests.tiny import random_model, tiny_config
 
 BYTES, GPT2 = get_tokenizer("bytes"), get_tokenizer("gpt2_16k")
@@ -225,6 +226,15 @@ def test_evaluation_weighs_every_completion_token_alike() -> None:
     assert len({int(example.counted[1:].sum()) for example in examples}) > 2
     alone = [[[example]] for example in examples]
     assert evaluate(model, alone, FinetuneConfig(), 24) == pytest.approx(completion_loss(model, batch).item(), rel=1e-5)
+
+
+def test_evaluation_drops_nothing_and_leaves_the_model_training() -> None:
+    model = random_model(dataclasses.replace(BDH, dropout=0.5)).train()
+    examples, batch = batch_for(model)
+    alone = [[[example]] for example in examples]
+    first, second = (evaluate(model, alone, FinetuneConfig(), 24) for _ in range(2))
+    assert model.training
+    assert first == second == pytest.approx(completion_loss(model.eval(), batch).item(), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run

@@ -117,3 +117,11 @@ def test_errors_say_what_there_is():
         signal_view(model, "varimacs")
     with pytest.raises(ReflowlensError, match="signals 0 to 31"):
         signal_view(model).codebook(32)
+    _, cache = model.run_with_cache("abc")
+    for target, message in (
+        (288, "no token 288: ids are 0 to 287"),
+        (-1, "no token -1"),
+        (torch.tensor([1, 2, 999]), "999"),
+    ):
+        with pytest.raises(ReflowlensError, match=message):
+            cache.signal_contributions(target)

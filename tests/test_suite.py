@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pandas as pd
 import pytest
 
 from analyses import result_cache, suite
+from analyses.comparison import compare_models
 from analyses.crystallisation import boundary_figure, crystallisation_boundary
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import Result
@@ -275,6 +278,32 @@ def test_results_of_two_models_do_not_share_a_report(tiny, stubs, tmp_path):
     with pytest.raises(ReflowlensError, match="holds the results of another model"):
         run_suite(other, 9, out=tmp_path / "out")
     assert list(metrics(run_suite(other, 7, out=tmp_path / "out"))) == ["layer_evolution"], "which it replaces"
+
+
+def test_a_result_that_is_gone_matters_only_if_it_is_not_computed_again(tiny, stubs, tmp_path):
+    run_suite(tiny, [5, 7], out=tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "layer_evolution")
+    with pytest.raises(ReflowlensError, match="no result in"):
+        run_suite(tiny, 5, out=tmp_path / "out")
+    assert list(metrics(run_suite(tiny, 7, out=tmp_path / "out"))) == ALL[:2]
+
+
+def test_a_full_disk_is_one_clear_error(tiny, stubs, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Result, "save", full)
+    monkeypatch.setattr(suite, "replacing", full)
+    with pytest.raises(ReflowlensError, match=r"cannot write into .*out: No space left on device"):
+        run_suite(tiny, 7, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_not_every_generator_takes_is_an_error_before_anything_runs(tiny, stubs, tmp_path, seed):
+    for call in (lambda: run_suite(tiny, out=tmp_path, seed=seed), lambda: compare_models({"tiny": tiny}, seed=seed)):
+        with pytest.raises(ReflowlensError, match="seed must lie between 0 and"):
+            call()
+    assert stubs["calls"] == {}
 
 
 def test_a_damaged_record_is_an_error_before_anything_runs(tiny, stubs, tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -256,6 +258,53 @@ def test_a_run_is_not_overwritten_and_only_its_own_is_resumed(write: Callable[..
     assert len(records(cfg.run.out)) == 2
 
 
+@pytest.mark.parametrize(
+    ("table", "field", "value", "was"),
+    [
+        ("optimizer", "learning_rate", 0.5, r"0\.01"),
+        ("optimizer", "weight_decay", 0.7, r"0\.1"),
+        ("optimizer", "warmup_steps", 1, r"\d+"),
+        ("run", "dtype", "bfloat16", "'float32'"),
+    ],
+)
+def test_a_setting_that_was_edited_in_the_file_is_noticed(
+    write: Callable[..., Path], table: str, field: str, value: Any, was: str
+) -> None:
+    """As one that was given by --set is: a run goes on as it began or not at all."""
+    run = {"steps": 2} if table == "optimizer" else {"steps": 2, field: value}
+    changes: dict[str, Any] = {"run": run} | ({"optimizer": {field: value}} if table == "optimizer" else {})
+    train(load_config(write(run={"steps": 2})))
+    with pytest.raises(ReflowlensError, match=rf"was trained with {table}\.{field}={was}, but the configuration has"):
+        train(load_config(write(**changes)), resume=True)
+
+
+def test_a_run_can_be_made_longer_where_that_leaves_its_past_as_it_was(write: Callable[..., Path]) -> None:
+    """To the bit what a run as long would have been; a cosine would have fallen otherwise from the start."""
+    constant: dict[str, Any] = {"optimizer": {"schedule": "constant"}}
+    train(load_config(write(run={"steps": 2}, **constant)))
+    longer = load_config(write(run={"steps": 3}, **constant))
+    folder = train(longer, resume=True)
+    same_files(folder, train(with_out(longer, folder.parent.with_name("at once"))))
+
+    falling: dict[str, Any] = {"optimizer": {"schedule": "cosine", "warmup_steps": 0}}
+    out = str(folder.parent.with_name("falling"))
+    train(load_config(write(run={"steps": 2, "out": out}, **falling)))
+    with pytest.raises(ReflowlensError, match=r"was trained with run\.steps=2, but the configuration has 3"):
+        train(load_config(write(run={"steps": 3, "out": out}, **falling)), resume=True)
+
+
+def test_a_run_goes_on_with_its_own_tokens_wherever_they_lie(write: Callable[..., Path], tmp_path: Path) -> None:
+    cfg = load_config(write(run={"steps": 2}))
+    folder = train(cfg)
+    moved = shutil.copytree(cfg.data.folder, tmp_path / "moved")
+    assert train(load_config(write(run={"steps": 2}, data={"folder": str(moved)})), resume=True) == folder
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ReflowlensError, match=r"was trained on other tokens than .*moved holds now"):
+        train(load_config(write(run={"steps": 2}, data={"folder": str(moved)})), resume=True)
+
+
 def test_overrides_are_recorded_and_kept(write: Callable[..., Path], tmp_path: Path) -> None:
     """In the run's manifest and in every checkpoint's; what decides the run cannot be overridden otherwise later."""
     config = write(run={"checkpoint_interval": 2, "keep_checkpoints": 9})
@@ -295,7 +344,7 @@ def test_a_checkpoint_older_than_a_field_of_the_configuration(write: Callable[..
     cfg = load_config(write(run={"steps": 2}))
     manifest_path = train(cfg) / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
-    del manifest["overrides"], manifest["training"]["optimizer"]["matrix_scale"]
+    del manifest["overrides"], manifest["training_data"], manifest["training"]["optimizer"]["matrix_scale"]
     manifest_path.write_text(json.dumps(manifest))
     train(cfg, resume=True)
     with pytest.raises(ReflowlensError, match=r"optimizer.matrix_scale='narrowing', but the configuration has 'wide"):
@@ -336,6 +385,36 @@ def test_data_of_another_tokenizer(write: Callable[..., Path]) -> None:
     cfg = load_config(write(model={"tokenizer_name": "gpt2"}))
     with pytest.raises(ReflowlensError, match=r"was prepared with 'bytes', but model.tokenizer_name is 'gpt2'"):
         train(cfg)
+
+
+def test_a_vocabulary_that_does_not_hold_the_datas_tokens(write: Callable[..., Path]) -> None:
+    with pytest.raises(ReflowlensError, match=r"holds ids up to 255, but model.d_vocab is 200: at least 256 is needed"):
+        train(load_config(write(model={"d_vocab": 200})))
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReflowlensError, match=r"cannot write .*metrics\.jsonl: "):
+        train(load_config(write(run={"out": str(tmp_path / "file" / "run")})))
+
+
+def test_a_disk_that_fills_while_it_trains_leaves_a_run_to_go_on_with(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_config(write(run={"steps": 4, "checkpoint_interval": 2}))
+    opened, appended = Path.open, itertools.count(1)
+
+    def full(self: Path, mode: str = "r", **options: Any) -> Any:
+        if self.name == "metrics.jsonl" and mode == "a" and next(appended) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(ReflowlensError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+            train(cfg)
+    assert newest_checkpoint(Path(cfg.run.out)).name == "step_0000002"
+    assert train(cfg, resume=True).name == "step_0000004"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(write: Callable[..., Path]) -> None:

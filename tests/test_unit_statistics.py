@@ -5,19 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformer_lens.hook_points import HookPoint
 
+import reflowlens as rl
 from analyses import unit_statistics
 from analyses.held_out import as_stream, shuffled, tiles, windows
-from analyses.unit_counts import SHARES, count_units
-from analyses.unit_statistics import context_of, default_points, unit_report
+from analyses.resampling import moving_block_weights
+from analyses.result import Result
+from analyses.unit_comparison import compare_units
+from analyses.unit_counts import SHARES, count_units, firing_overlap
+from analyses.unit_intervals import mean_interval, near_silent_interval, unit_rate_intervals
+from analyses.unit_points import default_points
+from analyses.unit_report import unit_report
+from analyses.unit_tables import context_of
+from pretraining.data import prepare
+from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from tests.test_bdh import CONFIG, random_bdh
-from tests.tiny import random_model
+from tests.tiny import random_model, tiny_config
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 
@@ -58,6 +68,201 @@ def test_counts_are_those_of_the_whole_table(model: HookedModel) -> None:
         assert counts.active_mean == pytest.approx(float(per_position.mean()))
         assert counts.active_cv == pytest.approx(float(per_position.std(correction=0) / per_position.mean()))
         assert torch.allclose(counts.row_rates, (cache[name] > 0).double().flatten(1).mean(1))
+        assert torch.equal(counts.stretch_events.sum(0), counts.events)
+        assert int(counts.stretch_positions.sum()) == counts.n
+        at = [values[i].double() for i in range(0, counts.n, 17) if (values[i] > 0).any()]
+        assert counts.sparsity["gini"] == pytest.approx(np.mean([plain_gini(row) for row in at]))
+        assert counts.sparsity["hoyer"] == pytest.approx(np.mean([plain_hoyer(row) for row in at]))
+        if name.endswith("xy_sparse"):
+            writes = [row * model.neurons.W_out.detach().double().norm(dim=-1).flatten() for row in at]
+            ratios = [float((row**2).sum() ** 2 / (row**4).sum() / len(row)) for row in writes]
+            assert counts.sparsity["participation"] == pytest.approx(np.mean(ratios), rel=1e-5)
+        else:
+            assert np.isnan(counts.sparsity["participation"])
+
+
+def plain_gini(row: torch.Tensor) -> float:
+    """Half the mean difference of all pairs, in means."""
+    return float((row[:, None] - row).abs().mean() / (2 * row.mean()))
+
+
+def plain_hoyer(row: torch.Tensor) -> float:
+    root = len(row) ** 0.5
+    return float((root - row.sum() / row.square().sum().sqrt()) / (root - 1))
+
+
+@torch.no_grad()
+def test_the_positions_of_a_unit_at_two_levels(model: HookedModel) -> None:
+    """Sets of positions, unit by unit; of rates alone, what units that know nothing of each other share."""
+    tokens = tiles(as_stream(model, TEXT[:1200]), 48)
+    first, second = "blocks.0.hook_xy_sparse", "blocks.2.hook_xy_sparse"
+    found = firing_overlap(model, tokens, [(first, second)], batch_size=4)[first, second]
+    _, cache = model.run_with_cache(tokens, names_filter=[first, second])
+    a, b = ((cache[name].flatten(2).flatten(0, 1) > 0).numpy() for name in (first, second))
+    for unit in range(48):
+        one, other = (set(np.flatnonzero(fires[:, unit])) for fires in (a, b))
+        if one | other:
+            assert float(found[unit]) == pytest.approx(len(one & other) / len(one | other))
+
+
+def test_a_unit_of_a_repeated_level_is_itself() -> None:
+    """Without anything written the stream is the same at every level, and so is every unit."""
+    model = random_bdh()
+    with torch.no_grad():
+        model.neurons.W_out.zero_()
+    alike = unit_statistics(model, TEXT, ["x_sparse"], n_batches=1, context=48, controls=False).frames["alike"]
+    np.testing.assert_allclose(alike[["spearman", "jaccard"]], 1.0, rtol=1e-6)
+    assert (alike["jaccard_chance"] < 0.9).all()
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "block"), [(12, 3), (12, 1), (12, 12), (20, 5)])
+def test_moving_blocks_have_the_moments_of_all_blocks(n: int, block: int) -> None:
+    """The mean of a resample is one of n / block independent draws among the n - block + 1 block means."""
+    values = np.random.default_rng(3).normal(size=n).cumsum()
+    weights = moving_block_weights(n, block=block, resamples=40_000, seed=1)
+    assert (weights.sum(axis=1) == n).all()
+    means = weights @ values / n
+    blocks = np.array([values[start : start + block].mean() for start in range(n - block + 1)])
+    assert means.mean() == pytest.approx(blocks.mean(), abs=5 * means.std() / 200 + 1e-6)
+    assert means.var() == pytest.approx(blocks.var() / (n // block), rel=0.05, abs=1e-9)
+
+
+def test_an_interval_knows_that_neighbours_are_alike() -> None:
+    """Of rows in runs of eight a bootstrap of single rows is too sure: its intervals miss the mean far too often."""
+    generator = np.random.default_rng(0)
+    missed = {4: 0, 1: 0}
+    for trial in range(100):
+        rows = np.repeat(generator.normal(size=16), 8)
+        missed[4] += not (mean_interval(rows, trial).low <= 0 <= mean_interval(rows, trial).high)
+        single = moving_block_weights(128, block=1, resamples=300, seed=trial) @ rows / 128
+        missed[1] += not (np.quantile(single, 0.025) <= 0 <= np.quantile(single, 0.975))
+    assert missed[4] < 0.75 * missed[1]
+    assert missed[4] < 30
+
+
+def test_intervals_of_rates_by_hand(model: HookedModel) -> None:
+    """Every resample as a list of rows, its rates as means over them."""
+    name, tokens = "blocks.1.hook_xy_sparse", tiles(as_stream(model, TEXT[:1200]), 48)
+    part = count_units(model, tokens, [name])[name]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=name)
+    fires = (cache[name].flatten(2) > 0).double().mean(1).numpy()
+    weights = moving_block_weights(len(tokens), seed=5)
+    rates = np.stack([np.repeat(fires, row.astype(int), axis=0).mean(axis=0) for row in weights])
+    low, high = np.quantile(rates, [0.025, 0.975], axis=0)
+    for unit, interval in enumerate(unit_rate_intervals(part, torch.arange(48), seed=5)):
+        assert interval == pytest.approx((low[unit], high[unit]), abs=1e-6)
+    silent = np.quantile((rates < 0.2).mean(axis=1), [0.025, 0.975])
+    assert near_silent_interval([part], 0.2, seed=5) == pytest.approx(tuple(silent), abs=0.03)
+    level = np.quantile(rates.mean(axis=1), [0.025, 0.975])
+    assert mean_interval(part.row_rates, seed=5) == pytest.approx(tuple(level), abs=1e-6)
+
+
+def test_long_texts_are_counted_in_stretches(model: HookedModel) -> None:
+    tokens = tiles(as_stream(model, TEXT[: 300 * 8]), 8)
+    part = count_units(model, tokens, ["blocks.0.hook_x_sparse"], batch_size=7)["blocks.0.hook_x_sparse"]
+    assert part.stretch_positions.tolist() == [24] * 100
+    whole = count_units(model, tokens[:3], ["blocks.0.hook_x_sparse"])["blocks.0.hook_x_sparse"]
+    assert torch.equal(part.stretch_events[0].long(), whole.events)
+
+
+# -- several models ---------------------------------------------------------------------------------------------------
+
+
+def test_models_side_by_side(model: HookedModel) -> None:
+    """Differences are of the same rows: none to itself; a control of another architecture has units of its own."""
+    models = {"one": model, "again": model, "fresh": build_model(CONFIG, seed=2), "other": random_model("reflow")}
+    frame = compare_units(models, TEXT[:3000], n_batches=3, context=24)
+    rows = frame.set_index(["model", "kind"])
+    assert rows.loc[("again", "xy_sparse"), "difference"] == 0
+    alone = unit_statistics(model, TEXT[:3000], n_batches=3, context=24, controls=False)
+    for kind in ("x_sparse", "xy_sparse"):
+        one, fresh = rows.loc[("one", kind)], rows.loc[("fresh", kind)]
+        assert one["firing_rate"] == pytest.approx(alone.metrics[f"{kind}_firing_rate"])
+        assert one["low"] < one["firing_rate"] < one["high"]
+        assert fresh["difference"] == pytest.approx(fresh["firing_rate"] - one["firing_rate"])
+        assert fresh["difference_low"] <= fresh["difference"] <= fresh["difference_high"]
+        assert 0 < fresh["p"] <= 1
+    assert np.isnan(rows.loc[("other", "mlp_post"), "difference"])
+    with pytest.raises(ReflowlensError, match="reads 'gpt2_16k' tokens and the first model 'bytes'"):
+        compare_units(
+            {"one": model, "gpt": random_model(tiny_config("gpt2", tokenizer_name="gpt2_16k", d_vocab=16_768))}, TEXT
+        )
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(model: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A checkpoint and a text file."""
+    folder = tmp_path_factory.mktemp("units")
+    (folder / "val.txt").write_text(TEXT[:3000], encoding="utf8")
+    return str(rl.save_model(folder / "bdh", model)), str(folder / "val.txt")
+
+
+def test_the_command_prints_the_report_and_keeps_everything(
+    saved: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: HookedModel
+) -> None:
+    checkpoint, text = saved
+    out = tmp_path / "units"
+    command = ["units", checkpoint, "--data", text, "--hook", "xy_sparse", "blocks.1.hook_x_sparse", "--quick"]
+    assert main([*command, "--context", "48", "--top", "3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "768 positions" in printed
+    assert "published 0.03" in printed
+    kept = Result.load(out)
+    expected = unit_statistics(
+        model, TEXT[:3000], ["xy_sparse", "blocks.1.hook_x_sparse"], context=48, top=3, quick=True
+    )
+    assert kept.metrics == pytest.approx(expected.metrics)
+    assert set(kept.figures) == set(expected.figures)
+    assert unit_report(expected, top=3) in printed
+    assert kept.params["points"] == [
+        *(f"blocks.{level}.hook_xy_sparse" for level in range(3)),
+        "blocks.1.hook_x_sparse",
+    ]
+
+
+def test_the_command_reads_prepared_data_and_compares(
+    saved: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, text = saved
+    (tmp_path / "train.txt").write_text("To be, or not to be.")
+    train = tmp_path / "train.txt"
+    prepare(train, tmp_path / "data", tokenizer="bytes", val_sources=[text], workers=1, progress=False)
+    options = ["--data", str(tmp_path / "data"), "--context", "32", "--sampling", "tiles"]
+    assert main(["units", checkpoint, *options, "--against", "untrained", "--out", str(tmp_path / "table")]) == 0
+    assert "xy_sparse" in capsys.readouterr().out
+    kept = pd.read_csv(tmp_path / "table" / "units.csv").set_index(["model", "kind"])
+    assert len(kept) == 6
+    assert kept.loc[("untrained", "xy_sparse"), "firing_rate"] == pytest.approx(0.25, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hook", "xy_spars"], "no kind of units 'xy_spars'; did you mean 'xy_sparse' or"),
+        (["--hook", "blocks.9.hook_xy_sparse"], "this model has blocks 0 to 2"),
+        (["--hook", "words"], "no kind of units 'words'; there are embed, resid_pre"),
+        (["--context", "0"], "--context must be at least 1"),
+        (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
+    ],
+)
+def test_what_the_command_cannot_do(
+    saved: tuple[str, str], capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    checkpoint, text = saved
+    assert main(["units", checkpoint, "--data", text, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
 
 
 def test_the_result_says_what_the_counts_say(model: HookedModel) -> None:
@@ -94,7 +299,7 @@ def test_an_untrained_model_is_its_own_control() -> None:
     result = unit_statistics(fresh, TEXT, n_batches=4, context=48)
     assert result.metrics["xy_sparse_firing_rate"] == pytest.approx(0.25, abs=0.06)
     assert result.metrics["xy_sparse_selectivity"] > 10
-    again = unit_statistics(build_model(CONFIG, seed=1), TEXT, n_batches=4, context=48)
+    again = unit_statistics(build_model(CONFIG, seed=1), TEXT, n_batches=4, context=48, untrained=1)
     for metric, value in again.metrics.items():
         assert again.controls[metric]["untrained"] == value
     assert set(again.verdicts.values()) == {"not supported"}

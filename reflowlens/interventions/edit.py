@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.values import fit, integer
 from reflowlens.models.base import HookedModel
 
-Indices: TypeAlias = "int | str | Sequence[int] | Sequence[str] | None"
+Indices: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | None"
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class SetWeights:
     Args:
         parameter: its name, e.g. ``embed.W_recipe`` (a row a token, a column a signal) or ``embed.W_basis`` (a row a
             signal).
-        value: a number, or a tensor that fits the selected part.
-        rows: indices of the first axis; of an embedding or a recipe also words of one token. None is all.
-        columns: indices of the last axis.
+        value: a number, or numbers that broadcast to the selected part.
+        rows: an index, a slice or indices of the first axis; of an embedding or a recipe also words of one token. None
+            is all.
+        columns: the same of the last axis, without words.
     """
 
     parameter: str
@@ -36,7 +38,7 @@ class SetWeights:
     columns: Indices = None
 
     def new(self, part: Tensor) -> Tensor:
-        return _fit(self.value, part)
+        return fit(self.value, part, f"{type(self).__name__}.value")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class AddWeights(SetWeights):
     """Add a value to rows and columns of a parameter."""
 
     def new(self, part: Tensor) -> Tensor:
-        return part + _fit(self.value, part)
+        return part + fit(self.value, part, f"{type(self).__name__}.value")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class ScaleWeights(SetWeights):
     """Multiply rows and columns of a parameter: by 0 silences a signal, by 2 doubles it."""
 
     def new(self, part: Tensor) -> Tensor:
-        return part * _fit(self.value, part)
+        return part * fit(self.value, part, f"{type(self).__name__}.value")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class SwapWeights:
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.columns is None):
             raise ReflowlensError("SwapWeights takes two rows or two columns")
+        pair = self.rows if self.rows is not None else self.columns
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ReflowlensError(f"SwapWeights exchanges two rows or two columns, got {pair!r}")
 
     def new(self, part: Tensor) -> Tensor:
         return part.flip(0 if self.rows is not None else -1)
@@ -93,7 +98,12 @@ def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[Hooke
         True
     """
     model = getattr(model, "_orig_mod", model)
-    edits = [edits] if isinstance(edits, (SetWeights, SwapWeights)) else list(edits)
+    edits = [edits] if isinstance(edits, (SetWeights, SwapWeights)) or not isinstance(edits, Iterable) else list(edits)
+    for change in edits:
+        if not isinstance(change, (SetWeights, SwapWeights)):
+            raise ReflowlensError(
+                f"{change!r} is no edit of weights such as rl.ScaleWeights('embed.W_basis', 0, rows=3)"
+            )
     places = [_place(model, change) for change in edits]
     kept: list[Tensor] = []
     try:
@@ -136,23 +146,21 @@ def _indices(
 ) -> slice | Tensor:
     if chosen is None:
         return slice(None)
-    items = [chosen] if isinstance(chosen, (int, str)) else list(chosen)
+    if isinstance(chosen, slice):
+        chosen = range(size)[chosen]
+    items = list(chosen) if isinstance(chosen, Iterable) and not isinstance(chosen, str) else [chosen]
     indices = []
     for item in items:
         if isinstance(item, str):
             if not words:
                 raise ReflowlensError(f"{what}s of {name!r} are not tokens: give numbers, not {item!r}")
             item = model.to_single_token(item)
-        if not -size <= item < size:
-            raise ReflowlensError(f"{what} {item} of {name!r} is out of range: 0 to {size - 1}")
-        indices.append(item % size)
+        index = integer(item)
+        if index is None:
+            raise ReflowlensError(f"{what}s of {name!r} are chosen by index, a slice or indices, got {chosen!r}")
+        if not -size <= index < size:
+            raise ReflowlensError(f"{what} {index} of {name!r} is out of range: 0 to {size - 1}")
+        indices.append(index % size)
     if not indices or len(set(indices)) < len(indices):
         raise ReflowlensError(f"{what}s of {name!r} must be different and at least one, got {items}")
     return torch.tensor(indices)
-
-
-def _fit(value: Any, part: Tensor) -> Tensor:
-    tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
-    if tensor.ndim > part.ndim or any(a not in (1, b) for a, b in zip(tensor.shape[::-1], part.shape[::-1])):  # noqa: B905
-        raise ReflowlensError(f"a value of shape {list(tensor.shape)} does not fit a part of shape {list(part.shape)}")
-    return tensor.expand_as(part)

@@ -32,7 +32,7 @@ Selector: TypeAlias = "int | slice | Sequence[int] | None"
 Source: TypeAlias = "str | Sequence[str] | Tensor | Mapping[str, Tensor] | None"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Intervention:
     """Where an intervention acts. The kinds below say what it does there.
 
@@ -49,7 +49,8 @@ class Intervention:
     Selectors may be NumPy's or torch's integers, ranges and arrays of integers; they become plain ones.
 
     Raises:
-        ReflowlensError: a selector is empty, a mask, or neither an index, a slice, nor several indices.
+        ReflowlensError: the hook is no name, or a selector is empty, a mask, or neither an index, a slice, nor several
+            indices.
     """
 
     kind: ClassVar[str]
@@ -61,8 +62,18 @@ class Intervention:
     index: Selector = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.hook, str):
+            raise ReflowlensError(f"{type(self).__name__}.hook must be a hook point's name, got {self.hook!r}")
         for name in ("layer", "position", "head", "index"):
             object.__setattr__(self, name, _selector(getattr(self, name), f"{type(self).__name__}.{name}"))
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.hook))  # of what is hashable whatever the selectors and directions are
 
     def source(self) -> Source:
         """The run that the new value is taken from, where there is one."""
@@ -93,7 +104,7 @@ class Intervention:
         return {"kind": self.kind} | {name: _to_plain(getattr(self, name), f"{self.kind}.{name}") for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ablate(Intervention):
     """Remove: zero, the mean over a reference batch, or values drawn from it.
 
@@ -131,7 +142,7 @@ class Ablate(Intervention):
         return places[drawn.to(places.device)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch(Intervention):
     """Put in what another run has at the same places.
 
@@ -171,7 +182,7 @@ class Patch(Intervention):
         return self.from_position is None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steer(Intervention):
     """Add ``alpha`` times a direction, [feature] or any shape that fits the selected part."""
 
@@ -184,10 +195,10 @@ class Steer(Intervention):
         _check_number(self.alpha, "Steer.alpha")
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return part + self.alpha * _fit(self.direction, part, "Steer.direction")
+        return part + self.alpha * fit(self.direction, part, "Steer.direction")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replace(Intervention):
     """Put in a number, or a tensor that fits the selected part."""
 
@@ -195,10 +206,10 @@ class Replace(Intervention):
     value: float | Float[Tensor, "*shape"] | Sequence[float]
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return _fit(self.value, part, "Replace.value").expand_as(part)
+        return fit(self.value, part, "Replace.value")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scale(Intervention):
     """Multiply by a factor."""
 
@@ -299,6 +310,18 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray) and value.ndim == 0
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Equality of two fields; of tensors and arrays that of type, shape and values, of caches identity."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    not_values = Tensor | np.ndarray | Mapping
+    return not isinstance(one, not_values) and not isinstance(other, not_values) and bool(one == other)
+
+
 def _to_plain(value: Any, name: str) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -323,15 +346,17 @@ def _from_plain(value: Any) -> Any:
     return value
 
 
-def _fit(value: Any, part: Tensor, name: str) -> Tensor:
+def fit(value: Any, part: Tensor, name: str) -> Tensor:
+    """A number, or numbers that broadcast to the selected part, in its shape and type.
+
+    Raises:
+        ReflowlensError: they are no numbers, or do not fit.
+    """
     try:
         tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ReflowlensError(f"{name} must be numbers, got {value!r}") from error
     try:
-        shape = torch.broadcast_shapes(tensor.shape, part.shape)
-    except RuntimeError:
-        shape = torch.Size()
-    if shape != part.shape:
-        raise ReflowlensError(f"{name} has shape {list(tensor.shape)}, the selected part {list(part.shape)}")
-    return tensor
+        return tensor.expand_as(part)
+    except RuntimeError as error:
+        raise ReflowlensError(f"{name} has shape {list(tensor.shape)}, the selected part {list(part.shape)}") from error

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from reflowlens.config import ModelConfig, preset
+from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.bdh import BDH
 from reflowlens.models.gpt2 import GPT2
@@ -35,13 +36,24 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
         seed: of the initialisation; the same seed gives the same weights on every device.
         device: ``"meta"`` builds the shapes alone and costs no memory.
 
+    Raises:
+        ReflowlensError: there is no such preset or device.
+
     Example: ``build_model("reflow_1", device="meta").n_parameters  # 463,668,224``
     """
     cfg = preset(config) if isinstance(config, str) else config
-    target = torch.device(device)
-    with torch.device("meta" if target.type == "meta" else "cpu"):
-        model = MODEL_CLASSES[cfg.architecture](dataclasses.replace(cfg, device=str(target)))
-    if target.type != "meta":
-        model.init_weights(torch.Generator().manual_seed(seed))
-        model = model.to(target)
-    return model.eval()
+    place = "meta" if str(device) == "meta" else "cpu"
+    with torch.device(place):
+        model = MODEL_CLASSES[cfg.architecture](dataclasses.replace(cfg, device=place)).eval()
+    if place == "meta":
+        return model
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return moved(model, device)
+
+
+def moved(model: HookedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> HookedModel:
+    """``model.to(device, dtype)``, where a device that torch does not know or have is a readable error."""
+    try:
+        return model.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise ReflowlensError(f"cannot compute on device {str(device)!r}: {str(error).splitlines()[0]}") from error

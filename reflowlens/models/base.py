@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
-TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor, 'batch pos'] | Int[Tensor, ' pos']"
+TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
 NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
 Hooks: TypeAlias = "Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]"
 
@@ -90,7 +90,7 @@ class HookedModel(HookedRootModule):
 
     def next_tokens(self, tokens: Int[Tensor, "batch pos"], lengths: list[int]) -> Int[Tensor, "batch pos"]:
         """What each position should predict: the next id, -100 at a row's end and over padding."""
-        if max(lengths) < 2:
+        if max(lengths, default=0) < 2:
             raise ReflowlensError("a loss needs two tokens at least: one to predict from and one to predict")
         last = torch.as_tensor(lengths, device=tokens.device)[:, None] - 1
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -100,14 +100,23 @@ class HookedModel(HookedRootModule):
         self, input: TextInput, *, prepend_bos: bool | None = None, offset: int = 0
     ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
         """Ids padded on the right, and how many of each row are the prompt's own; ``offset`` were read before."""
+        if isinstance(input, np.ndarray) and input.dtype.kind in "iu":
+            input = torch.from_numpy(input.astype(np.int64))
         if isinstance(input, Tensor):
             tokens = input[None] if input.ndim == 1 else input
-            if tokens.ndim != 2 or tokens.is_floating_point():
+            if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
                 raise ReflowlensError(f"tokens must be integers [batch, pos], got {input.dtype} {list(input.shape)}")
+            tokens = tokens.long()
             self.check_length(tokens.shape[1], offset)
             self._check_ids(tokens)
             return tokens.to(self.cfg.device), [tokens.shape[1]] * tokens.shape[0]
-        texts = [input] if isinstance(input, str) else list(input)
+        several = isinstance(input, Iterable) and not isinstance(input, str | Mapping)
+        texts: list[Any] = list(input) if several else [input]
+        if strange := [text for text in texts if not isinstance(text, str)]:
+            raise ReflowlensError(
+                "a prompt is a text, a list of texts, or a tensor or array of token ids [batch, pos]; "
+                f"got {'a list with ' if several else ''}{strange[0]!r}"
+            )
         end = self.tokenizer.eot_token or 0
         begin = self.text_start(prepend_bos) if offset == 0 else []
         rows = [self.tokenizer.encode(text) for text in texts]
@@ -157,9 +166,11 @@ class HookedModel(HookedRootModule):
     def to_str_tokens(
         self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
     ) -> list[str]:
-        """The text of each token of one prompt, for labels."""
+        """The text of each token of one prompt, for labels; of ids of any shape those in order."""
         if isinstance(input, str):
             input = self.to_tokens(input, prepend_bos)
+        elif not isinstance(input, Tensor | np.ndarray) and any(isinstance(text, str) for text in input):
+            raise ReflowlensError("to_str_tokens takes one text, or ids: call it for each text")
         ids = input if isinstance(input, Tensor) else torch.as_tensor(np.asarray(input))
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
@@ -244,6 +255,8 @@ class HookedModel(HookedRootModule):
 
     def check_hook_name(self, name: str) -> None:
         """Raise unless the model has this hook point; the message names the nearest ones."""
+        if not isinstance(name, str):
+            raise ReflowlensError(f"a hook point is named by its text, such as 'hook_embed', got {name!r}")
         if name in self.hook_dict:
             return
         parts = name.split(".")
@@ -357,7 +370,7 @@ class HookedModel(HookedRootModule):
         """Run the model and keep its activations.
 
         Args:
-            names_filter: hook names, one name, or a predicate; default: everything but attention squares and per-head
+            names_filter: full hook names, one, or a predicate; default: everything but attention squares and per-head
                 copies of the residual stream.
             device, dtype: where activations are kept and in which floating-point type, e.g. ``torch.bfloat16`` for half
                 the memory; each is converted when it is cached, not at the end.
@@ -383,6 +396,10 @@ class HookedModel(HookedRootModule):
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(*args, **kwargs)
             if incl_bwd:
+                if not isinstance(out, Tensor) or out.numel() != 1 or not out.requires_grad:
+                    raise ReflowlensError(
+                        "incl_bwd needs a loss to go back from: pass return_type='loss', with gradients on"
+                    )
                 out.backward()
         if not return_cache_object:
             return out, activations

@@ -22,7 +22,7 @@ recurrent   a chunk a pass, ρ kept in between           generation: a byte cost
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,15 +115,16 @@ class Neurons(nn.Module):
         return self
 
     def turn(
-        self, x: Float[Tensor, "batch pos head neuron"], positions: Positions
-    ) -> Float[Tensor, "batch pos head neuron"]:
+        self, x: Float[Tensor, "head batch pos neuron"], positions: Positions
+    ) -> Float[Tensor, "head batch pos neuron"]:
         """Each pair of adjacent channels rotated by its phase at the position; phases are float32, as published."""
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=x.device)[None]
         phase = (positions[..., None].float() * self.frequency).frac() * (2 * torch.pi)
-        cos, sin = phase.cos()[:, :, None], phase.sin()[:, :, None]
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+        cos, sin = phase.cos(), phase.sin()
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = even * cos - odd * sin, odd * cos + even * sin  # 16-bit neurons times float32 are float32
+        return torch.stack([part.to(x.dtype) for part in turned], dim=-1).flatten(-2)
 
 
 class Level(nn.Module):
@@ -152,25 +153,23 @@ class Level(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         neurons, eps = self.neurons(), self.cfg.eps
         x = self.hook_resid_pre(resid)
-        # One product with all heads: as an einsum it would copy the weights at each byte.
-        x_pre = (x.flatten(0, 1) @ neurons.W_x).unflatten(1, x.shape[:2])
-        x_pre = rearrange(x_pre, "head batch pos neuron -> batch pos head neuron")
+        x_pre = per_head(x[:, :, None], neurons.W_x)
         x_sparse = self.hook_x_sparse(F.relu(self.hook_x_pre(x_pre)))
-        turned = rearrange(neurons.turn(x_sparse, places.positions), "batch pos head neuron -> batch head pos neuron")
-        found = rearrange(self.attend(turned, x, places.mask, past), "batch head pos d_model -> batch pos head d_model")
+        turned = neurons.turn(rearrange(x_sparse, "batch pos head neuron -> head batch pos neuron"), places.positions)
+        found = rearrange(self.attend(turned, x, places.mask, past), "head batch pos d_model -> batch pos head d_model")
         a = self.hook_attn_norm(normalized(self.hook_attn_out(found), eps))
-        y_sparse = self.hook_y_sparse(F.relu(self.hook_y_pre(torch.einsum("bphd,hdn->bphn", a, neurons.W_y))))
+        y_sparse = self.hook_y_sparse(F.relu(self.hook_y_pre(per_head(a, neurons.W_y))))
         xy_sparse = F.dropout(self.hook_xy_sparse(x_sparse * y_sparse), self.cfg.dropout, self.training)
-        out = self.hook_mlp_out(torch.einsum("bphn,hnd->bpd", xy_sparse, neurons.W_out))
+        out = self.hook_mlp_out(per_head(xy_sparse, neurons.W_out).sum(dim=2))
         return self.hook_resid_post(normalized(x + normalized(out, eps), eps))
 
     def attend(
         self,
-        q: Float[Tensor, "batch head pos neuron"],
+        q: Float[Tensor, "head batch pos neuron"],
         x: Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
         past: RecurrentState | None,
-    ) -> Float[Tensor, "batch head pos d_model"]:
+    ) -> Float[Tensor, "head batch pos d_model"]:
         """Σ of x over the positions before each, weighted by how alike the turned neurons are; 0 at the first."""
         hooked = is_hooked(self.hook_attn_scores)
         if past is not None:
@@ -178,13 +177,39 @@ class Level(nn.Module):
                 raise ReflowlensError(
                     "attn_scores exist where the whole text is read at once: pass no past_kv_cache to hook them"
                 )
-            return past.attend(self.layer, q, x)
+            return past.attend(self.layer, q.transpose(0, 1), x).transpose(0, 1)
         if not hooked and mask is None and chunks_are_cheaper(q.shape[2], q.shape[3], x.shape[2]):
-            return attend_in_chunks(q, x, chunk=x.shape[2])[0]
-        scores = (q @ q.mT).tril(-1)
+            return attend_in_chunks(q.transpose(0, 1), x, chunk=x.shape[2])[0].transpose(0, 1)
+        scores = Alikeness.apply(q).tril(-1).transpose(0, 1)
         if mask is not None:
             scores = scores.masked_fill(~mask, 0.0)
-        return self.hook_attn_scores(scores) @ x[:, None]
+        return self.hook_attn_scores(scores).transpose(0, 1) @ x
+
+
+class Alikeness(torch.autograd.Function):
+    """``q qᵀ``, whose gradient takes one product, (G + Gᵀ) q, where that of two different factors takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Float[Tensor, "*batch pos neuron"]) -> Float[Tensor, "*batch pos pos"]:
+        ctx.save_for_backward(q)
+        return q @ q.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "*batch pos pos"]) -> Float[Tensor, "*batch pos neuron"]:
+        (q,) = ctx.saved_tensors
+        return (gradient + gradient.mT).to(q.dtype) @ q
+
+
+def per_head(
+    x: Float[Tensor, "batch pos head_or_1 rows"], weight: Float[Tensor, "head rows columns"]
+) -> Float[Tensor, "batch pos head columns"]:
+    """Each head's matrix times its part of ``x``.
+
+    In memory the heads stay outermost, as the matrix products leave them: whatever follows keeps that order, and
+    nothing as large as the neurons is ever copied into another (an einsum would, and copy the weights for each byte).
+    """
+    out = rearrange(x, "batch pos head rows -> head (batch pos) rows") @ weight
+    return rearrange(out, "head (batch pos) columns -> batch pos head columns", batch=len(x))
 
 
 class RecurrentState:

@@ -42,13 +42,18 @@ def is_bias(name: str) -> bool:
     return last == "b" or last.startswith("b_")
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least: what sums over many entries is not left to 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def plus(x: Tensor, bias: Tensor | None) -> Tensor:
     """Add a bias where there is one."""
     return x if bias is None else x + bias
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with a weight, and a bias where the configuration has one; statistics in float32.
+    """LayerNorm or RMSNorm with a weight, and a bias where the configuration has one; statistics in float32 at least.
 
     ``hook_scale`` is the divisor [batch, pos, 1]; ``hook_normalized`` is ``(x - mean) / scale`` before the weight.
     """
@@ -65,11 +70,11 @@ class Norm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos *head d_model"], hooked: bool = True
     ) -> Float[Tensor, "batch pos *head d_model"]:
-        wide = x.float()
+        stream = wide(x)
         if self.centered:
-            wide = wide - wide.mean(-1, keepdim=True)
-        scale = (wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        normalized = self.hook_normalized(wide / self.hook_scale(scale)) if hooked else wide / scale
+            stream = stream - stream.mean(-1, keepdim=True)
+        scale = (stream.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        normalized = self.hook_normalized(stream / self.hook_scale(scale)) if hooked else stream / scale
         return plus(normalized * self.w, self.b).to(x.dtype)
 
 
@@ -127,14 +132,14 @@ class Rotary(nn.Module):
         self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
     ) -> Float[Tensor, "batch pos head d_head"]:
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        wide = x.float()
+        pairs = wide(x)
         if self.adjacent:
-            even, odd = wide[..., 0::2], wide[..., 1::2]
+            even, odd = pairs[..., 0::2], pairs[..., 1::2]
             quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
         else:
-            first, second = wide.chunk(2, dim=-1)
+            first, second = pairs.chunk(2, dim=-1)
             quarter_turn = torch.cat((-second, first), dim=-1)
-        return (wide * cos + quarter_turn * sin).to(x.dtype)
+        return (pairs * cos + quarter_turn * sin).to(x.dtype)
 
 
 def scaled(frequency: Float[Tensor, " pair"], scaling: RotaryScaling) -> Float[Tensor, " pair"]:
@@ -284,7 +289,7 @@ class Attention(nn.Module):
             allowed = _causal(new, total, q.device) if mask is None else mask
             group = self.cfg.n_heads // self.cfg.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = (q @ k.transpose(-1, -2)).float() / self.cfg.d_head**0.5
+            scores = wide(q @ k.transpose(-1, -2)) / self.cfg.d_head**0.5
             scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
             z = pattern.to(v.dtype) @ v

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.models.components import wide
+
 IGNORE = -100  # torch's own convention for a target that does not count
 
 
@@ -25,7 +27,7 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean of ``-log softmax(features @ matrix.T)[target]`` in nats, over the targets that are not ``IGNORE``.
 
-    Under autocast the products run in its dtype; the softmax and the sums are float32.
+    Under autocast the products run in its dtype; the softmax and the sums are float32 at least.
 
     >>> features, matrix, targets = torch.randn(5, 3), torch.randn(7, 3), torch.tensor([0, 6, 2, 2, 1])
     >>> whole = F.cross_entropy(features @ matrix.T, targets)
@@ -44,7 +46,7 @@ def token_losses(
     features: Float[Tensor, "n k"], matrix: Float[Tensor, "d_vocab k"], targets: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of each position in nats, 0 where the target is ``IGNORE``."""
-    return F.cross_entropy((features @ matrix.T).float(), targets, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(wide(features @ matrix.T), targets, ignore_index=IGNORE, reduction="none")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -56,14 +58,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         W = matrix.to(dtype)
         counted = targets != IGNORE
-        weight = counted.float() / counted.sum()
-        loss = torch.zeros((), device=features.device)
+        weight = counted.to(torch.promote_types(dtype, torch.float32)) / counted.sum()
+        loss = torch.zeros((), device=features.device, dtype=weight.dtype)
         grad_features, grad_matrix = torch.empty_like(features), torch.zeros_like(matrix)
         for start in range(0, features.shape[0], chunk):
             rows = slice(start, start + chunk)
             x, share = features[rows].to(dtype), weight[rows, None]
             target = targets[rows, None].clamp(min=0)
-            log_p = (x @ W.T).float().log_softmax(dim=-1)
+            log_p = wide(x @ W.T).log_softmax(dim=-1)
             loss = loss - (log_p.gather(1, target) * share).sum()
             grad_logits = ((log_p.exp() * share).scatter_add(1, target, -share)).to(dtype)
             grad_features[rows] = (grad_logits @ W).to(features.dtype)

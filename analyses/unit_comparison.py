@@ -1,0 +1,90 @@
+"""Units of several models on one text: of training steps, of seeds, of another architecture, and their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from analyses.held_out import Sampling, Stream, as_stream, sampled_rows
+from analyses.statistics import paired_permutation_pvalue
+from analyses.unit_counts import UnitCounts, count_units
+from analyses.unit_intervals import mean_interval
+from analyses.unit_points import default_points, kind_of, points_named
+from analyses.unit_statistics import MINIMUM_EVENTS, headline
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+
+@torch.no_grad()
+def compare_units(
+    models: Mapping[str, HookedModel],
+    text: Stream,
+    points: Sequence[str] | None = None,
+    *,
+    sampling: Sampling = "windows",
+    n_batches: int = 10,
+    batch_size: int = 8,
+    context: int = 256,
+    minimum_events: int = MINIMUM_EVENTS,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Firing rates of several models on the same rows of a text, and how each differs from the first.
+
+    Args:
+        models: by name, all with the tokenizer of the first.
+        points: hook points or kinds (`analyses.unit_statistics.points_named`); default each model's own.
+        text, sampling, n_batches, batch_size, context, minimum_events, seed: as `analyses.unit_statistics`.
+
+    Returns:
+        A row a model and kind: ``firing_rate`` with ``low`` and ``high``, ``near_silent``, ``never``, ``selectivity``
+        and ``max_over_active``; where the first model has the kind, ``difference`` of the firing rate from it with
+        ``difference_low`` and ``difference_high`` (moving blocks of rows) and the sign-flip ``p`` over rows.
+
+    Raises:
+        ReflowlensError: a model reads other tokens, or as `analyses.unit_statistics`.
+
+    Example: ``compare_units({"step 0": fresh, "step 3000": trained}, text)``
+    """
+    first = next(iter(models.values()))
+    for name, model in models.items():
+        if model.cfg.tokenizer_name != first.cfg.tokenizer_name:
+            raise ReflowlensError(
+                f"{name} reads {model.cfg.tokenizer_name!r} tokens and the first model {first.cfg.tokenizer_name!r}"
+            )
+    stream = as_stream(first, text)
+    tokens = sampled_rows(stream, sampling, n_batches * batch_size, context, seed)
+    rows: list[dict[str, str | float]] = []
+    reference: dict[str, NDArray[np.float64]] = {}
+    for name, model in models.items():
+        named = default_points(model) if points is None else points_named(model, points)
+        counts = count_units(model, tokens.to(model.cfg.device), named, batch_size=batch_size, progress=progress)
+        for kind in dict.fromkeys(map(kind_of, named)):
+            parts = [part for point, part in counts.items() if kind_of(point) == kind]
+            values = {key.removeprefix(f"{kind}_"): v for key, v in headline(parts, kind, minimum_events).items()}
+            rows.append({"model": name, "kind": kind, **values, **_beside(parts, reference, kind, seed)})
+    order = ["model", "kind", "firing_rate", "low", "high", "near_silent", "never", "selectivity", "max_over_active"]
+    return pd.DataFrame(rows, columns=[*order, "difference", "difference_low", "difference_high", "p"])
+
+
+def _beside(
+    parts: list[UnitCounts], reference: dict[str, NDArray[np.float64]], kind: str, seed: int
+) -> dict[str, float]:
+    """The interval of the firing rate and its difference from the first model that has the kind, which is kept."""
+    per_row = torch.stack([part.row_rates for part in parts]).mean(dim=0).numpy()
+    if len(per_row) < 2:
+        return {}
+    low, high = mean_interval(per_row, seed)
+    found = {"low": low, "high": high}
+    if kind not in reference:
+        reference[kind] = per_row
+        return found
+    difference = per_row - reference[kind]
+    found["difference"] = float(difference.mean())
+    found["difference_low"], found["difference_high"] = mean_interval(difference, seed)
+    found["p"] = paired_permutation_pvalue(difference, "two-sided", seed=seed)
+    return found

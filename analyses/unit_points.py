@@ -1,0 +1,63 @@
+"""Which hook points are meant where units are, and what kind of units a point holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from reflowlens.config import nearest
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+# The usual neurons of each architecture; of several with a level, the first that a model has.
+_KINDS = (("hook_x_sparse", "hook_y_sparse", "hook_xy_sparse"), ("mlp.hook_post",))
+
+
+def default_points(model: HookedModel) -> list[str]:
+    """The units that an architecture is made of."""
+    for kinds in _KINDS:
+        if f"blocks.0.{kinds[0]}" in model.hook_dict:
+            points = [f"blocks.{layer}.{kind}" for kind in kinds for layer in range(model.cfg.n_layers)]
+            return points + [name for name in ("unembed.hook_signal",) if name in model.hook_dict]
+    raise ReflowlensError(f"{model.cfg.architecture!r} has no usual units: give points, see model.hook_dict")
+
+
+def points_named(model: HookedModel, names: Sequence[str]) -> list[str]:
+    """The hook points that are meant: each name a point, or a kind (`kind_of`), which stands for it at every level.
+
+    Raises:
+        ReflowlensError: the model has neither.
+
+    Example: ``points_named(model, ["xy_sparse"])`` is ``["blocks.0.hook_xy_sparse", ...]``.
+    """
+    kinds: dict[str, list[str]] = {}
+    for point in model.hook_dict:
+        if model.hook_axes(point)[:2] == ("batch", "pos"):
+            kinds.setdefault(kind_of(point), []).append(point)
+    found = []
+    for name in names:
+        if name in kinds:
+            found += kinds[name]
+            continue
+        if "hook" not in name:
+            hint = nearest(name, list(kinds))
+            raise ReflowlensError(
+                f"no kind of units {name!r}{hint}{' There' if hint else '; there'} are {', '.join(kinds)}"
+            )
+        model.check_hook_name(name)
+        found.append(name)
+    return list(dict.fromkeys(found))
+
+
+def kind_of(point: str) -> str:
+    """The name of a kind of units: ``xy_sparse`` of ``blocks.3.hook_xy_sparse``, ``mlp_post`` of an MLP's neurons.
+
+    >>> kind_of("blocks.3.hook_xy_sparse"), kind_of("blocks.0.mlp.hook_post"), kind_of("unembed.hook_signal")
+    ('xy_sparse', 'mlp_post', 'unembed_signal')
+    """
+    return re.sub(r"^blocks\.\d+\.", "", point).replace("hook_", "").replace(".", "_")
+
+
+def level_of(point: str) -> int:
+    """The block that a point is in, -1 outside the blocks."""
+    return int(point.split(".")[1]) if point.startswith("blocks.") else -1
