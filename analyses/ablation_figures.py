@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from reflowlens.figure_style import COUNTS_ON_A_LOGARITHM
 from reflowlens.figures import bars, histogram_with_control, line_with_band
 
 _HOVER = ("contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook")
@@ -31,7 +32,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
             title=title,
             x_title=x_title,
             y_title="share of the probability",
-        ).update_xaxes(type="log")
+        ).update_xaxes(COUNTS_ON_A_LOGARITHM)
         for rows, controls, title, x_title in (
             (
                 curves[~kept],

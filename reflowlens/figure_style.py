@@ -27,6 +27,14 @@ TEMPLATE = "reflowlens"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # without black and yellow: they vanish
 CONTROL_GREYS = ("#8C8C8C", "#A9A9A9", "#737373", "#BDBDBD")
 INK = "#7A7A7A"  # contrast 4.3 against white, 4.2 against #14161A
+COUNTS_ON_A_LOGARITHM = {
+    "type": "log",
+    "dtick": 1,
+    "exponentformat": "none",
+    "separatethousands": True,
+    "minor": {"ticks": "outside", "ticklen": 2},
+}
+"""A logarithmic axis of ranks or counts: 1, 10, 100 written out, ticks alone between them."""
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 _HATCHES = ("/", "x", ".", "\\")
 

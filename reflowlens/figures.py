@@ -19,6 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figure_export import read_figure, save_figure, save_figures, stamp
 from reflowlens.figure_heatmap import heatmap
 from reflowlens.figure_style import (
+    COUNTS_ON_A_LOGARITHM,
     INK,
     blank_figure,
     check_columns,
@@ -244,9 +245,7 @@ def dots(
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=lines, range=[len(lines) - 0.5, -0.5])
     figure.update_layout(height=120 + 44 * len(lines), meta=_room_for(lines))
     if log_x:
-        figure.update_xaxes(
-            type="log", dtick=1, exponentformat="none", separatethousands=True, minor={"ticks": "outside", "ticklen": 2}
-        )
+        figure.update_xaxes(COUNTS_ON_A_LOGARITHM)
     return figure
 
 
