@@ -107,9 +107,8 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--views",
         nargs="+",
-        default=["native"],
         metavar="VIEW",
-        help="of --compare: native, identity, svd, rotated, varimax",
+        help="of --compare: native, identity, svd, rotated, varimax (default: native)",
     )
     parser.add_argument("--no-cache", action="store_true", help="compute anew what an earlier run has computed")
     parser.set_defaults(command=_run)
@@ -121,8 +120,9 @@ def _run(options: argparse.Namespace) -> int:
 
     model, selection = _chosen(options)
     if options.compare:
-        print(_compare(options, model, selection))
-        return 0
+        return _compare(options, model, selection)
+    if options.views:
+        raise ReflowlensError("--views are the columns of a comparison: name a model to --compare with, e.g. untrained")
     run = run_suite(
         load_model(model, device=options.device),
         selection,
@@ -144,13 +144,15 @@ def _run(options: argparse.Namespace) -> int:
     return 130 if run.interrupted else 1 if run.errors else 0
 
 
-def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> Path:
+def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> int:
     from analyses.comparison import compare_models, write_comparison
     from analyses.suite import make_folder
 
+    if options.analogies:
+        raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
     comparison = compare_models(
         [model, *options.compare],
-        options.views,
+        options.views or ["native"],
         selection,
         seed=options.seed,
         quick=options.quick,
@@ -158,7 +160,8 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> P
         cache=not options.no_cache,
         progress=sys.stderr.isatty(),
     )
-    return write_comparison(comparison, make_folder(options.out, "comparison"), lang=options.lang)
+    print(write_comparison(comparison, make_folder(options.out, "comparison"), lang=options.lang))
+    return 0 if comparison["error"].eq("").any() else 1
 
 
 def _chosen(options: argparse.Namespace) -> tuple[str, list[int]]:

@@ -103,6 +103,25 @@ def test_the_command_writes_a_table_to_read_and_one_to_compute_with(stubs, tmp_p
     assert set(pd.read_csv(out / "comparison.csv")["view"]) == {"native", "svd"}
 
 
+def test_a_comparison_without_any_result_is_a_failure(stubs, tmp_path, capsys):
+    path = str(save_model(tmp_path / "model", random_model("gpt2"), {}))
+    command = ["run", path, "9", "--compare", "untrained", "--out", str(tmp_path / "out"), "--no-cache"]
+    assert main(command) == 1
+    assert "no signals" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--views", "svd"], "--compare"), (["--compare", "untrained", "--analogies", "words.txt"], "--analogies")],
+)
+def test_an_option_that_would_do_nothing_is_an_error(options, message, stubs, tmp_path, capsys):
+    path = str(save_model(tmp_path / "model", random_model("reflow"), {}))
+    assert main(["run", path, "7", *options, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert stubs == []
+
+
 def test_text_of_an_error_is_not_markup(tmp_path):
     row = {"model": "m", "view": "", "experiment": "x", "metric": "", "control": "", "verdict": "", "error": "<b>"}
     path = write_comparison(pd.DataFrame([row]), tmp_path)
