@@ -37,7 +37,7 @@ def compare_units(
 
     Args:
         models: by name, all with the tokenizer of the first.
-        points: hook points or kinds (`analyses.unit_statistics.points_named`); default each model's own.
+        points: hook points or kinds (`analyses.unit_points.points_named`); default each model's own.
         text, sampling, n_batches, batch_size, context, minimum_events, seed: as `analyses.unit_statistics`.
 
     Returns:

@@ -14,7 +14,6 @@ among those with enough events, and max / mean-when-active is told too.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,9 +105,7 @@ def unit_statistics(
     tokens = tokens[:n_rows] if quick else tokens
     runs = {"model": (model, tokens)}
     if controls:
-        for name, fresh_seed in zip(
-            untrained_names(1 if quick else untrained), itertools.count(seed + 1), strict=False
-        ):
+        for fresh_seed, name in enumerate(untrained_names(1 if quick else untrained), start=seed + 1):
             runs[name] = build_model(model.cfg, seed=fresh_seed, device=model.cfg.device), tokens
         runs["shuffled_text"] = model, shuffled(tokens.flatten(), seed).reshape(tokens.shape)
     counts = {

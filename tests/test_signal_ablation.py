@@ -128,8 +128,8 @@ def test_a_trained_model_in_double_precision() -> None:
     a, recipe = alone.signals.double(), alone.view.recipe.double()
     before = (a @ recipe.T).log_softmax(-1)
     after = ((a * (1 - torch.eye(256, dtype=torch.double))) @ recipe.T).log_softmax(-1)
-    divergence = (before.exp() * (before - after)).sum(-1)  # up to 28 nats
-    torch.testing.assert_close(alone.kl()[0].double(), divergence, rtol=1e-5, atol=1e-6)
+    divergence = (before.exp() * (before - after)).sum(-1)  # up to 28 nats, which float32 tells apart to 2e-6
+    torch.testing.assert_close(alone.kl()[0].double(), divergence, rtol=5e-7, atol=1e-6)
     token = model.to_single_token(" Paris")
     assert_close(alone.probability(" Paris")[0].double(), after[:, token].exp())
 
