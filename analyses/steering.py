@@ -13,7 +13,7 @@ is the root mean square of what is added over that of the stream that it is adde
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.suffixes import Layout, attend
+from reflowlens.interventions.stages import stages_of
+from reflowlens.interventions.suffixes import Layout
 from reflowlens.interventions.values import Position, Steer
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder
 
 Where: TypeAlias = "Literal['last', 'all'] | str"
 Reached: TypeAlias = "Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.bool_]]"
@@ -39,12 +38,12 @@ class Injections:
     """Prompts read once, and the streams that they end in when directions are added on the way.
 
     Args:
-        model: a decoder without hooks.
+        model: a hooked model to which nothing is attached.
         where: the positions that a direction is added to: ``"last"``, each prompt's last; ``"all"``; or the text of a
             token (``" film"``), from whose last occurrence on it is added.
 
     Raises:
-        ReflowlensError: the model is no decoder, hooks are attached to it, or a prompt lacks the token.
+        ReflowlensError: hooks are attached to the model, or a prompt lacks the token.
 
     Example:
         >>> import reflowlens as rl
@@ -54,8 +53,6 @@ class Injections:
     """
 
     def __init__(self, model: HookedModel, prompts: TextInput, where: Where = "last") -> None:
-        if not isinstance(model, Decoder):
-            raise ReflowlensError(f"{type(model).__name__} is no decoder, whose runs could share what does not differ")
         if any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()):
             raise ReflowlensError(
                 "directions are added to the model as it is: leave rl.intervene and remove hooks first"
@@ -64,16 +61,14 @@ class Injections:
         self.tokens, lengths = model.tokens_and_lengths(prompts)
         self.last = torch.tensor(lengths, device=self.tokens.device) - 1
         self.start = self._starts(where)
-        blocks = range(model.cfg.n_layers)
-        key = "hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "hook_k"
-        keys, values = ([f"blocks.{layer}.attn.{point}" for layer in blocks] for point in (key, "hook_v"))
-        streams = [f"blocks.{layer}.hook_resid_pre" for layer in blocks] + [f"blocks.{blocks[-1]}.hook_resid_post"]
+        self._stages = stages_of(model)
+        names = [*self._stages.streams, *self._stages.remembered]
         with torch.no_grad():
-            _, cache = model.run_with_cache(
-                self.tokens, names_filter=[*streams, *keys, *values], return_type=None, return_cache_object=False
+            _, self._cache = model.run_with_cache(
+                self.tokens, names_filter=names, return_type=None, return_cache_object=False
             )
-        self.streams: list[Float[Tensor, "prompt pos d_model"]] = [cache[name] for name in streams]
-        self._keys, self._values = [cache[name] for name in keys], [cache[name] for name in values]
+        between_blocks = self._stages.streams[:: self._stages.per_block]
+        self.streams: list[Float[Tensor, "prompt pos d_model"]] = [self._cache[name] for name in between_blocks]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,9 +100,8 @@ class Injections:
         row, position = layout.row, layout.position
         stream = self.streams[layer]
         resid = (stream[prompt[row], position] + change.to(stream)[row])[None]
-        for block in self.model.blocks[layer:]:
-            half = attend(cast(Block, block), resid, layout, self._keys, self._values)
-            resid = cast(Block, block).feed(half)
+        for at in range(layer * self._stages.per_block, len(self._stages.streams) - 1):
+            resid = self._stages.run(at, resid, layout, self._cache)
         return resid[0, position == self.last[prompt[row]]]
 
     def _layout(self, prompt: Int[Tensor, " row"]) -> Layout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformer_lens import patching
 import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
 from analyses.lexicon import load_lexicon
+from analyses.steering import Injections, steer
 from pretraining.config import OptimizerConfig, load_config
 from pretraining.data import prepare
 from pretraining.memory import activation_bytes
@@ -26,11 +28,17 @@ from reflowlens.cli import main
 from reflowlens.config import ModelConfig, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import forward_flops_by_part
+from reflowlens.interventions.reading import Reader
+from reflowlens.interventions.runs import PackedRuns
+from reflowlens.interventions.sweep import prepare_sweep
+from reflowlens.interventions.upstream_ablation import ablate_upstream
+from reflowlens.interventions.values import Intervention
 from reflowlens.models import bdh, build_model
 from reflowlens.models.base import HookedModel
 from tests.reference import bdh as plain
 from tests.runs import measured, records, same_files
 from tests.test_estimate import kept_for_backward
+from tests.test_sweep import whole
 from tests.tiny import assert_close, random_tokens
 
 CONFIG = ModelConfig(
@@ -49,6 +57,7 @@ CONFIG = ModelConfig(
 # The size at which the untrained firing rates and loss are known.
 SMALL = dataclasses.replace(CONFIG, n_layers=4, d_model=64, n_heads=4, d_head=512, d_mlp=2048, n_ctx=256)
 POINTS = ["x_pre", "x_sparse", "attn_scores", "attn_out", "attn_norm", "y_pre", "y_sparse", "xy_sparse", "mlp_out"]
+STREAM_POINTS = ["resid_pre", *POINTS, "resid_post"]
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf8")
 
 
@@ -358,6 +367,72 @@ def test_sweeps_are_transformer_lenss(grid: str) -> None:
     )
     assert result.values.std() > 0.01
     assert_close(result.values[..., 0], expected, relative=1e-5)
+
+
+@st.composite
+def any_intervention(draw: st.DrawFn) -> Intervention:
+    point = draw(
+        st.sampled_from(["hook_embed", *(f"blocks.{level}.hook_{p}" for level in (0, 2) for p in STREAM_POINTS)])
+    )
+    where: dict[str, Any] = {"position": draw(st.sampled_from([None, 0, 3, -1, "last", [1, 4], slice(2, 5)]))}
+    if "scores" not in point:
+        where["index"] = draw(st.sampled_from([None, 2, [0, 3]]))
+    kind = draw(st.sampled_from([rl.Ablate, rl.Patch, partial(rl.Scale, factor=0.5), partial(rl.Replace, value=0.3)]))
+    return kind(point, **where)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(any_intervention(), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_any_interventions_equal_whole_passes(cells: list[list[Intervention]]) -> None:
+    model, (clean, corrupted) = random_bdh(), random_tokens(CONFIG, batch=4, pos=6).unflatten(0, (2, 2))
+    metric = rl.metrics.logit_diff(65, 66)
+    expected = whole(model, clean, corrupted, cells, metric)
+    assert_close(rl.sweep(model, clean, corrupted, cells, metric).values, expected, relative=2e-5)
+
+
+@pytest.mark.parametrize("grid", ["resid_pre", "resid_post", "attn_out"])
+def test_long_prompts_are_swept_by_their_states(grid: str) -> None:
+    """Suffixes of more positions than d_model are read in chunks; one prompt is like its clean one at first."""
+    model, (clean, corrupted) = random_bdh(), random_tokens(CONFIG, batch=4, pos=40).unflatten(0, (2, 2))
+    clean[0, :15] = corrupted[0, :15]
+    assert bdh.chunks_are_cheaper(40, CONFIG.d_head, CONFIG.d_model)
+    metric = rl.metrics.logit_diff(65, 66, position=-2)
+    expected = whole(model, clean, corrupted, grid, metric)
+    actual = rl.sweep(model, clean, corrupted, grid, metric)
+    assert_close(actual.values.flatten(0, -2), expected, relative=2e-5)
+    assert actual.baseline is not None
+    assert torch.equal(actual.values[:, :15, 0], actual.baseline[0].expand(CONFIG.n_layers, 15))
+
+
+def test_all_but_the_scores_are_packed() -> None:
+    model, tokens = random_bdh(), random_tokens(CONFIG, batch=1, pos=5)
+    cells = [rl.Scale(f"blocks.1.hook_{point}", 0.5) for point in STREAM_POINTS]
+    setup = prepare_sweep(model, None, tokens, cells)
+    runs = PackedRuns(
+        model, tokens, setup.lengths, setup.cells.cells, Reader(model, rl.metrics.kl(), tokens, [5], tokens)
+    )
+    unplanned = [cell.hook for cell, plan in zip(cells, runs.plans, strict=True) if plan is None]
+    assert unplanned == ["blocks.1.hook_attn_scores"]
+
+
+@torch.no_grad()
+def test_signals_are_removed_and_directions_added_on_the_way() -> None:
+    model, prompts = random_bdh(), ["To be or", "not to"]
+    metric, view = rl.metrics.target_prob(65), rl.signal_view(random_bdh(), "svd")
+    removed = ablate_upstream(model, prompts, metric, 1, signals=[0, 3], view=view)
+    direction = torch.nn.functional.normalize(view.basis, dim=-1)[3]
+
+    def without(stream: Tensor, hook: Any) -> Tensor:
+        return stream - (stream @ direction)[..., None] * direction
+
+    for i, prompt in enumerate(prompts):
+        logits = model.run_with_hooks(prompt, fwd_hooks=[("blocks.1.hook_resid_pre", without)])
+        assert_close(removed.values[1, i], logits[0, -1].softmax(-1)[65])
+    added = Injections(model, prompts).final(2, torch.tensor([1, 0]), direction.expand(2, -1))
+    for row, prompt in zip(added, reversed(prompts), strict=True):
+        with rl.intervene(model, steer(model, 2, direction, 1.0, position="last")):
+            _, cache = model.run_with_cache(prompt)
+        assert_close(row, cache["resid_post", 2][0, -1])
 
 
 def test_a_gradient_sweep_estimates_small_changes() -> None:

@@ -27,6 +27,7 @@ from reflowlens.interventions.values import Patch
 from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.models.decoder import Decoder
 
 _SECONDS = 60  # of a comparison, after which it takes no further round
 RIGHT, WRONG = 64, 118  # any two tokens: the cost is the same
@@ -37,6 +38,10 @@ _SHAPES = {
     "6 layers, d 256": ModelConfig(
         architecture="gpt2_new", n_layers=6, d_model=256, n_heads=4, d_head=64, d_mlp=704, d_vocab=8192, n_ctx=256,
         tokenizer_name="bytes",
+    ),
+    "bdh, 4 levels, d 96": ModelConfig(
+        architecture="bdh", n_layers=4, d_model=96, n_heads=4, d_head=1728, d_mlp=6912, d_vocab=256, n_ctx=256,
+        rotary_base=65536.0, tie_word_embeddings=False, tokenizer_name="bytes",
     ),
 }  # fmt: skip
 
@@ -55,8 +60,8 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
     """Sweeps against the functions that people use, on the same model in one process.
 
     Args:
-        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape and one of 6 layers at batch 4. On the
-            first, a reFlow, signals are patched and ablated too.
+        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape, one of 6 layers at batch 4 and a BDH.
+            On the first, a reFlow, signals are patched and ablated too.
         patches: how many cells the patch of signals has.
         rounds: of ours and theirs in turn, but none begins after a minute.
 
@@ -70,7 +75,7 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
     for case in cases:
         comparisons.append(partial(_grid, case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
     # A large model's heads would take TransformerLens minutes and show the same.
-    for case in (case for case in cases if case.model.cfg.d_model <= 256):
+    for case in (case for case in cases if isinstance(case.model, Decoder) and case.model.cfg.d_model <= 256):
         heads = partial(_grid, case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds)
         comparisons.append(heads)
     comparisons.append(partial(_signal_patches, cases[0], patches, rounds))
@@ -79,11 +84,12 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
 
 
 def default_cases() -> list[Case]:
-    """The three that the README's table is of."""
+    """The four that the README's table is of."""
     return [
         make_case("reflow-nano", load_model("reflow-nano"), batch=1, pos=32),
         make_case("gpt2-small shape", build_model(_SHAPES["gpt2-small shape"]), batch=1, pos=16),
         make_case("6 layers, d 256", build_model(_SHAPES["6 layers, d 256"]), batch=4, pos=32),
+        make_case("bdh, 4 levels, d 96", build_model(_SHAPES["bdh, 4 levels, d 96"]), batch=1, pos=64),
     ]
 
 
@@ -103,7 +109,9 @@ def _grid(case: Case, grid: str, reference: Any, rounds: int) -> dict[str, Any]:
     def ours() -> PatchingResult:
         return sweep(case.model, case.clean, case.corrupted, grid, logit_diff(RIGHT, WRONG), progress=False)
 
-    return _row(case, grid, ours, theirs, lambda result: result.values, rounds) | {"flops": _flop_ratio(case, grid)}
+    return _row(case, grid, ours, theirs, lambda result: result.values, rounds) | (
+        {"flops": _flop_ratio(case, grid)} if isinstance(case.model, Decoder) else {}
+    )
 
 
 def _difference(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where in a decoder's pass each cell of a sweep enters."""
+"""Where in a model's pass each cell of a sweep enters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.interventions.apply import Bound, apply
-from reflowlens.interventions.points import EMBEDDINGS, READOUT_SIGNAL, entry_stage, stage
 from reflowlens.interventions.selection import Prompt, Selection, select
+from reflowlens.interventions.stages import EMBEDDINGS, READOUT_SIGNAL, Stages
 from reflowlens.models.base import HookedModel
 
 
@@ -44,7 +44,7 @@ class Plan:
     """How a cell is run.
 
     Args:
-        stage: where it enters (:mod:`reflowlens.interventions.points`).
+        stage: where it enters (:mod:`reflowlens.interventions.stages`).
         leading: the edit that is performed first.
         direct: whether ``leading`` gives the residual stream at ``stage`` by itself; otherwise it is performed, like
             the others, when its point fires.
@@ -62,25 +62,26 @@ class Plan:
         return self.others if self.direct else (self.leading, *self.others)
 
 
-def make_plan(model: HookedModel, bound: Sequence[Bound], cache: Mapping[str, Tensor], prompt: Prompt) -> Plan | None:
-    """The plan of a cell; None when one of its points belongs to no half-block, and the cell has to be run whole.
+def make_plan(stages: Stages, bound: Sequence[Bound], cache: Mapping[str, Tensor], prompt: Prompt) -> Plan | None:
+    """The plan of a cell; None when one of its points belongs to no stage, and the cell has to be run whole.
 
     Args:
+        stages: of the model's pass.
         bound: the cell's interventions.
         cache: the unpatched run's activations of their points.
     """
-    stages = [s for part in bound if (s := stage(part.name, model.cfg.n_layers)) is not None]
-    if len(stages) < len(bound):
+    fires = [at for part in bound if (at := stages.stage(part.name)) is not None]
+    if len(fires) < len(bound):
         return None
-    edits = [Edit(part, _selection(model, part, cache[part.name], prompt)) for part in bound]
-    order = sorted(range(len(edits)), key=stages.__getitem__)  # points fire in the order of the pass
+    edits = [Edit(part, _selection(stages.model, part, cache[part.name], prompt)) for part in bound]
+    order = sorted(range(len(edits)), key=fires.__getitem__)  # points fire in the order of the pass
     leading, *others = (edits[i] for i in order)
     if any(edit.name in (READOUT_SIGNAL, *EMBEDDINGS) for edit in others):
         return None
-    leads_to = entry_stage(leading.name, model.cfg.n_layers)
-    if leads_to is not None and all(stages[i] >= leads_to for i in order[1:]):
+    leads_to = stages.entry_stage(leading.name)
+    if leads_to is not None and all(fires[i] >= leads_to for i in order[1:]):
         return Plan(leads_to, leading, True, tuple(others))
-    return None if leading.name in EMBEDDINGS else Plan(stages[order[0]], leading, False, tuple(others))
+    return None if leading.name in EMBEDDINGS else Plan(fires[order[0]], leading, False, tuple(others))
 
 
 def _selection(model: HookedModel, bound: Bound, activation: Tensor, prompt: Prompt) -> Selection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,13 +16,12 @@ from reflowlens.interventions.apply import bind_all, intervene
 from reflowlens.interventions.grids import Cell
 from reflowlens.interventions.memory import in_batches, measure_peak
 from reflowlens.interventions.plans import Edit, Plan, make_plan
-from reflowlens.interventions.points import READOUT_SIGNAL, entry, needed_for_entry, stage
 from reflowlens.interventions.reading import Reader
 from reflowlens.interventions.selection import Prompt
-from reflowlens.interventions.suffixes import Layout, attend
+from reflowlens.interventions.stages import READOUT_SIGNAL, stages_of
+from reflowlens.interventions.suffixes import Layout
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import ResidualModel
 
 
 class Rows(NamedTuple):
@@ -72,7 +71,7 @@ class PackedRuns:
 
     def __init__(
         self,
-        model: Decoder,
+        model: ResidualModel,
         tokens: Int[Tensor, "prompt pos"],
         lengths: Sequence[int],
         cells: Sequence[Cell],
@@ -80,22 +79,17 @@ class PackedRuns:
     ) -> None:
         self.model, self.reader = model, reader
         self.whole = WholeRuns(model, tokens, lengths, cells, reader)
-        self.n_stages, self.n_positions = 2 * model.cfg.n_layers, tokens.shape[1]
+        self.n_positions = tokens.shape[1]
+        self.stages = stages_of(model)
         bound = bind_all(model, cells)
-        layers = range(model.cfg.n_layers)
-        key = "hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "hook_k"
-        keys, values = ([f"blocks.{layer}.attn.{point}" for layer in layers] for point in (key, "hook_v"))
-        self.streams = [f"blocks.{layer}.hook_resid_{half}" for layer in layers for half in ("pre", "mid")]
-        last = f"blocks.{layers[-1]}.hook_resid_post"
         patched = {part.name for cell in bound for part in cell}
-        needed = {point for name in patched for point in needed_for_entry(name)}
-        names = sorted({*patched, *needed, *self.streams, *keys, *values, last})
+        needed = {point for name in patched for point in self.stages.needed_for_entry(name)}
+        names = sorted({*patched, *needed, *self.stages.streams, *self.stages.remembered})
         _, self.cache = model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)
-        self.prefix = [self.cache[name] for name in keys], [self.cache[name] for name in values]
-        self.final = self.cache[last]
+        self.final = self.cache[self.stages.streams[-1]]
         self.baseline = reader.of_residual(reader.read(self.final), reader.prompts)
         prompt = Prompt(self.n_positions, tokens, lengths)
-        self.plans = [make_plan(model, cell, self.cache, prompt) for cell in bound]
+        self.plans = [make_plan(self.stages, cell, self.cache, prompt) for cell in bound]
 
     def values(
         self, cells: Sequence[int], memory: float | None = None
@@ -114,11 +108,14 @@ class PackedRuns:
         squares = [edit for plan in plans for edit in plan.fired if self._is_square(edit.name)]
         points = [self.model.hook_dict[edit.name] for edit in squares[:1]]
         layout = Layout.of_suffixes(self.reader.prompts, torch.zeros_like(self.reader.prompts), self.n_positions)
-        block = cast(Block, self.model.blocks[int(squares[0].name.split(".")[1]) if squares else -1])
+        block = int(squares[0].name.split(".")[1]) if squares else self.model.cfg.n_layers - 1
+        stages = range(block * self.stages.per_block, (block + 1) * self.stages.per_block)
 
         def one_cell() -> Tensor:
             rows = self.final[layout.row, layout.position][None]
-            return block.feed(attend(block, rows, layout, *self.prefix))
+            for stage in stages:
+                rows = self.stages.run(stage, rows, layout, self.cache)
+            return rows
 
         for point in points:  # scores and patterns exist only when something is attached
             point.add_hook(lambda activation, hook: activation.clone())
@@ -134,17 +131,17 @@ class PackedRuns:
         entering = self._entering(plans, values)
         layout = Layout.empty(self.n_positions, self.final.device)
         cell, resid = layout.prompt, self.final.new_empty(1, 0, self.final.shape[-1])
-        for at in range(self.n_stages + 1):
+        readout = len(self.stages.streams) - 1
+        for at in range(readout + 1):
             for rows in entering.get(at, []):
                 joining = Layout.of_suffixes(rows.prompt, rows.start, self.n_positions)
                 layout, cell = layout.extended(joining), torch.cat([cell, rows.cell])
                 resid = torch.cat([resid, rows.resid[joining.row, joining.position][None]], dim=1)
-            if at == self.n_stages or not len(cell):
+            if at == readout or not len(cell):
                 continue
-            block = cast(Block, self.model.blocks[at // 2])
             with self._edits(at, plans, layout, cell):
-                resid = attend(block, resid, layout, *self.prefix) if at % 2 == 0 else block.feed(resid)
-            if at == self.n_stages - 2:  # what follows treats each position by itself: only those read matter
+                resid = self.stages.run(at, resid, layout, self.cache)
+            if at == self.stages.last_mixing:  # what follows treats each position by itself: only those read matter
                 keep = self.reader.column[layout.prompt[layout.row], layout.position] >= 0
                 layout, resid = layout.kept(keep), resid[:, keep]
         if len(cell):
@@ -174,9 +171,9 @@ class PackedRuns:
             if not len(row):
                 continue
             if direct:
-                resid = entry(self.model, name, patched, self.cache)[row, prompt]
+                resid = self.stages.entry(name, patched, self.cache)[row, prompt]
             else:
-                resid = self.cache[self.streams[at]][prompt]
+                resid = self.cache[self.stages.streams[at]][prompt]
             cell = torch.tensor(members, device=row.device)[row]
             entering.setdefault(at, []).append(Rows(cell, prompt, start[row, prompt], resid))
         return entering
@@ -191,12 +188,12 @@ class PackedRuns:
 
     @contextlib.contextmanager
     def _edits(self, at: int, plans: Sequence[Plan], layout: Layout, cell: Int[Tensor, " row"]) -> Iterator[None]:
-        """Attach the edits that fire in a half-block, each to its own rows of the packed activation."""
+        """Attach the edits that fire in a stage, each to its own rows of the packed activation."""
         present = set(cell.tolist()) if any(plan.fired for plan in plans) else set()
         fired: dict[str, list[tuple[int, Edit]]] = {}
         for i in sorted(present):
             for edit in plans[i].fired:
-                if stage(edit.name, self.model.cfg.n_layers) == at:
+                if self.stages.stage(edit.name) == at:
                     fired.setdefault(edit.name, []).append((i, edit))
         points = [self.model.hook_dict[name] for name in fired]
         for point, edits in zip(points, fired.values(), strict=True):

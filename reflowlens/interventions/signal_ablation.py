@@ -26,8 +26,8 @@ from torch import Tensor
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations, contribution_order
 from reflowlens.interventions.apply import bind
-from reflowlens.interventions.points import READOUT_SIGNAL
 from reflowlens.interventions.reading import check_readout_is_free
+from reflowlens.interventions.stages import READOUT_SIGNAL
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import Target, read_positions
 from reflowlens.models.base import HookedModel, TextInput

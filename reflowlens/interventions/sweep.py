@@ -35,7 +35,6 @@ from reflowlens.interventions.selection import hook_names
 from reflowlens.interventions.values import Patch, to_json
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.decoder import Decoder
 
 Mode = Literal["exact", "gradient", "integrated"]
 MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
@@ -194,7 +193,7 @@ def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
     """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
     model = setup.model
     reader = Reader(model, metric, setup.corrupted, setup.lengths, setup.clean)
-    kind = PackedRuns if isinstance(model, Decoder) and not attached_points(model) else WholeRuns
+    kind = WholeRuns if attached_points(model) else PackedRuns
     return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
 
 

@@ -32,13 +32,11 @@ from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
-from reflowlens.interventions.suffixes import Layout, attend
+from reflowlens.interventions.suffixes import Layout
 from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
-from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder
-from reflowlens.models.residual import Readout
+from reflowlens.models.residual import Readout, ResidualModel
 from reflowlens.signals import SignalView, ViewName, signal_view
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
@@ -62,7 +60,7 @@ def ablate_upstream(
     in ``hook_basis``.
 
     Args:
-        model: a decoder.
+        model: a hooked model.
         metric: one of :mod:`reflowlens.metrics`, of logits read through the view; ``kl`` compares with the unablated
             run.
         site: ``"embed"``, ``"everywhere"``, or a layer (module docstring).
@@ -118,7 +116,7 @@ class ViewReader(Reader):
         self, view: SignalView, metric: Metric, tokens: Int[Tensor, "prompt pos"], lengths: Sequence[int]
     ) -> None:
         self.view = view
-        super().__init__(cast(Decoder, view.model), metric, tokens, lengths, tokens)
+        super().__init__(cast(ResidualModel, view.model), metric, tokens, lengths, tokens)
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
         return Readout(self.view.readout(resid), self.view.recipe)
@@ -176,20 +174,17 @@ class _Removals:
         self, layout: Layout, resid: Float[Tensor, "1 token d_model"]
     ) -> tuple[Layout, Float[Tensor, "1 kept d_model"]]:
         """The stream behind the last block, of the tokens that are read."""
-        blocks = [cast(Block, block) for block in self.reader.model.blocks]
-        for block in blocks[self.first :] if len(layout.row) else []:
-            resid = attend(block, resid, layout, *self.base.prefix)
-            if block is blocks[-1]:  # what follows treats each position by itself
+        stages = self.base.stages
+        for at in range(self.first * stages.per_block, len(stages.streams) - 1) if len(layout.row) else []:
+            resid = stages.run(at, resid, layout, self.base.cache)
+            if at == stages.last_mixing:  # what follows treats each position by itself
                 keep = self.reader.column[layout.prompt[layout.row], layout.position] >= 0
                 layout, resid = layout.kept(keep), resid[:, keep]
-            resid = block.feed(resid)
         return layout, resid
 
 
-def _checked(model: Any, metric: Metric, site: Site) -> Decoder:
-    hooked = getattr(model, "_orig_mod", model)
-    if not isinstance(hooked, Decoder):
-        raise ReflowlensError(f"{type(hooked).__name__} is no decoder, whose runs could share what does not differ")
+def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
+    hooked: ResidualModel = getattr(model, "_orig_mod", model)
     if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if metric.normalised:

@@ -22,7 +22,7 @@ recurrent   a chunk a pass, ρ kept in between           generation: a byte cost
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,7 @@ class Level(nn.Module):
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: RecurrentState | None = None
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         neurons, eps = self.neurons(), self.cfg.eps
         x = self.hook_resid_pre(resid)
@@ -168,7 +168,7 @@ class Level(nn.Module):
         q: Float[Tensor, "head batch pos neuron"],
         x: Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
-        past: RecurrentState | None,
+        past: Past | None,
     ) -> Float[Tensor, "head batch pos d_model"]:
         """Σ of x over the positions before each, weighted by how alike the turned neurons are; 0 at the first."""
         hooked = is_hooked(self.hook_attn_scores)
@@ -210,6 +210,16 @@ def per_head(
     """
     out = rearrange(x, "batch pos head rows -> head (batch pos) rows") @ weight
     return rearrange(out, "head (batch pos) columns -> batch pos head columns", batch=len(x))
+
+
+class Past(Protocol):
+    """What positions attend to before those of the pass."""
+
+    def attend(
+        self, layer: int, q: Float[Tensor, "batch head pos neuron"], x: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch head pos d_model"]:
+        """Attention of a pass's positions to earlier ones and among themselves."""
+        ...
 
 
 class RecurrentState:
