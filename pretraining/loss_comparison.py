@@ -1,7 +1,8 @@
 """Validation losses of several models on the same tokens, and how sure their differences are.
 
-Tokens of one document stand and fall together, so documents are what is resampled, whole; and every model has read the
-same ones, so the difference is taken token by token before that.
+Tokens of one document stand and fall together, so documents are what is resampled, whole; of a single text, such as a
+book, the blocks that it is read in. Every model has read the same ones, so the difference is taken token by token
+before that.
 """
 
 from __future__ import annotations
@@ -45,18 +46,17 @@ def compare_losses(
 
     Args:
         models: by name; the first is what the others are compared with.
-        resamples: of the documents, with replacement.
+        resamples: of the documents, or of a single document's blocks, with replacement.
         progress: show a bar; by default on a terminal.
 
     Returns:
-        A row a model: ``model``, ``parameters``, ``outside_embedding`` (those of blocks and norms), ``tokens`` and
-        ``documents`` read, ``loss`` in nats a token with its 95% percentile bootstrap interval ``low``, ``high``, and
-        ``difference`` (its loss minus the first model's, per token; positive: worse) with ``difference_low``,
-        ``difference_high``, missing for the first.
+        A row a model: ``model``, ``parameters``, ``outside_embedding`` (those of blocks and norms), ``tokens`` read,
+        ``units`` that are resampled and what such a ``unit`` is (document or block), ``loss`` in nats a token with its
+        95% percentile bootstrap interval ``low``, ``high``, and ``difference`` (its loss minus the first model's, per
+        token; positive: worse) with ``difference_low``, ``difference_high``, missing for the first.
 
     Raises:
-        ReflowlensError: no model is given, one reads another tokenizer than the data's, or there are fewer than two
-            documents.
+        ReflowlensError: no model is given, one reads another tokenizer than the data's, or the split is one block.
 
     Example: ``compare_losses({name: rl.load_model(name) for name in rl.list_models()}, "data/mix16k")``
     """
@@ -68,23 +68,26 @@ def compare_losses(
             raise ReflowlensError(
                 f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"
             )
-    documents = document_of_targets(data.tokens, data.manifest.end_id)
-    n_documents = int(documents[-1]) + 1
-    if n_documents < 2:
-        raise ReflowlensError(f"{folder} has one document in {split!r}: an interval over documents needs two")
     context = min(model.cfg.n_ctx for model in models.values())
-    counts = np.bincount(documents, minlength=n_documents).astype(float)
+    unit, owner = "document", document_of_targets(data.tokens, data.manifest.end_id)
+    if owner[-1] == owner[0]:
+        unit, owner = "block", np.arange(len(owner)) // context
+    n_units = int(owner[-1]) + 1
+    if n_units < 2:
+        raise ReflowlensError(f"{folder} has one block of {context} tokens in {split!r}: an interval needs two")
+    counts = np.bincount(owner, minlength=n_units).astype(float)
     rows, baseline = [], None
     for name, model in models.items():
         losses = token_losses(model, data.tokens, batch_size, context, name, progress)
-        own = np.bincount(documents, weights=losses, minlength=n_documents)
+        own = np.bincount(owner, weights=losses, minlength=n_units)
         loss, low, high = _mean_with_interval(own, counts, resamples, seed)
         row = {
             "model": name,
             "parameters": model.n_parameters,
             "outside_embedding": parameters_outside_embedding(model),
             "tokens": len(losses),
-            "documents": n_documents,
+            "units": n_units,
+            "unit": unit,
             "loss": loss,
             "low": low,
             "high": high,

@@ -375,7 +375,8 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--against",
         nargs="+",
         metavar="MODEL",
-        help="a table of these beside the model: losses and differences a token, with intervals over documents",
+        help="a table of these beside the model: losses and differences a token, with intervals over documents "
+        "(of a single text: over its blocks)",
     )
     parser.add_argument("--split", default="val", choices=["train", "val"])
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
@@ -391,7 +392,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         models = {name: load_model(name, device=options.device) for name in [options.model, *options.against]}
         frame = compare_losses(models, options.data, split=options.split)
-        counts = dict.fromkeys(["parameters", "outside_embedding", "tokens", "documents"], "{:,}".format)
+        counts = dict.fromkeys(["parameters", "outside_embedding", "tokens", "units"], "{:,}".format)
         print(frame.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=counts))
         return
     result = evaluate_model(load_model(options.model, device=options.device), options.data, split=options.split)

@@ -70,11 +70,22 @@ def test_the_interval_of_a_difference_is_that_of_whole_documents(models, documen
         drawn = rng.integers(len(sums), size=len(sums))
         means.append(sums[drawn].sum() / counts[drawn].sum())
     row = compare_losses(models, documents, resamples=4000).iloc[1]
-    assert row["documents"] == len(sums)
+    assert (row["units"], row["unit"]) == (len(sums), "document")
     spread = np.std(means)
     assert row["difference_low"] == pytest.approx(np.quantile(means, 0.025), abs=0.15 * spread)
     assert row["difference_high"] == pytest.approx(np.quantile(means, 0.975), abs=0.15 * spread)
     assert row["difference"] == pytest.approx(sums.sum() / counts.sum(), rel=1e-5)
+
+
+def test_a_single_text_is_resampled_in_the_blocks_it_is_read_in(models, tmp_path):
+    book, other = tmp_path / "book.txt", tmp_path / "other.txt"
+    book.write_text("It was the best of times, it was the worst of times. " * 4, encoding="utf8")
+    other.write_text("Call me Ishmael.", encoding="utf8")
+    prepare(other, tmp_path / "data", tokenizer="bytes", val_sources=book)
+    row = compare_losses(models, tmp_path / "data", resamples=200).iloc[1]
+    context = models["one"].cfg.n_ctx
+    assert (row["units"], row["unit"]) == (-(-row["tokens"] // context), "block")
+    assert row["difference_low"] < row["difference"] < row["difference_high"]
 
 
 def test_an_end_belongs_to_its_document():
