@@ -6,8 +6,8 @@ and at every later one, is the point of no return.
 
 The readout is tied: what is injected is also what the token's logit is read along, so a concept can be implanted in any
 model that has one word a direction, trained or not. The controls say how much of a result that explains.
-``untrained``: the same architecture at initialisation. ``random_recipe``: a Gaussian recipe as long as the concept's,
-judged by the concept's token.
+``untrained``: the same architecture at initialisation; behind a clause each concept in its first prompt only.
+``random_recipe``: a Gaussian recipe as long as the concept's, judged by the concept's token.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from reflowlens.signals import SignalView, ViewName, signal_view
 
 MINIMUM_CONCEPTS = 20
 CONTROLS = ("untrained", "random_recipe")
+UNTRAINED_LONG = "untrained_long"
 DOUBLINGS = 8  # from the smallest strength that is tried to the limit
 _LOGITS_AT_ONCE = 2**22
 DEFINITIONS = {
@@ -54,11 +55,11 @@ DEFINITIONS = {
     "Published: about layer 18 of 36 for short prompts",
     "long_clause_delay": "point of no return of a prompt behind a subordinate clause minus that of the prompt alone, "
     "as a share of the depth, no point of no return counted as one layer behind the end; mean over concepts. "
-    "Published: as late as layer 28 of 36 against about 18",
+    "untrained: of each concept's first prompt. Published: as late as layer 28 of 36 against about 18",
     "log_long_clause_ratio": "logarithm of the critical strength behind a subordinate clause over that of the prompt "
-    "alone, mean over the layers where both can be reached, then over concepts",
+    "alone, mean over the layers where both can be reached, then over concepts. untrained: of first prompts",
     "non_monotone_share": "share of reachable concepts, prompts and layers where the token is lost again at a larger "
-    "strength",
+    "strength. untrained: of first prompts behind the clause",
 }
 PUBLISHED = {"critical_alpha": 18.4, "point_of_no_return": 18 / 36, "long_clause_delay": 10 / 36}
 
@@ -106,9 +107,12 @@ def concept_inception(
     told = [name for name in prompts if len(prompts[name]) == len(lexicon.short_prompts)]
     setups = {name: _Setup.of(chosen, words, pairs, prompts[name]) for name in told}
     setups["untrained"] = _Setup.of(untrained, words, pairs, prompts["short"])
+    if "long" in told:
+        first = pairs[:: len(pairs) // len(words)]
+        setups[UNTRAINED_LONG] = _Setup.of(untrained, words, first, prompts["long"])
     setups["random_recipe"] = setups["short"].with_random_recipes(seed)
     solved = {
-        name: setup.solve(limit, tolerance, check=name in told)
+        name: setup.solve(limit, tolerance, check=name in (*told, UNTRAINED_LONG))
         for name, setup in tqdm(setups.items(), desc="concept inception", disable=not progress)
     }
     problems = pd.concat([setups[name].frame(name, *found) for name, found in solved.items()], ignore_index=True)
@@ -153,13 +157,13 @@ def closing_verdict(interval: tuple[float, float], untrained: float, units: int)
     return "supported" if low > max(0.5, untrained) else "not supported"
 
 
-def delay_verdict(interval: tuple[float, float], p: float, units: int) -> Verdict:
+def delay_verdict(interval: tuple[float, float], untrained: float, p: float, units: int) -> Verdict:
     """Claim: behind a long clause the prediction stays open longer.
 
-    Supported if the interval of long_clause_delay lies above 0 and its sign-flip test over concepts has p < 0.05;
-    underpowered with fewer than 20 concepts.
+    Supported if the interval of long_clause_delay lies above 0 and above the untrained model's, and the sign-flip test
+    of their difference over concepts has p < 0.05; underpowered with fewer than 20 concepts.
     """
-    return verdict(interval, 0.0, p, minimum_units=MINIMUM_CONCEPTS, units=units)
+    return verdict(interval, max(0.0, untrained), p, minimum_units=MINIMUM_CONCEPTS, units=units)
 
 
 @dataclass(frozen=True)
@@ -300,14 +304,23 @@ def _by_concept(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
 
 
 def _no_return(problems: pd.DataFrame) -> pd.DataFrame:
-    """Of one series a row a concept and prompt: ``layer``, the first from which on nothing suffices, one behind the end
-    if there is none; and whether it is ``closed``."""
+    """Of one series a row a ``pair`` of concept and prompt: ``layer``, the first from which on nothing suffices, one
+    behind the end if there is none; and whether it is ``closed``."""
     reachable = problems.pivot(index="layer", columns="pair", values="reachable")
     concept = problems.drop_duplicates("pair").set_index("pair")["concept"]
     layer = first_settled(~reachable.to_numpy(dtype=bool))
-    return pd.DataFrame(
-        {"concept": concept[reachable.columns].to_numpy(), "layer": layer, "closed": layer < len(reachable)}
-    )
+    columns = {"concept": concept[reachable.columns], "layer": layer, "closed": layer < len(reachable)}
+    return pd.DataFrame(columns, index=reachable.columns)
+
+
+def _long_clause(short: pd.DataFrame, long: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What a clause before the prompts of ``long`` does, two series of the same model: by concept, how many layers
+    later the point of no return comes; and the log ratio of the critical strengths, of the concepts that have any."""
+    short = short[short["pair"].isin(long["pair"])]
+    later = _by_concept(_no_return(long), "layer") - _by_concept(_no_return(short), "layer")
+    both = short.merge(long, on=["concept", "pair", "layer"], suffixes=("", "_long"))
+    both = both[(both["strength"] > 0) & (both["strength_long"] > 0)]  # reached in both, and not without an injection
+    return later, _by_concept(both.assign(ratio=np.log(both["strength_long"] / both["strength"])), "ratio")
 
 
 def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
@@ -330,6 +343,10 @@ def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
     closed = short[short["closed"]]
     if closed["concept"].nunique() > 1:
         add("point_of_no_return", _by_concept(closed, "layer") / n_layers)
+        layers = {name: no_return[name].query("closed")["layer"] for name in CONTROLS}
+        result.controls["point_of_no_return"] = {
+            name: float(layer.mean()) / n_layers for name, layer in layers.items() if len(layer)
+        }
     else:
         result.notes.append("point_of_no_return is absent: concepts can be implanted up to the end of the model")
     units = short["concept"].nunique()
@@ -337,21 +354,28 @@ def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
         result.intervals["closed_share"], result.controls["closed_share"]["untrained"], units
     )
     if "long" in series:
-        delay = (_by_concept(no_return["long"], "layer") - _by_concept(short, "layer")) / n_layers
+        later, ratios = _long_clause(series["short"], series["long"])
+        untrained_later, untrained_ratios = _long_clause(series["untrained"], series[UNTRAINED_LONG])
+        delay, untrained_delay = later / n_layers, untrained_later / n_layers
         add("long_clause_delay", delay)
-        p = paired_permutation_pvalue(delay, seed=seed)
-        result.verdicts["long_clause_delay"] = delay_verdict(result.intervals["long_clause_delay"], p, units)
-        result.notes.append(f"long_clause_delay above 0: sign-flip p = {p:.2g}, {units} concepts")
-        strengths = np.stack([series[name]["strength"].to_numpy(dtype=float) for name in ("short", "long")])
-        both = (strengths > 0).all(axis=0)  # reached in both, and in neither without any injection
-        ratios = series["short"][both].assign(ratio=np.log(strengths[1, both] / strengths[0, both]))
-        if ratios["concept"].nunique() > 1:
-            add("log_long_clause_ratio", _by_concept(ratios, "ratio"))
+        result.controls["long_clause_delay"] = {"untrained": float(untrained_delay.mean())}
+        p = paired_permutation_pvalue(delay - untrained_delay, seed=seed)
+        result.verdicts["long_clause_delay"] = delay_verdict(
+            result.intervals["long_clause_delay"], float(untrained_delay.mean()), p, units
+        )
+        result.notes.append(f"long_clause_delay against untrained: sign-flip p = {p:.2g}, {units} concepts")
+        if len(ratios) > 1:
+            add("log_long_clause_ratio", ratios)
+            if len(untrained_ratios):
+                result.controls["log_long_clause_ratio"] = {"untrained": float(untrained_ratios.mean())}
     else:
         result.notes.append("long_clause_delay is absent: the lexicon has no long prompt for each short one")
     told = problems[problems["series"].isin(["short", "long"]) & problems["reachable"]]
     if told["concept"].nunique() > 1:
         add("non_monotone_share", _by_concept(told, "lost_again"))
+        if UNTRAINED_LONG in series and series[UNTRAINED_LONG]["reachable"].any():
+            checked = series[UNTRAINED_LONG].query("reachable")
+            result.controls["non_monotone_share"] = {"untrained": float(checked["lost_again"].mean())}
     return result
 
 

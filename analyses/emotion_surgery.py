@@ -65,14 +65,16 @@ DEFINITIONS = {
     "log_odds_shift": "how far steering moves the log odds of all positive against all negative held-out continuations "
     "away from the carrier's leaning, at that layer and strength, in nats; mean over carriers. Controls there too",
     "last_effective_layer": "last layer whose flip rate at that cost exceeds that of shuffled labels, Holm-adjusted "
-    "p < 0.05",
-    "last_effective_share": "the same as a share of the depth. Published: effective at layers 0 to 12 of 36, inert "
-    "beyond 18",
-    "strength": "strength at best_layer: root mean square of what is added over that of the stream there",
-    "alpha": "the same as the factor of the direction's own recipe",
+    "p < 0.05. random_direction: the last layer whose flip rate exceeds what Holm's first step asks, -1 where none "
+    "does; mean over its draws",
+    "last_effective_share": "the same as a share of the depth, 0 where none does. Published: effective at layers 0 to "
+    "12 of 36, inert beyond 18",
+    "strength": "strength at best_layer: root mean square of what is added over that of the stream there. Controls: "
+    "the largest that max_cost allows them at this layer",
+    "alpha": "the same as the factor of the direction's own recipe, or of a control's as long",
     "perplexity_cost": "relative rise of the perplexity of neutral texts there, measured; controls at the same "
     "strength",
-    "damage_kl": "KL(unsteered ‖ steered) of a neutral text's tokens there, in nats",
+    "damage_kl": "KL(unsteered ‖ steered) of a neutral text's tokens there, in nats; controls at the same strength",
     "heldout_probability": "probability of all held-out continuations together without steering, mean over carriers: "
     "the part of the prediction that a flip is about",
 }
@@ -175,8 +177,10 @@ def emotion_surgery(
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
-    probability = lens_log_probabilities(chosen, steered.runs.unsteered(layers[-1]))[:, heldout.ids].exp()
-    result.metrics["heldout_probability"] = float(probability.sum(dim=1).mean())
+    probability = _heldout_probability(steered)
+    result.metrics["heldout_probability"] = float(probability.mean())
+    result.intervals["heldout_probability"] = bootstrap_interval(probability, seed=seed)
+    result.controls["heldout_probability"] = {"untrained": float(_heldout_probability(untrained).mean())}
     result.notes.append(
         f"The direction is made of {len(words.ids)} adjectives and judged by {len(heldout.ids)} other words; "
         f"{int((heldout.leaning(steered.before) > 0).sum())} of {len(carriers)} carriers lean to the positive pole"
@@ -230,6 +234,13 @@ def _check(carriers: list[str], neutral: Sequence[str], strengths: Sequence[floa
         raise ReflowlensError(f"strengths must be positive and ascend, got {list(strengths)}")
     if max_cost <= 0:
         raise ReflowlensError(f"max_cost must be positive, got {max_cost}")
+
+
+def _heldout_probability(steered: Carriers) -> NDArray[np.float64]:
+    """Probability of all held-out continuations together after each carrier, unsteered."""
+    end = steered.runs.unsteered(steered.runs.layers[-1])
+    held_out = lens_log_probabilities(steered.view, end)[:, steered.poles.ids].exp()
+    return held_out.sum(dim=1).double().cpu().numpy()
 
 
 def _sweep_frame(
@@ -329,15 +340,16 @@ def _frontier_frame(
     control at the best one."""
     layers = steered.runs.layers
     told = sorted({layers[0], layers[len(layers) // 2], best.layer, layers[-1]})
-    columns = ["series", "layer", "strength", "flip_rate", "log_odds_shift", "perplexity_cost"]
+    columns = ["series", "layer", "strength", "flip_rate", "log_odds_shift", "perplexity_cost", "kl"]
     frames = [sweep[sweep["layer"] == layer].assign(series=f"layer {layer}")[columns] for layer in told]
     for name in ("shuffled_labels", "random_direction"):
         some = directions[name][:FRONTIER_DRAWS]
         for strength in sorted({*strengths, best.strength}):
             outcome = steered.steer(best.layer, strength, some)
             changes = strength * steered.scale[best.layer] * some
-            cost = np.mean([texts.damage(best.layer, change).cost for change in changes])
-            values = [name, best.layer, strength, outcome.flipped.mean(), outcome.shift.mean(), cost]
+            damage = [texts.damage(best.layer, change) for change in changes]
+            cost, kl = np.mean([[each.cost, float(each.kl.mean())] for each in damage], axis=0)
+            values = [name, best.layer, strength, outcome.flipped.mean(), outcome.shift.mean(), cost, kl]
             frames.append(pd.DataFrame([values], columns=columns))
     return pd.concat(frames, ignore_index=True)
 
@@ -410,8 +422,17 @@ def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: 
     result.metrics["perplexity_cost"] = best.damage.cost
     result.metrics["damage_kl"] = float(best.damage.kl.mean())
     result.intervals["damage_kl"] = bootstrap_interval(best.damage.kl.cpu().numpy(), seed=seed)
-    same = frontier[frontier["series"].isin(CONTROLS) & (frontier["strength"] == best.strength)]
-    result.controls["perplexity_cost"] = dict(zip(same["series"], same["perplexity_cost"], strict=True))
+    max_cost, unit_alpha = result.params["max_cost"], best.alpha / best.strength
+    for name, rows in frontier[frontier["series"].isin(CONTROLS)].groupby("series", sort=False):
+        same = rows[rows["strength"] == best.strength].iloc[0]
+        strength = affordable_strength(rows["strength"], rows["perplexity_cost"], max_cost)
+        for metric, value in (
+            ("perplexity_cost", same["perplexity_cost"]),
+            ("damage_kl", same["kl"]),
+            ("strength", strength),
+            ("alpha", strength * unit_alpha),
+        ):
+            result.controls.setdefault(metric, {})[str(name)] = float(value)
     _add_last_effective(result, places, units, seed)
     return result
 
@@ -433,13 +454,18 @@ def _add_last_effective(result: Result, places: Sequence[_Place], units: int, se
     nulls = np.stack([place.outcomes["shuffled_labels"].flipped.mean(axis=1) for place in places])
     threshold = np.quantile(nulls, 1 - SIGNIFICANCE / len(places), axis=1)
 
-    def last(carriers: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        rates = flipped[np.moveaxis(carriers, axis, -1).astype(int)].mean(axis=-2)
+    def last_above(rates: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(rates > threshold, np.arange(len(places)), -1).max(axis=-1).astype(float)
 
+    def last(carriers: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return last_above(flipped[np.moveaxis(carriers, axis, -1).astype(int)].mean(axis=-2))
+
+    random = last_above(np.stack([place.outcomes["random_direction"].flipped.mean(axis=1) for place in places], axis=1))
     result.metrics["last_effective_layer"] = float(effective.max())
     result.intervals["last_effective_layer"] = bootstrap_interval(np.arange(units), last, seed=seed)
     depth = len(places) - 1
+    result.controls["last_effective_layer"] = {"random_direction": float(random.mean())}
+    result.controls["last_effective_share"] = {"random_direction": float(random.clip(min=0).mean()) / depth}
     low, high = (max(0.0, end) / depth for end in result.intervals["last_effective_layer"])
     result.metrics["last_effective_share"] = float(effective.max()) / depth
     result.intervals["last_effective_share"] = (low, high)

@@ -62,8 +62,9 @@ RANDOM_DRAWS = 20  # judged by the next word
 WRITTEN_DRAWS = 2  # of which texts are generated too, at the β of the headline
 DEFINITIONS = {
     "beta": "β of the headline: the largest of the sweep at which texts have at most max_ratio times the perplexity of "
-    "unedited ones, as a share: norm of what is added over the mean norm of the edited recipes",
-    "beta_raw": "the same as the factor of the direction's recipe r",
+    "unedited ones, as a share: norm of what is added over the mean norm of the edited recipes. random_direction: the "
+    "largest that the texts written under it bear",
+    "beta_raw": "the same as the factor of the direction's recipe r, or of a random one as long",
     "sentiment_shift": "half the difference between the mean valence of texts written with +β and with -β from the "
     "same seeds, in VADER's ratings (-4 to 4) a word, edited words not counted; mean over carriers",
     "log_odds_shift": "half the difference of the log odds of held-out positive against negative words as the next "
@@ -145,7 +146,7 @@ def genetic_hijack(
     for beta in betas:
         runs += [*shifted("edit", beta), *shifted("random_direction", beta, directions[0])]
         bar.update()
-    beta = _affordable(runs, betas, max_ratio)
+    beta, random_beta = (_affordable(runs, series, betas, max_ratio) for series in ("edit", "random_direction"))
     for direction in directions[1:WRITTEN_DRAWS]:
         runs += shifted("random_direction", beta, direction)
     bar.update()
@@ -186,8 +187,9 @@ def genetic_hijack(
     )
     if skipped := [word for word in given if word not in edited]:
         result.notes.append(f"skipped {len(skipped)} words of several tokens: {', '.join(skipped)}")
-    result.metrics["beta"] = beta
-    result.metrics["beta_raw"] = beta * shift.size / float(shift.direction.norm())
+    raw = shift.size / float(shift.direction.norm())
+    result.metrics |= {"beta": beta, "beta_raw": beta * raw}
+    result.controls |= {"beta": {"random_direction": random_beta}, "beta_raw": {"random_direction": random_beta * raw}}
     pvalues = _add_shift(result, runs, beta, nulls, seed) | _add_signals(result, runs, chosen.name, seed)
     return _with_verdicts(result, pvalues, len(carriers))
 
@@ -250,10 +252,10 @@ def _shifts(runs: Sequence[_Run], series: str, beta: float) -> list[_Run]:
     return [run for run in runs if (run.edit, run.series, abs(run.beta)) == ("shift", series, beta)]
 
 
-def _affordable(runs: Sequence[_Run], betas: Sequence[float], max_ratio: float) -> float:
-    """The largest β whose texts are fluent enough; the smallest of all if none is."""
+def _affordable(runs: Sequence[_Run], series: str, betas: Sequence[float], max_ratio: float) -> float:
+    """The largest β of a series whose texts are fluent enough; the smallest of all if none is."""
     unedited = runs[0].written.loss.mean()
-    rise = {beta: np.mean([run.written.loss for run in _shifts(runs, "edit", beta)]) - unedited for beta in betas}
+    rise = {beta: np.mean([run.written.loss for run in _shifts(runs, series, beta)]) - unedited for beta in betas}
     return max((beta for beta in betas if rise[beta] <= np.log(max_ratio)), default=betas[0])
 
 

@@ -38,7 +38,9 @@ def hijack_figures(frames: dict[str, pd.DataFrame], beta: float) -> dict[str, go
         ends = {"array": rows["valence_high"] - rows["valence"], "arrayminus": rows["valence"] - rows["valence_low"]}
         curve.error_y = {"symmetric": False, "thickness": 1, "width": 3, **ends}
         if name == "edit":
-            curve.update(mode="lines+markers+text", text=rows["beta"].map("β = {:+g}".format), textposition="top right")
+            extremes = rows["beta"].isin([rows["beta"].min(), rows["beta"].max()])  # the others crowd around β = 0
+            labels = rows["beta"].map("β = {:+g}".format).where(extremes, "")
+            curve.update(mode="lines+markers+text", text=labels, textposition="top left")
     return {
         "fluency": fluency.update_layout(hovermode="closest").update_xaxes(type="log"),
         "log_odds": line_with_band(

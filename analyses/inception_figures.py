@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from reflowlens.figures import line_with_band
 
-_CONTROLS = ("untrained", "random_recipe")
+_CONTROLS = ("untrained", "untrained_long", "random_recipe")
 
 
 def inception_figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

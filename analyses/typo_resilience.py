@@ -9,6 +9,9 @@ the same carrier: ``unrelated_word``, the clean word against another of the same
 the clean word against the misspelling of another, which is split into as many tokens as misspellings are. A third,
 ``untrained``, is the same pairs in the same architecture at initialisation. A rotation of the signals moves none of
 these numbers, so that ``rotated_basis`` is no control here.
+
+Several misspellings of one word are no independent observations of how the model reads it: the word is the unit, its
+value the mean over its misspellings, and means, intervals and tests are over words.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from analyses.controls import untrained_view
@@ -42,27 +44,28 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, signal_view
 
-MINIMUM_PAIRS = 20
+MINIMUM_WORDS = 20
 THRESHOLD = 0.8
 CARRIERS = ("She wrote down the word", "The next word on the page was")
 UNRELATED = ("unrelated_word", "unrelated_misspelling")
 CONTROLS = (*UNRELATED, "untrained")
 QUANTITIES = ("cosine_readout", "cosine_resid", "kl")
 JUDGED = ("final_cosine_readout", "final_cosine_resid", "final_kl", "recovered_share")
-Values: TypeAlias = "dict[str, dict[str, NDArray[np.float64]]]"  # comparison -> metric -> one value a pair
+Values: TypeAlias = "dict[str, pd.DataFrame]"  # comparison -> a row a pair or a word, a column a metric
 
 _RECOVERY = "first point from which the cosine of the readouts stays at or above the threshold"
 
 
 def definitions(threshold: float) -> dict[str, str]:
     """What each metric means, with the threshold of recovery that was used."""
-    pairs = "of a clean word and its misspelling at the last token of each, mean over pairs"
+    pairs = "of a clean word and its misspelling at the last token of each; mean over a word's misspellings, then words"
     return {
         "final_cosine_readout": f"cosine of the readouts a = B norm(x) at the end {pairs}",
         "final_cosine_resid": f"cosine of the last residual streams {pairs}",
         "final_kl": f"KL(clean ‖ misspelt) of the next-token distributions in nats {pairs}",
-        "recovered_share": f"share of pairs that recover: {_RECOVERY}, {threshold:g}",
-        "recovery_layer": f"{_RECOVERY}, {threshold:g}, in blocks (0: the embedding); mean over the pairs that recover",
+        "recovered_share": f"share of a word's misspellings that recover, mean over words: {_RECOVERY}, {threshold:g}",
+        "recovery_layer": f"{_RECOVERY}, {threshold:g}, in blocks (0: the embedding); mean over a "
+        "word's misspellings that recover, then over words with any",
     }
 
 
@@ -89,7 +92,7 @@ def typo_resilience(
         quick: a third of the pairs.
 
     Returns:
-        A Result with frames ``layers`` (a row a comparison, quantity and point: means over pairs with intervals),
+        A Result with frames ``layers`` (a row a comparison, quantity and point: means over words with intervals),
         ``cells`` (a row a pair and point), ``pairs`` (a row a comparison and pair) and ``kinds`` (the end, by kind of
         misspelling, p against both unrelated controls raw and Holm-adjusted), and figures ``readout``, ``residual``,
         ``kl``, ``kinds``, ``pairs``.
@@ -123,7 +126,7 @@ def typo_resilience(
     bar.close()
     others["untrained"] = misspelt
     frames = {
-        "layers": _layer_frame(compared, model.cfg.n_layers, seed),
+        "layers": _layer_frame(clean, compared, model.cfg.n_layers, seed),
         "cells": _cell_frame(pairs, compared["misspelt"], model.cfg.n_layers),
         "pairs": _pair_frame(model, pairs, others, compared, threshold),
     }
@@ -135,6 +138,7 @@ def typo_resilience(
             "carriers": list(carriers),
             "threshold": threshold,
             "pairs": len(pairs),
+            "words": len(set(clean)),
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
@@ -146,7 +150,7 @@ def typo_resilience(
     values = {name: _values(likeness, threshold) for name, likeness in compared.items()}
     frames["kinds"] = _kind_frame(pairs, values, seed)
     result.frames, result.figures = frames, typo_figures(frames, threshold)
-    return _with_metrics(result, values, seed)
+    return _with_metrics(result, _by_word(clean, values), seed)
 
 
 def resilience_verdict(
@@ -154,14 +158,14 @@ def resilience_verdict(
 ) -> Verdict:
     """Claim: a misspelling is read like the word that was meant.
 
-    Supported if the mean over pairs beats both unrelated controls (larger, for the KL smaller): the Holm-adjusted p,
+    Supported if the mean over words beats both unrelated controls (larger, for the KL smaller): the Holm-adjusted p,
     itself the larger of those of the paired sign-flip tests against each, is below 0.05, and the interval is clear of
-    the nearer control; underpowered with fewer than 20 pairs.
+    the nearer control; underpowered with fewer than 20 words.
     """
     sign = _sign(metric)
     low, high = sorted(sign * end for end in interval)
     nearer = max(sign * controls[name] for name in UNRELATED)
-    return verdict((low, high), nearer, p, minimum_units=MINIMUM_PAIRS, units=units)
+    return verdict((low, high), nearer, p, minimum_units=MINIMUM_WORDS, units=units)
 
 
 def _sign(metric: str) -> int:
@@ -182,29 +186,35 @@ def _usable_pairs(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[li
     return usable, skipped
 
 
-def _values(likeness: Likeness, threshold: float) -> dict[str, NDArray[np.float64]]:
+def _values(likeness: Likeness, threshold: float) -> pd.DataFrame:
     """The headline of each pair; the recovery layer of one that never recovers is NaN."""
     settled = first_settled(likeness.cosine_readout >= threshold)
     recovered = settled < len(likeness.cosine_readout)
-    return {
-        "final_cosine_readout": likeness.cosine_readout[-1],
-        "final_cosine_resid": likeness.cosine_resid[-1],
-        "final_kl": likeness.kl[-1],
-        "recovered_share": recovered.astype(float),
-        "recovery_layer": np.where(recovered, settled / 2, np.nan),
-    }
+    return pd.DataFrame(
+        {
+            "final_cosine_readout": likeness.cosine_readout[-1],
+            "final_cosine_resid": likeness.cosine_resid[-1],
+            "final_kl": likeness.kl[-1],
+            "recovered_share": recovered.astype(float),
+            "recovery_layer": np.where(recovered, settled / 2, np.nan),
+        }
+    )
 
 
-def _pvalues(values: Values, metric: str, rows: NDArray[np.int64], seed: int) -> dict[str, float]:
-    """p of the paired test of some of the pairs against each unrelated control."""
-    ours = values["misspelt"][metric][rows]
-    differences = {name: _sign(metric) * (ours - values[name][metric][rows]) for name in UNRELATED}
+def _by_word(words: Sequence[str], values: Values) -> Values:
+    """Means over the pairs of each word, the unit of replication; NaN where all of them are."""
+    return {name: each.groupby(np.array(words), sort=False).mean() for name, each in values.items()}
+
+
+def _pvalues(values: Values, metric: str, seed: int) -> dict[str, float]:
+    """p of the paired test over words against each unrelated control."""
+    differences = {name: _sign(metric) * (values["misspelt"][metric] - values[name][metric]) for name in UNRELATED}
     return {name: paired_permutation_pvalue(difference, seed=seed) for name, difference in differences.items()}
 
 
 def _with_metrics(result: Result, values: Values, seed: int) -> Result:
     units = len(values["misspelt"]["final_kl"])
-    raw = {metric: _pvalues(values, metric, np.arange(units), seed) for metric in JUDGED}
+    raw = {metric: _pvalues(values, metric, seed) for metric in JUDGED}
     adjusted = holm([max(each.values()) for each in raw.values()]).tolist()
     for metric, p in zip(JUDGED, adjusted, strict=True):
         ours = values["misspelt"][metric]
@@ -216,11 +226,11 @@ def _with_metrics(result: Result, values: Values, seed: int) -> Result:
         )
         against = ", ".join(f"{name.replace('_', ' ')} p = {each:.2g}" for name, each in raw[metric].items())
         result.notes.append(
-            f"{metric}, {units} pairs, sign-flip tests against {against}; larger, Holm-adjusted {p:.2g}"
+            f"{metric}, {units} words, sign-flip tests against {against}; larger, Holm-adjusted {p:.2g}"
         )
-    layers = {name: each["recovery_layer"][~np.isnan(each["recovery_layer"])] for name, each in values.items()}
+    layers = {name: each["recovery_layer"].dropna() for name, each in values.items()}
     if len(layers["misspelt"]) < 2:
-        result.notes.append("recovery_layer: absent, for fewer than 2 pairs recover")
+        result.notes.append("recovery_layer: absent, for misspellings of fewer than 2 words recover")
         return result
     result.metrics["recovery_layer"] = float(layers["misspelt"].mean())
     result.intervals["recovery_layer"] = bootstrap_interval(layers["misspelt"], seed=seed)
@@ -230,14 +240,15 @@ def _with_metrics(result: Result, values: Values, seed: int) -> Result:
     return result
 
 
-def _layer_frame(compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.DataFrame:
-    """Means over pairs at every point, with pointwise bootstrap bands."""
+def _layer_frame(words: Sequence[str], compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.DataFrame:
+    """Means over words at every point, with pointwise bootstrap bands."""
     points = residual_points(n_layers)
     frames = []
     for name, likeness in compared.items():
         for quantity in QUANTITIES:
-            curves = getattr(likeness, quantity)
-            low, high = bootstrap_band(curves.T, seed=seed)
+            pairs = pd.DataFrame(getattr(likeness, quantity).T)
+            curves = pairs.groupby(np.array(words), sort=False).mean().to_numpy()
+            low, high = bootstrap_band(curves, seed=seed)
             frames.append(
                 pd.DataFrame(
                     {
@@ -245,7 +256,7 @@ def _layer_frame(compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.
                         "quantity": quantity,
                         "depth": [point.depth for point in points],
                         "point": [point.label for point in points],
-                        "mean": curves.mean(axis=1),
+                        "mean": curves.mean(axis=0),
                         "low": low,
                         "high": high,
                     }
@@ -298,22 +309,28 @@ def _pair_frame(
 
 
 def _kind_frame(pairs: list[Typo], values: Values, seed: int) -> pd.DataFrame:
-    """The cosine of the readouts at the end by kind of misspelling; a kind of one pair has neither interval nor p."""
+    """The cosine of the readouts at the end by kind of misspelling; a kind of one word has neither interval nor p."""
     metric = "final_cosine_readout"
-    kinds = np.array([pair.kind for pair in pairs])
-    members = {kind: np.flatnonzero(kinds == kind) for kind in TYPO_KINDS if kind in kinds}
-    raw = {kind: max(_pvalues(values, metric, rows, seed).values()) for kind, rows in members.items() if len(rows) > 1}
+    words, kinds = np.array([pair.clean for pair in pairs]), np.array([pair.kind for pair in pairs])
+    by_kind = {
+        kind: _by_word(words[kinds == kind], {name: each[kinds == kind] for name, each in values.items()})
+        for kind in TYPO_KINDS
+        if kind in kinds
+    }
+    units = {kind: len(own["misspelt"]) for kind, own in by_kind.items()}
+    raw = {kind: max(_pvalues(own, metric, seed).values()) for kind, own in by_kind.items() if units[kind] > 1}
     adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
     table = []
-    for kind, rows in members.items():
-        for name, each in values.items():
-            sample, ours = each[metric][rows], name == "misspelt"
+    for kind, own in by_kind.items():
+        for name, each in own.items():
+            sample, ours = each[metric], name == "misspelt"
             low, high = bootstrap_interval(sample, seed=seed) if kind in raw else Interval(np.nan, np.nan)
             table.append(
                 {
                     "kind": kind,
                     "comparison": name,
-                    "pairs": len(rows),
+                    "pairs": int((kinds == kind).sum()),
+                    "words": units[kind],
                     metric: sample.mean(),
                     "low": low,
                     "high": high,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import permutations
 from typing import Any
 
 import torch
 
-from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
+from analyses.lexicon import Analogy, FactualPrompt, Lexicon, load_lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
@@ -226,6 +227,39 @@ def category_model(lexicon: Lexicon, seed: int = 0) -> HookedModel:
             ids = [model.to_single_token(f" {word}") for word in words]
             model.embed.W_recipe[ids] = CATEGORY_NOISE / 0.5 * model.embed.W_recipe[ids]
             model.embed.W_recipe[ids, signal] += 1.0
+    return model
+
+
+ANALOGY_PAIRS = {
+    "gender": [("man", "woman"), ("king", "queen"), ("boy", "girl"), ("father", "mother"), ("son", "daughter")],
+    "past": [("walking", "walked"), ("running", "ran"), ("going", "went"), ("taking", "took"), ("making", "made")],
+    "capital": [("France", "Paris"), ("China", "Beijing"), ("Russia", "Moscow"), ("Japan", "Tokyo")],
+}
+
+
+def planted_analogies() -> list[Analogy]:
+    """Every two pairs of a relation, in both orders."""
+    return [
+        Analogy(relation, a=second, b=first, c=other, expected=answer)
+        for relation, pairs in ANALOGY_PAIRS.items()
+        for (first, second), (other, answer) in permutations(pairs, 2)
+    ]
+
+
+def analogy_model() -> HookedModel:
+    """Each word of `ANALOGY_PAIRS` is what the pair means, minus or plus twice as much of what the relation means.
+
+    The offset makes the words of a pair dissimilar, so that neither c nor a + c finds the answer.
+    """
+    model = empty_model()
+    attributes = random_rotation(32, 1)
+    stems = iter(attributes[len(ANALOGY_PAIRS) :])
+    with torch.no_grad():
+        for offset, pairs in zip(attributes, ANALOGY_PAIRS.values(), strict=False):
+            for pair in pairs:
+                stem = next(stems)
+                for word, sign in zip(pair, (-1, 1), strict=True):
+                    model.embed.W_recipe[model.to_single_token(f" {word}")] = stem + sign * 2 * offset
     return model
 
 

@@ -16,36 +16,27 @@ from analyses.spectra import (
 )
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from tests.planted import empty_model, gaussian_basis_model, low_rank_model, of_architecture
-
-WORDS = ("river", "road", "train", "king", "queen", "dog", "cat")
-TEXTS = [f"The {word} runs through the city and the house." for word in WORDS] * 3
-RANK = 4
+from tests.planted import empty_model, gaussian_basis_model, of_architecture
+from tests.planted_results import GEOMETRY, RANK, missed
+from tests.planted_results import GEOMETRY_TEXTS as TEXTS
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return basis_geometry(low_rank_model(RANK), texts=TEXTS, directions=RANK, quick=True)
+    return GEOMETRY.run()
 
 
 def test_the_planted_rank_is_found(planted):
-    metrics = planted.metrics
+    assert not missed(planted, GEOMETRY.expected)
     for name in ("effective_rank", "stable_rank", "participation_ratio"):
-        assert metrics[name] == pytest.approx(RANK, rel=0.02), name
-        assert metrics[f"{name}_E"] == pytest.approx(RANK, rel=0.05), f"{name}_E"
         assert planted.controls[name]["gaussian"] > 2 * RANK
         assert planted.controls[name]["untrained"] == pytest.approx(32, rel=1e-4)
-    assert metrics["condition_number"] == pytest.approx(100, rel=1e-3)
-    assert metrics["above_edge"] == RANK
-    assert planted.verdicts["effective_rank"] == planted.verdicts["effective_rank_E"] == "supported"
 
 
 def test_residuals_lie_within_the_planted_directions(planted):
     for name in ("alignment_first", "alignment_last", "alignment_mean"):
-        assert planted.metrics[name] == pytest.approx(1, abs=0.01)
         assert planted.controls[name]["random_direction"] == pytest.approx(RANK / 32, abs=0.08)
         assert planted.controls[name]["best_directions"] >= planted.metrics[name] - 1e-6
-        assert planted.verdicts[name] == "supported"
     assert set(planted.figures) == {"scree_B", "scree_E", "cosines", "gram", "alignment"}
 
 

@@ -12,12 +12,13 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.signals import signal_view
 from tests.planted import CONFIG, LEXICON, empty_model, one_signal_model
+from tests.planted_results import ABLATION, missed
 from tests.tiny import assert_close
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return causal_ablation(one_signal_model(), lexicon=LEXICON, rotations=6)
+    return ABLATION.run()
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,7 @@ def empty():
 
 
 def test_the_planted_signal_is_found(planted):
-    prompts = planted.frames["prompts"].query("basis == 'native'")
-    assert (prompts["worst_signal"] == 0).all()
-    assert planted.metrics["remaining_after_one"] < 0.001
-    assert planted.metrics["sufficient_share"] == pytest.approx(1 / 32)
+    assert not missed(planted, ABLATION.expected)
     assert planted.params["target"] == " Paris"
 
 
@@ -40,8 +38,6 @@ def test_the_planted_signal_beats_every_control(planted):
     assert controls["rotated_basis"] > 0.1
     one = planted.controls["probability_after_one"]
     assert one["random_signal"] > one["rotated_basis"] > 100 * planted.metrics["probability_after_one"]
-    assert planted.verdicts["remaining_after_one"] == "supported"
-    assert planted.verdicts["sufficient_share"] == "supported"
 
 
 def test_every_metric_of_single_signals_has_its_floor_and_its_ceiling(planted):

@@ -12,6 +12,7 @@ from analyses.steering import Injections, critical_strength, steer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import closing_model, concept_lexicon, concepts, heavy_model, of_architecture, turning_model
+from tests.planted_results import CLOSING, CRITICAL, missed, no_return
 
 LEXICON = concept_lexicon()
 WORDS = concepts()
@@ -19,27 +20,24 @@ WORDS = concepts()
 
 @pytest.fixture(scope="module")
 def heavy():
-    return concept_inception(heavy_model(3.0), WORDS, lexicon=LEXICON, prompts_per_concept=1)
+    return CRITICAL.run()
 
 
 @pytest.fixture(scope="module")
 def closing():
-    return concept_inception(closing_model(1), WORDS, lexicon=LEXICON, prompts_per_concept=1)
+    return CLOSING.run()
 
 
 def test_the_planted_critical_strength_is_found_at_every_layer(heavy):
     problems = heavy.frames["problems"].query("series in ('short', 'long')")
     assert ((problems["alpha"] >= 9 - 1e-4) & (problems["alpha"] <= 9 * 1.02)).all()
     assert problems["strength"].to_numpy() == pytest.approx(3.0, rel=0.02)
-    assert heavy.metrics["critical_alpha"] == pytest.approx(9, rel=0.02)
+    assert not missed(heavy, CRITICAL.expected)
     assert heavy.controls["critical_alpha"]["untrained"] < 2
 
 
 def test_nothing_closes_and_nothing_is_delayed_where_blocks_are_silent(heavy):
-    assert heavy.metrics["reachable_share"] == 1
-    assert heavy.metrics["long_clause_delay"] == heavy.metrics["closed_share"] == 0
-    assert heavy.verdicts == {"closed_share": "not supported", "long_clause_delay": "not supported"}
-    assert heavy.metrics["non_monotone_share"] == 0
+    assert set(heavy.verdicts) == {"closed_share", "long_clause_delay"}
     assert "point_of_no_return" not in heavy.metrics
     assert any("point_of_no_return is absent" in note for note in heavy.notes)
 
@@ -48,10 +46,22 @@ def test_nothing_closes_and_nothing_is_delayed_where_blocks_are_silent(heavy):
 def test_the_planted_point_of_no_return_and_its_delay_are_found(layer, closing):
     few = WORDS[:4]
     result = closing if layer == 1 else concept_inception(closing_model(layer), few, lexicon=LEXICON, quick=True)
-    assert result.metrics["point_of_no_return"] == (layer + 1) / 4
-    assert result.metrics["long_clause_delay"] == 1 / 4
-    assert result.verdicts["closed_share"] == ("supported" if layer == 1 else "underpowered")
-    assert result.verdicts["long_clause_delay"] == ("supported" if layer == 1 else "underpowered")
+    assert not missed(result, CLOSING.expected if layer == 1 else no_return(layer))
+    if layer != 1:
+        assert set(result.verdicts.values()) == {"underpowered"}
+    assert result.controls["long_clause_delay"]["untrained"] == 0
+
+
+def test_the_untrained_model_is_measured_as_the_model_is():
+    model = turning_model()
+    result = concept_inception(model, WORDS[:4], lexicon=LEXICON, quick=True)
+    untrained = concept_inception(build_model(model.cfg, seed=1), WORDS[:4], lexicon=LEXICON, quick=True)
+    for metric in ("long_clause_delay", "log_long_clause_ratio", "closed_share", "reachable_share"):
+        assert result.controls[metric]["untrained"] == pytest.approx(untrained.metrics[metric]), metric
+    assert abs(untrained.metrics["log_long_clause_ratio"]) > 1e-3
+    rows = untrained.frames["problems"].query("series == 'long' and reachable")
+    assert result.controls["non_monotone_share"]["untrained"] == pytest.approx(rows["lost_again"].mean())
+    assert set(result.metrics) == set(result.controls)
 
 
 def test_a_strength_that_is_lost_again_is_flagged(closing):
@@ -155,5 +165,6 @@ def test_the_verdicts_follow_their_rules():
     assert closing_verdict((0.6, 0.9), 0.7, 20) == "not supported", "an untrained model closes as often"
     assert closing_verdict((0.1, 0.4), 0.0, 20) == "not supported"
     assert closing_verdict((0.4, 0.6), 0.0, 20) == closing_verdict((0.6, 0.9), 0.0, 19) == "underpowered"
-    assert delay_verdict((0.1, 0.2), 0.01, 20) == "supported"
-    assert delay_verdict((0.1, 0.2), 0.2, 20) == delay_verdict((0.0, 0.2), 0.01, 20) == "not supported"
+    assert delay_verdict((0.1, 0.2), -0.1, 0.01, 20) == "supported"
+    assert delay_verdict((0.1, 0.2), 0.0, 0.2, 20) == delay_verdict((0.0, 0.2), -0.1, 0.01, 20) == "not supported"
+    assert delay_verdict((0.1, 0.2), 0.15, 0.01, 20) == "not supported", "an untrained model is delayed as much"

@@ -18,15 +18,15 @@ from analyses.steering import steer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import FEELING, empty_model, feeling_lexicon, feeling_model, of_architecture
+from tests.planted_results import STRENGTHS, SURGERY, last_effective, missed
 from tests.tiny import tiny_config
 
 LEXICON = feeling_lexicon()
-STRENGTHS = (0.1, 0.2, 0.25)  # the last turns every carrier along the feeling itself, and few along another direction
 
 
 @pytest.fixture(scope="module")
 def planted():
-    return emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=STRENGTHS)
+    return SURGERY.run()
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])
@@ -35,19 +35,42 @@ def test_the_planted_last_effective_layer_is_found(layer, planted):
     rates = result.frames["layers"].query("series == 'sentiment'").set_index("layer")["flip_rate"]
     assert (rates[: layer + 1] == 1).all()
     assert (rates[layer + 1 :] == 0).all()
-    assert result.metrics["last_effective_layer"] == layer
-    assert result.metrics["last_effective_share"] == layer / 4
-    assert result.verdicts["best_flip_rate"] == "supported"
-    assert result.verdicts["last_effective_share"] == ("supported" if layer <= 2 else "not supported")
+    assert not missed(result, last_effective(layer))
 
 
 def test_controls_do_not_turn_what_the_direction_turns(planted):
     controls = planted.controls["best_flip_rate"]
     assert set(controls) == {"shuffled_labels", "random_direction", "untrained"}
-    assert planted.metrics["best_flip_rate"] == 1
     assert max(controls["shuffled_labels"], controls["random_direction"]) < 0.05
     assert planted.metrics["log_odds_shift"] > 5 * abs(planted.controls["log_odds_shift"]["shuffled_labels"])
     assert planted.metrics["perplexity_cost"] <= 0.05
+    assert planted.controls["last_effective_layer"]["random_direction"] < 0, "no layer, of most draws"
+    assert planted.controls["last_effective_share"]["random_direction"] < 0.05
+
+
+def test_controls_are_given_as_much_as_their_own_cost_allows(planted):
+    for name in ("shuffled_labels", "random_direction"):  # they cost nothing, at no strength of the sweep
+        assert planted.controls["perplexity_cost"][name] <= 0.05
+        assert planted.controls["strength"][name] == max(STRENGTHS)
+        assert planted.controls["damage_kl"][name] < 0.1 * planted.metrics["damage_kl"]
+    wide = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=(0.2, 2.0, 20.0), quick=True)
+    frontier = wide.frames["frontier"].query("series == 'random_direction'")
+    strength = wide.controls["strength"]["random_direction"]
+    assert frontier.query("strength < @strength")["perplexity_cost"].max() <= 0.05
+    assert frontier.query("strength > @strength")["perplexity_cost"].min() > 0.05
+    assert strength < 20
+    assert wide.controls["alpha"]["random_direction"] / strength == pytest.approx(
+        wide.metrics["alpha"] / wide.metrics["strength"]
+    )
+
+
+def test_the_probability_of_the_held_out_words_has_that_of_the_untrained_model_beside_it(planted):
+    model = build_model(feeling_model(1).cfg, seed=1)  # as untrained_view builds it
+    _, heldout = sentiment_poles(model, LEXICON, "x")
+    logits = torch.cat([model(text)[:, -1] for text in LEXICON.sentiment.prompts])
+    share = logits[:, : model.tokenizer.n_vocab].softmax(dim=-1)[:, heldout.ids].sum(dim=-1).mean()
+    assert planted.controls["heldout_probability"]["untrained"] == pytest.approx(share.item(), rel=1e-4)
+    assert planted.intervals["heldout_probability"].low > 10 * share.item()
 
 
 def test_the_controls_of_the_best_layer_have_a_best_layer_too():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,7 +16,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figure_table import table
 from reflowlens.models import build_model
 from reflowlens.signals import random_rotation, rotate
-from tests.planted import FEELING, empty_model, feeling_lexicon, feeling_model, of_architecture
+from tests.planted import empty_model, feeling_lexicon, feeling_model, of_architecture
+from tests.planted_results import HIJACK, missed
 
 LEXICON = feeling_lexicon()
 OPTIONS = {"lexicon": LEXICON, "betas": (0.25, 0.5), "new_tokens": 2}
@@ -23,22 +25,19 @@ OPTIONS = {"lexicon": LEXICON, "betas": (0.25, 0.5), "new_tokens": 2}
 
 @pytest.fixture(scope="module")
 def planted():
-    model = feeling_model(1, lean=0.3)
+    model = HIJACK.model()
     before = rl.model_hash(model)
-    result = genetic_hijack(model, **OPTIONS)
+    result = HIJACK.measure(model)
     assert rl.model_hash(model) == before
     return result
 
 
 def test_the_planted_signal_is_found_and_its_column_decides_the_prediction(planted):
-    signals = planted.frames["signals"].query("basis == 'native'")
-    assert set(signals["signal"]) == {FEELING}
+    assert not missed(planted, HIJACK.expected)
     silenced = planted.frames["carriers"].query("edit == 'silence' and series == 'edit'")["log_odds"]
     unedited = planted.frames["carriers"].query("edit == 'unedited'")["log_odds"]
     assert silenced.abs().max() < 0.05 < 1 < unedited.min()
-    assert planted.metrics["silence_effect"] == pytest.approx(unedited.mean(), rel=0.01)
     assert planted.controls["silence_effect"]["random_direction"] < 0.1 * planted.metrics["silence_effect"]
-    assert planted.verdicts["silence_effect"] == "supported"
 
 
 def test_a_swap_of_the_poles_turns_the_log_odds_exactly(planted):
@@ -46,13 +45,25 @@ def test_a_swap_of_the_poles_turns_the_log_odds_exactly(planted):
     unedited = carriers.query("edit == 'unedited'")["log_odds"].to_numpy()
     swapped = carriers.query("edit == 'swap' and series == 'edit'")["log_odds"].to_numpy()
     assert swapped == pytest.approx(-unedited, rel=1e-5)
-    assert planted.metrics["swap_log_odds_change"] == pytest.approx(-2 * unedited.mean(), rel=1e-5)
 
 
 def test_shifting_the_subjects_turns_the_next_word(planted):
-    assert planted.verdicts["log_odds_shift"] == "supported"
     assert planted.intervals["log_odds_shift"][0] > 10 * abs(planted.controls["log_odds_shift"]["random_direction"])
     assert planted.verdicts["sentiment_shift"] == "not supported"
+
+
+@pytest.mark.parametrize("max_ratio", [1e-9, 1.0, 1e9])
+def test_the_beta_of_the_headline_and_of_its_control_are_what_their_texts_bear(max_ratio):
+    model = build_model(of_architecture("reflow", n_layers=1))
+    result = genetic_hijack(model, rotations=2, max_ratio=max_ratio, **OPTIONS)
+    shifts = result.frames["edits"].query("edit == 'shift'").drop_duplicates(["series", "beta"])  # of several draws one
+    found = {"edit": result.metrics["beta"], **result.controls["beta"]}
+    for series, rows in shifts.groupby("series"):
+        ratio = np.exp(np.log(rows["perplexity_ratio"]).groupby(rows["beta"].abs()).mean())
+        assert found[series] == max(ratio.index[ratio <= max_ratio], default=0.25)
+    raw = result.controls["beta_raw"]["random_direction"] / result.metrics["beta_raw"]
+    assert raw == pytest.approx(result.controls["beta"]["random_direction"] / result.metrics["beta"])
+    assert set(result.metrics) == set(result.controls)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -7,6 +7,7 @@ from analyses.layer_evolution import crystallisation_verdict, layer_evolution
 from analyses.lexicon import FactualPrompt, Lexicon
 from reflowlens.errors import ReflowlensError
 from tests.planted import CONFIG, LEXICON, deciding_model, empty_model
+from tests.planted_results import decision, missed
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -14,9 +15,7 @@ def test_the_planted_decision_layer_is_found(layer):
     result = layer_evolution(deciding_model(layer), lexicon=LEXICON)
     prompts = result.frames["prompts"].query("model == 'model'")
     assert (prompts["crystallisation_layer"] == layer + 1).all()
-    assert result.metrics["crystallisation_layer"] == layer + 1
-    assert result.metrics["target_accuracy"] == 1.0
-    assert result.verdicts["crystallisation_share"] == ("supported" if layer == 0 else "not supported")
+    assert not missed(result, decision(layer))
 
 
 def test_silent_blocks_decide_nothing():

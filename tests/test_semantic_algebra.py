@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,12 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers import get_tokenizer
+from tests.planted import analogy_model, planted_analogies
+from tests.planted_results import ALGEBRA, missed
 from tests.reference.analogies import rank
 
 WIDTH = 32
-PAIRS = {
-    "gender": [("man", "woman"), ("king", "queen"), ("boy", "girl"), ("father", "mother"), ("son", "daughter")],
-    "past": [("walking", "walked"), ("running", "ran"), ("going", "went"), ("taking", "took"), ("making", "made")],
-    "capital": [("France", "Paris"), ("China", "Beijing"), ("Russia", "Moscow"), ("Japan", "Tokyo")],
-}
-PLANTED = [
-    Analogy(relation, a=second, b=first, c=other, expected=answer)
-    for relation, pairs in PAIRS.items()
-    for (first, second), (other, answer) in permutations(pairs, 2)
-]
+PLANTED = planted_analogies()
 RANK_COLUMNS = ("add", "add_unit", "mul", "c_alone", "a_plus_c")
 
 
@@ -57,26 +49,12 @@ def tiny(architecture: str = "reflow", tokenizer: str = "gpt2_16k", d_vocab: int
 
 @pytest.fixture(scope="module")
 def planted() -> HookedModel:
-    """Each word of a pair is what the pair means, minus or plus twice as much of what the relation means.
-
-    The offset makes the words of a pair dissimilar, so that neither c nor a + c finds the answer.
-    """
-    model = tiny()
-    generator = torch.Generator().manual_seed(1)
-    attributes = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
-    stems = iter(attributes[len(PAIRS) :])
-    with torch.no_grad():
-        for offset, pairs in zip(attributes, PAIRS.values(), strict=False):
-            for pair in pairs:
-                stem = next(stems)
-                for word, sign in zip(pair, (-1, 1), strict=True):
-                    model.embed.W_recipe[model.to_single_token(f" {word}")] = stem + sign * 2 * offset
-    return model
+    return analogy_model()
 
 
 @pytest.fixture(scope="module")
 def found(planted: HookedModel) -> Result:
-    return semantic_algebra(planted, analogies=PLANTED)
+    return ALGEBRA.measure(planted)
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +103,9 @@ def test_a_space_in_which_all_is_alike_answers_nothing() -> None:
 
 
 def test_planted_analogies_are_all_found(found: Result) -> None:
-    for metric in ("accuracy_at_1", "accuracy_at_5", "mean_reciprocal_rank", "accuracy_at_1_E"):
-        assert found.metrics[metric] == 1, metric
+    assert not missed(found, ALGEBRA.expected)
     for metric in ("rank_queen", "rank_ran", "rank_Beijing"):
-        assert found.metrics[metric] == 1, metric
         assert found.controls[metric]["untrained"] > 1
-    assert found.verdicts["accuracy_at_1"] == "supported"
-    assert found.verdicts["accuracy_at_1_E"] == "supported"
-    assert found.metrics["recipe_minus_E"] == 0
-    assert found.verdicts["recipe_minus_E"] == "not supported"
     assert max(found.controls["accuracy_at_1"][null] for null in NULLS) < 0.2
     assert found.published == {"rank_queen": 1, "rank_ran": 1, "rank_Beijing": 2}
     assert (

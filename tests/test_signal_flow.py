@@ -22,21 +22,21 @@ from tests.planted import (
     relaying_model,
     turning_model,
 )
+from tests.planted_results import KEPT, missed, relayed
 
 LEADING = ("leading_share", "neighbour_overlap", "leading_since")
 
 
 @pytest.fixture(scope="module")
 def kept():
-    return signal_flow(keeping_model(), "The king of the house", k=5, lexicon=LEXICON)
+    return KEPT.run()
 
 
 @pytest.mark.parametrize(("layer", "writer"), [(0, "mlp"), (2, "mlp"), (1, "head")])
 def test_the_planted_signals_are_born_where_they_are_written(layer, writer):
     result = signal_flow(relaying_model(layer, writer), k=5, rotations=2, lexicon=LEXICON)
-    tracks = result.frames["tracks"].dropna(subset="since").set_index("signal")
-    assert set(tracks.index) == set(RELAYED)
-    assert (tracks["since"] == (layer + 1 if writer == "mlp" else layer + 0.5)).all()
+    assert not missed(result, relayed(layer, writer))
+    tracks = result.frames["tracks"].dropna(subset="since")
     assert tracks["codebook"].str.startswith("' Paris'").all()
     assert result.params["target"] == " Paris"
     after = result.frames["layers"].query(f"basis == 'model' and block > {layer}")
@@ -64,12 +64,10 @@ def test_the_split_finds_the_writer(writer):
 
 
 def test_the_planted_basis_beats_its_rotations(kept):
-    assert {metric: kept.verdicts[metric] for metric in LEADING} == dict.fromkeys(LEADING, "supported")
+    assert not missed(kept, KEPT.expected)
     for metric in LEADING:
         assert {"rotated_basis", "varimax", "untrained"} <= set(kept.controls[metric])
     assert kept.metrics["leading_share"] > 0.9
-    assert kept.metrics["neighbour_overlap"] == pytest.approx(1)
-    assert kept.metrics["leading_since"] == 0
     assert kept.controls["leading_share"]["random_signal"] == pytest.approx(5 / 32)
 
 

@@ -25,14 +25,14 @@ from analyses.statistics import bootstrap_interval
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import empty_model, of_architecture, sparse_model
+from tests.planted_results import ACTIVE, SPARSITY, missed
 
-ACTIVE = 3
 SPARSE = {"active_share", "hoyer", "participation", "signal_kurtosis", "support_share"}
 
 
 @pytest.fixture(scope="module")
 def sparse():
-    return sparsity_profile(sparse_model(ACTIVE), rotations=4)
+    return SPARSITY.run()
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,7 @@ def empty():
 
 
 def test_the_planted_count_is_found(sparse):
-    metrics = sparse.metrics
-    assert metrics["active_signals"] == ACTIVE
-    assert metrics["active_share"] == metrics["active_share_text"] == ACTIVE / 32
-    assert metrics["participation"] == pytest.approx(ACTIVE / 32)
-    assert metrics["hoyer"] == pytest.approx((32**0.5 - ACTIVE**0.5) / (32**0.5 - 1), rel=1e-5)
-    assert metrics["support_share"] == ACTIVE / 32  # two of them hold 67%
-    assert metrics["signal_kurtosis"] == pytest.approx(32 / ACTIVE, rel=0.05)  # of an entry that is ±1 or 0
-    assert metrics["dead_signals"] == 0
+    assert not missed(sparse, SPARSITY.expected)
     assert (sparse.frames["tokens"]["active"] == ACTIVE).all()
 
 

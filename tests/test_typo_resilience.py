@@ -1,17 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from analyses.lexicon import Lexicon, Typo, load_lexicon
+from analyses.statistics import bootstrap_interval
 from analyses.typo_resilience import CARRIERS, resilience_verdict, typo_resilience
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import CONFIG, correcting_model, deciding_model, empty_model, of_architecture, typo_lexicon
+from tests.planted_results import TYPOS, missed, recovery
 from tests.tiny import tiny_config
 
 LEXICON = typo_lexicon()
@@ -20,7 +21,7 @@ JUDGED = {"final_cosine_readout", "final_cosine_resid", "final_kl", "recovered_s
 
 @pytest.fixture(scope="module")
 def corrected():
-    return typo_resilience(correcting_model(2), lexicon=LEXICON)
+    return TYPOS.run()
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -29,20 +30,44 @@ def test_the_planted_recovery_layer_is_found(layer, corrected):
     pairs = result.frames["pairs"].query("comparison == 'misspelt'")
     assert (pairs["recovery_layer"] == layer + 1).all()
     assert pairs["start_cosine_readout"].abs().max() < 1e-6
-    assert result.metrics["recovered_share"] == 1
-    assert result.metrics["recovery_layer"] == layer + 1
+    assert not missed(result, recovery(layer))
 
 
 def test_the_planted_likeness_is_measured_and_beats_every_control(corrected):
-    expected = 10 / math.sqrt(101)
+    assert not missed(corrected, TYPOS.expected)
     for metric in ("final_cosine_readout", "final_cosine_resid"):
-        assert corrected.metrics[metric] == pytest.approx(expected, rel=1e-5)
         assert corrected.controls[metric]["unrelated_word"] == pytest.approx(0, abs=1e-6)
         assert corrected.controls[metric]["unrelated_misspelling"] == pytest.approx(0, abs=1e-6)
         assert set(corrected.controls[metric]) == {"unrelated_word", "unrelated_misspelling", "untrained"}
-    assert corrected.metrics["final_kl"] < 0.001 < 1 < corrected.controls["final_kl"]["unrelated_word"]
-    assert corrected.verdicts == dict.fromkeys(JUDGED, "supported")
+    assert corrected.controls["final_kl"]["unrelated_word"] > 1
+    assert set(corrected.verdicts) == JUDGED
     assert corrected.frames["kinds"].query("comparison == 'misspelt'")["p_holm"].max() < 0.05
+
+
+def test_a_word_counts_once_however_often_it_is_misspelt():
+    lexicon = Lexicon(version="x", typos=load_lexicon().typos)
+    result = typo_resilience(empty_model(), lexicon=lexicon, carriers=["A"], threshold=0)
+    pairs = result.frames["pairs"].query("comparison == 'misspelt'")
+    words = list(dict.fromkeys(pairs["clean"]))
+    assert (result.params["pairs"], result.params["words"]) == (len(pairs), len(words))
+    assert len(words) < len(pairs)
+    for metric in ("final_cosine_readout", "final_kl"):
+        means = [np.mean([row[metric] for _, row in pairs.iterrows() if row["clean"] == word]) for word in words]
+        assert result.metrics[metric] == pytest.approx(np.mean(means)) != pytest.approx(pairs[metric].mean())
+        assert result.intervals[metric] == pytest.approx(bootstrap_interval(means))
+    curve = result.frames["layers"].query("comparison == 'misspelt' and quantity == 'kl'").iloc[-1]
+    assert (curve["mean"], curve["low"], curve["high"]) == pytest.approx((np.mean(means), *bootstrap_interval(means)))
+    recovered = pairs.query("recovered").groupby("clean")["recovery_layer"].mean()
+    assert result.metrics["recovery_layer"] == pytest.approx(recovered.mean())
+
+
+def test_many_misspellings_of_few_words_are_underpowered():
+    typos = [Typo("drop", typo.clean, typo.misspelt + "x" * i) for typo in LEXICON.typos[:10] for i in range(3)]
+    result = typo_resilience(empty_model(), lexicon=Lexicon(version="x", typos=tuple(typos)), carriers=["A"])
+    assert set(result.verdicts.values()) == {"underpowered"}
+    assert result.frames["kinds"].query("comparison == 'misspelt'")[["pairs", "words"]].to_numpy().tolist() == [
+        [30, 10]
+    ]
 
 
 def test_the_threshold_is_what_recovery_means():
