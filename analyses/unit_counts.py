@@ -248,25 +248,22 @@ def firing_overlap(
     Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
     """
     points = list(dict.fromkeys(name for pair in pairs for name in pair))
-    both: dict[tuple[str, str], Tensor] = {}
-    either: dict[tuple[str, str], Tensor] = {}
+    both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
+    events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
     fires: dict[str, Tensor] = {}
 
-    def compare() -> None:
-        for first, second in pairs:
-            a, b = fires[first], fires[second]
-            both[first, second] = both.get((first, second), 0) + (a & b).sum(dim=0)
-            either[first, second] = either.get((first, second), 0) + (a | b).sum(dim=0)
-
     def see(name: str, activation: Tensor) -> None:
-        fires[name] = activation.flatten(2).flatten(0, 1) > 0
+        fires[name] = (activation.flatten(2).flatten(0, 1) > 0).float()
+        events[name] = events[name] + fires[name].sum(dim=0).long()
         if len(fires) == len(points):
-            compare()
+            for first, second in pairs:
+                both[first, second] = both[first, second] + (fires[first] * fires[second]).sum(dim=0).long()
             fires.clear()
 
     with _watching(model, points, see):
         _read(model, tokens, points, batch_size, "comparing levels", progress)
-    return {pair: (both[pair].double() / either[pair]).cpu() for pair in pairs}
+    shared = {pair: torch.as_tensor(both[pair]).double() for pair in pairs}
+    return {pair: (n / (events[pair[0]] + events[pair[1]] - n)).cpu() for pair, n in shared.items()}
 
 
 @contextmanager

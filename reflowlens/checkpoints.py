@@ -147,8 +147,8 @@ def find_model(name_or_path: str | Path) -> Path:
         raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a checkpoint folder")
     packaged = list_models()
     raise ReflowlensError(
-        f"no model {str(name_or_path)!r}{nearest(str(name_or_path), packaged)} "
-        f"Packaged models: {', '.join(packaged) or 'none'}; otherwise give a checkpoint folder or a safetensors file"
+        f"no model {str(name_or_path)!r}: neither one of the packaged ({', '.join(packaged) or 'none'}) nor a "
+        f"checkpoint folder or safetensors file that exists{nearest(str(name_or_path), packaged)}"
     )
 
 

@@ -124,7 +124,7 @@ def test_packaged_models_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "draft").mkdir()
     assert list_models() == ["nano", "pico"]
     assert same_weights(load_model("nano"), random_model("reflow"))
-    with pytest.raises(ReflowlensError, match=r"no model 'nan0'; did you mean 'nano'.* Packaged models: nano, pico;"):
+    with pytest.raises(ReflowlensError, match=r"no model 'nan0': .* packaged \(nano, pico\) .*; did you mean 'nano'\?"):
         load_model("nan0")
 
 

@@ -14,7 +14,8 @@ from reflowlens.checkpoints import ASSETS, WEIGHTS, file_hash, read_manifest
 def test_the_manifest_describes_the_weights(name):
     manifest = read_manifest(name)
     assert file_hash(ASSETS / name / WEIGHTS) == manifest["weights_sha256"]
-    assert manifest["tokens_seen"] == manifest["step"] * 32 * 256
+    training = manifest["training"]
+    assert manifest["tokens_seen"] == manifest["step"] * training["run"]["batch_size"] * training["data"]["context"]
     assert (ASSETS / name / "README.md").read_text(encoding="utf8").startswith(f"# {name}")
 
 
@@ -36,3 +37,18 @@ def test_greedy_text_is_english():
     text = rl.load_model("reflow-nano").generate("The king of France was", 12, temperature=0)
     assert text.startswith("The king of France was")
     assert {" the", " a", " of", " in", " to", ","} & set(rl.load_model("reflow-nano").to_str_tokens(text)[5:])
+
+
+@pytest.mark.parametrize("name", ["bdh-nano", "relu-nano"])
+def test_the_models_of_bytes_have_read_plays(name):
+    """A line costs less than half of what a byte of unknown text would, read backwards much more."""
+    model, line = rl.load_model(name), "KING HENRY:\nMy lord, I will not see the king to-night.\n"
+    with torch.no_grad():
+        loss, scrambled = (float(model(text, "loss")) for text in (line, line[::-1]))
+    assert loss < 2.6 < 4.0 < scrambled  # log 256 is 5.5
+
+
+def test_bdh_nano_and_its_control_are_as_large():
+    bdh, relu = (rl.load_model(name) for name in ("bdh-nano", "relu-nano"))
+    assert bdh.n_parameters == 2_039_808
+    assert abs(relu.n_parameters / bdh.n_parameters - 1) < 1e-3

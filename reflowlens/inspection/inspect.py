@@ -65,8 +65,8 @@ def _find(path: str | Path) -> Path:
         return ASSETS / str(path)
     if not found.exists():
         raise ReflowlensError(
-            f"no file or folder {str(path)!r}{nearest(str(path), list_models())} "
-            f"Packaged models: {', '.join(list_models()) or 'none'}"
+            f"no file or folder {str(path)!r}, and no packaged model ({', '.join(list_models()) or 'none'})"
+            f"{nearest(str(path), list_models())}"
         )
     if not (found.is_file() or found.is_dir()):
         raise ReflowlensError(f"{path} is neither a file nor a folder")  # reading a pipe would wait for a writer
