@@ -55,7 +55,7 @@ TELLS = 0.8  # the F1 on S2 from which on a unit is said to tell a concept
 FALSE_DISCOVERIES = 0.05
 SHIFTS, QUICK_SHIFTS = 20, 8
 _AT_ONCE = 512  # units that are ranked together
-_BYTES = 2**29  # of activations that are held together
+_BYTES = 2**30  # of activations that are held together
 NAMES = tuple(CONCEPTS)
 DEFINITIONS = {
     "telling_share": f"units with F1 ≥ {TELLS} on S2 for the concept and threshold chosen on S1, among those with "
@@ -215,8 +215,7 @@ def score_units(
     for point in points:
         for start, values in activations(model, text.tokens, point):
             if permute is not None:
-                generator = torch.Generator().manual_seed(permute + start)
-                values = values.gather(-1, torch.rand(values.shape, generator=generator).argsort(dim=-1))
+                values = _exchanged(values, permute + start)
             for low in range(0, values.shape[-1], _AT_ONCE):
                 some = values[..., low : low + _AT_ONCE]
                 frame, p = _score(*text.split(some), first, second, names, tokens, shifts, seed)
@@ -228,6 +227,13 @@ def score_units(
     if len(table):
         table["q"] = benjamini_hochberg(p)[np.arange(len(p)), table.pop("column")]
     return table.sort_values("f1", ascending=False, ignore_index=True, kind="stable")
+
+
+def _exchanged(values: Float[Tensor, "row pos unit"], seed: int) -> Float[Tensor, "row pos unit"]:
+    """At each position every unit takes the value of the one that lies a random number of places further on."""
+    n_units, generator = values.shape[-1], torch.Generator().manual_seed(seed)
+    offset = torch.randint(n_units, (*values.shape[:-1], 1), generator=generator)
+    return values.gather(-1, (torch.arange(n_units) + offset) % n_units)
 
 
 def _score(
@@ -274,11 +280,11 @@ def activations(
 ) -> Iterator[tuple[int, Float[Tensor, "row pos unit"]]]:
     """The positive part of a point's activations over a text, some units at a time: the first one's index, and they."""
     n_units: int | None = None
-    start = 0
+    start, size = 0, max(1, _BYTES // (4 * tokens.numel()))
     while n_units is None or start < n_units:
-        size = max(1, _BYTES // (4 * tokens.numel()))
-        parts = []
-        for rows in tokens.split(batch_size):
+        held: Tensor | None = None  # filled row by row: joining parts would hold them twice
+        for first in range(0, len(tokens), batch_size):
+            rows = tokens[first : first + batch_size]
             _, cache = model.run_with_cache(
                 rows,
                 names_filter=point,
@@ -288,8 +294,11 @@ def activations(
             )
             flat = cache[point].flatten(2)
             n_units = flat.shape[-1]
-            parts.append(flat[..., start : start + size].float().clamp(min=0).cpu())
-        yield start, torch.cat(parts)
+            some = flat[..., start : start + size].float().clamp(min=0).cpu()
+            held = some.new_empty(*tokens.shape, some.shape[-1]) if held is None else held
+            held[first : first + batch_size] = some
+        assert held is not None  # a text has one row at least
+        yield start, held
         start += size
 
 
