@@ -85,6 +85,7 @@ def stages_of(model: HookedModel) -> Stages:
 class DecoderStages:
     """A decoder's pass.
 
+    >>> import reflowlens as rl
     >>> stages = DecoderStages(rl.load_model("reflow-nano"))
     >>> stages.stage("blocks.3.attn.hook_q"), stages.stage("blocks.3.mlp.hook_post"), stages.stage("hook_basis")
     (6, 7, None)
