@@ -276,7 +276,7 @@ def _score(
 
 
 def activations(
-    model: HookedModel, tokens: Int[Tensor, "row pos"], point: str, batch_size: int = 8
+    model: HookedModel, tokens: Int[Tensor, "row pos"], point: str, batch_size: int = 2
 ) -> Iterator[tuple[int, Float[Tensor, "row pos unit"]]]:
     """The positive part of a point's activations over a text, some units at a time: the first one's index, and they."""
     n_units: int | None = None

@@ -29,6 +29,7 @@ PERCENTILE = 99.9
 SPARSITY = ("gini", "hoyer", "participation")
 _TAIL = 1 - PERCENTILE / 100
 STRETCHES = 128  # into which the text is divided for intervals: memory is so many counts a unit, however long it is
+_AT_ONCE = 2**22  # entries of a point, 16 MB: memory of larger ones is handed back and asked for anew each time
 _EVERY = 17  # positions of which one is taken for sparsity, which has to sort: no divisor of a usual row
 
 
@@ -174,6 +175,7 @@ def count_units(
 
     Args:
         tokens: the text, row after row; a unit sees nothing of other rows.
+        batch_size: rows that are read at once, at most.
 
     Raises:
         ReflowlensError: a point does not exist or has no positions, or an activation is not finite.
@@ -183,6 +185,7 @@ def count_units(
     for name in points:
         if model.hook_axes(name)[:2] != ("batch", "pos"):
             raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: units are of [batch, pos, ...]")
+    batch_size = _rows_at_once(model, tokens, points, batch_size)
     running = {name: _Running(tokens, write_norms(model, name)) for name in points}
     with _watching(model, points, lambda name, activation: running[name].add(activation, name)):
         _read(model, tokens, points, batch_size, "counting units", progress)
@@ -248,6 +251,7 @@ def firing_overlap(
     Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
     """
     points = list(dict.fromkeys(name for pair in pairs for name in pair))
+    batch_size = _rows_at_once(model, tokens, points, batch_size)
     both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
     events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
     fires: dict[str, Tensor] = {}
@@ -275,6 +279,13 @@ def _watching(model: HookedModel, points: Sequence[str], see: Any) -> Iterator[N
 
     with model.hooks(fwd_hooks=[(name, partial(watch, name)) for name in points]):
         yield
+
+
+def _rows_at_once(model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], at_most: int) -> int:
+    """As many rows as keep every activation small."""
+    _, one = model.run_with_cache(tokens[:1, :1], names_filter=list(points), return_type=None)
+    largest = max(one[name].numel() for name in points) * tokens.shape[1]
+    return max(1, min(at_most, _AT_ONCE // largest))
 
 
 def _read(
