@@ -77,12 +77,8 @@ def bias(parameter: Tensor | None) -> Tensor:
     return torch.zeros(1) if parameter is None else parameter.detach()
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, relative: float = 1e-5, what: str = "", absolute: float = 0.0
-) -> None:
-    """The largest difference is below ``relative`` times the largest expected value, or below ``absolute``."""
+def assert_close(actual: Tensor, expected: Tensor, relative: float = 1e-5, what: str = "") -> None:
+    """The largest difference is below ``relative`` times the largest expected value."""
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} != {tuple(expected.shape)}"
     difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert difference <= max(relative * scale, absolute), (
-        f"{what}: differs by {difference:.3g} where values reach {scale:.3g}"
-    )
+    assert difference <= relative * scale, f"{what}: differs by {difference:.3g} where values reach {scale:.3g}"

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 from jaxtyping import Float
 from torch import Tensor
 
+from reflowlens.interventions.level_stages import LevelStages
 from reflowlens.interventions.suffixes import Layout, attend
 from reflowlens.models.base import HookedModel
 from reflowlens.models.bdh import BDH
@@ -76,8 +77,6 @@ class Stages(Protocol):
 def stages_of(model: HookedModel) -> Stages:
     """The stages of a model's family."""
     if isinstance(model, BDH):
-        from reflowlens.interventions.level_stages import LevelStages
-
         return LevelStages(model)
     return DecoderStages(cast(Decoder, model))
 
