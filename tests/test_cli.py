@@ -38,7 +38,10 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "models", "sample", "prepare", "train", "finetune", "evaluate", "export", "import", "units", "bench"],
+    [
+        *("run", "figures", "models", "sample", "prepare", "train", "finetune", "evaluate"),
+        *("export", "import", "inspect", "units", "bench"),
+    ],
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:

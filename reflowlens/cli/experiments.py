@@ -1,0 +1,151 @@
+"""``run`` and ``figures``: the experiments, and what they found as figures for a paper."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from reflowlens.cli.arguments import Commands, add_command, add_device
+from reflowlens.errors import ReflowlensError
+
+DEFAULT_MODEL = "reflow-nano"
+
+
+def add_commands(commands: Commands) -> None:
+    _add_run(commands)
+    _add_figures(commands)
+
+
+def _add_run(commands: Commands) -> None:
+    parser = add_command(commands, "run", run, "run experiments on a model and write a report")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help=f"packaged name, checkpoint folder or file (default: {DEFAULT_MODEL}; asked on a terminal)",
+    )
+    parser.add_argument(
+        "experiments",
+        nargs="*",
+        default=[],
+        help="all, numbers or names, e.g. 5 7 9 (default: all; asked on a terminal)",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the report (default: out/MODEL/DATE-TIME); it keeps others")
+    parser.add_argument("--analogies", type=Path, help="a questions-words file for experiment 5")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
+    parser.add_argument("--quick", action="store_true", help="fewer prompts and controls, for a first look")
+    add_device(parser)
+    parser.add_argument("--lang", default="en", choices=["en", "zh"], help="language of the report and the menu")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="MODEL",
+        help="a table of the model beside these instead of a report; 'untrained' "
+        "is its own architecture at initialisation",
+    )
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        metavar="VIEW",
+        help="of --compare: native, identity, svd, rotated, varimax (default: native)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="compute anew what an earlier run has computed")
+
+
+def run(options: argparse.Namespace) -> int:
+    from analyses.suite import run_suite
+    from reflowlens.checkpoints import load_model, read_manifest
+
+    model, selection = _chosen(options)
+    if options.compare:
+        return _compare(options, model, selection)
+    if options.views:
+        raise ReflowlensError("--views are the columns of a comparison: name a model to --compare with, e.g. untrained")
+    done = run_suite(
+        load_model(model, device=options.device),
+        selection,
+        out=options.out,
+        seed=options.seed,
+        quick=options.quick,
+        analogies=options.analogies,
+        model_name=Path(model).resolve().name if Path(model).exists() else model,
+        manifest=read_manifest(model),
+        lang=options.lang,
+        cache=not options.no_cache,
+    )
+    for name, error in done.errors.items():
+        print(f"{name}: {error}", file=sys.stderr)
+    if done.cached:
+        before = ", ".join(name for name in done.results if name in done.cached)
+        print(f"computed before: {before} (--no-cache computes them anew)", file=sys.stderr)
+    print(done.report)
+    return 130 if done.interrupted else 1 if done.errors else 0
+
+
+def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> int:
+    from analyses.comparison import compare_models, write_comparison
+    from analyses.suite import make_folder
+
+    if options.analogies:
+        raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
+    comparison = compare_models(
+        [model, *options.compare],
+        options.views or ["native"],
+        selection,
+        seed=options.seed,
+        quick=options.quick,
+        device=options.device,
+        cache=not options.no_cache,
+        progress=sys.stderr.isatty(),
+    )
+    print(write_comparison(comparison, make_folder(options.out, "comparison"), lang=options.lang))
+    return 0 if comparison["error"].eq("").any() else 1
+
+
+def _chosen(options: argparse.Namespace) -> tuple[str, list[int]]:
+    """The model and the numbers of the experiments, asked for where a terminal is told neither."""
+    from analyses.messages import in_language
+    from analyses.registry import EXPERIMENTS, parse_selection
+    from reflowlens.checkpoints import find_model, list_models
+
+    model, experiments = options.model, options.experiments
+    if model is None and not experiments and sys.stdin.isatty() and sys.stdout.isatty():
+        from analyses.menu import choose
+
+        with in_language(options.lang):
+            return choose(DEFAULT_MODEL, list_models(), find_model)
+    model = model or DEFAULT_MODEL
+    named = {"all", *(experiment.name for experiment in EXPERIMENTS.values())}
+    # `reflowlens run 5 7` leaves out the model
+    if model in named or (model[:1].isdigit() and not Path(model).exists() and model not in list_models()):
+        model, experiments = DEFAULT_MODEL, [model, *experiments]
+    return model, parse_selection(experiments or "all")
+
+
+def _add_figures(commands: Commands) -> None:
+    parser = add_command(
+        commands, "figures", _figures, "write every figure of a run as PDF, SVG or PNG files for a paper or a talk"
+    )
+    parser.add_argument("folder", type=Path, metavar="RESULT_DIR", help="what run has written, or one experiment of it")
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        default=["pdf"],
+        choices=["pdf", "svg", "png", "html", "json"],
+        help="one or several (the first three need Chrome or Chromium)",
+    )
+    parser.add_argument(
+        "--width",
+        default="screen",
+        choices=["screen", "one", "two"],
+        help="as on a page, or one or two columns of a journal (3.5 and 7.2 inches, without titles)",
+    )
+    parser.add_argument("--out", type=Path, help="folder to write (default: RESULT_DIR/figures)")
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from analyses.figure_files import export_figures
+
+    formats = list(dict.fromkeys(options.format))
+    paths = export_figures(options.folder, formats, out=options.out, width=options.width, progress=sys.stderr.isatty())
+    print(f"{len(paths)} files in {paths[0].parent if paths else options.folder}")
