@@ -45,7 +45,7 @@ from analyses.statistics import Verdict, bootstrap_interval, holm, predictive_pv
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_UNITS = 20
 GAUSSIANS = 20
@@ -114,7 +114,7 @@ def basis_geometry(
     k = max(1, d_model // 4) if directions is None else directions
     if not 1 <= k < d_model:
         raise ReflowlensError(f"directions must be between 1 and {d_model - 1}, one less than d_model, got {k}")
-    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed))
     untrained = real_tokens(untrained_view(chosen, seed))
     lexicon = lexicon or load_lexicon()
     if texts is None:  # texts are the units of replication: a long prompt holds its short one, which is none of its own

@@ -43,7 +43,7 @@ from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
 RECOVERED = 0.9
@@ -107,7 +107,7 @@ def causal_ablation(
 
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """
-    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view))
+    chosen = real_tokens(view_of(model, view, seed=seed))
     lexicon = lexicon or load_lexicon()
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:

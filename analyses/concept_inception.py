@@ -32,10 +32,11 @@ from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
 from analyses.statistics import Verdict, bootstrap_interval, paired_permutation_pvalue, verdict
 from analyses.steering import Critical, Injections, critical_strength, lost_again, rms
+from analyses.words import listed
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_CONCEPTS = 20
 CONTROLS = ("untrained", "random_recipe")
@@ -98,7 +99,7 @@ def concept_inception(
 
     Example: ``concept_inception(model, ["Paris", "winter"]).frames["layers"]``
     """
-    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed))
     lexicon = lexicon or load_lexicon()
     words, skipped = _usable_concepts(model, concepts, lexicon)
     pairs = _pairs(len(words), len(lexicon.short_prompts), 1 if quick else prompts_per_concept)
@@ -257,7 +258,11 @@ def _usable_concepts(
     model: HookedModel, concepts: Sequence[str] | None, lexicon: Lexicon
 ) -> tuple[list[str], list[str]]:
     """The concepts that are one token, and the others."""
-    given = [words[0] for words in lexicon.categories.values() if words] if concepts is None else list(concepts)
+    given = (
+        [words[0] for words in lexicon.categories.values() if words]
+        if concepts is None
+        else listed(concepts, "concepts")
+    )
     single = [word for word in given if model.tokenizer.is_single_token(f" {word}")]
     if len(single) < 2:
         raise ReflowlensError(f"concept_inception needs at least two concepts of one token, got {len(single)}")

@@ -44,11 +44,12 @@ from analyses.statistics import (
     verdict,
 )
 from analyses.steering import Where, random_directions, rms, steer
+from analyses.words import listed
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import intervene
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
 STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -118,9 +119,10 @@ def emotion_surgery(
 
     Example: ``emotion_surgery(model).frames["layers"].query("series == 'sentiment'")``
     """
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
-    carriers = list(prompts if prompts is not None else lexicon.sentiment.prompts)[:: 3 if quick else 1]
+    carriers = listed(lexicon.sentiment.prompts if prompts is None else prompts, "prompts")[:: 3 if quick else 1]
+    strengths = [float(strength) for strength in strengths]
     neutral = lexicon.neutral_texts[:: 3 if quick else 1]
     _check(carriers, neutral, strengths, max_cost)
     words, heldout = sentiment_poles(model, lexicon, "emotion_surgery")
@@ -200,16 +202,21 @@ def flip_verdict(interval: tuple[float, float], controls: dict[str, float], p: f
     return verdict(interval, control, p, minimum_units=MINIMUM_PROMPTS, units=units)
 
 
-def boundary_verdict(interval: tuple[float, float], units: int) -> Verdict:
+def boundary_verdict(interval: tuple[float, float], fall: tuple[float, float], units: int) -> Verdict:
     """Claim: steering comes too late in the second half of the model (published: inert beyond layer 18 of 36).
 
-    Supported if the interval of last_effective_share lies at or below 0.5, underpowered with fewer than 20 carriers or
-    if it contains 0.5.
+    Supported if the interval of last_effective_share lies at or below 0.5 and, since an effect that was not found is
+    not one that is absent, the flip rate of the best layer of the second half lies below that of the best of all: the
+    interval of their difference over carriers (``fall``) is above 0. Underpowered with fewer than 20 carriers, or if
+    one of the two intervals does not decide. Only asked where best_flip_rate is supported: what turns nothing anywhere
+    does not come too late.
     """
     low, high = interval
     if units < MINIMUM_PROMPTS or low <= 0.5 < high:
         return "underpowered"
-    return "supported" if high <= 0.5 else "not supported"
+    if low > 0.5:
+        return "not supported"
+    return "supported" if fall[0] > 0 else "underpowered"
 
 
 @dataclass(frozen=True)
@@ -469,4 +476,14 @@ def _add_last_effective(result: Result, places: Sequence[_Place], units: int, se
     low, high = (max(0.0, end) / depth for end in result.intervals["last_effective_layer"])
     result.metrics["last_effective_share"] = float(effective.max()) / depth
     result.intervals["last_effective_share"] = (low, high)
-    result.verdicts["last_effective_share"] = boundary_verdict((low, high), units)
+    if result.verdicts["best_flip_rate"] != "supported":
+        result.notes.append("last_effective_share has no verdict: that steering turns anything is not supported")
+        return
+    rates = flipped.mean(axis=0)
+    late = depth // 2 + 1 + int(rates[depth // 2 + 1 :].argmax())
+    fall = bootstrap_interval(flipped[:, rates.argmax()] - flipped[:, late], seed=seed)
+    result.verdicts["last_effective_share"] = boundary_verdict((low, high), fall, units)
+    result.notes.append(
+        f"last_effective_share: from layer {rates.argmax()}, the best, to layer {late}, the best of the second half, "
+        f"the flip rate falls by {rates.max() - rates[late]:.3f} ({fall[0]:.3f} to {fall[1]:.3f})"
+    )

@@ -3,9 +3,9 @@
 Four edits of R, each undone bit for bit. ``shift`` adds β r to the recipes of what the carriers speak of ("film"), r
 the mean recipe of positive adjectives minus that of negative ones: do these words become good or bad for the model, and
 is the text still text? ``swap`` exchanges the recipes of the held-out positive and negative words, pair by pair; a tied
-embedding makes that a change of names at both ends, so that the log odds change their sign exactly. ``silence`` zeroes
-the column of the signal that carries most of r, ``graft`` replaces it by the column of the one that carries least,
-scaled to the same norm.
+embedding makes that a change of names at both ends, so that the log odds change their sign, exactly where both poles
+have as many words. ``silence`` zeroes the column of the signal that carries most of r, ``graft`` replaces it by the
+column of the one that carries least, scaled to the same norm.
 
 ``random_direction`` is the same edit along a random direction of equal norm. Silence and graft speak of a single signal
 and have ``rotated_basis`` beside them: the same done to the strongest signal of random rotations of the basis.
@@ -45,21 +45,21 @@ from analyses.statistics import (
     bootstrap_band,
     bootstrap_interval,
     holm,
-    paired_permutation_pvalue,
     predictive_pvalue,
     verdict,
 )
+from analyses.words import listed
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edit import WeightEdit
 from reflowlens.models.base import HookedModel
 from reflowlens.models.reflow_topk import ReFlowTopK
-from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
+from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, view_of
 
 MINIMUM_CARRIERS = 20
 BETAS = (0.25, 0.5, 1.0)
 RANDOM_DRAWS = 20  # judged by the next word
-WRITTEN_DRAWS = 2  # of which texts are generated too, at the β of the headline
+WRITTEN_DRAWS = 6  # of which texts are generated too, at the β of the headline
 DEFINITIONS = {
     "beta": "β of the headline: the largest of the sweep at which texts have at most max_ratio times the perplexity of "
     "unedited ones, as a share: norm of what is added over the mean norm of the edited recipes. random_direction: the "
@@ -107,7 +107,7 @@ def genetic_hijack(
         max_ratio: of the perplexity; see the definition of ``beta``.
         rotations: random rotations in the ``rotated_basis`` null; at least 2.
         new_tokens: length of a continuation.
-        quick: a third of the carriers, and the largest β alone.
+        quick: half of the carriers, and the largest β alone.
 
     Returns:
         A Result with frames ``edits`` (a row an edit and control), ``carriers`` (a row an edit and carrier: text,
@@ -120,13 +120,13 @@ def genetic_hijack(
 
     Example: ``genetic_hijack(model, ["film", "movie"]).frames["carriers"]``
     """
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     poles, heldout = sentiment_poles(model, lexicon, "genetic_hijack")
-    given = list(lexicon.sentiment.subjects if words is None else words)
+    given = listed(lexicon.sentiment.subjects if words is None else words, "words")
     edited = [word for word in given if model.tokenizer.is_single_token(f" {word}")]
     ids = [model.to_single_token(f" {word}") for word in edited]
-    carriers = [text for text in lexicon.sentiment.prompts if not _lacks(model, text, ids)][:: 3 if quick else 1]
+    carriers = [text for text in lexicon.sentiment.prompts if not _lacks(model, text, ids)][:: 2 if quick else 1]
     neutral = [text for text in lexicon.neutral_texts if _lacks(model, text, ids)]
     betas = sorted(betas)[-1 if quick else 0 :]
     _check(carriers, neutral, betas, rotations)
@@ -198,8 +198,8 @@ def shift_verdict(interval: tuple[float, float], control: float, p: float, units
     """Claim: shifting the recipes of what a text is about turns its sentiment, in the text written (sentiment_shift) or
     in the next word (log_odds_shift).
 
-    Supported if the interval over carriers lies above the random direction's value and the Holm-adjusted p is below
-    0.05; underpowered with fewer than 20 carriers.
+    Supported if the interval over carriers lies above the mean of random directions and the Holm-adjusted p of the
+    shift as one more draw from theirs is below 0.05; underpowered with fewer than 20 carriers.
     """
     return verdict(interval, control, p, minimum_units=MINIMUM_CARRIERS, units=units)
 
@@ -363,9 +363,12 @@ def _add_shift(
     plus, minus = _shifts(runs, "edit", beta)
     random = _shifts(runs, "random_direction", beta)
     valence = (plus.written.valence - minus.written.valence) / 2
-    random_valence = np.mean([np.sign(run.beta) * run.written.valence for run in random], axis=0)
+    random_shifts = [
+        float((up.written.valence - down.written.valence).mean() / 2)
+        for up, down in zip(random[::2], random[1::2], strict=True)
+    ]
     log_odds = (plus.outcome.log_odds - minus.outcome.log_odds) / 2
-    _add(result, "sentiment_shift", valence, {"random_direction": random_valence.mean()}, seed)
+    _add(result, "sentiment_shift", valence, {"random_direction": np.mean(random_shifts)}, seed)
     _add(result, "log_odds_shift", log_odds, {name: null.mean() for name, null in nulls.items()}, seed)
     measures: dict[str, Callable[[Sequence[_Run]], float]] = {
         "perplexity_ratio": lambda some: float(np.exp(np.mean([r.written.loss - unedited.written.loss for r in some]))),
@@ -382,7 +385,7 @@ def _add_shift(
     )
     _add(result, "swap_log_odds_change", swap, {"random_direction": moved.mean()}, seed)
     return {
-        "sentiment_shift": paired_permutation_pvalue(valence - random_valence, seed=seed),
+        "sentiment_shift": predictive_pvalue(valence.mean(), random_shifts),
         "log_odds_shift": predictive_pvalue(log_odds.mean(), nulls["random_direction"].mean(axis=1)),
     }
 

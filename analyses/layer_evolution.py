@@ -30,7 +30,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import heatmap, histogram_with_control, line_with_band
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
 DEFINITIONS = {
@@ -78,7 +78,7 @@ def layer_evolution(
 
     Example: ``layer_evolution(model, "The capital of France is", target=" Paris").metrics["crystallisation_layer"]``
     """
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     usable, skipped = _usable_prompts(model, lexicon, quick)
     prompts, targets = [item.prompt for item in usable], [model.to_single_token(item.target) for item in usable]

@@ -58,7 +58,7 @@ from analyses.words import LabelledWords, frequency_matched, labelled_words
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 OVERLAP_PROBES = 200
 PERMUTATIONS = 999
@@ -124,7 +124,7 @@ def recipe_atlas(
 
     Example: ``recipe_atlas(model, ["king", "three"]).frames["neighbors"]``
     """
-    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed))
     lexicon = lexicon or load_lexicon()
     words, notes = labelled_words(lexicon, model.tokenizer, "recipe_atlas")
     for name, number in {"k": k, "pairs": pairs, "pole_words": pole_words}.items():

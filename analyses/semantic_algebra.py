@@ -34,7 +34,7 @@ from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, ver
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import bars, dots
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, signal_view
+from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, view_of
 
 Ranks: TypeAlias = "NDArray[np.int64]"  # of the expected word, [question]
 Hits: TypeAlias = "NDArray[np.bool_]"  # whether it is first, [question]
@@ -94,7 +94,7 @@ def semantic_algebra(
     Example: ``semantic_algebra(model, analogies="questions-words.txt", max_per_section=600).frames["sections"]``
     """
     started = time.perf_counter()
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     given = _given(analogies, lexicon)
     usable, notes = usable_analogies(given, model.tokenizer)

@@ -44,7 +44,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figure_scatter import scatter
 from reflowlens.figures import bars, histogram_with_control
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_WORDS = 30
 PERMUTATIONS = 999
@@ -104,7 +104,7 @@ def semantic_galaxy(
     """
     if method not in ("pca", "tsne"):
         raise ReflowlensError(f"method must be 'pca' or 'tsne', got {method!r}")
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     words, notes = labelled_words(lexicon, model.tokenizer, "semantic_galaxy")
     if not 1 <= k < len(words.ids):

@@ -40,7 +40,7 @@ from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, random_rotation, signal_view
+from reflowlens.signals import SignalView, ViewName, random_rotation, view_of
 from reflowlens.varimax import varimax_rotation
 
 MINIMUM_PROMPTS = 20
@@ -113,7 +113,7 @@ def signal_flow(
 
     Example: ``signal_flow(model, "The capital of France is", target=" Paris").frames["tracks"]``
     """
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:

@@ -37,7 +37,7 @@ from analyses.sparsity_figures import sparsity_figures, sparsity_frames
 from analyses.statistics import Alternative, Interval, bootstrap_interval
 from reflowlens.checkpoints import model_hash
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_UNITS = 20
 PUBLISHED = {"active_signals": 116.6, "active_share": 0.1138, "usage_gini": 0.085}
@@ -106,7 +106,7 @@ def sparsity_profile(
     Example: ``sparsity_profile(model, "std", 1.5).metrics["active_share"]``
     """
     rule, threshold, rule_text = check_rule(rule, threshold)
-    chosen = real_tokens(view if isinstance(view, SignalView) else signal_view(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed))
     lexicon = lexicon or load_lexicon()
     rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
     read = [model.tokenizer.encode(text) for text in (lexicon.neutral_texts if texts is None else texts)]

@@ -39,10 +39,11 @@ from analyses.statistics import (
 )
 from analyses.typo_figures import typo_figures
 from analyses.typos import Likeness, compare_words, others_of_same_length
+from analyses.words import listed
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_WORDS = 20
 THRESHOLD = 0.8
@@ -103,11 +104,12 @@ def typo_resilience(
 
     Example: ``typo_resilience(model, threshold=0.9).frames["pairs"]``
     """
-    if not carriers or isinstance(carriers, str):
-        raise ReflowlensError(f"carriers: a list of beginnings of sentences was expected, got {carriers!r}")
+    carriers = listed(carriers, "carriers")
+    if not carriers:
+        raise ReflowlensError("carriers: one beginning of a sentence was expected at least, got none")
     if not -1 <= threshold <= 1:
         raise ReflowlensError(f"threshold: a cosine between -1 and 1 was expected, got {threshold}")
-    chosen = view if isinstance(view, SignalView) else signal_view(model, view)
+    chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     pairs, skipped = _usable_pairs(model, lexicon, quick)
     clean, misspelt = [pair.clean for pair in pairs], [pair.misspelt for pair in pairs]

@@ -37,6 +37,13 @@ class LabelledWords:
         return [self.categories[label] for label in self.labels]
 
 
+def listed(given: Sequence[str], name: str) -> list[str]:
+    """The texts of an argument; a single text, which Python would take for a list of letters, is refused."""
+    if isinstance(given, str):
+        raise ReflowlensError(f"{name}: a list was expected, got the text {given!r}; write [{given!r}]")
+    return list(given)
+
+
 def labelled_words(lexicon: Lexicon, tokenizer: Tokenizer, experiment: str) -> tuple[LabelledWords, list[str]]:
     """The words of the lexicon's categories that are single tokens, and notes on the others.
 

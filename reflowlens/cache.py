@@ -17,7 +17,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.tensor_folder import open_tensors, save_tensors
 
 _KIND = "activations"
@@ -97,7 +97,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         return self._view(view).contributions(self.resid(layer), target)
 
     def _view(self, view: SignalView | ViewName | None) -> SignalView:
-        return view if isinstance(view, SignalView) else signal_view(self._hooked_model(), view)
+        return view_of(self._hooked_model(), view)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 

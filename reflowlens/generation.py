@@ -124,7 +124,7 @@ def sample(
     """
     if logits.isnan().any():
         raise ReflowlensError("the logits are NaN: the weights, or an intervention, are not finite")
-    if temperature == 0:
+    if temperature == 0 or not generators:  # no row draws while all are in their prompts or have ended
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -135,9 +135,10 @@ def sample(
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
-    probabilities = logits.softmax(dim=-1).cpu()
-    draws = [int(torch.multinomial(row, 1, generator=own)) for row, own in zip(probabilities, generators, strict=True)]
-    return torch.tensor(draws, dtype=torch.long)
+    # One uniform number a row against the cumulated probabilities: `torch.multinomial` would draw one a token.
+    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1).cpu()
+    uniform = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=own) for own in generators])
+    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
 
 
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:

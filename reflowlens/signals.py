@@ -194,6 +194,19 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model)
 
 
+def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int = 0) -> SignalView:
+    """The view that a ``view=`` argument means: itself, or the one of that name (`signal_view`).
+
+    Raises:
+        ReflowlensError: it was made from another model, whose norm and weights would be mixed with this one's.
+    """
+    if not isinstance(view, SignalView):
+        return signal_view(model, view, seed=seed)
+    if view.model is not getattr(model, "_orig_mod", model):
+        raise ReflowlensError("this view was made from another model: make one with rl.signal_view(model)")
+    return view
+
+
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
     """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes."""
     A = rotation.to(view.recipe)

@@ -150,6 +150,11 @@ def test_what_cannot_be_asked_is_an_error(options, message):
         concept_inception(heavy_model(), **{"concepts": WORDS[:2], "lexicon": LEXICON, **options})
 
 
+def test_one_word_is_not_taken_for_its_letters():
+    with pytest.raises(ReflowlensError, match="concepts: a list was expected, got the text 'Paris'"):
+        concept_inception(heavy_model(), "Paris")
+
+
 def test_hooks_and_prompts_without_the_token_are_errors():
     model = heavy_model()
     with pytest.raises(ReflowlensError, match="has no token ' film' to steer from"):

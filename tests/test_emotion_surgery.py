@@ -135,6 +135,7 @@ def test_every_architecture_runs(architecture):
     ("options", "message"),
     [
         ({"prompts": ["The film was"]}, "at least two carrier prompts, got 1"),
+        ({"prompts": "The film was"}, "prompts: a list was expected"),
         ({"lexicon": dataclasses.replace(LEXICON, neutral_texts=("A king.",))}, "two neutral_texts"),
         ({"lexicon": dataclasses.replace(LEXICON, categories={})}, "positive_adjectives, got 0"),
         ({"strengths": (0.4, 0.2)}, "must be positive and ascend"),
@@ -158,9 +159,11 @@ def test_the_verdicts_follow_their_rules():
     assert flip_verdict((0.15, 0.5), controls, 0.01, 20) == flip_verdict((0.3, 0.5), controls, 0.2, 20)
     assert flip_verdict((0.3, 0.5), controls, 0.2, 20) == "not supported"
     assert flip_verdict((0.3, 0.5), controls, 0.01, 19) == "underpowered"
-    assert boundary_verdict((0.2, 0.5), 20) == "supported"
-    assert boundary_verdict((0.6, 1.0), 20) == "not supported"
-    assert boundary_verdict((0.2, 0.5), 19) == boundary_verdict((0.5, 0.6), 20) == "underpowered"
+    assert boundary_verdict((0.2, 0.5), (0.1, 0.3), 20) == "supported"
+    assert boundary_verdict((0.6, 1.0), (0.1, 0.3), 20) == "not supported"
+    assert boundary_verdict((0.2, 0.5), (0.0, 0.3), 20) == "underpowered"
+    assert boundary_verdict((0.2, 0.5), (0.1, 0.3), 19) == "underpowered"
+    assert boundary_verdict((0.5, 0.6), (0.1, 0.3), 20) == "underpowered"
 
 
 # -- the measures -----------------------------------------------------------------------------------------------------

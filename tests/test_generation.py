@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,16 @@ def test_the_seed_decides():
     model = random_model("reflow")
     assert model.generate("The", 12, seed=1) == model.generate("The", 12, seed=1)
     assert model.generate("The", 12, seed=1) != model.generate("The", 12, seed=2)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    logits = torch.tensor([0.5, float("-inf"), 2.0, 1.0, -1.0, float("-inf")])
+    draws = sample(logits.expand(4000, -1), 0.7, None, None, [torch.Generator().manual_seed(i) for i in range(4000)])
+    counts = draws.bincount(minlength=6)
+    expected = 4000 * (logits.double() / 0.7).softmax(dim=0)
+    assert counts[1] == counts[5] == 0
+    possible = expected > 0
+    assert scipy.stats.chisquare(counts[possible], expected[possible]).pvalue > 0.001
 
 
 def test_a_stop_token_ends_a_row():

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import reflowlens as rl
-from analyses.genetic_hijack import genetic_hijack, shift_verdict, signal_verdict
+from analyses.genetic_hijack import WRITTEN_DRAWS, genetic_hijack, shift_verdict, signal_verdict
 from analyses.hijack import Probe
 from analyses.recipe_edits import RecipeEdits, random_recipes, random_replacement, random_swap, replacements
 from analyses.sentiment import sentiment_poles
+from analyses.statistics import predictive_pvalue
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_table import table
 from reflowlens.models import build_model
@@ -75,7 +76,7 @@ def test_nothing_is_found_where_nothing_is(seed):
 
 def test_frames_and_figures_are_complete(planted):
     edits, carriers = planted.frames["edits"], planted.frames["carriers"]
-    assert len(edits) == 1 + 2 * 4 + 2 + 6
+    assert len(edits) == 1 + 2 * 4 + 2 * (WRITTEN_DRAWS - 1) + 6
     assert len(carriers) == len(edits) * len(LEXICON.sentiment.prompts)
     assert set(planted.figures) == {"fluency", "log_odds", "generations", "signals"}
     means = carriers.groupby(["edit", "series", "beta"], sort=False)["log_odds"].mean()
@@ -84,6 +85,22 @@ def test_frames_and_figures_are_complete(planted):
     shown = planted.figures["generations"].data[0].cells["values"]
     assert set(shown[1]) == {"unedited", "shift", "swap", "silence", "graft"}
     assert set(planted.frames["signals"]["basis"]) == {"native", *(f"rotated_{i}" for i in range(6))}
+
+
+def test_directions_and_not_carriers_are_what_the_written_texts_are_judged_against(planted):
+    beta = planted.metrics["beta"]
+    shifts = planted.frames["carriers"].query("edit == 'shift' and abs(beta) == @beta")
+    own = {sign: shifts[(shifts["series"] == "edit") & (shifts["beta"] == sign * beta)]["valence"] for sign in (1, -1)}
+    observed = (own[1].mean() - own[-1].mean()) / 2
+    random = shifts[shifts["series"] == "random_direction"]
+    n = len(LEXICON.sentiment.prompts)
+    up, down = (random[random["beta"] == sign * beta]["valence"].to_numpy().reshape(-1, n) for sign in (1, -1))
+    null = (up - down).mean(axis=1) / 2
+    assert len(null) == WRITTEN_DRAWS
+    assert planted.metrics["sentiment_shift"] == pytest.approx(observed)
+    assert planted.controls["sentiment_shift"]["random_direction"] == pytest.approx(null.mean())
+    p = predictive_pvalue(observed, null)
+    assert any(note.startswith(f"sentiment_shift: p = {p:.2g},") for note in planted.notes)
 
 
 def test_the_same_seed_gives_the_same_frames():
@@ -107,6 +124,7 @@ def test_every_architecture_runs_and_keeps_its_weights(architecture):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"words": "film"}, "words: a list was expected"),
         ({"words": []}, "sentiment.prompts at least that hold an edited word"),
         ({"lexicon": dataclasses.replace(LEXICON, neutral_texts=("A film is long.",))}, "without an edited word"),
         ({"lexicon": dataclasses.replace(LEXICON, categories={})}, "positive_adjectives, got 0"),

@@ -204,6 +204,8 @@ def test_frames_hold_a_row_for_each_prompt_and_cell() -> None:
         (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.kl(), "embd"), "site must be 'embed', 'everywhere' or"),
         (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.kl(), 3), "layer from 0 to 2, got 3"),
         (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.kl(), 0, signals=[32]), "signals 0 to 31"),
+        (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.kl(), 0, signals=[1.9]), "no signal 1.9"),
+        (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.kl, 0), "reflowlens.metrics"),
         (lambda m: rl.ablate_upstream(m, "ab", rl.metrics.recovery(rl.metrics.kl()), 0), "recovery compares"),
     ],
 )
@@ -280,6 +282,8 @@ def test_every_upstream_removal_is_what_hooks_do(tiny_models: dict[str, HookedMo
             expected = [score(rl.metrics.WholeLogits(one[:, None]), torch.arange(2)) for one in read]
         assert_close(result.values, torch.stack(expected), 1e-5, metric.name)
     assert result.index_df["signal"].tolist() == signals
+    one = rl.ablate_upstream(model, PROMPTS, METRICS[-1], site, signals=3)
+    assert_close(one.values, result.values[1:2], 1e-5, "one signal")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_biased", "gpt2_new"])

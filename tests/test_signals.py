@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reflowlens as rl
+from analyses.sparsity_profile import sparsity_profile
 from reflowlens.errors import ReflowlensError
-from reflowlens.signals import VIEWS, random_rotation, rotate, signal_view
+from reflowlens.signals import VIEWS, random_rotation, rotate, signal_view, view_of
 from tests.tiny import FACTORED, NAMES, assert_close, random_model
 
 PROMPT = "The capital"
@@ -107,6 +109,22 @@ def test_the_codebook_lists_the_largest_entries_of_either_sign():
     assert book["recipe"].tolist()[4:] == sorted(column.tolist())[:4]
     assert book["z"].iloc[0] == pytest.approx(float((column.max() - column.mean()) / column.std()), rel=1e-5)
     assert book["token"].max() < 256  # padding rows are no tokens
+
+
+def test_a_view_of_another_model_is_refused_wherever_one_is_taken():
+    model, other = random_model("reflow"), random_model("reflow")
+    view = signal_view(other)
+    cache = model.run_with_cache("abc")[1]
+    for ask in (
+        lambda: cache.signals(view=view),
+        lambda: rl.ablate_readout(model, "abc", view=view),
+        lambda: rl.ablate_upstream(model, "abc", rl.metrics.logit_diff(1, 2), "embed", view=view),
+        lambda: sparsity_profile(model, view=view),
+    ):
+        with pytest.raises(ReflowlensError, match="made from another model"):
+            ask()
+    assert view_of(model, own := signal_view(model)) is own
+    assert torch.equal(view_of(model, "rotated", seed=3).recipe, signal_view(model, "rotated", seed=3).recipe)
 
 
 def test_errors_say_what_there_is():

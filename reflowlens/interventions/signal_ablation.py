@@ -31,7 +31,7 @@ from reflowlens.interventions.stages import READOUT_SIGNAL
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import Target, read_positions
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 By: TypeAlias = Literal["zero", "mean", "resample"]
 
@@ -132,7 +132,7 @@ def _read(
     """A view, each prompt's signals at a position, and what the ablation puts in their place there."""
     hooked: HookedModel = getattr(model, "_orig_mod", model)
     check_readout_is_free(hooked)
-    chosen = view if isinstance(view, SignalView) else signal_view(hooked, view)
+    chosen = view_of(hooked, view)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
     signals = chosen.readout(hooked(prompt, stop_at_layer=hooked.cfg.n_layers))
     last = f"blocks.{hooked.cfg.n_layers - 1}.hook_resid_post"

@@ -17,7 +17,7 @@ which need no run, see :mod:`reflowlens.interventions.signal_ablation`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import pandas as pd
@@ -37,7 +37,7 @@ from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.residual import Readout, ResidualModel
-from reflowlens.signals import SignalView, ViewName, signal_view
+from reflowlens.signals import SignalView, ViewName, view_of
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
 
@@ -49,7 +49,7 @@ def ablate_upstream(
     metric: Metric,
     site: Site,
     *,
-    signals: Sequence[int] | None = None,
+    signals: int | Sequence[int] | None = None,
     view: SignalView | ViewName | None = None,
     memory: float | None = None,
     progress: bool | None = None,
@@ -64,7 +64,7 @@ def ablate_upstream(
         metric: one of :mod:`reflowlens.metrics`, of logits read through the view; ``kl`` compares with the unablated
             run.
         site: ``"embed"``, ``"everywhere"``, or a layer (module docstring).
-        signals: which; default every one.
+        signals: which, one or several; default every one.
         view: whose signals; default the model's own, or the residual axes of a model without any.
         memory: bytes that the rows may take; default: a share of what is free. Halved when memory runs out.
         progress: show a bar; by default on a terminal.
@@ -84,13 +84,8 @@ def ablate_upstream(
     """
     site = site if isinstance(site, str) or (layer := integer(site)) is None else layer
     hooked = _checked(model, metric, site)
-    chosen = view if isinstance(view, SignalView) else signal_view(hooked, view)
-    wanted = list(range(chosen.n_signals)) if signals is None else [int(s) for s in signals]
-    if not wanted:
-        raise ReflowlensError("there is no signal to remove: signals is empty")
-    for signal in wanted:
-        if not 0 <= signal < chosen.n_signals:
-            raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {chosen.n_signals - 1}")
+    chosen = view_of(hooked, view)
+    wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
     runs = _Removals(chosen, tokens, ViewReader(chosen, metric, tokens, lengths), lengths, site)
     show = sys.stderr.isatty() if progress is None else progress
@@ -183,11 +178,25 @@ class _Removals:
         return layout, resid
 
 
+def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
+    """The signals that are asked for, each checked."""
+    given = list(signals) if isinstance(signals, Iterable) else [signals]
+    if not given:
+        raise ReflowlensError("there is no signal to remove: signals is empty")
+    wanted = []
+    for signal in given:
+        number = integer(signal)
+        if number is None or not 0 <= number < n_signals:
+            raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {n_signals - 1}")
+        wanted.append(number)
+    return wanted
+
+
 def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
     hooked: ResidualModel = getattr(model, "_orig_mod", model)
     if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
-    if metric.normalised:
+    if isinstance(metric, Metric) and metric.normalised:
         raise ReflowlensError("recovery compares with a clean run, and a removal has none: use the metric itself")
     if isinstance(site, str) and not hooked.cfg.tie_word_embeddings:
         raise ReflowlensError(
