@@ -20,13 +20,23 @@ def as_stream(model: HookedModel, text: Stream) -> Int[Tensor, " token"]:
     """A text, or its token ids, as ids on the model's device.
 
     Raises:
-        ReflowlensError: it is no text and no flat array of ids.
+        ReflowlensError: it is neither one text nor a flat array of whole numbers.
     """
-    ids = model.tokenizer.encode(text) if isinstance(text, str) else text
-    stream = torch.as_tensor(np.asarray(ids, dtype=np.int64) if not isinstance(ids, Tensor) else ids)
-    if stream.ndim != 1 or stream.is_floating_point():
-        raise ReflowlensError(f"a text or its token ids [token] were expected, got {list(stream.shape)}")
-    return stream.to(model.cfg.device)
+    if isinstance(text, str):
+        text = np.array(model.tokenizer.encode(text), dtype=np.int64)
+    if not isinstance(text, Tensor):
+        try:
+            text = torch.from_numpy(np.asarray(text).astype(np.int64, casting="same_kind"))
+        except (TypeError, ValueError) as error:  # texts, bytes, a path, real numbers, rows of different lengths
+            raise _no_stream(text) from error
+    if text.ndim != 1 or text.is_floating_point():
+        raise _no_stream(text)
+    return text.to(model.cfg.device)
+
+
+def _no_stream(given: object) -> ReflowlensError:
+    what = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor | np.ndarray) else type(given).__name__
+    return ReflowlensError(f"one text or its token ids [token] were expected, got {what}")
 
 
 def tiles(stream: Int[Tensor, " token"], context: int) -> Int[Tensor, "row context"]:

@@ -33,7 +33,7 @@ from analyses.result import Result
 from analyses.statistics import bootstrap_interval
 from analyses.text_concepts import CONCEPTS, label_tokens
 from analyses.unit_ablation import ablate_concepts
-from analyses.unit_points import default_points, kind_of, level_of
+from analyses.unit_points import default_points, kind_of, level_of, points_named
 from analyses.unit_scores import (
     auroc,
     benjamini_hochberg,
@@ -65,7 +65,8 @@ DEFINITIONS = {
     "significant_share": "units whose chosen concept is told on S2 beyond shifted text, at a false discovery rate of "
     f"{FALSE_DISCOVERIES}",
     "mass_share": "share of a unit's activation on S2 that lies on its chosen concept, median over units",
-    "token_entropy": "entropy in bits of the token at which a unit fires on S2, median over units",
+    "token_entropy": f"entropy in bits of the tokens at {MINIMUM_EVENTS} random events of a unit on S2, at most "
+    f"{np.log2(MINIMUM_EVENTS):.2f}; median over units",
 }
 
 
@@ -101,7 +102,7 @@ class Text:
 def monosemanticity(
     model: HookedModel,
     text: Stream,
-    points: Sequence[str] | None = None,
+    points: str | Sequence[str] | None = None,
     *,
     matched: HookedModel | None = None,
     context: int = 256,
@@ -115,7 +116,8 @@ def monosemanticity(
 
     Args:
         text: held-out text, or its token ids.
-        points: hook points [batch, pos, ...]; default a BDH's gated neurons, the MLP neurons of a transformer.
+        points: hook points [batch, pos, ...], or kinds as ``"mlp_post"`` (`analyses.unit_points.points_named`), one or
+            several; default a BDH's gated neurons, the MLP neurons of a transformer.
         matched: a model to compare with, such as a ReLU transformer of as many parameters on the same tokenizer.
         rows: tiles of the text that are read, in order, half of them S1; None reads all.
         causal: concepts whose units are silenced, those with the best units first; 0 skips it.
@@ -128,12 +130,12 @@ def monosemanticity(
         controls.
 
     Raises:
-        ReflowlensError: the text is too short, no concept or no unit occurs often enough, or ``matched`` reads other
-            tokens.
+        ReflowlensError: a point does not exist or has no positions, the text is too short, no concept or no unit occurs
+            often enough, or ``matched`` reads other tokens.
 
     Example: ``monosemanticity(model, text).frames["units"].nlargest(10, "f1")``
     """
-    points = _points(model) if points is None else list(points)
+    points = _points(model) if points is None else points_named(model, points)
     stream = as_stream(model, text)
     rows = min(rows or 24, 24) if quick else rows
     shifts = QUICK_SHIFTS if quick else SHIFTS
@@ -165,6 +167,7 @@ def monosemanticity(
             "rows": len(read.tokens),
             "context": context,
             "shifts": shifts,
+            "causal": causal,
             "concepts": [name for name, used in zip(NAMES, read.usable, strict=True) if used],
             "seed": seed,
             "quick": quick,
@@ -185,7 +188,10 @@ def monosemanticity(
                 result.controls.setdefault(metric, {})[name] = value
     _add_figures(result, frames)
     if causal:
-        result.frames["ablation"] = ablate_concepts(model, read.tokens, read.labels, units, read.n_first, causal, seed)
+        result.frames["ablation"], notes = ablate_concepts(
+            model, read.tokens, read.labels, units, read.n_first, causal, seed
+        )
+        result.notes += notes
     absent = [name for name, used in zip(NAMES, read.usable, strict=True) if not used]
     if absent:
         result.notes.append(f"left out, for they are too rare or too common in this text: {', '.join(absent)}")
@@ -267,7 +273,7 @@ def _score(
             "threshold": threshold.numpy(),
             "firing_rate": (b > 0).float().mean(0).numpy(),
             "mass_share": ((b * own_b).sum(0) / b.sum(0)).numpy(),
-            "token_entropy": token_entropy(b > 0, tokens).numpy(),
+            "token_entropy": token_entropy(b > 0, tokens, MINIMUM_EVENTS, seed).numpy(),
             "p": p[row.numpy(), column.numpy()],
             "column": column.numpy(),
         }

@@ -1,7 +1,8 @@
 """Concepts that a text has by itself: where lines, words and speakers begin and end, and what a character is.
 
-They are defined once, on characters, before any unit is looked at. A token has a concept by its last character, or by
-its first where the concept is about a beginning; on a byte tokenizer the two are one.
+They are defined once, on characters, before any unit is looked at. A token has a concept by its last character; by its
+first where the concept is about the beginning of a line, by its first that is no space where it is about that of a
+word (a token of GPT-2 begins with the space in front of its word). On a byte tokenizer the three are one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ CONCEPTS: dict[str, str] = {
     "word_start": "a letter that no letter precedes",
     "word_end": "a letter that no letter follows",
 }
-_BY_FIRST = ("line_start", "after_blank_line", "capital", "word_start")
+_BY_FIRST = ("line_start", "after_blank_line")
+_BY_FIRST_LETTER = ("capital", "word_start")
 
 
 def label_tokens(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos concept"]:
@@ -45,7 +47,9 @@ def _label_row(pieces: list[str]) -> Bool[Tensor, "pos concept"]:
     found = label_characters("".join(pieces))
     ends = np.cumsum([len(piece) for piece in pieces])
     first, last = ends - [len(piece) for piece in pieces], ends - 1
-    columns = [labels[first if name in _BY_FIRST else last] for name, labels in found.items()]
+    letter = first + [min(len(piece) - len(piece.lstrip(" ")), len(piece) - 1) for piece in pieces]
+    at = dict.fromkeys(_BY_FIRST, first) | dict.fromkeys(_BY_FIRST_LETTER, letter)
+    columns = [labels[at.get(name, last)] for name, labels in found.items()]
     return torch.from_numpy(np.stack(columns, axis=1))
 
 

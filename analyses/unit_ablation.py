@@ -32,7 +32,7 @@ def ablate_concepts(
     n_first: int,
     n_concepts: int,
     seed: int,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, list[str]]:
     """What silencing the best units of a concept costs, on the concept and off it, beside rate-matched others.
 
     Units are chosen by their F1 on S1; losses, of the token behind a position that has the concept (or has it not), are
@@ -46,19 +46,25 @@ def ablate_concepts(
     Returns:
         One row a concept: ``units`` silenced, the change of the mean loss ``on`` and ``off`` the concept in nats,
         ``matched_on`` and ``matched_off`` (means over draws), and ``p`` of ``on`` less ``off`` being larger than of the
-        draws.
+        draws; and a note on each concept that is left out: there must be positions with it and without it, and in each
+        point twice as many other units as are silenced, for draws of almost the same units are no control.
     """
     generator = np.random.default_rng(seed)
     chosen = units.groupby("concept")["f1_s1"].max().nlargest(n_concepts).index
     rows = tokens[n_first : n_first + ROWS]
     losses = row_losses(model, rows)
     found = []
+    notes: list[str] = []
     for concept in chosen:
         on = labels[n_first : n_first + ROWS, :-1, list(CONCEPTS).index(concept)].to(losses.device)
-        if not on.any() or on.all():
-            continue
         best = units[units["concept"] == concept].nlargest(UNITS, "f1_s1")
         others = units.drop(best.index)
+        if not on.any() or on.all():
+            notes.append(f"{concept} is not ablated: of the positions whose loss is measured all have it, or none")
+            continue
+        if not _enough(best, others):
+            notes.append(f"{concept} is not ablated: too few other units to hold its {len(best)} against")
+            continue
         change = partial(_change, model, rows, losses, on)
         own = change(_by_point(best))
         draws = np.array([change(_by_point(matched(best, others, generator))) for _ in range(DRAWS)])
@@ -74,19 +80,24 @@ def ablate_concepts(
             }
         )
     columns = ["concept", "units", "on", "off", "matched_on", "matched_off", "p"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(found, columns=columns), notes
+
+
+def _enough(best: pd.DataFrame, others: pd.DataFrame) -> bool:
+    """Whether each point has twice as many other units as are silenced in it."""
+    left = others["point"].value_counts()
+    return all(left.get(point, 0) >= 2 * n for point, n in best["point"].value_counts().items())
 
 
 def matched(best: pd.DataFrame, others: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """For each unit another of its point, drawn among those nearest in firing rate; none twice."""
+    """For each unit another of its point, drawn among those nearest in firing rate; none twice. (Each point
+    needs as many others.)"""
     taken: list[int] = []
     for unit in best.to_dict("records"):
         pool = others[others["point"] == unit["point"]].drop(index=taken, errors="ignore")
-        pool = pool if len(pool) else others.drop(index=taken, errors="ignore")
         distance = (np.log(pool["firing_rate"]) - np.log(unit["firing_rate"])).abs()
         near = distance.nsmallest(_NEIGHBOURS).index
-        if len(near):
-            taken.append(int(generator.choice(near)))
+        taken.append(int(generator.choice(near)))
     return others.loc[taken]
 
 

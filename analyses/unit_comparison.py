@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analyses.held_out import Sampling, Stream, as_stream, sampled_rows
 from analyses.statistics import paired_permutation_pvalue
-from analyses.unit_counts import UnitCounts, count_units
+from analyses.unit_counts import count_units
 from analyses.unit_intervals import mean_interval
 from analyses.unit_points import default_points, kind_of, points_named
 from analyses.unit_statistics import MINIMUM_EVENTS, headline
@@ -23,7 +23,7 @@ from reflowlens.models.base import HookedModel
 def compare_units(
     models: Mapping[str, HookedModel],
     text: Stream,
-    points: Sequence[str] | None = None,
+    points: str | Sequence[str] | None = None,
     *,
     sampling: Sampling = "windows",
     n_batches: int = 10,
@@ -46,10 +46,12 @@ def compare_units(
         ``difference_low`` and ``difference_high`` (moving blocks of rows) and the sign-flip ``p`` over rows.
 
     Raises:
-        ReflowlensError: a model reads other tokens, or as `analyses.unit_statistics`.
+        ReflowlensError: no model is given, one reads other tokens, or as `analyses.unit_statistics`.
 
     Example: ``compare_units({"step 0": fresh, "step 3000": trained}, text)``
     """
+    if not models:
+        raise ReflowlensError("no model is given: a firing rate needs one, a difference two")
     first = next(iter(models.values()))
     for name, model in models.items():
         if model.cfg.tokenizer_name != first.cfg.tokenizer_name:
@@ -66,24 +68,23 @@ def compare_units(
         for kind in dict.fromkeys(map(kind_of, named)):
             parts = [part for point, part in counts.items() if kind_of(point) == kind]
             values = {key.removeprefix(f"{kind}_"): v for key, v in headline(parts, kind, minimum_events).items()}
-            rows.append({"model": name, "kind": kind, **values, **_beside(parts, reference, kind, seed)})
+            per_row = torch.stack([part.row_rates for part in parts]).mean(dim=0).numpy()
+            rows.append({"model": name, "kind": kind, **values, **_beside(per_row, reference.get(kind), seed)})
+            if model is first:
+                reference[kind] = per_row
     order = ["model", "kind", "firing_rate", "low", "high", "near_silent", "never", "selectivity", "max_over_active"]
     return pd.DataFrame(rows, columns=[*order, "difference", "difference_low", "difference_high", "p"])
 
 
-def _beside(
-    parts: list[UnitCounts], reference: dict[str, NDArray[np.float64]], kind: str, seed: int
-) -> dict[str, float]:
-    """The interval of the firing rate and its difference from the first model that has the kind, which is kept."""
-    per_row = torch.stack([part.row_rates for part in parts]).mean(dim=0).numpy()
+def _beside(per_row: NDArray[np.float64], reference: NDArray[np.float64] | None, seed: int) -> dict[str, float]:
+    """The interval of the firing rate, and its difference from the first model's where that has such units."""
     if len(per_row) < 2:
         return {}
     low, high = mean_interval(per_row, seed)
     found = {"low": low, "high": high}
-    if kind not in reference:
-        reference[kind] = per_row
+    if reference is None:
         return found
-    difference = per_row - reference[kind]
+    difference = per_row - reference
     found["difference"] = float(difference.mean())
     found["difference_low"], found["difference_high"] = mean_interval(difference, seed)
     found["p"] = paired_permutation_pvalue(difference, "two-sided", seed=seed)

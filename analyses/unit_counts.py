@@ -175,16 +175,14 @@ def count_units(
 
     Args:
         tokens: the text, row after row; a unit sees nothing of other rows.
+        points: [batch, pos, ...], as `analyses.unit_points.points_named` gives them.
         batch_size: rows that are read at once, at most.
 
     Raises:
-        ReflowlensError: a point does not exist or has no positions, or an activation is not finite.
+        ReflowlensError: a point does not exist, or an activation is not finite.
 
     Example: ``count_units(model, tokens, ["blocks.0.mlp.hook_post"])["blocks.0.mlp.hook_post"].rate``
     """
-    for name in points:
-        if model.hook_axes(name)[:2] != ("batch", "pos"):
-            raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: units are of [batch, pos, ...]")
     batch_size = _rows_at_once(model, tokens, points, batch_size)
     running = {name: _Running(tokens, write_norms(model, name)) for name in points}
     with _watching(model, points, lambda name, activation: running[name].add(activation, name)):

@@ -22,20 +22,23 @@ def default_points(model: HookedModel) -> list[str]:
     raise ReflowlensError(f"{model.cfg.architecture!r} has no usual units: give points, see model.hook_dict")
 
 
-def points_named(model: HookedModel, names: Sequence[str]) -> list[str]:
+def points_named(model: HookedModel, names: str | Sequence[str]) -> list[str]:
     """The hook points that are meant: each name a point, or a kind (`kind_of`), which stands for it at every level.
 
-    Raises:
-        ReflowlensError: the model has neither.
+    Args:
+        names: one, or several.
 
-    Example: ``points_named(model, ["xy_sparse"])`` is ``["blocks.0.hook_xy_sparse", ...]``.
+    Raises:
+        ReflowlensError: the model has neither, or the point has no positions.
+
+    Example: ``points_named(model, "xy_sparse")`` is ``["blocks.0.hook_xy_sparse", ...]``.
     """
     kinds: dict[str, list[str]] = {}
     for point in model.hook_dict:
         if model.hook_axes(point)[:2] == ("batch", "pos"):
             kinds.setdefault(kind_of(point), []).append(point)
     found = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if name in kinds:
             found += kinds[name]
             continue
@@ -44,7 +47,8 @@ def points_named(model: HookedModel, names: Sequence[str]) -> list[str]:
             raise ReflowlensError(
                 f"no kind of units {name!r}{hint}{' There' if hint else '; there'} are {', '.join(kinds)}"
             )
-        model.check_hook_name(name)
+        if model.hook_axes(name)[:2] != ("batch", "pos"):
+            raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: units are of [batch, pos, ...]")
         found.append(name)
     return list(dict.fromkeys(found))
 

@@ -96,12 +96,22 @@ def f1_at(
     return 2 * hits / (said.sum(dim=0) + labels.sum(dim=0)).clamp(min=1)
 
 
-def token_entropy(fires: Bool[Tensor, "n unit"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " unit"]:
-    """Entropy in bits of the token at which a unit fires; NaN where it never does."""
-    _, which = tokens.unique(return_inverse=True)
+def token_entropy(
+    fires: Bool[Tensor, "n unit"], tokens: Int[Tensor, " n"], events: int, seed: int = 0
+) -> Float[Tensor, " unit"]:
+    """Entropy in bits of the tokens at ``events`` random positions where a unit fires; NaN where these are fewer.
+
+    As many for every unit: the entropy of n events is log2(n) at most, so that over all of them a unit would seem the
+    more selective the rarer it is.
+    """
+    order = torch.randperm(len(fires), generator=torch.Generator().manual_seed(seed))
+    fires = fires[order]
+    fires = fires & (fires.cumsum(dim=0, dtype=torch.int32) <= events)
+    _, which = tokens[order].unique(return_inverse=True)
     counts = fires.float().T @ torch.nn.functional.one_hot(which).float()
     share = counts / counts.sum(dim=1, keepdim=True)
-    return -(share * share.clamp(min=1e-30).log2()).sum(dim=1)
+    entropy = -(share * share.clamp(min=1e-30).log2()).sum(dim=1)
+    return entropy.masked_fill(fires.sum(dim=0) < events, torch.nan)
 
 
 def benjamini_hochberg(pvalues: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from analyses.unit_intervals import mean_interval, near_silent_interval
 from analyses.unit_points import default_points, kind_of, points_named
 from analyses.unit_tables import NEAR_SILENT, levels_alike, levels_frame, rates_frame, top_units
 from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
@@ -54,7 +55,7 @@ def definitions(kind: str) -> dict[str, str]:
 def unit_statistics(
     model: HookedModel,
     text: Stream,
-    points: Sequence[str] | None = None,
+    points: str | Sequence[str] | None = None,
     *,
     sampling: Sampling = "windows",
     n_batches: int = 10,
@@ -72,9 +73,9 @@ def unit_statistics(
 
     Args:
         text: held-out text, or its token ids.
-        points: hook points [batch, pos, ...], or kinds as ``"xy_sparse"`` or ``"mlp_post"`` (`points_named`); default
-            x, y and their product of every level of a BDH, the MLP neurons of a transformer, the readout signals of a
-            reFlow.
+        points: hook points [batch, pos, ...], or kinds as ``"xy_sparse"`` or ``"mlp_post"`` (`points_named`), one or
+            several; default x, y and their product of every level of a BDH, the MLP neurons of a transformer, the
+            readout signals of a reFlow.
         sampling: ``"windows"``, ``n_batches * batch_size`` random ones, as published; ``"tiles"``, all of the text.
         context: tokens of a window or tile.
         minimum_events: positions at which a unit must fire to be ranked.
@@ -87,17 +88,21 @@ def unit_statistics(
 
     Returns:
         A Result with frames ``levels`` (a row a point and model), ``rates`` (the distribution over units), ``alike``
-        (is a unit the same at two levels: `levels_alike`) and ``top_units``, and figures ``firing``,
+        (of a BDH: is a unit the same at two levels, `levels_alike`) and ``top_units``, and figures ``firing``,
         ``rates_<kind>`` and ``selectivity_<kind>``. Metrics are of each kind of units, over levels. Claim
         ``<kind>_firing_rate``: training makes units fire less; supported if its interval lies below the untrained
         rate and the sign-flip test of their difference over rows has p < 0.05. Intervals are of moving blocks of rows
         (`analyses.unit_intervals`).
 
     Raises:
-        ReflowlensError: a point does not exist, or the text is shorter than a row.
+        ReflowlensError: a point does not exist or has no positions, the text is shorter than a row, or ``untrained`` is
+            below 1.
 
     Example: ``unit_statistics(model, text, sampling="tiles").frames["levels"]``
     """
+    if controls and untrained < 1:
+        raise ReflowlensError(f"untrained must be at least 1, got {untrained}: controls=False leaves them out")
+    untrained = 1 if quick else untrained
     points = default_points(model) if points is None else points_named(model, points)
     stream = as_stream(model, text)
     n_rows = (2 if quick else n_batches) * batch_size
@@ -105,7 +110,7 @@ def unit_statistics(
     tokens = tokens[:n_rows] if quick else tokens
     runs = {"model": (model, tokens)}
     if controls:
-        for fresh_seed, name in enumerate(untrained_names(1 if quick else untrained), start=seed + 1):
+        for fresh_seed, name in enumerate(untrained_names(untrained), start=seed + 1):
             runs[name] = build_model(model.cfg, seed=fresh_seed, device=model.cfg.device), tokens
         runs["shuffled_text"] = model, shuffled(tokens.flatten(), seed).reshape(tokens.shape)
     counts = {
@@ -121,6 +126,9 @@ def unit_statistics(
             "positions": tokens.numel(),
             "context": context,
             "minimum_events": minimum_events,
+            "top": top,
+            "controls": controls,
+            "untrained": untrained,
             "seed": seed,
             "quick": quick,
             "model_hash": model_hash(model),

@@ -75,9 +75,12 @@ def rates_frame(counts: dict[str, UnitCounts], name: str) -> pd.DataFrame:
 def levels_alike(
     model: HookedModel, counts: dict[str, UnitCounts], tokens: Int[Tensor, "row pos"], batch_size: int, progress: bool
 ) -> pd.DataFrame:
-    """Where levels share their weights, is a unit one unit? Of each two levels ``spearman``, the correlation of the
-    units' rates, and ``jaccard``, mean over units of |positions of both| / |positions of either|, beside the
-    ``jaccard_chance`` of units with these rates that know nothing of each other."""
+    """Of a BDH, whose levels share their weights: is a unit one unit? Of each two levels ``spearman``, the correlation
+    of the units' rates, and ``jaccard``, mean over units of |positions of both| / |positions of either|, beside the
+    ``jaccard_chance`` of units with these rates that know nothing of each other. Empty for other models, where nothing
+    but the number joins a unit of one block to a unit of the next."""
+    if any(name.startswith("blocks.") for name, _ in model.named_parameters()):
+        return pd.DataFrame()
     pairs = [
         (first, second)
         for first, second in itertools.product(counts, counts)

@@ -104,7 +104,13 @@ def test_tokens_of_several_characters() -> None:
     assert of["speaker_name"][0] == "King"
     assert of["speaker_name"][-1] == ":"
     assert of["newline"] == ["\n", "\n", "\n"]
-    assert "King" in of["capital"]
+    assert of["capital"] == of["word_start"] == ["Oh", "King", " Lear", "No"]
+
+
+def test_bytes_are_labelled_as_characters(model: HookedModel) -> None:
+    text = "\n\n  King Lear:\n  No, no"
+    labels = label_tokens(model, torch.tensor([list(text.encode())]))[0]
+    np.testing.assert_array_equal(labels.T, np.stack(list(label_characters(text).values())))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -147,9 +153,23 @@ def test_thresholds_are_the_best_of_all() -> None:
 
 def test_entropy_of_the_token_that_is_fired_at() -> None:
     fires = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]]).bool()
-    found = token_entropy(fires, torch.tensor([9, 9, 4, 7]))
-    assert found[:2].tolist() == pytest.approx([1.5, 0.0], abs=1e-6)
-    assert bool(found[2].isnan())
+    tokens = torch.tensor([9, 9, 4, 7])
+    assert float(token_entropy(fires, tokens, events=4)[0]) == pytest.approx(1.5)
+    of_two = token_entropy(fires, tokens, events=2)
+    assert float(of_two[1]) == pytest.approx(0.0, abs=1e-6)
+    assert bool(of_two[2].isnan())
+
+
+def test_a_rare_unit_has_no_lower_entropy_for_being_rare() -> None:
+    """Both fire at any of 200 tokens, one of them fifty times as often."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(200, (4000,), generator=generator)
+    fires = torch.rand(4000, 2, generator=generator) < torch.tensor([0.5, 0.01])
+    common, rare = token_entropy(fires, tokens, events=20).tolist()
+    assert common == pytest.approx(rare, abs=0.4)
+    assert common <= np.log2(20)
+    halves = torch.arange(4000) // 2000  # events are of all the text, not the first
+    assert float(token_entropy(torch.ones(4000, 1).bool(), halves, events=20)) > 0.7
 
 
 def test_the_shifted_null_is_calibrated_for_units_with_runs() -> None:
@@ -204,6 +224,13 @@ def test_a_context_unit_is_not_found_in_shuffled_text(model: HookedModel) -> Non
         assert found.loc[SPEAKER, "f1"] < 0.5
 
 
+def test_kinds_of_units_are_points(model: HookedModel) -> None:
+    result = monosemanticity(model, drama(), "xy_sparse", context=24, causal=0, quick=True)
+    assert result.params["points"] == [f"blocks.{level}.hook_xy_sparse" for level in range(3)]
+    assert result.params["causal"] == 0
+    assert result.frames["units"]["token_entropy"].between(0, np.log2(20) + 1e-5).all()
+
+
 def test_a_matched_model_stands_beside(model: HookedModel) -> None:
     other = random_model("gpt2")
     result = monosemanticity(model, drama(), matched=other, context=24, rows=60, causal=0, quick=True)
@@ -218,6 +245,9 @@ def test_a_matched_model_stands_beside(model: HookedModel) -> None:
         (lambda model: monosemanticity(model, "To be", context=4), "two rows of 4 tokens"),
         (lambda model: monosemanticity(model, "x" * 500, context=48), "no concept occurs often enough"),
         (lambda model: monosemanticity(model, drama(), ["blocks.9.hook_x"], context=48), "no hook"),
+        (lambda model: monosemanticity(model, drama(), ["words"], context=48), "no kind of units 'words'"),
+        (lambda _: monosemanticity(random_model("gpt2"), drama(), ["blocks.0.attn.hook_pattern"]), "units are of"),
+        (lambda _: monosemanticity(random_model("reflow"), drama(), ["hook_basis"]), "units are of"),
     ],
 )
 def test_errors(model: HookedModel, ask: Callable[[HookedModel], Any], message: str) -> None:
@@ -237,7 +267,9 @@ def test_losses_are_the_models(model: HookedModel) -> None:
 def test_silencing_is_measured_on_the_concept_and_off_it(model: HookedModel) -> None:
     text = Text.of(model, as_stream(model, drama()), 48, 20)
     units = score_units(model, text, [POINT], shifts=4, seed=0)
-    found = ablate_concepts(model, text.tokens, text.labels, units, text.n_first, 1, seed=0).iloc[0]
+    table, notes = ablate_concepts(model, text.tokens, text.labels, units, text.n_first, 1, seed=0)
+    found = table.iloc[0]
+    assert notes == []
     best = units[units["concept"] == found["concept"]].nlargest(10, "f1_s1")["index"].to_numpy()
 
     def silence(activation: Tensor, hook: HookPoint) -> Tensor:
@@ -253,6 +285,23 @@ def test_silencing_is_measured_on_the_concept_and_off_it(model: HookedModel) -> 
             change = row_losses(model, rows) - before
     assert found["on"] == pytest.approx(float(change[on].mean()), rel=1e-4)
     assert found["off"] == pytest.approx(float(change[~on].mean()), rel=1e-4)
+
+
+def test_without_enough_others_a_concept_is_left_out_and_named(model: HookedModel) -> None:
+    """Ten units need twenty others; with none every draw would be 0, and p the smallest there is."""
+    text = Text.of(model, as_stream(model, drama()), 48, 20)
+    units = score_units(model, text, [POINT], shifts=4, seed=0).assign(concept="vowel")
+    for n, notes in ((10, 1), (29, 1), (30, 0)):
+        found, said = ablate_concepts(model, text.tokens, text.labels, units.head(n), text.n_first, 1, seed=0)
+        assert (len(found), len(said)) == (1 - notes, notes)
+        assert all("vowel is not ablated: too few other units" in note for note in said)
+    elsewhere = units.head(30).assign(point=["blocks.1.hook_xy_sparse"] * 10 + [POINT] * 20)
+    best_first = elsewhere.assign(f1_s1=np.linspace(1, 0, 30))
+    assert ablate_concepts(model, text.tokens, text.labels, best_first, text.n_first, 1, seed=0)[0].empty
+    never = torch.zeros_like(text.labels)
+    found, said = ablate_concepts(model, text.tokens, never, units, text.n_first, 1, seed=0)
+    assert found.empty
+    assert "all have it, or none" in said[0]
 
 
 def test_matched_units_are_others_of_the_same_point_and_rate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from analyses.result import Result
 from analyses.unit_comparison import compare_units
 from analyses.unit_counts import SHARES, count_units, firing_overlap
 from analyses.unit_intervals import mean_interval, near_silent_interval, unit_rate_intervals
-from analyses.unit_points import default_points
+from analyses.unit_points import default_points, points_named
 from analyses.unit_report import unit_report
 from analyses.unit_tables import context_of
 from pretraining.data import prepare
@@ -191,6 +192,17 @@ def test_models_side_by_side(model: HookedModel) -> None:
         compare_units(
             {"one": model, "gpt": random_model(tiny_config("gpt2", tokenizer_name="gpt2_16k", d_vocab=16_768))}, TEXT
         )
+    with pytest.raises(ReflowlensError, match="no model is given: a firing rate needs one"):
+        compare_units({}, TEXT)
+
+
+def test_only_the_first_model_is_a_reference(model: HookedModel) -> None:
+    """It has no MLP: two others that have one are not held against each other."""
+    models = {"bdh": model, "A": random_model("reflow"), "B": random_model("reflow", seed=1)}
+    frame = compare_units(models, TEXT[:3000], n_batches=3, context=24)
+    others = frame[frame["kind"] == "mlp_post"]
+    assert others["model"].tolist() == ["A", "B"]
+    assert others[["difference", "difference_low", "difference_high", "p"]].isna().all(axis=None)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -250,6 +262,7 @@ def test_the_command_reads_prepared_data_and_compares(
         (["--hook", "words"], "no kind of units 'words'; there are embed, resid_pre"),
         (["--context", "0"], "--context must be at least 1"),
         (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--against", "untrained", "untrained"], "--against: untrained is given twice"),
     ],
 )
 def test_what_the_command_cannot_do(
@@ -262,6 +275,12 @@ def test_what_the_command_cannot_do(
     assert error.count("\n") == 1
 
 
+def test_the_command_compares_no_model_with_itself(saved: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, text = saved
+    assert main(["units", checkpoint, "--data", text, "--against", "untrained", checkpoint]) == 2
+    assert f"--against: {checkpoint} is given twice" in capsys.readouterr().err
+
+
 # -- the result -------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +288,7 @@ def test_the_result_says_what_the_counts_say(model: HookedModel) -> None:
     result = unit_statistics(model, TEXT, n_batches=3, batch_size=8, context=48, top=5)
     levels = result.frames["levels"].query("model == 'model'")
     assert result.params["positions"] == 3 * 8 * 48
+    assert {"top": 5, "controls": True, "untrained": 3}.items() <= result.params.items()
     assert set(levels["kind"]) == {"x_sparse", "y_sparse", "xy_sparse"}
     by_kind = levels.groupby("kind")
     for kind, group in by_kind:
@@ -339,16 +359,45 @@ def test_any_point_of_any_model_can_be_counted() -> None:
         result = unit_statistics(model, TEXT, n_batches=2, batch_size=4, context=24)
         assert 0.3 < result.metrics["mlp_post_firing_rate"] < 0.7
         assert ("unembed_signal_firing_rate" in result.metrics) == (name == "reflow")
+        assert "alike" not in result.frames  # blocks with weights of their own have no unit in common
+        assert "the same unit" not in unit_report(result)
     stream = unit_statistics(model, TEXT, ["blocks.1.hook_resid_post"], n_batches=2, batch_size=4, context=24)
     assert set(stream.frames["top_units"]["head"]) <= {-1}
     with pytest.raises(ReflowlensError, match="units are of"):
         unit_statistics(model, TEXT, ["blocks.0.attn.hook_pattern"], context=24)
     with pytest.raises(ReflowlensError, match="no hook"):
         unit_statistics(model, TEXT, ["blocks.7.mlp.hook_post"], context=24)
+    with pytest.raises(ReflowlensError, match="at least 1, got 0: controls=False leaves them out"):
+        unit_statistics(model, TEXT, context=24, untrained=0)
+
+
+def test_one_name_is_one_point_or_kind(model: HookedModel) -> None:
+    """Not its letters."""
+    assert points_named(model, "xy_sparse") == [f"blocks.{level}.hook_xy_sparse" for level in range(3)]
+    assert points_named(model, "blocks.1.hook_x_sparse") == ["blocks.1.hook_x_sparse"]
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (["To be", "or not"], "list"),
+        ([[1, 2], [3]], "list"),
+        (b"To be", "bytes"),
+        (Path("val.txt"), "Path"),
+        (np.array([1.7]), r"float64 \[1\]"),
+        (torch.tensor([1.7]), r"torch.float32 \[1\]"),
+        (np.ones((2, 3), dtype=int), r"torch.int64 \[2, 3\]"),
+    ],
+)
+def test_a_text_is_one_text_or_its_tokens(model: HookedModel, given: Any, what: str) -> None:
+    with pytest.raises(ReflowlensError, match=f"one text or its token ids .* were expected, got .*{what}"):
+        as_stream(model, given)
 
 
 def test_held_out_text_in_rows(model: HookedModel) -> None:
     stream = as_stream(model, "abcdefghij")
+    for ids in (stream, list(stream), stream.tolist(), stream.numpy().astype(np.uint16)):
+        assert torch.equal(as_stream(model, ids), stream)
     assert tiles(stream, 4).tolist() == [list(b"abcd"), list(b"efgh")]
     drawn = windows(stream, 50, 4, seed=0)
     assert torch.equal(drawn, windows(stream, 50, 4, seed=0))
