@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_the_published_configurations(name: str) -> None:
 
 def test_the_small_relatives_differ_in_their_embedding_alone() -> None:
     """One run's order of data, schedule and blocks; the share of signals kept is the published 64 of 1024."""
-    nano, baseline, sparse = (load_config(name) for name in ("reflow_nano", "gpt2_new_nano", "reflow_topk_nano"))
+    nano, baseline, sparse = (load_config(name) for name in ("reflow_nano_short", "gpt2_new_nano", "reflow_topk_nano"))
     counts = [build_model(cfg.model, device="meta").n_parameters for cfg in (nano, baseline, sparse)]
     assert counts == [9_178_368, 9_112_832, 9_178_368]
     assert sparse.model.topk / sparse.model.n_signals == 64 / 1024
@@ -98,17 +99,29 @@ def test_errors_of_a_configuration(write: Callable[..., Path], changes: dict[str
         ("[model]\nx = 1", r"the table \[data\] is missing"),
         ("[model\n", "is not valid TOML"),
         ("model = 1\ndata = 2\nrun = 3", r"\[model\] must be a table"),
+        (b"[model]\nmodel_name = '\xe9'", r"config\.toml is not valid TOML: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
-def test_errors_of_a_file(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_a_file(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ReflowlensError, match=message):
         load_config(path)
     with pytest.raises(ReflowlensError, match=r"no configuration file .*nowhere\.toml"):
         load_config(tmp_path / "nowhere.toml")
     with pytest.raises(ReflowlensError, match=r"no configuration 'reflow_1_smal'; did you mean 'reflow_1_small'.* or"):
         load_config("reflow_1_smal")
+
+
+def test_a_file_that_may_not_be_read(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write()
+
+    def refuse(self: Path, **options: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ReflowlensError, match=r"cannot read .*config\.toml: Permission denied"):
+        load_config(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- --set
@@ -157,6 +170,7 @@ def test_settings_are_typed_as_toml_types_them(write: Callable[..., Path]) -> No
         ("run.steps=0", "run.steps must be positive, got 0"),
         ("model.n_layers=two", "n_layers must be a positive integer, got 'two'"),
         ("optimizer.name=sgd", "optimizer.name must be one of 'adamw', 'muon', got 'sgd'"),
+        ("model.gated_mlp=False", "gated_mlp must be True or False (in TOML true or false), got 'False'"),
     ],
 )
 def test_errors_of_a_setting(write: Callable[..., Path], setting: str, message: str) -> None:
