@@ -187,8 +187,8 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
         settings: ``"table.field=value"``, each in place of what the file says; text needs no quotes.
 
     Raises:
-        ReflowlensError: the file is missing or not TOML, a table or field is unknown or missing, or a value is not
-            allowed.
+        ReflowlensError: the file is missing, unreadable or not TOML, a table or field is unknown or missing, or a value
+            is not allowed.
 
     >>> load_config("reflow_1_small", ["run.steps=100"]).run.steps
     100
@@ -196,8 +196,10 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
     path = find_config(name)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ReflowlensError(f"cannot read {path}: {error.strerror or error}") from error
     for table, fields in tables.items():
         if table not in _TABLES:
             raise ReflowlensError(f"{path}: unknown table [{table}]{nearest(table, list(_TABLES))}")

@@ -15,6 +15,7 @@ from pretraining.memory import Memory, loss_chunk, memory_per_gpu
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import named_peak_flops, training_flops_per_token
 from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,24 @@ def estimate(
     if gpus < 1:
         raise ReflowlensError(f"gpus must be positive, got {gpus}")
     rows = cfg.rows_per_process(gpus)
-    sizes = {name: p.numel() for name, p in build_model(cfg.model, device="meta").named_parameters()}
-    vocabulary = ("embed.", "pos_embed.", "unembed.")
+    model = build_model(cfg.model, device="meta")
     flops_per_token = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
     return Estimate(
         cfg=cfg,
         gpus=gpus,
         rows=rows,
-        parameters=sum(sizes.values()),
-        parameters_outside_embedding=sum(n for name, n in sizes.items() if not name.startswith(vocabulary)),
+        parameters=model.n_parameters,
+        parameters_outside_embedding=parameters_outside_embedding(model),
         flops_per_token=flops_per_token,
         memory=memory_per_gpu(cfg, gpus),
         rate=_given(rate, mfu) if flops is None else gpus * _reached(cfg, rate, flops, mfu) / flops_per_token,
     )
+
+
+def parameters_outside_embedding(model: HookedModel) -> int:
+    """How many parameters are not of the token, position or output embedding: those of blocks and norms."""
+    vocabulary = ("embed.", "pos_embed.", "unembed.")
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(vocabulary))
 
 
 def _given(rate: float | None, mfu: float | None) -> float | None:

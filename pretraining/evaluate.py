@@ -60,8 +60,11 @@ def evaluate_model(
     return Evaluation(loss, math.exp(loss), total / math.log(2) / text_bytes, tokens)
 
 
-def tokens_for(model: HookedModel, folder: str | Path, split: str) -> TokenData:
+def tokens_for(model: HookedModel, folder: str | Path, split: str, name: str = "the model") -> TokenData:
     """A split of prepared data, which the model can read.
+
+    Args:
+        name: what an error calls the model.
 
     Raises:
         ReflowlensError: the data were prepared with another tokenizer.
@@ -69,7 +72,7 @@ def tokens_for(model: HookedModel, folder: str | Path, split: str) -> TokenData:
     data = open_tokens(folder, split)
     if data.manifest.tokenizer != model.cfg.tokenizer_name:
         raise ReflowlensError(
-            f"{folder} was prepared with {data.manifest.tokenizer!r}, but the model reads {model.cfg.tokenizer_name!r}"
+            f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"
         )
     return data
 

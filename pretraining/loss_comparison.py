@@ -21,12 +21,11 @@ from scipy import stats
 from tqdm import tqdm
 
 from pretraining.batches import sequential_batches
-from pretraining.data import open_tokens
+from pretraining.estimate import parameters_outside_embedding
+from pretraining.evaluate import tokens_for
 from pretraining.token_files import TokenStream
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-
-_EMBEDDING = ("embed.", "pos_embed.", "unembed.")
 
 
 def compare_losses(
@@ -58,16 +57,12 @@ def compare_losses(
     Raises:
         ReflowlensError: no model is given, one reads another tokenizer than the data's, or the split is one block.
 
-    Example: ``compare_losses({name: rl.load_model(name) for name in rl.list_models()}, "data/mix16k")``
+    Example: ``compare_losses({n: rl.load_model(n) for n in ("reflow-nano-short", "gpt2-new-nano")}, "data/mix16k")``
     """
     if not models:
         raise ReflowlensError("no model is given: a loss needs one, a difference two")
-    data = open_tokens(folder, split)
     for name, model in models.items():
-        if model.cfg.tokenizer_name != data.manifest.tokenizer:
-            raise ReflowlensError(
-                f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"
-            )
+        data = tokens_for(model, folder, split, name)
     context = min(model.cfg.n_ctx for model in models.values())
     unit, owner = "document", document_of_targets(data.tokens, data.manifest.end_id)
     if owner[-1] == owner[0]:
@@ -127,11 +122,6 @@ def token_losses(
             losses.append(loss.double().cpu().numpy())
             bar.update(y.numel())
     return np.concatenate(losses)
-
-
-def parameters_outside_embedding(model: HookedModel) -> int:
-    """How many parameters are not of the token, position or output embedding: those of blocks and norms."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(_EMBEDDING))
 
 
 def _mean_with_interval(

@@ -24,7 +24,7 @@ def schedule(step: int, cfg: OptimizerConfig, total: int) -> float:
         return (step + 1) / cfg.warmup_steps
     if cfg.schedule == "constant":
         return 1.0
-    length = total - cfg.warmup_steps if cfg.schedule == "cosine" else max(1, round(cfg.decay_fraction * total))
+    length = max(1, total - cfg.warmup_steps if cfg.schedule == "cosine" else round(cfg.decay_fraction * total))
     progress = min(max((step - (total - length)) / length, 0.0), 1.0)
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.schedule == "cosine" else 1 - progress
     return cfg.final_fraction + (1 - cfg.final_fraction) * remaining

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
-from reflowlens.checkpoints import MANIFEST, WEIGHTS, save_model, write_folder, write_tensors
+from reflowlens.checkpoints import MANIFEST, WEIGHTS, leftovers, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -88,6 +89,8 @@ def save_state(
     folder = write_folder(out / f"step_{step:07d}", write)
     for old in sorted(out.glob("step_*"))[: -cfg.run.keep_checkpoints]:
         shutil.rmtree(old)
+    for unfinished in leftovers(out, r"step_\d+"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
@@ -99,31 +102,48 @@ def resume_state(
     Of a parameter that processes hold in parts, each takes its own; optimisers take the state of their parameters.
 
     Raises:
-        ReflowlensError: there is none, the configuration describes another model or other steps than were taken, or
-            the tokens (`training_data`) are others.
+        ReflowlensError: there is none or it is damaged, the configuration describes another model or other steps than
+            were taken, or the tokens (`training_data`) are others.
     """
     from safetensors import safe_open
 
     folder = newest_checkpoint(Path(cfg.run.out))
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-    _check_same_run(folder, cfg, manifest)
-    _check_same_data(folder, cfg, data, manifest)
     parameters = dict(model.named_parameters())
-    with torch.no_grad(), safe_open(folder / WEIGHTS, framework="pt") as weights:
-        for name, parameter in parameters.items():
-            parameter.copy_(cut_like(weights.get_tensor(name).to(parameter.device), like=parameter))
     own = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
-    with torch.no_grad(), safe_open(folder / STATE, framework="pt") as states:
-        for key in states.keys():  # noqa: SIM118 (it is not a dictionary)
-            i, name, entry = key.split("/")
-            parameter = parameters[name]
-            if parameter not in own[int(i)]:
-                continue
-            value = states.get_tensor(key).to(parameter.device)
-            # A moment lies in memory as its parameter does; a step count only has to be on the same device.
-            kept = value if entry == "step" else torch.empty_like(parameter).copy_(cut_like(value, like=parameter))
-            optimizers[int(i)].state[parameter][entry] = kept
-    return int(manifest["step"])
+    with torch.no_grad(), _readable(folder):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        _check_same_run(folder, cfg, manifest)
+        _check_same_data(folder, cfg, data, manifest)
+        with safe_open(folder / WEIGHTS, framework="pt") as weights:
+            for name, parameter in parameters.items():
+                parameter.copy_(cut_like(weights.get_tensor(name).to(parameter.device), like=parameter))
+        with safe_open(folder / STATE, framework="pt") as states:
+            for key in states.keys():  # noqa: SIM118 (it is not a dictionary)
+                i, name, entry = key.split("/")
+                parameter = parameters[name]
+                if parameter not in own[int(i)]:
+                    continue
+                value = states.get_tensor(key).to(parameter.device)
+                # A moment lies in memory as its parameter does; a step count only has to be on the same device.
+                kept = value if entry == "step" else torch.empty_like(parameter).copy_(cut_like(value, like=parameter))
+                optimizers[int(i)].state[parameter][entry] = kept
+        return int(manifest["step"])
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """One error for all that reading a damaged checkpoint raises, or one that may not be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ReflowlensError:
+        raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ReflowlensError(
+            f"cannot resume from {folder}: {type(error).__name__}: {error}; if it is damaged, remove it to go on from "
+            "the checkpoint before"
+        ) from error
 
 
 # Where a run lies and how it is computed, up to rounding: free to change when it is resumed.
@@ -138,6 +158,8 @@ _INDIFFERENT = {
     "run.keep_checkpoints",
     "run.wandb_project",
 }
+# But not with dropout: what is dropped is drawn for each pass, and by compiled code otherwise.
+_DECIDE_WHAT_IS_DROPPED = {"run.accumulation", "run.compile"}
 # Free as long as the steps already taken had the same rates, so that a run can be made longer.
 _SCHEDULE = {
     "run.steps",
@@ -152,7 +174,7 @@ def _check_same_run(folder: Path, cfg: TrainConfig, manifest: dict[str, Any]) ->
     if manifest["config"] != cfg.model.to_dict():
         raise ReflowlensError(f"{folder} holds another model than the configuration describes")
     ours, theirs, given = cfg.to_dict(), manifest["training"], manifest.get("overrides", {})
-    free = set(_INDIFFERENT)
+    free = _INDIFFERENT - _DECIDE_WHAT_IS_DROPPED if cfg.model.dropout else set(_INDIFFERENT)
     if _same_rates(cfg, theirs, int(manifest["step"])):
         free |= _SCHEDULE - (given.keys() - cfg.overrides.keys())  # what --set gave is not to be forgotten
     if "training_data" in manifest or "data.folder" not in {*given, *cfg.overrides}:

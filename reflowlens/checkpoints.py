@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 import struct
 import tempfile
@@ -111,11 +112,13 @@ def save_model(
     return write_folder(folder, write)
 
 
-def check_replaceable(folder: Path, files: tuple[str, ...]) -> None:
-    """Raise if a folder holds something else than what the writer of these files left there."""
+def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpoint") -> None:
+    """Raise if a folder is a file, or holds something else than what the writer of these files left there."""
+    if folder.exists() and not folder.is_dir():
+        raise ReflowlensError(f"{folder} is a file: choose a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in files):
         raise ReflowlensError(
-            f"{folder} holds other files and no checkpoint to replace ({', '.join(files)}): choose a new folder"
+            f"{folder} holds other files and no {kind} to replace ({', '.join(files)}): choose a new folder"
         )
 
 
@@ -129,10 +132,19 @@ def model_hash(model: HookedModel) -> str:
 
 
 def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
-    """The JSON written beside the weights; empty for a single file."""
+    """The JSON written beside the weights; empty for a single file.
+
+    Raises:
+        ReflowlensError: there is no such model, or the JSON is damaged.
+    """
     path = find_model(name_or_path)
     manifest = path.with_name(MANIFEST)
-    return json.loads(manifest.read_text(encoding="utf8")) if path.name == WEIGHTS and manifest.is_file() else {}
+    if path.name != WEIGHTS or not manifest.is_file():
+        return {}
+    try:
+        return dict(json.loads(manifest.read_text(encoding="utf8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"{manifest} is damaged: {error}") from error
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -180,6 +192,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
             raise _write_error(folder, error) from error
         raise
     return folder
+
+
+def leftovers(parent: Path, pattern: str) -> list[Path]:
+    """What :func:`write_folder` left in ``parent`` when it was killed, of folders whose names match ``pattern``."""
+    names = re.compile(rf"\.{pattern}\.(old\.)?[a-z0-9_]{{8}}")  # as mkdtemp makes them
+    return [path for path in parent.iterdir() if names.fullmatch(path.name) and path.is_dir()]
 
 
 def _replace(folder: Path, new: Path) -> None:

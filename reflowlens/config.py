@@ -19,7 +19,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "positional_embedding_type": ("standard", "rotary"),
     "tokenizer_name": ("gpt2", "gpt2_16k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
-    **dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings"), (False, True)),
 }
 _OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
 FILE_TOKENIZER = "tokenizer.json:"  # begins the name of a tokenizer that is a file; its hash follows
@@ -136,6 +135,11 @@ class ModelConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed and not (name == "tokenizer_name" and self.has_file_tokenizer):
                 raise ReflowlensError(_choice_message(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if str(field.type).startswith("bool") and not isinstance(getattr(self, field.name), bool):
+                raise ReflowlensError(
+                    f"{field.name} must be True or False (in TOML true or false), got {getattr(self, field.name)!r}"
+                )
         for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", *_OPTIONAL_SIZES):
             value = getattr(self, name)
             if not (_is_integer(value) and value >= 1) and not (name in _OPTIONAL_SIZES and value is None):

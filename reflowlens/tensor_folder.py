@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from reflowlens.checkpoints import MANIFEST, write_folder, write_tensors
+from reflowlens.checkpoints import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
 
 _PACKAGES = ("reflowlens", "torch", "transformer-lens", "safetensors")
@@ -56,10 +56,7 @@ def save_tensors(folder: str | Path, kind: str, tensors: Mapping[str, Tensor], m
             changed.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ReflowlensError(f"{folder} is a file: choose a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / f"{kind}.safetensors").is_file():
-        raise ReflowlensError(f"{folder} holds other files and no {kind} to replace: choose a new folder")
+    check_replaceable(folder, (f"{kind}.safetensors",), kind)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     record = {"format": _format(kind), **manifest, "versions": versions}
 

@@ -19,10 +19,12 @@ import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
 from analyses.lexicon import load_lexicon
 from analyses.steering import Injections, steer
-from pretraining.config import OptimizerConfig, load_config
+from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import prepare
 from pretraining.memory import activation_bytes
 from pretraining.optimizers import make_optimizers
+from pretraining.state import resume_state, training_data
+from pretraining.token_files import open_tokens
 from pretraining.train import train
 from reflowlens.cli import main
 from reflowlens.config import ModelConfig, preset
@@ -418,7 +420,7 @@ def test_all_but_the_scores_are_packed() -> None:
 @torch.no_grad()
 def test_signals_are_removed_and_directions_added_on_the_way() -> None:
     model, prompts = random_bdh(), ["To be or", "not to"]
-    metric, view = rl.metrics.target_prob(65), rl.signal_view(random_bdh(), "svd")
+    metric, view = rl.metrics.target_prob(65), rl.signal_view(model, "svd")
     removed = ablate_upstream(model, prompts, metric, 1, signals=[0, 3], view=view)
     direction = torch.nn.functional.normalize(view.basis, dim=-1)[3]
 
@@ -496,6 +498,24 @@ def test_training_lowers_both_losses_and_resumes_to_the_bit(write: Callable[...,
     train(dataclasses.replace(parted, run=dataclasses.replace(parted.run, steps=20)), progress=False)
     same_files(last, train(parted, resume=True, progress=False))
     assert measured(parted.run.out)[-1] == measured(whole.run.out)[-1]
+
+
+def test_what_decides_which_neurons_are_dropped_stays(write: Callable[..., Path]) -> None:
+    """Of a run without dropout both are free to change: they change its steps up to rounding alone."""
+    optimizer = {"name": "adamw", "matrix_learning_rate": None}
+
+    def config(**run: Any) -> TrainConfig:
+        return load_config(write(model=TINY, optimizer=optimizer, run={"steps": 2} | run))
+
+    def resumed(cfg: TrainConfig) -> int:
+        data, model = training_data(open_tokens(cfg.data.folder, "train").manifest), build_model(cfg.model)
+        return resume_state(cfg, data, model, make_optimizers(model, cfg.optimizer))
+
+    train(config(), progress=False)
+    for changed, was in (({"accumulation": 2}, "accumulation=1"), ({"compile": True}, "compile=False")):
+        with pytest.raises(ReflowlensError, match=rf"was trained with run\.{was}, but the configuration has"):
+            resumed(config(**changed))
+    assert resumed(config(sharding="zero1")) == 2
 
 
 def test_what_decays_and_what_muon_takes() -> None:

@@ -54,15 +54,31 @@ def test_gpt2_has_no_llama_of_its_shape():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_learns(variant):
-    bench = tiny_bench()
+def test_steps_learn(variant, monkeypatch):
+    """Every parameter of the step's own model moves, and the loss on its batch falls each time."""
+    bench, made, losses = tiny_bench(), [], []
+
+    def watched(*arguments):
+        model, loss = model_and_loss(*arguments)
+        made.append(model)
+
+        def recorded(x, y):
+            value = loss(x, y)
+            losses.append(value.item())
+            return value
+
+        return model, recorded
+
+    monkeypatch.setattr("reflowlens.benchmarks.steps.model_and_loss", watched)
     torch.manual_seed(0)  # Llama's own initialisation
-    model, loss = model_and_loss(bench, variant)
     step = training_step(bench, variant)
-    assert step() is None
-    x = random_tokens(bench.model, 2, 12)
-    loss(x, x).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    (model,) = made
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(5):
+        step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
 
 
 def test_forming_and_hookless_models_are_the_same_function(model, tokens):

@@ -22,9 +22,11 @@ from reflowlens.checkpoints import (
     save_model,
     write_folder,
 )
+from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.tensor_folder import save_tensors
 from tests.tiny import CONFIGS, random_model, random_tokens
 
 
@@ -158,6 +160,15 @@ def test_truncated_and_corrupt_files(saved: Path) -> None:
             load_model(saved)
 
 
+def test_a_damaged_manifest(saved: Path) -> None:
+    manifest = saved / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole, b"7"):
+        manifest.write_bytes(damaged)
+        with pytest.raises(ReflowlensError, match=r"manifest\.json is damaged: "):
+            read_manifest(saved)
+
+
 def test_files_of_others_are_refused_and_never_unpickled(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, path)
@@ -257,6 +268,19 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ReflowlensError, match="holds other files and no checkpoint to replace"):
         save_model(tmp_path, random_model("gpt2"))
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "my.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(ReflowlensError, match=r"my\.safetensors is a file: choose a new folder"):
+        save_model(path, random_model("gpt2"))
+    with pytest.raises(ReflowlensError, match=r"my\.safetensors is a file: choose a new folder"):
+        save_tensors(path, "cache", {"x": torch.zeros(2)}, {})
+    assert main(["export", "reflow-nano", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path} is a file: choose a new folder\n"
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

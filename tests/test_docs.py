@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from docs.generated import error_messages, messages_table, metric_definitions, v
 from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from tests.tiny import random_tokens
+from reflowlens.tokenizers import get_tokenizer
+from tests.tiny import random_model, random_tokens
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = ["index.md", "tutorial.md", *sorted(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))]
@@ -47,6 +50,24 @@ def test_what_does_not_run_is_code_all_the_same_and_says_why(page):
         if block.startswith(NO_RUN):
             compile(block, page, "exec")
             assert re.match(rf"{NO_RUN}: \w+", block)
+
+
+def test_the_experiment_of_the_page_can_come_out_either_way():
+    """Enough pairs to be judged; supported where every pair has a signal of its own, in this basis alone."""
+    scope: dict[str, Any] = {}
+    exec("\n".join(code_of("how-to/your-own-experiment.md")[:2]), scope)
+    model = random_model("reflow")
+    assert scope["shared_signal"](model).verdicts["shared"] == "not supported"
+
+    def planted(view, streams):
+        return np.arange(len(streams)) if view.name == "native" else streams.sum(dim=-1).numpy()
+
+    scope["strongest_signal"] = planted
+    result = scope["shared_signal"](model)
+    assert result.controls["shared"] == {"other_pairs": 0, "rotated_basis": 0}
+    assert result.verdicts["shared"] == "supported"
+    nouns = get_tokenizer("gpt2_16k")
+    assert all(nouns.is_single_token(f" {prompt.split()[1]}") for pair in scope["PAIRS"] for prompt in pair)
 
 
 # -- hook points ------------------------------------------------------------------------------------------------------

@@ -228,6 +228,11 @@ def test_exports_replace_exports_alone(tmp_path: Path) -> None:
     checkpoint = save_model(tmp_path / "checkpoint", model)
     with pytest.raises(ReflowlensError, match="holds other files and no checkpoint to replace"):
         export_hf(model, checkpoint)
+    weights = checkpoint / "model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ReflowlensError, match=r"model\.safetensors is a file: choose a new folder"):
+        export_hf(model, weights)
+    assert weights.read_bytes() == before
     with torch.no_grad():
         model.ln_final.w[0] = 1e6
     with pytest.raises(

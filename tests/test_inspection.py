@@ -147,6 +147,37 @@ def test_weights_that_do_not_fit_their_configuration(reflow):
     assert "its SHA-256 differs" in problems
 
 
+def rewritten(folder, change):
+    """A checkpoint with its tensors changed and its configuration as it was."""
+    tensors = load_file(folder / WEIGHTS)
+    with Weights([folder / WEIGHTS]) as weights:
+        header = dict(weights.metadata)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata=header)
+    return inspect_path(folder)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["embed.W_basis", "embed.W_recipe"])
+def test_signals_that_are_not_finite_are_told(reflow, name, bad):
+    found = rewritten(reflow, lambda tensors: tensors[name][3].fill_(bad))
+    assert any(problem.startswith(f"{name} holds ") for problem in found.problems)
+    signals = found.frames["signals"].set_index("measure")["value"]
+    assert np.isnan(signals["effective rank"]) == (name == "embed.W_basis")
+    assert "effective rank" in found.to_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("embed.W_recipe", (288,)), ("embed.W_basis", (40,)), ("embed.W_recipe", (288, 3)), ("embed.W_basis", (40, 3, 2))],
+)
+def test_signals_of_another_shape_are_told(tmp_path, name, shape):
+    folder = save_model(tmp_path / "m", random_model("reflow_topk"))
+    found = rewritten(folder, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    assert f"{name} has shape {list(shape)}, and its configuration asks for" in "\n".join(found.problems)
+    assert "signals" not in found.frames
+
+
 @pytest.mark.parametrize("name", ["n_layers", "n_ctx", "d_head", "d_vocab"])
 def test_a_damaged_size_is_not_built(reflow, name):
     tensors = load_file(reflow / WEIGHTS)
@@ -183,6 +214,23 @@ def test_differences_to_another_checkpoint(tmp_path):
     assert rows["relative"]["scaled"] == pytest.approx(0.5)
     assert rows["max_abs"]["scaled"] == pytest.approx(0.5 * x.abs().max().item())
     assert rows["relative"][["shape", "here", "there", "nan"]].isna().all()
+    assert rows["max_abs"][["shape", "here", "there", "nan"]].isna().all()
+
+
+def test_the_largest_difference_is_that_of_finite_values(tmp_path, monkeypatch):
+    """Wherever among the chunks a NaN lies."""
+    monkeypatch.setattr(weights_module, "CHUNK", 4)
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[2] += torch.tensor([0.5, torch.nan])
+    y[5] += torch.tensor([-torch.inf, 0.25])
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    save_file({"x": y}, tmp_path / "y.safetensors")
+    for one, two in (("x", "y"), ("y", "x")):
+        found = inspect_path(tmp_path / f"{one}.safetensors", against=tmp_path / f"{two}.safetensors")
+        row = found.frames["differences"].iloc[0]
+        assert row["max_abs"] == pytest.approx(0.5)
+        assert not np.isfinite(row["relative"])
 
 
 def test_a_model_is_no_different_from_itself_in_sixteen_bits(tmp_path, reflow):
@@ -246,6 +294,15 @@ def test_a_missing_shard_and_code_that_is_not_run(llama, tmp_path):
     assert f"shard {gone.name} is missing" in found.problems
     assert any("modeling_own.py" in note and "not run" in note for note in found.notes)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "shown"),
+    [("GPT2LMHeadModel", "GPT2LMHeadModel"), (5, "5"), (["A", 7], "A, 7"), ([], "gpt2"), (None, "gpt2")],
+)
+def test_an_architecture_however_it_is_written(tmp_path, architectures, shown):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures, "model_type": "gpt2"}))
+    assert inspect_path(tmp_path).facts["architecture"] == shown
 
 
 class _Evil:
@@ -405,6 +462,33 @@ def test_a_run_whose_loss_is_not_a_number(tmp_path):
     assert json.loads(found.to_json())["frames"]["curve"][1]["loss"] is None
 
 
+@pytest.mark.parametrize(
+    ("text", "steps", "problems"),
+    [
+        ("[5, 7]\n[8]\n", None, ["metrics.jsonl holds no steps with a loss"]),
+        ('{"text": "a"}\n"b"\n3\n', None, ["metrics.jsonl holds no steps with a loss"]),
+        ("", None, ["metrics.jsonl holds no steps with a loss"]),
+        ('[5, 7]\n{"step": 1, "loss": 2.0}\n', [1], []),
+        ('{"step": 0, "val_loss": 4}\n{"step": 1, "loss": 3, "val_loss": 2}\n', [1], []),
+        ('{"step": 100, "loss": 3.2}\n{"step": 100, "eval_loss": 3.1}\n{"epoch": 1}\n', [100], []),
+        ('{"step": 1, "loss": 2}\n{"step": NaN, "loss": 2}\n', [1], ["metrics.jsonl: 1 of 2 lines are not readable"]),
+        (
+            '{"step": 1, "loss": 2}\n{"step": 2, "loss": ' + "9" * 400 + '}\n{"step": 3, "lo',
+            [1],
+            ["metrics.jsonl: 2 of 3 lines are not readable"],
+        ),
+        ('{"step": 1, "loss": 2, "tokens": Infinity}\n{"step": 1e300, "loss": 2, "tokens": 1}\n', [1, 1e300], []),
+    ],
+)
+def test_logs_that_others_wrote(tmp_path, text, steps, problems):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    found = inspect_path(tmp_path)
+    assert list(found.problems) == problems
+    assert (found.frames["curve"]["step"].tolist() if "curve" in found.frames else None) == steps
+    assert found.to_text()
+    json.loads(found.to_json())
+
+
 def test_prepared_data(tmp_path):
     from pretraining.data import prepare
 
@@ -436,6 +520,21 @@ def test_text_takes_layers_together_unless_asked(reflow):
     assert "blocks.1.mlp.W_in" not in found.to_text()
     assert "blocks.1.mlp.W_in" in found.to_text(all_tensors=True)
     assert "nan" not in found.to_text()
+
+
+def test_a_long_file_is_told_on_a_page(tmp_path):
+    """A tokenizer's vocabulary lies within one value, a bare one side by side; all of both is in the facts."""
+    vocabulary = {f"token{i}": i for i in range(50_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"vocab": vocabulary}}))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    nested, flat = (inspect_path(tmp_path / name) for name in ("tokenizer.json", "vocab.json"))
+    for found in (nested, flat):
+        assert "token7" in found.to_text()
+        assert len(found.to_text().splitlines()) < 70
+        assert "token49999" not in found.to_text() + found._repr_html_()
+        assert "token49999" in found.to_json()
+    assert nested.to_text().endswith(" …")
+    assert flat.to_text().endswith("and 49,941 more")
 
 
 def test_json_holds_every_number(reflow):

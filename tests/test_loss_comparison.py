@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pretraining.data import open_tokens, prepare
+from pretraining.estimate import parameters_outside_embedding
 from pretraining.evaluate import evaluate_model
-from pretraining.loss_comparison import compare_losses, document_of_targets, parameters_outside_embedding
+from pretraining.loss_comparison import compare_losses, document_of_targets
 from reflowlens.checkpoints import save_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError

@@ -126,6 +126,9 @@ def test_pruned_recipes(tmp_path: Path) -> None:
     assert torch.equal(pruned.embed.W_recipe, gpt.vocab_to_signals.weight)
     stated = import_nanogpt(save(tmp_path / "c.pt", gpt, topk=6), tokenizer="bytes")
     assert torch.equal(logits(stated), logits(pruned))
+    dense = import_nanogpt(save(tmp_path / "c.pt", gpt, topk=0), tokenizer="bytes")
+    assert (dense.cfg.architecture, dense.cfg.topk) == ("reflow", None)
+    assert_close(logits(dense), logits(gpt))
 
 
 def test_a_readout_of_its_own(tmp_path: Path) -> None:
@@ -157,6 +160,15 @@ def test_import_writes_a_checkpoint_that_says_where_it_came_from(tmp_path: Path)
     assert list(origin["sha256"]) == ["ckpt.pt"]
     with pytest.raises(ReflowlensError, match="is what is imported"):
         import_model(source, source)
+
+
+def test_an_import_does_not_replace_a_file_and_says_so_before_it_reads(tmp_path: Path) -> None:
+    source, mine = tmp_path / "noise.pt", tmp_path / "mine.pt"
+    source.write_bytes(b"not a checkpoint")
+    mine.write_bytes(b"mine")
+    with pytest.raises(ReflowlensError, match=r"mine\.pt is a file: choose a new folder"):
+        import_model(source, mine)
+    assert mine.read_bytes() == b"mine"
 
 
 def test_the_published_shapes_are_the_preset(tmp_path: Path) -> None:

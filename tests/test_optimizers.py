@@ -43,6 +43,14 @@ def test_schedules() -> None:
     assert falls == pytest.approx([0.9 / 20] * 19)
 
 
+def test_a_cosine_without_room_to_fall_ends_at_its_last_value() -> None:
+    """As a run that is resumed with no more steps than its warm-up, but beyond them, asks for it."""
+    cfg = OptimizerConfig(warmup_steps=10, final_fraction=0.1, schedule="cosine")
+    assert schedule(9, cfg, 10) == 1.0
+    assert schedule(10, cfg, 10) == pytest.approx(0.1)
+    assert schedule(12, cfg, 5) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_decays(name: str) -> None:
     """The blocks' matrices and the basis; not norms, recipe, embedding or positions. Each is in one group."""

@@ -266,6 +266,9 @@ def test_a_run_learns_and_leaves_a_checkpoint_with_its_history(base: Path, tmp_p
     assert record["base"] == {"name": "base", "model_hash": model_hash(load_model(base))}
     assert record["template"] == dataclasses.asdict(TEMPLATE)
     assert record["settings"]["context"] == 48
+    adamw = {"name": "adamw", "learning_rate": 0.02, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0}
+    assert adamw.items() <= record["optimizer"].items()
+    assert record["optimizer"]["warmup_steps"] == -(-result.last.steps // 20)
     assert record["files"][0]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
     assert record["examples"]["train"] + record["examples"]["val"] == 60
     assert record["val_losses"] == result.val_losses

@@ -21,7 +21,7 @@ from pretraining.distributed import Processes
 from pretraining.state import newest_checkpoint
 from pretraining.token_files import open_tokens
 from pretraining.train import evaluate, train
-from reflowlens.checkpoints import load_model, read_manifest
+from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.runs import STEPS, measured, records, run_python, same_files, with_out
@@ -303,6 +303,44 @@ def test_a_run_goes_on_with_its_own_tokens_wherever_they_lie(write: Callable[...
     (moved / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ReflowlensError, match=r"was trained on other tokens than .*moved holds now"):
         train(load_config(write(run={"steps": 2}, data={"folder": str(moved)})), resume=True)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "training_state.safetensors"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(write: Callable[..., Path], file: str) -> None:
+    cfg = load_config(write(run={"steps": 4, "checkpoint_interval": 2}))
+    folder = train(cfg)
+    kept = shutil.copytree(folder, folder.parent.with_name("kept"))
+    whole = (folder / file).read_bytes()
+    for length in (0, len(whole) // 2, len(whole) - 3):
+        (folder / file).write_bytes(whole[:length])
+        with pytest.raises(
+            ReflowlensError,
+            match=r"^cannot resume from .*step_0000004: .*; if it is damaged, remove it to go on from the checkpoint",
+        ):
+            train(cfg, resume=True)
+    shutil.rmtree(folder)
+    same_files(train(cfg, resume=True), kept)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(write: Callable[..., Path], tmp_path: Path) -> None:
+    cfg = load_config(write(run={"steps": 2}))
+    out = Path(cfg.run.out)
+
+    def killed(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch:  # a killed process cleans up nothing
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Crash):
+            write_folder(out / "step_0000001", killed)
+    (left,) = out.iterdir()
+    others = [out / ".step_0000001.old.notes", out / ".step_by_step", out / ".mine.abcdefgh"]
+    for folder in (out / ".step_0000001.old.a1_b2c3d", *others):
+        folder.mkdir()
+    train(cfg)
+    assert not left.exists()
+    assert sorted(out.glob(".*")) == sorted(others)
 
 
 def test_overrides_are_recorded_and_kept(write: Callable[..., Path], tmp_path: Path) -> None:

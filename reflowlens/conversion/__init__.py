@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from reflowlens.checkpoints import file_hash, save_model
+from reflowlens.checkpoints import MANIFEST, WEIGHTS, check_replaceable, file_hash, save_model
 from reflowlens.conversion.hf import CONFIG, export_hf, import_hf, weight_files
 from reflowlens.conversion.nanogpt import import_nanogpt
 from reflowlens.errors import ReflowlensError
@@ -39,6 +39,7 @@ def import_model(
     source, out = Path(source), Path(out)
     if out.resolve() == source.resolve():
         raise ReflowlensError(f"{out} is what is imported: choose a new folder")
+    check_replaceable(out, (WEIGHTS, MANIFEST))
     chosen = source_format or ("nanogpt" if source.is_file() else "hf")
     if chosen == "hf" and (extra := sorted({"n_heads", "topk", "rotary_adjacent_pairs"} & set(options))):
         raise ReflowlensError(f"{extra[0]} is for nanoGPT's files: a transformers folder says everything in {CONFIG}")

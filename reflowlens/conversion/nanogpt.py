@@ -51,7 +51,7 @@ def import_nanogpt(
     Args:
         path: a ``.pt`` file, of which tensors and plain values alone are read, or a safetensors file.
         n_heads: default: ``n_head`` of ``model_args``, else heads 64 wide.
-        topk: signals that each row of R keeps; default: that of ``model_args``, else no pruning.
+        topk: signals that each row of R keeps, 0 for all; default: that of ``model_args``, else all.
         n_ctx: longest input of a rotary model; default: ``block_size`` of ``model_args``, else 1,024.
         rotary_adjacent_pairs: as in the published files; False for a model that turns channels (i, i + d_head / 2).
         tokenizer: ``gpt2``, ``gpt2_16k``, ``bytes`` or a ``tokenizer.json``; default: ``gpt2`` where the vocabulary is
@@ -129,7 +129,7 @@ def _sizes(shapes: Shapes, stated: Mapping[str, Any], where: str) -> dict[str, A
         raise ReflowlensError(
             f"{where}: {n_heads} heads do not divide {width} query and {kv_width} key channels: choose n_heads"
         )
-    topk = stated.get("topk") if factored else None
+    topk = (stated.get("topk") or None) if factored else None
     names = {"reflow_topk": topk, "reflow_lite": factored and kv_width < width, "reflow": factored}
     names |= {"gpt2": "positions" in shapes, "gpt2_new": True}
     return {

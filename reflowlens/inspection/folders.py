@@ -53,7 +53,8 @@ def read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def transformers_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The architecture and sizes in a transformers ``config.json``."""
-    names = config.get("architectures") or [config.get("model_type", "")]
+    named = config.get("architectures") or config.get("model_type", "")
+    names = named if isinstance(named, list) else [named]
     sizes = {}
     for candidates in _SIZES:
         name = next((name for name in candidates if config.get(name) is not None), None)
@@ -80,18 +81,27 @@ def missing_shards(folder: Path, read: Set[str]) -> tuple[set[str], list[str]]:
 
 
 def read_metrics(path: Path) -> Read:
-    """The loss curve of a run: facts (``last_loss`` is a mean over 50 steps) and means over windows of steps."""
-    records, damaged = [], 0
+    """The loss curve of a run: facts (``last_loss`` is a mean over 50 steps) and means over windows of steps.
+
+    Objects with a step and a loss count, whoever wrote them; lines that are no JSON, or whose step is not finite, are
+    damaged.
+    """
+    records, lines, damaged = [], 0, 0
     with path.open(encoding="utf8", errors="replace") as file:
         for line in file:
+            lines += 1
             try:
-                record = json.loads(line)
-                records.append({name: float(record[name]) for name in record if isinstance(record[name], int | float)})
-            except (ValueError, TypeError, RecursionError):
+                numbers = _numbers(json.loads(line))
+            except (ValueError, OverflowError, RecursionError):
                 damaged += 1
+                continue
+            if not math.isfinite(numbers.get("step", 0)):
+                damaged += 1
+            elif {"step", "loss"} <= numbers.keys():
+                records.append(numbers)
     log = pd.DataFrame(records)
-    problems = [f"{path.name}: {damaged} of {damaged + len(records)} lines are not readable"] if damaged else []
-    if not {"step", "loss"} <= set(log.columns):
+    problems = [f"{path.name}: {damaged} of {lines} lines are not readable"] if damaged else []
+    if log.empty:
         return Read({}, None, [*problems, f"{path.name} holds no steps with a loss"])
     if not np.isfinite(log["loss"]).all():
         problems.append(f"the loss stopped being finite at step {int(log['step'][~np.isfinite(log['loss'])].iloc[0])}")
@@ -110,6 +120,12 @@ def read_metrics(path: Path) -> Read:
     return Read(facts, _windows(log), problems)
 
 
+def _numbers(record: object) -> dict[str, float]:
+    """The numbers of a JSON object by name; of anything else none."""
+    fields = record if isinstance(record, dict) else {}
+    return {name: float(value) for name, value in fields.items() if isinstance(value, int | float)}
+
+
 def _windows(log: pd.DataFrame) -> pd.DataFrame:
     """Means over runs of steps; the step, tokens and validation loss are the last of each."""
     window = np.arange(len(log)) * _WINDOWS // len(log)
@@ -119,7 +135,8 @@ def _windows(log: pd.DataFrame) -> pd.DataFrame:
         name for name in ("step", "tokens", "loss", "val_loss", "grad_norm", "tokens_per_s", "mfu") if name in log
     ]
     curve = log.groupby(window).agg(last | means)[columns].reset_index(drop=True)
-    return curve.astype({name: "int64" for name in ("step", "tokens") if name in curve and curve[name].notna().all()})
+    whole = [name for name in ("step", "tokens") if name in curve and (curve[name].abs() < 2**53).all()]
+    return curve.astype(dict.fromkeys(whole, "int64"))
 
 
 def read_prepared(folder: Path, manifest: Mapping[str, Any]) -> Read:

@@ -9,12 +9,14 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
+from itertools import islice
 from typing import Any
 
 import pandas as pd
 
 WIDTH = 120
 _MOST_ROWS = 60  # of a frame in text; all of them are in the frame
+_LONGEST = 2000  # characters of a fact as text; all of it is in the facts
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class Inspection:
         head = f"<b>{escape(self.path)}</b>: {escape(self.kind)}"
         lists = "".join(f"<p>{label}: {escape(text)}</p>" for label, text in self._labelled())
         facts = "".join(
-            f"<tr><td>{escape(name)}</td><td>{escape(_inline(value))}</td></tr>" for name, value in self.facts.items()
+            f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in _shown(self.facts).items()
         )
         tables = "".join(
             f"<details{'' if name == 'tensors' else ' open'}><summary>{escape(name)}</summary>"
@@ -91,13 +93,19 @@ def _sentences(label: str, texts: tuple[str, ...]) -> list[str]:
 
 
 def _fact_lines(facts: Mapping[str, Any]) -> list[str]:
-    indent = 2 + max(len(name) for name in facts)
+    shown = _shown(facts)
+    indent = 2 + max(len(name) for name in shown)
     return [
-        textwrap.fill(
-            f"{name:<{indent}}{_inline(value)}", WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False
-        )
-        for name, value in facts.items()
+        textwrap.fill(f"{name:<{indent}}{value}", WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
+        for name, value in shown.items()
     ]
+
+
+def _shown(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as text, no more and no longer than a page holds."""
+    texts = {name: _inline(value) for name, value in islice(facts.items(), _MOST_ROWS)}
+    cut = {name: f"{text[:_LONGEST]} …" if len(text) > _LONGEST else text for name, text in texts.items()}
+    return cut | ({"…": f"and {len(facts) - len(cut):,} more"} if len(facts) > len(cut) else {})
 
 
 def _inline(value: Any) -> str:

@@ -21,11 +21,13 @@ def effective_rank(basis: Float[Tensor, "S d_model"]) -> float:
     """exp of the entropy of the squared singular values as shares of their sum.
 
     Roy and Vetterli (2007), on the energies σ² instead of the singular values: 1 for a matrix of rank one,
-    min(S, d_model) for an orthogonal one.
+    min(S, d_model) for an orthogonal one, NaN where a value is not finite.
 
     >>> round(effective_rank(torch.eye(4)), 6)
     4.0
     """
+    if not torch.isfinite(basis).all():
+        return math.nan
     energy = torch.linalg.svdvals(basis.double()).square()
     share = energy / energy.sum()
     return float(torch.special.entr(share).sum().exp())
@@ -64,11 +66,13 @@ def signals_frame(weights: Weights, cfg: ModelConfig) -> pd.DataFrame:
         ),
         ("exact zeros", zeros / (rows * S), 0.0, "share of entries"),
         ("dead signals", float((~used).sum()), 0.0, "signals that no token has"),
+        (
+            "effective rank",
+            effective_rank(weights.whole(BASIS)),
+            _gaussian_rank(*weights.tensors[BASIS].shape),
+            "of the basis: exp of the entropy of σ² / Σσ²",
+        ),
     ]
-    if BASIS in weights.tensors:
-        rank = effective_rank(weights.whole(BASIS))
-        definition = "of the basis: exp of the entropy of σ² / Σσ²"
-        found.append(("effective rank", rank, _gaussian_rank(*weights.tensors[BASIS].shape), definition))
     return pd.DataFrame(found, columns=["measure", "value", "gaussian", "definition"])
 
 

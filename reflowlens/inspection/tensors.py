@@ -19,7 +19,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
 from reflowlens.inspection.report import Inspection
-from reflowlens.inspection.signals import RECIPE, signals_frame
+from reflowlens.inspection.signals import signals_frame
 from reflowlens.inspection.weights import Weights, difference, parts_frame, tensor_statistics
 from reflowlens.models import build_model
 
@@ -74,7 +74,7 @@ def _layer_order(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFrame], list[str]]:
-    """Of a file written by reflowlens: its configuration, its signals, and what does not fit the configuration."""
+    """Of a file written by reflowlens: its configuration, its signals if it fits that, and what does not fit it."""
     if weights.metadata.get("format") != FORMAT:
         return {}, {}, []
     try:
@@ -83,8 +83,9 @@ def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFra
         return {}, {}, [f"its configuration is not readable: {error}"]
     config = {name: value for name, value in cfg.to_dict().items() if value not in (None, "")}
     facts = {"architecture": config.pop("architecture"), "config": config}
-    frames = {"signals": signals_frame(weights, cfg)} if RECIPE in weights.tensors else {}
-    return facts, frames, _misfits(cfg, weights)
+    misfits = _misfits(cfg, weights)
+    frames = {"signals": signals_frame(weights, cfg)} if cfg.is_factored and not misfits else {}
+    return facts, frames, misfits
 
 
 def _misfits(cfg: ModelConfig, weights: Weights) -> list[str]:

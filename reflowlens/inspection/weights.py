@@ -174,23 +174,26 @@ def _wide(tensor: Tensor) -> Tensor:
 def difference(ours: Weights, theirs: Weights, name: str) -> dict[str, Any]:
     """How far two tensors of one name are apart.
 
-    ``relative`` is ‖ours − theirs‖ / ‖theirs‖ (Frobenius; NaN where either holds a value that is not finite) and
-    ``max_abs`` the largest single difference.
+    ``relative`` is ‖ours − theirs‖ / ‖theirs‖ (Frobenius; not finite where a value of either is not) and ``max_abs``
+    the largest single difference of two finite values (NaN where there are none).
     """
     shapes = [side.tensors[name].shape_text if name in side.tensors else "" for side in (ours, theirs)]
     row: dict[str, Any] = {"name": name, "shape": shapes[0], "other_shape": shapes[1]}
     if shapes[0] != shapes[1]:
         where = "only here" if name not in theirs.tensors else "only there" if name not in ours.tensors else "shape"
         return row | {"state": where, "relative": math.nan, "max_abs": math.nan}
-    apart = size = largest = 0.0
+    apart = size = 0.0
+    largest: list[float] = []
     same = True
     for a, b in zip(map(_wide, ours.chunks(name)), map(_wide, theirs.chunks(name)), strict=True):
         same = same and torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
         gap = (a - b).abs()
         apart, size = apart + float(gap.square().sum()), size + float(b.square().sum())
-        largest = max(largest, float(gap.max())) if gap.numel() else largest
+        finite = gap[gap.isfinite()]
+        largest += [float(finite.max())] if finite.numel() else []
     relative = (apart / size) ** 0.5 if size else (math.inf if apart else 0.0)
-    return row | {"state": "same" if same else "differs", "relative": relative, "max_abs": largest}
+    state = "same" if same else "differs"
+    return row | {"state": state, "relative": relative, "max_abs": max(largest, default=math.nan)}
 
 
 def parts_frame(tensors: pd.DataFrame) -> pd.DataFrame:
