@@ -39,10 +39,6 @@ _SHAPES = {
         architecture="gpt2_new", n_layers=6, d_model=256, n_heads=4, d_head=64, d_mlp=704, d_vocab=8192, n_ctx=256,
         tokenizer_name="bytes",
     ),
-    "bdh, 4 levels, d 96": ModelConfig(
-        architecture="bdh", n_layers=4, d_model=96, n_heads=4, d_head=1728, d_mlp=6912, d_vocab=256, n_ctx=256,
-        rotary_base=65536.0, tie_word_embeddings=False, tokenizer_name="bytes",
-    ),
 }  # fmt: skip
 
 
@@ -60,8 +56,8 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
     """Sweeps against the functions that people use, on the same model in one process.
 
     Args:
-        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape, one of 6 layers at batch 4 and a BDH.
-            On the first, a reFlow, signals are patched and ablated too.
+        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape, one of 6 layers at batch 4 and
+            bdh-nano. On the first, a reFlow, signals are patched and ablated too.
         patches: how many cells the patch of signals has.
         rounds: of ours and theirs in turn, but none begins after a minute.
 
@@ -89,7 +85,7 @@ def default_cases() -> list[Case]:
         make_case("reflow-nano", load_model("reflow-nano"), batch=1, pos=32),
         make_case("gpt2-small shape", build_model(_SHAPES["gpt2-small shape"]), batch=1, pos=16),
         make_case("6 layers, d 256", build_model(_SHAPES["6 layers, d 256"]), batch=4, pos=32),
-        make_case("bdh, 4 levels, d 96", build_model(_SHAPES["bdh, 4 levels, d 96"]), batch=1, pos=64),
+        make_case("bdh-nano", load_model("bdh-nano"), batch=1, pos=64),
     ]
 
 
