@@ -158,7 +158,7 @@ def test_words_of_several_tokens_are_skipped_and_named():
     ("options", "message"),
     [
         ({"threshold": 1.5}, "threshold: a cosine"),
-        ({"carriers": []}, "carriers: a list"),
+        ({"carriers": []}, "carriers: one beginning"),
         ({"carriers": "She wrote"}, "carriers: a list"),
         ({"lexicon": Lexicon(version="x", typos=LEXICON.typos[:1])}, "at least two words"),
     ],
