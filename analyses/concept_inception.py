@@ -258,11 +258,9 @@ def _usable_concepts(
     model: HookedModel, concepts: Sequence[str] | None, lexicon: Lexicon
 ) -> tuple[list[str], list[str]]:
     """The concepts that are one token, and the others."""
-    given = (
-        [words[0] for words in lexicon.categories.values() if words]
-        if concepts is None
-        else listed(concepts, "concepts")
-    )
+    if concepts is None:
+        concepts = [words[0] for words in lexicon.categories.values() if words]
+    given = listed(concepts, "concepts")
     single = [word for word in given if model.tokenizer.is_single_token(f" {word}")]
     if len(single) < 2:
         raise ReflowlensError(f"concept_inception needs at least two concepts of one token, got {len(single)}")

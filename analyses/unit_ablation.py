@@ -90,8 +90,10 @@ def _enough(best: pd.DataFrame, others: pd.DataFrame) -> bool:
 
 
 def matched(best: pd.DataFrame, others: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """For each unit another of its point, drawn among those nearest in firing rate; none twice. (Each point
-    needs as many others.)"""
+    """For each unit another of its point, drawn among those nearest in firing rate; none twice.
+
+    There must be as many others in each point (`_enough`).
+    """
     taken: list[int] = []
     for unit in best.to_dict("records"):
         pool = others[others["point"] == unit["point"]].drop(index=taken, errors="ignore")
