@@ -14,15 +14,15 @@ from tests.planted import CONFIG, LEXICON, deciding_model, silent_blocks
 
 PACKAGED = load_lexicon()
 WITH_CLAUSES = dataclasses.replace(LEXICON, short_prompts=PACKAGED.short_prompts, long_prompts=PACKAGED.long_prompts)
+PAIRS = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
+PROMPTS = context_prompts(PAIRS, [0, 1, 2, 4, 8, 16], seed=0)
 
 
-def attending_model():
-    """Block 2 writes " Paris" wherever it sees a token that clauses have and sentences have not; all else is silent."""
+def attending_model(series, but_not):
+    """Block 2 writes " Paris" wherever it sees a token of the first texts that the others lack; all else is silent."""
     model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=64), seed=0))
-    pairs = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
     inside, outside = (
-        {token for text in texts for token in model.tokenizer.encode(f" {text}")}
-        for texts in ([" ".join(clause) for clause, _ in pairs], [f"{sentence} {sentence}" for _, sentence in pairs])
+        {token for text in texts for token in model.tokenizer.encode(text)} for texts in (series, but_not)
     )
     with torch.no_grad():
         model.embed.W_basis.copy_(torch.eye(32))
@@ -38,12 +38,21 @@ def attending_model():
     return model
 
 
-def test_a_planted_delay_is_found_and_owes_nothing_to_the_order_of_words():
-    result = layer_evolution(attending_model(), lexicon=WITH_CLAUSES)
+def test_a_delay_that_order_makes_is_a_delay_by_the_clause():
+    """A text's first word is another token than the same word elsewhere, which the shuffled clause mostly makes it."""
+    ordered, shuffled = PROMPTS[16]["model"], PROMPTS[16]["shuffled_clause"]
+    result = layer_evolution(attending_model(ordered, [*shuffled, *PROMPTS[0]["model"]]), lexicon=WITH_CLAUSES)
+    assert result.metrics[DELAY] > 2 / 4
+    assert max(result.controls[DELAY].values()) < 0.1
+    assert result.verdicts[DELAY] == "supported"
+
+
+def test_a_delay_that_words_make_in_any_order_is_none_by_the_clause():
+    result = layer_evolution(attending_model(PROMPTS[16]["model"], PROMPTS[0]["model"]), lexicon=WITH_CLAUSES)
     assert result.metrics[DELAY] == 2.5 / 4
     assert result.controls[DELAY]["shuffled_clause"] == 2.5 / 4
     assert result.controls[DELAY]["untrained"] < 0.1
-    assert result.verdicts[DELAY] == "supported"
+    assert result.verdicts[DELAY] == "not supported"
     frame = result.frames["context"]
     assert frame["words"].unique().tolist() == [0, 1, 2, 4, 8, 16]
     assert (delays(frame)["model"] == 2.5 / 4).all()
@@ -68,7 +77,7 @@ def test_what_the_model_cannot_read_is_left_out_and_said():
 
 def test_a_token_that_begins_texts_takes_a_place_too(monkeypatch):
     encode = build_model(CONFIG, device="meta").tokenizer.encode
-    eight = context_prompts(clauses(PACKAGED.short_prompts, PACKAGED.long_prompts), [8], seed=0)[8]
+    eight = context_prompts(PAIRS, [8], seed=0)[8]
     room = max(len(encode(prompt)) for prompts in eight.values() for prompt in prompts)
     model = silent_blocks(build_model(dataclasses.replace(CONFIG, n_ctx=room), seed=0))
     assert layer_evolution(model, lexicon=WITH_CLAUSES).frames["context"]["words"].max() == 8
@@ -77,9 +86,8 @@ def test_a_token_that_begins_texts_takes_a_place_too(monkeypatch):
 
 
 def test_every_long_prompt_of_the_lexicon_is_a_short_one_behind_a_clause():
-    pairs = clauses(PACKAGED.short_prompts, PACKAGED.long_prompts)
-    assert len(pairs) == len(PACKAGED.short_prompts) == 20
-    assert min(len(clause) for clause, _ in pairs) >= 16
+    assert len(PAIRS) == len(PACKAGED.short_prompts) == 20
+    assert min(len(clause) for clause, _ in PAIRS) >= 16
     assert clauses(["He saw a", "They"], ["He saw a", "When it rained, we"]) == []
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import numpy as np
 import pandas as pd
@@ -164,6 +165,15 @@ def test_the_verdicts_follow_their_rules():
     assert boundary_verdict((0.2, 0.5), (0.0, 0.3), 20) == "underpowered"
     assert boundary_verdict((0.2, 0.5), (0.1, 0.3), 19) == "underpowered"
     assert boundary_verdict((0.5, 0.6), (0.1, 0.3), 20) == "underpowered"
+
+
+def test_what_turns_nothing_has_no_boundary(monkeypatch):
+    module = importlib.import_module("analyses.emotion_surgery")  # analyses.emotion_surgery is the function
+    monkeypatch.setattr(module, "flip_verdict", lambda *_: "not supported")
+    result = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=STRENGTHS, quick=True)
+    assert "last_effective_share" in result.metrics
+    assert "last_effective_share" not in result.verdicts
+    assert any(note.startswith("last_effective_share has no verdict") for note in result.notes)
 
 
 # -- the measures -----------------------------------------------------------------------------------------------------
