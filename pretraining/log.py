@@ -6,18 +6,20 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pretraining.config import TrainConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
+
+Field = TypeVar("Field")
 
 
 class Log:
     """``metrics.jsonl``; a resumed run drops what it is about to repeat.
 
     Raises:
-        ReflowlensError: it cannot be written, or wandb is asked for and not installed.
+        ReflowlensError: it cannot be written, what is there is damaged, or wandb is asked for and not installed.
     """
 
     def __init__(self, out: Path, start: int, cfg: TrainConfig, *, enabled: bool) -> None:
@@ -28,7 +30,7 @@ class Log:
         with _writing(self.path):
             out.mkdir(parents=True, exist_ok=True)
             whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
-            kept = [line for line in whole if json.loads(line)["step"] <= start]
+            kept = [line for line in whole if _field(self.path, line, "step", int) <= start]
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf8")
         if cfg.run.wandb_project:
@@ -40,7 +42,7 @@ class Log:
             self.wandb = wandb.init(project=cfg.run.wandb_project, config=cfg.to_dict(), resume="allow")
 
     def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf8").splitlines(keepends=True) if self.path.exists() else []
+        return _text(self.path).splitlines(keepends=True) if self.path.exists() else []
 
     def write(self, step: int, record: dict[str, float]) -> None:
         if not self.enabled:
@@ -49,6 +51,24 @@ class Log:
             file.write(json.dumps({"step": step, "tokens": step * self.tokens_per_step, **record}) + "\n")
         if self.wandb is not None:
             self.wandb.log(record, step=step)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf8", errors="replace")  # bytes of no text are no JSON either
+
+
+def _field(path: Path, text: str, name: str, kind: type[Field]) -> Field:
+    """The field of an object that stands in ``path``."""
+    try:
+        value = json.loads(text)[name]
+    except (ValueError, TypeError, LookupError):
+        value = None
+    if not isinstance(value, kind):
+        raise ReflowlensError(
+            f"{path} is damaged: an object with {name!r} was expected, got {text[:40]!r}; "
+            "move it away to go on without it"
+        )
+    return value
 
 
 @contextlib.contextmanager
@@ -60,11 +80,15 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int) -> None:
-    """``run.json``: the configuration as it was last started, its overrides, and each start in turn."""
+    """``run.json``: the configuration as it was last started, its overrides, and each start in turn.
+
+    Raises:
+        ReflowlensError: it cannot be written, or the one that is there is damaged.
+    """
     import torch
 
     path = out / "run.json"
-    starts = json.loads(path.read_text(encoding="utf8"))["starts"] if path.exists() else []
+    starts = _field(path, _text(path), "starts", list) if path.exists() else []
     this = {"step": start, "processes": world_size, "torch": torch.__version__, "overrides": dict(cfg.overrides)}
     manifest = {"training": cfg.to_dict(), "overrides": dict(cfg.overrides), "starts": [*starts, this]}
     with _writing(path), replacing(path) as temporary:

@@ -412,6 +412,23 @@ def test_half_a_line_of_metrics_is_dropped(
     assert measured(cfg.run.out) == measured(Path(cfg.run.out).with_name("uninterrupted"))
 
 
+@pytest.mark.parametrize("damage", [b"", b"[]\n", b'{"other": 1}\n', b'{"step": "1", "starts": 1}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json"])
+def test_a_damaged_record_of_a_run_is_told(write: Callable[..., Path], name: str, damage: bytes) -> None:
+    cfg = load_config(write(run={"steps": 2}))
+    folder = train(cfg)
+    record = Path(cfg.run.out) / name
+    record.write_bytes(damage)
+    if (name, damage) == ("metrics.jsonl", b""):  # no step was written down: nothing is damaged
+        assert train(cfg, resume=True) == folder
+        return
+    with pytest.raises(ReflowlensError, match=rf"{name} is damaged: .*move it away to go on without it"):
+        train(cfg, resume=True)
+    assert record.read_bytes() == damage
+    record.unlink()
+    assert train(cfg, resume=True) == folder
+
+
 def test_accumulation_must_divide_the_rows_of_a_process(write: Callable[..., Path]) -> None:
     cfg = load_config(write(run={"accumulation": 8}))
     two = Processes(0, 2, torch.device("cpu"))
