@@ -16,47 +16,46 @@ would be the measurement itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
-from analyses.carriers import Carriers, Steered, SteeredTexts, affordable_strength
+from analyses.carriers import Carriers, SteeredTexts, affordable_strength
 from analyses.controls import untrained_view
-from analyses.damage import Damage
 from analyses.emotion_figures import emotion_figures
+from analyses.emotion_frames import (
+    CONTROLS,
+    Place,
+    frontier_frame,
+    generations_frame,
+    layers_frame,
+    prompts_frame,
+    sweep_frame,
+)
 from analyses.lens import lens_log_probabilities
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.sentiment import sentiment_poles, text_valence
+from analyses.sentiment import sentiment_poles
 from analyses.statistics import (
     SIGNIFICANCE,
     Verdict,
-    bootstrap_band,
     bootstrap_interval,
-    holm,
     permutation_pvalue,
     verdict,
 )
-from analyses.steering import Where, random_directions, rms, steer
+from analyses.steering import Where, random_directions, rms
 from analyses.words import listed
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.apply import intervene
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
 STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 RANDOM_DRAWS = 20
-FRONTIER_DRAWS = 2
-NEW_TOKENS = 20
-CONTROLS = ("shuffled_labels", "random_direction", "untrained")
 DEFINITIONS = {
     "best_flip_rate": "share of carriers whose most probable held-out continuation changes its pole when they are "
     "steered against it, at the layer where that is largest; at each layer the largest strength that raises the "
@@ -138,7 +137,7 @@ def emotion_surgery(
     }
     bar = tqdm(total=2 * len(layers) + 1, desc="emotion surgery", disable=not progress)
     unit_alpha = steered.scale / rms(chosen.write(words.direction(chosen)))
-    sweep = _sweep_frame(steered, texts, directions["sentiment"], strengths, unit_alpha, bar)
+    sweep = sweep_frame(steered, texts, directions["sentiment"], strengths, unit_alpha, bar)
     places = []
     for layer in layers:
         rows = sweep[sweep["layer"] == layer]
@@ -146,16 +145,16 @@ def emotion_surgery(
         outcomes = {name: steered.steer(layer, strength, some) for name, some in directions.items()}
         outcomes["untrained"] = untrained.steer(layer, strength, untrained.directions([words]))
         damage = texts.damage(layer, strength * steered.scale[layer] * directions["sentiment"][0])
-        places.append(_Place(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
+        places.append(Place(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
         bar.update()
-    layers_frame = _layers_frame(places, seed)
-    best = places[int(layers_frame.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]
+    at_layers = layers_frame(places, seed)
+    best = places[int(at_layers.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]
     frames = {
         "sweep": sweep,
-        "layers": layers_frame,
-        "prompts": pd.concat([_prompts_frame(model, carriers, place) for place in places], ignore_index=True),
-        "frontier": _frontier_frame(steered, texts, directions, best, strengths, sweep),
-        "generations": _generations_frame(steered, carriers, directions["sentiment"][0], best, where, seed),
+        "layers": at_layers,
+        "prompts": pd.concat([prompts_frame(model, carriers, place) for place in places], ignore_index=True),
+        "frontier": frontier_frame(steered, texts, directions, best, strengths, sweep),
+        "generations": generations_frame(steered, carriers, directions["sentiment"][0], best, where, seed),
     }
     bar.update()
     bar.close()
@@ -219,17 +218,6 @@ def boundary_verdict(interval: tuple[float, float], fall: tuple[float, float], u
     return "supported" if fall[0] > 0 else "underpowered"
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A layer at equal cost: the strength that can be afforded there and what it does, by direction."""
-
-    layer: int
-    strength: float
-    alpha: float
-    outcomes: dict[str, Steered]
-    damage: Damage
-
-
 def _check(carriers: list[str], neutral: Sequence[str], strengths: Sequence[float], max_cost: float) -> None:
     if len(carriers) < 2:
         raise ReflowlensError(f"emotion_surgery needs at least two carrier prompts, got {len(carriers)}")
@@ -250,160 +238,7 @@ def _heldout_probability(steered: Carriers) -> NDArray[np.float64]:
     return held_out.sum(dim=1).double().cpu().numpy()
 
 
-def _sweep_frame(
-    steered: Carriers,
-    texts: SteeredTexts,
-    direction: Float[Tensor, "1 d_model"],
-    strengths: Sequence[float],
-    unit_alpha: Float[Tensor, " layer"],
-    bar: tqdm,
-) -> pd.DataFrame:
-    rows = []
-    for layer in steered.runs.layers:
-        for strength in strengths:
-            outcome = steered.steer(layer, strength, direction)
-            damage = texts.damage(layer, strength * steered.scale[layer] * direction[0])
-            rows.append(
-                {
-                    "layer": layer,
-                    "strength": strength,
-                    "alpha": float(strength * unit_alpha[layer]),
-                    "flip_rate": outcome.flipped.mean(),
-                    "log_odds_shift": outcome.shift.mean(),
-                    "perplexity_cost": damage.cost,
-                    "kl": float(damage.kl.mean()),
-                }
-            )
-        bar.update()
-    return pd.DataFrame(rows)
-
-
-def _layers_frame(places: Sequence[_Place], seed: int) -> pd.DataFrame:
-    """A row a series and layer: of sentiment and untrained the bootstrap interval over carriers, of the other controls
-    the range of the middle 95% of their draws."""
-    frames = []
-    for name in ("sentiment", *CONTROLS):
-        flipped = np.stack([place.outcomes[name].flipped for place in places])  # layer, draw, carrier
-        if flipped.shape[1] == 1:
-            low, high = bootstrap_band(flipped[:, 0].T, seed=seed)
-        else:
-            low, high = np.quantile(flipped.mean(axis=2), [0.025, 0.975], axis=1)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "series": name,
-                    "layer": [place.layer for place in places],
-                    "strength": [place.strength for place in places],
-                    "alpha": [place.alpha if name == "sentiment" else np.nan for place in places],
-                    "flip_rate": flipped.mean(axis=(1, 2)),
-                    "low": low,
-                    "high": high,
-                    "log_odds_shift": [place.outcomes[name].shift.mean() for place in places],
-                }
-            )
-        )
-    frame = pd.concat(frames, ignore_index=True)
-    p = [_pvalue(place) for place in places] + [np.nan] * (len(frame) - len(places))
-    adjusted = [*holm(p[: len(places)]), *p[len(places) :]]
-    cost = [place.damage.cost for place in places] + [np.nan] * (len(frame) - len(places))
-    return frame.assign(p=p, p_holm=adjusted, perplexity_cost=cost)
-
-
-def _pvalue(place: _Place) -> float:
-    """That the labels do not matter for the flip rate at this layer."""
-    null = place.outcomes["shuffled_labels"].flipped.mean(axis=1)
-    return permutation_pvalue(float(place.outcomes["sentiment"].flipped.mean()), null)
-
-
-def _prompts_frame(model: HookedModel, carriers: list[str], place: _Place) -> pd.DataFrame:
-    """Each carrier at one layer: its most probable held-out continuation before and after."""
-    outcome = place.outcomes["sentiment"]
-    ids = outcome.poles.ids
-    before, after = (
-        model.tokenizer.to_str_tokens([ids[i] for i in logits.argmax(dim=-1).tolist()])
-        for logits in (outcome.before, outcome.after[0])
-    )
-    return pd.DataFrame(
-        {
-            "layer": place.layer,
-            "prompt": carriers,
-            "before": before,
-            "after": after,
-            "flipped": outcome.flipped[0] > 0,
-            "log_odds_shift": outcome.shift[0],
-        }
-    )
-
-
-def _frontier_frame(
-    steered: Carriers,
-    texts: SteeredTexts,
-    directions: dict[str, Float[Tensor, "direction d_model"]],
-    best: _Place,
-    strengths: Sequence[float],
-    sweep: pd.DataFrame,
-) -> pd.DataFrame:
-    """Flip rate against cost: of the first, the middle, the best and the last layer, and of a few directions of each
-    control at the best one."""
-    layers = steered.runs.layers
-    told = sorted({layers[0], layers[len(layers) // 2], best.layer, layers[-1]})
-    columns = ["series", "layer", "strength", "flip_rate", "log_odds_shift", "perplexity_cost", "kl"]
-    frames = [sweep[sweep["layer"] == layer].assign(series=f"layer {layer}")[columns] for layer in told]
-    for name in ("shuffled_labels", "random_direction"):
-        some = directions[name][:FRONTIER_DRAWS]
-        for strength in sorted({*strengths, best.strength}):
-            outcome = steered.steer(best.layer, strength, some)
-            changes = strength * steered.scale[best.layer] * some
-            damage = [texts.damage(best.layer, change) for change in changes]
-            cost, kl = np.mean([[each.cost, float(each.kl.mean())] for each in damage], axis=0)
-            values = [name, best.layer, strength, outcome.flipped.mean(), outcome.shift.mean(), cost, kl]
-            frames.append(pd.DataFrame([values], columns=columns))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _generations_frame(
-    steered: Carriers,
-    carriers: list[str],
-    direction: Float[Tensor, " d_model"],
-    best: _Place,
-    where: Where,
-    seed: int,
-    examples: int = 3,
-) -> pd.DataFrame:
-    """A few carriers continued from the same seeds: as they are, and steered toward either pole at the best layer, at
-    the strength that can be afforded and at three times that."""
-    model, runs = steered.view.model, steered.runs
-    alike = [i for i in range(len(carriers)) if runs.last[i] == runs.last[0] and runs.start[i] == runs.start[0]]
-    prompts = [carriers[i] for i in alike[:examples]]
-    length = int(runs.last[0]) + 1
-    room = min(NEW_TOKENS, model.cfg.n_ctx - length)
-    rows = []
-    for pole, sign, factor in (
-        ("none", 0, 0),
-        ("negative", -1, 1),
-        ("positive", 1, 1),
-        ("negative", -1, 3),
-        ("positive", 1, 3),
-    ):
-        size = sign * factor * best.strength * float(steered.scale[best.layer])
-        position = None if where == "all" else slice(int(runs.start[0]), None)
-        with intervene(model, steer(model, best.layer, direction, size, position)):
-            texts = model.generate(prompts, room, temperature=0.7, seed=seed, progress=False)
-        for prompt, text in zip(prompts, texts, strict=True):
-            continuation = text[len(prompt) :]
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "toward": pole,
-                    "strength": factor * best.strength,
-                    "text": continuation,
-                    "valence": text_valence(continuation),
-                }
-            )
-    return pd.DataFrame(rows).sort_values("prompt", kind="stable", ignore_index=True)
-
-
-def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: int) -> Result:
+def _with_metrics(result: Result, places: Sequence[Place], best: Place, seed: int) -> Result:
     layers, frontier = result.frames["layers"], result.frames["frontier"]
     here = layers[layers["layer"] == best.layer].set_index("series")
     outcome = best.outcomes["sentiment"]
@@ -444,12 +279,12 @@ def _with_metrics(result: Result, places: Sequence[_Place], best: _Place, seed: 
     return result
 
 
-def _best_flip_rates(places: Sequence[_Place], series: str) -> NDArray[np.float64]:
+def _best_flip_rates(places: Sequence[Place], series: str) -> NDArray[np.float64]:
     """The flip rate of each draw of a series at the layer that is best for it, chosen as the metric's own is."""
     return np.max([place.outcomes[series].flipped.mean(axis=1) for place in places], axis=0)
 
 
-def _add_last_effective(result: Result, places: Sequence[_Place], units: int, seed: int) -> None:
+def _add_last_effective(result: Result, places: Sequence[Place], units: int, seed: int) -> None:
     """The last layer with an effect; its interval resamples carriers against a fixed threshold, the null's quantile
     that Bonferroni's correction asks of every layer."""
     sentiment = result.frames["layers"].query("series == 'sentiment'")

@@ -15,18 +15,17 @@ and have ``rotated_basis`` beside them: the same done to the strongest signal of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls import untrained_view
-from analyses.hijack import Outcome, Probe, Written
+from analyses.hijack import Probe
 from analyses.hijack_figures import hijack_figures
+from analyses.hijack_frames import Run, carriers_frame, edits_frame, signals_frame
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.recipe_edits import (
     RecipeEdits,
@@ -42,7 +41,6 @@ from analyses.rotations import check_rotations
 from analyses.sentiment import Poles, sentiment_poles
 from analyses.statistics import (
     Verdict,
-    bootstrap_band,
     bootstrap_interval,
     holm,
     predictive_pvalue,
@@ -53,8 +51,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edit import WeightEdit
 from reflowlens.models.base import HookedModel
-from reflowlens.models.reflow_topk import ReFlowTopK
-from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, view_of
+from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_CARRIERS = 20
 BETAS = (0.25, 0.5, 1.0)
@@ -136,13 +133,13 @@ def genetic_hijack(
     directions = random_recipes(RANDOM_DRAWS, chosen, seed)
     bar = tqdm(total=len(betas) + 4, desc="genetic hijack", disable=not progress)
 
-    def shifted(series: str, beta: float, direction: Tensor | None = None) -> list[_Run]:
+    def shifted(series: str, beta: float, direction: Tensor | None = None) -> list[Run]:
         return [
-            _Run("shift", series, signed, probe.outcome(shift.by(signed, direction), write=True))
+            Run("shift", series, signed, probe.outcome(shift.by(signed, direction), write=True))
             for signed in (beta, -beta)
         ]
 
-    runs = [_Run("unedited", "unedited", 0.0, probe.outcome(write=True))]
+    runs = [Run("unedited", "unedited", 0.0, probe.outcome(write=True))]
     for beta in betas:
         runs += [*shifted("edit", beta), *shifted("random_direction", beta, directions[0])]
         bar.update()
@@ -151,19 +148,19 @@ def genetic_hijack(
         runs += shifted("random_direction", beta, direction)
     bar.update()
     for (name, series), edits in _other_edits(chosen, heldout, shift.direction, seed).items():
-        runs.append(_Run(name, series, 0.0, probe.outcome(edits, write=True)))
+        runs.append(Run(name, series, 0.0, probe.outcome(edits, write=True)))
     bar.update()
     nulls = {
         "random_direction": np.stack([_next_word_shift(probe, shift, beta, u) for u in directions]),
         "untrained": _untrained_shift(chosen, probe, poles, ids, beta, seed)[None],
     }
     bar.update()
-    signals = _signals_frame(probe, chosen, poles, rotations, seed)
+    signals = signals_frame(probe, chosen, poles, rotations, seed)
     bar.update()
     bar.close()
     if model_hash(model) != hash_before:
         raise ReflowlensError("an edit was not undone: the model's weights are not what they were")
-    frames = {"edits": _edits_frame(runs, seed), "carriers": _carriers_frame(runs, carriers), "signals": signals}
+    frames = {"edits": edits_frame(runs, seed), "carriers": carriers_frame(runs, carriers), "signals": signals}
     result = Result(
         name="genetic_hijack",
         title="Genetic Hijack",
@@ -213,21 +210,6 @@ def signal_verdict(interval: tuple[float, float], rotated: float, p: float, unit
     return verdict(interval, rotated, p, minimum_units=MINIMUM_CARRIERS, units=units)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """An edit or its control (``series``), and what the model did under it."""
-
-    edit: str
-    series: str
-    beta: float
-    outcome: Outcome
-
-    @property
-    def written(self) -> Written:
-        assert self.outcome.written is not None
-        return self.outcome.written
-
-
 def _lacks(model: HookedModel, text: str, tokens: list[int]) -> bool:
     return set(tokens).isdisjoint(model.tokenizer.encode(text))
 
@@ -247,12 +229,12 @@ def _check(carriers: list[str], neutral: list[str], betas: Sequence[float], rota
     check_rotations(rotations)
 
 
-def _shifts(runs: Sequence[_Run], series: str, beta: float) -> list[_Run]:
+def _shifts(runs: Sequence[Run], series: str, beta: float) -> list[Run]:
     """The shifts of a series by ±β, the positive one of each direction first."""
     return [run for run in runs if (run.edit, run.series, abs(run.beta)) == ("shift", series, beta)]
 
 
-def _affordable(runs: Sequence[_Run], series: str, betas: Sequence[float], max_ratio: float) -> float:
+def _affordable(runs: Sequence[Run], series: str, betas: Sequence[float], max_ratio: float) -> float:
     """The largest β of a series whose texts are fluent enough; the smallest of all if none is."""
     unedited = runs[0].written.loss.mean()
     rise = {beta: np.mean([run.written.loss for run in _shifts(runs, series, beta)]) - unedited for beta in betas}
@@ -289,74 +271,8 @@ def _untrained_shift(
     return _next_word_shift(fresh, Shift.of(untrained, tokens, poles.direction(untrained)), beta)
 
 
-def _signals_frame(probe: Probe, view: SignalView, poles: Poles, rotations: int, seed: int) -> pd.DataFrame:
-    """Silence and graft in the trained basis and in random rotations of it, a row a carrier."""
-    bases = {view.name: view}
-    if not isinstance(view.model, ReFlowTopK):
-        bases |= {f"rotated_{i}": rotate(view, random_rotation(view.n_signals, seed + i)) for i in range(rotations)}
-    before = probe.log_odds()
-    frames = []
-    for basis, some in bases.items():
-        direction = poles.direction(some)
-        signal = strongest_signal(direction)
-        for name, column in replacements(some, direction).items():
-            after = probe.log_odds([RecipeEdits.of(some).graft(signal, column)])
-            columns = {
-                "basis": basis,
-                "edit": name,
-                "signal": signal,
-                "share_of_direction": float((direction[signal] / direction.norm()) ** 2),
-                "prompt": probe.carriers,
-                "effect": np.abs(after - before),
-            }
-            frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _edits_frame(runs: Sequence[_Run], seed: int) -> pd.DataFrame:
-    """A row a run, with intervals over carriers."""
-    rows = []
-    for run in runs:
-        low, high = bootstrap_band(np.stack([run.written.valence, run.outcome.log_odds], axis=1), seed=seed)
-        rows.append(
-            {
-                "edit": run.edit,
-                "series": run.series,
-                "beta": run.beta,
-                "valence": run.written.valence.mean(),
-                "valence_low": low[0],
-                "valence_high": high[0],
-                "log_odds": run.outcome.log_odds.mean(),
-                "log_odds_low": low[1],
-                "log_odds_high": high[1],
-                "perplexity": run.written.perplexity,
-                "perplexity_ratio": run.written.perplexity / runs[0].written.perplexity,
-                "distinct_2": run.written.distinct,
-                "locality_kl": run.outcome.kl.mean(),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _carriers_frame(runs: Sequence[_Run], carriers: list[str]) -> pd.DataFrame:
-    frames = []
-    for run in runs:
-        columns = {
-            "edit": run.edit,
-            "series": run.series,
-            "beta": run.beta,
-            "prompt": carriers,
-            "text": run.written.texts,
-            "valence": run.written.valence,
-            "log_odds": run.outcome.log_odds,
-            "loss": run.written.loss,
-        }
-        frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True)
-
-
 def _add_shift(
-    result: Result, runs: Sequence[_Run], beta: float, nulls: dict[str, NDArray[np.float64]], seed: int
+    result: Result, runs: Sequence[Run], beta: float, nulls: dict[str, NDArray[np.float64]], seed: int
 ) -> dict[str, float]:
     """What the shift by ±β does; the p-values of its two claims."""
     unedited = runs[0]
@@ -370,7 +286,7 @@ def _add_shift(
     log_odds = (plus.outcome.log_odds - minus.outcome.log_odds) / 2
     _add(result, "sentiment_shift", valence, {"random_direction": np.mean(random_shifts)}, seed)
     _add(result, "log_odds_shift", log_odds, {name: null.mean() for name, null in nulls.items()}, seed)
-    measures: dict[str, Callable[[Sequence[_Run]], float]] = {
+    measures: dict[str, Callable[[Sequence[Run]], float]] = {
         "perplexity_ratio": lambda some: float(np.exp(np.mean([r.written.loss - unedited.written.loss for r in some]))),
         "distinct_2": lambda some: float(np.mean([r.written.distinct for r in some])),
         "locality_kl": lambda some: float(np.mean([r.outcome.kl for r in some])),
@@ -390,7 +306,7 @@ def _add_shift(
     }
 
 
-def _add_signals(result: Result, runs: Sequence[_Run], basis: str, seed: int) -> dict[str, float]:
+def _add_signals(result: Result, runs: Sequence[Run], basis: str, seed: int) -> dict[str, float]:
     """What silence and graft do; the p-values against rotated bases, where there are any."""
     unedited = runs[0].outcome.log_odds
     pvalues = {}
