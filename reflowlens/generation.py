@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
 
 
@@ -48,11 +49,12 @@ def generate(
         stop_token: end a row after this token too.
         seed: row i draws from a generator seeded with ``seed + i``.
         use_past_kv_cache: keep what the model needs of the text that was read (keys and values, or a recurrent
-            state); False reads the whole text again at every step, for checking.
+            state); False reads the whole text again at every step, for checking (an intervention at ``"last"`` then
+            acts on the newest token, and no longer on those that were the newest before).
         return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch,
             pos], ended rows filled up with the document end.
         return_cache: also return the activations over prompt and continuation (``names_filter`` as in
-            ``run_with_cache``), from one pass over the result.
+            ``run_with_cache``), from one pass over the result, whose ``"last"`` is the result's.
         progress: show a bar; by default on a terminal.
 
     Raises:
@@ -85,6 +87,8 @@ def generate(
     read, end = 0, min(lengths)
     bar = tqdm(total=total - end, unit="token", disable=not (sys.stderr.isatty() if progress is None else progress))
     while end < total and not ended.all():
+        if past is not None:
+            past.ready = starts <= end  # an intervention at "last" leaves the inside of a prompt alone
         logits = model(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
         free = (starts <= end) & ~ended  # rows still inside their prompt draw nothing, so that they stay as if alone
         drawing = free.nonzero().squeeze(1)
@@ -142,18 +146,23 @@ def sample(
 
 
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
-    if temperature < 0:
+    if not temperature >= 0:
         raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ReflowlensError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p}")
-    if max_new_tokens < 1:
-        raise ReflowlensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if integer(max_new_tokens) is None or max_new_tokens < 1:
+        raise ReflowlensError(f"max_new_tokens must be an integer and at least 1, got {max_new_tokens}")
 
 
 def _stop_ids(model: HookedModel, stop_at_eos: bool, stop_token: str | int | None) -> Int[Tensor, " stop"]:
-    ids = [model.to_single_token(stop_token) if isinstance(stop_token, str) else stop_token]
+    stop = model.to_single_token(stop_token) if isinstance(stop_token, str) else integer(stop_token)
+    if stop_token is not None and (stop is None or not 0 <= stop < model.cfg.d_vocab):
+        raise ReflowlensError(
+            f"stop_token must be a token's text or its id, 0 to {model.cfg.d_vocab - 1}, got {stop_token!r}"
+        )
+    ids = [stop]
     if stop_at_eos:
         ids.append(model.tokenizer.eot_token)
     return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.cfg.device)

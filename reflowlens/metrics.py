@@ -205,9 +205,11 @@ def kl(*, position: ReadPosition = "last") -> Metric:
 
 
 def loss() -> Metric:
-    """Mean next-token cross-entropy of each prompt in nats, over all of its positions."""
+    """Mean next-token cross-entropy of each prompt in nats, over all of its positions; a prompt has two at least."""
 
     def bind(model: HookedModel, reference: Reference) -> Score:
+        if min(reference.lengths) < 2:
+            raise ReflowlensError("the metric loss needs prompts of two tokens at least: the first predicts the second")
         targets = model.next_tokens(reference.tokens, list(reference.lengths))
 
         def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:

@@ -161,6 +161,9 @@ class SignalView:
 def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int = 0) -> SignalView:
     """See a model through signals, in float32 at least: a model of 16 bits is read without rounding once more.
 
+    The native view of a float32 model shares the weights' memory and follows their changes; any other is of the weights
+    as they are now.
+
     Args:
         name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (module docstring); default ``native`` where
             the model has it, else ``identity``. The last two turn that default.
@@ -169,6 +172,7 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     Raises:
         ReflowlensError: the name is unknown, or the model has no native signals.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled
     factored = isinstance(model.W_E, FactoredMatrix)
     name = name or ("native" if factored else "identity")
     if name not in VIEWS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -560,3 +561,14 @@ def test_operations_of_a_pass() -> None:
     assert parts["neurons"] == 2 * 6 * 25_165_824
     assert parts["attention_mixing"] == 0
     assert parts["readout"] == 2 * 256 * 256
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.1)])
+def test_other_types_of_numbers(dtype: torch.dtype, tolerance: float) -> None:
+    model = random_bdh()
+    tokens = random_tokens(CONFIG)
+    logits, other = model(tokens).detach(), copy.deepcopy(model).to(dtype)
+    actual = other(tokens).detach()
+    assert actual.dtype == dtype
+    assert float((actual - logits).norm() / logits.norm()) < tolerance
+    assert other.generate("To be", 3, temperature=0).startswith("To be")

@@ -108,3 +108,10 @@ def test_only_edits_of_weights_are_edits(reflow: HookedModel) -> None:
     for change in (rl.Ablate("z", layer=0), [rl.Ablate("z", layer=0)]):
         with pytest.raises(ReflowlensError, match="is no edit of weights"), rl.edit(reflow, change):  # type: ignore[arg-type]
             pass
+
+
+def test_a_parameter_may_be_set_to_a_view_of_itself(reflow: HookedModel) -> None:
+    before = reflow.embed.W_basis.detach().clone()
+    with rl.edit(reflow, rl.SetWeights("embed.W_basis", reflow.embed.W_basis.detach().T)):
+        assert torch.equal(reflow.embed.W_basis, before.T)
+    assert torch.equal(reflow.embed.W_basis, before)

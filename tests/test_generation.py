@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import reflowlens as rl
 from reflowlens.errors import ReflowlensError
 from reflowlens.generation import sample
 from tests.tiny import NAMES, assert_close, random_model
@@ -107,6 +108,10 @@ def test_filters_keep_the_smallest_sufficient_set(k, p, seed):
         ({"top_k": 0}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"stop_token": 288}, r"stop_token must be a token's text or its id, 0 to 287, got 288"),
+        ({"stop_token": ["x", "y"]}, "stop_token must be a token's text or its id"),
         ({"max_new_tokens": 30}, "at most 21 new tokens"),
         ({"return_type": "tensor"}, "must be 'text' or 'tokens', got 'tensor'"),
     ],
@@ -128,3 +133,29 @@ def test_logits_that_are_nan_are_an_error(temperature):
         model.ln_final.w[0] = float("nan")
     with pytest.raises(ReflowlensError, match="the logits are NaN"):
         model.generate("The", 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("position", ["last", "e", None, 3, slice(1, 6)])
+def test_a_row_is_intervened_on_as_it_is_alone(position, tiny_models):
+    """While a longer prompt is read, what is the newest token of the pass is not yet its last; and rows have a token at
+    different places, or one of them only in what it wrote."""
+    model = tiny_models["reflow"]
+    direction = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(4))
+    steer = rl.Steer("resid_mid", direction, 3.0, layer=0, position=position)
+    texts = ["xyz e", "abcdefgh", "eeee"]
+    with rl.intervene(model, steer):
+        together = model.generate(texts, 6, temperature=0, return_type="tokens")
+    for row, text in zip(together, texts, strict=True):
+        with rl.intervene(model, steer):
+            alone = model.generate(text, 6, temperature=0, return_type="tokens")[0]
+        assert row[: len(alone)].tolist() == alone.tolist()
+        assert model.generate(text, 6, temperature=0, return_type="tokens")[0].tolist() != alone.tolist()
+
+
+def test_positions_from_the_end_are_refused(tiny_models):
+    model = tiny_models["reflow"]
+    for position in (-1, slice(None, -1), slice(-2, None), [0, -1]):
+        scale = rl.Scale("resid_mid", 0.0, layer=0, position=position)
+        error = pytest.raises(ReflowlensError, match="negative positions have no meaning while text is generated")
+        with error, rl.intervene(model, scale):
+            model.generate("abcd", 2)

@@ -337,3 +337,10 @@ def test_hooks_are_gone_after_an_exception(model: HookedModel, tokens: Tensor) -
             tokens, fwd_hooks=[("hook_embed", lambda x, hook: x * 0), ("blocks.0.attn.hook_pattern", fail)]
         )
     assert torch.equal(model(tokens), expected)
+
+
+def test_hooks_may_come_from_an_iterator(model: HookedModel, tokens: Tensor) -> None:
+    names, functions = ["blocks.0.hook_mlp_out"], [lambda x, hook: torch.zeros_like(x)]
+    actual = model.run_with_hooks(tokens, fwd_hooks=zip(names, functions, strict=True))
+    assert torch.equal(actual, model.run_with_hooks(tokens, fwd_hooks=list(zip(names, functions, strict=True))))
+    assert not torch.equal(actual, model(tokens))

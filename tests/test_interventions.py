@@ -316,3 +316,48 @@ def test_short_names_are_transformer_lens_s(model: HookedModel, tokens: Tensor) 
     for short in ("resid_pre", "q", "z", "pattern", "mlp_out", "post", "ln1.hook_scale"):
         full = get_act_name(short, 1) if "hook" not in short else f"blocks.1.{short}"
         assert_equal(rl.run(model, tokens, rl.Scale(short, 0.5, layer=1)), rl.run(model, tokens, rl.Scale(full, 0.5)))
+
+
+def test_a_cached_activation_can_be_put_back_at_every_point(model: HookedModel, tokens: Tensor) -> None:
+    """Numbers are given in a point's own order of axes, whichever of them are its positions or features."""
+    tokens = tokens[:, :4]  # as many as heads: a square that was turned would still fit
+    cache = model.run_with_cache(tokens, names_filter=lambda name: True)[1]
+    logits = model(tokens)
+    for name in cache:  # attention that is watched is computed in squares, and so rounds otherwise
+        actual = rl.run(model, tokens, rl.Replace(name, cache[name]))
+        torch.testing.assert_close(actual, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_the_basis_are_replaced_by_vectors_of_the_stream(tiny_models: dict[str, HookedModel]) -> None:
+    model = tiny_models["reflow"]
+    vector = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(2))
+    with rl.edit(random_model("reflow"), rl.SetWeights("embed.W_basis", vector, rows=17)) as edited:
+        expected = edited("abc")
+    assert_equal(rl.run(model, "abc", rl.Replace("hook_basis", vector, index=17)), expected)
+    with pytest.raises(ReflowlensError, match=r"has shape \[32\], the selected part \[2, 4, 5, 3\]"):
+        rl.run(model, ["abcde", "fghij"], rl.Replace("pattern", vector, layer=0, index=[0, 1, 2]))
+
+
+def test_a_row_takes_nothing_from_behind_the_end_of_its_source(tiny_models: dict[str, HookedModel]) -> None:
+    model = tiny_models["reflow"]
+    sources = ["klmno", "pq"]
+    with pytest.raises(ReflowlensError, match="prompt 1 of the source has 2 tokens, but position 4 is asked of it"):
+        rl.run(model, ["abcde", "fghij"], rl.Patch("resid_pre", sources, layer=1, position="last"))
+    both = rl.run(model, ["abcde", "fg"], rl.Patch("resid_pre", sources, layer=1, position="last"))
+    for row, (text, source) in enumerate([("abcde", "klmno"), ("fg", "pq")]):
+        alone = rl.run(model, text, rl.Patch("resid_pre", source, layer=1, position="last"))[0]
+        torch.testing.assert_close(both[row, : len(text)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_count_where_a_run_starts_at_a_layer(tiny_models: dict[str, HookedModel]) -> None:
+    model = tiny_models["reflow"]
+    tokens, lengths = model.tokens_and_lengths(["abcde", "fg"])
+    ablation = rl.Ablate("resid_mid", layer=1, position="last")
+    with rl.intervene(model, ablation, lengths=lengths):
+        actual = model(model(tokens, stop_at_layer=1), start_at_layer=1)
+    torch.testing.assert_close(actual[1, :2], rl.run(model, "fg", ablation)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_is_named_once(tiny_models: dict[str, HookedModel]) -> None:
+    with pytest.raises(ReflowlensError, match=r"layer=\[1, -1\] names a block twice"):
+        rl.run(tiny_models["reflow"], "abc", rl.Ablate("z", layer=[1, -1]))

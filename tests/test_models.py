@@ -389,8 +389,40 @@ def test_the_cache_counts_towards_the_length(model: HookedModel) -> None:
     model("x" * 20, past_kv_cache=past)
     with pytest.raises(ReflowlensError, match="too long: 25 tokens"):
         model("x" * 5, past_kv_cache=past)
-    with pytest.raises(ReflowlensError, match="too long: 25 tokens"):
-        model(torch.zeros(1, 5, model.cfg.d_model), start_at_layer=1, past_kv_cache=past)
+
+
+def test_what_a_cache_cannot_keep_is_refused(model: HookedModel, tokens: Tensor) -> None:
+    """A layer that is left out would leave a hole that later passes read; padding would be kept as text."""
+    past = KeyValueCache(model.cfg, batch=2)
+    for part in (
+        {"stop_at_layer": 1},
+        {"stop_at_layer": 0},
+        {"start_at_layer": 1},
+        {"start_at_layer": 1, "stop_at_layer": 2},
+    ):
+        input = tokens if "start_at_layer" not in part else torch.zeros(2, 5, model.cfg.d_model)
+        with pytest.raises(ReflowlensError, match="a key-value cache goes with whole passes"):
+            model(input, past_kv_cache=past, **part)
+    with pytest.raises(ReflowlensError, match=r"texts of one length go with a key-value cache.* got 4, 1 tokens"):
+        model(["abcd", "e"], past_kv_cache=past)
+    assert past.length == 0
+
+
+def test_layers_in_the_wrong_order(model: HookedModel) -> None:
+    with pytest.raises(ReflowlensError, match="start_at_layer=1 lies behind stop_at_layer=0"):
+        model(torch.zeros(1, 5, model.cfg.d_model), start_at_layer=1, stop_at_layer=0)
+
+
+def test_targets_are_one_a_position_and_negative_where_nothing_counts(model: HookedModel) -> None:
+    tokens = torch.tensor([[1, 2, 3]])
+    expected = F.cross_entropy(model(tokens)[0, :1], torch.tensor([5]))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for nothing in (-100, -1):
+                loss = model(tokens, "loss", targets=torch.tensor([[5, nothing, nothing]]))
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+            with pytest.raises(ReflowlensError, match=r"targets must be \[batch, pos\] = \[1, 3\], got \[1, 1\]"):
+                model(tokens, "loss", targets=torch.tensor([[5]]))
 
 
 def test_a_residual_stream_longer_than_the_context(model: HookedModel) -> None:

@@ -124,6 +124,8 @@ def test_a_view_of_another_model_is_refused_wherever_one_is_taken():
         with pytest.raises(ReflowlensError, match="made from another model"):
             ask()
     assert view_of(model, own := signal_view(model)) is own
+    compiled = torch.compile(model)
+    assert view_of(compiled, compiled_view := signal_view(compiled)) is compiled_view
     assert torch.equal(view_of(model, "rotated", seed=3).recipe, signal_view(model, "rotated", seed=3).recipe)
 
 

@@ -287,6 +287,28 @@ def test_a_stopped_sweep_continues_from_its_file(tmp_path: Path) -> None:
         rl.sweep(model, clean, corrupted, "resid_pre", metric, results=path)
 
 
+def test_a_recovery_of_another_target_is_another_sweep(tmp_path: Path) -> None:
+    """Its baseline is 0 whatever the target."""
+    model = MODELS["reflow"]
+    clean, corrupted = pair(model)
+    for target in range(4):
+        path = tmp_path / str(target)
+        one, other = (metrics.recovery(metrics.target_prob(token)) for token in (target, target + 1))
+        rl.sweep(model, clean, corrupted, "resid_pre", one, results=path)
+        with pytest.raises(ReflowlensError, match="another sweep"):
+            rl.sweep(model, clean, corrupted, "resid_pre", other, results=path)
+
+
+def test_a_sweep_under_an_intervention_on_the_basis() -> None:
+    model = MODELS["reflow"]
+    clean, corrupted = pair(model)
+    with rl.intervene(model, rl.Ablate("hook_basis", index=3)):
+        inside = rl.sweep(model, clean, corrupted, "resid_pre", metrics.logit_diff(A, B))
+    with rl.edit(random_model("reflow"), rl.SetWeights("embed.W_basis", 0.0, rows=3)) as edited:
+        expected = rl.sweep(edited, clean, corrupted, "resid_pre", metrics.logit_diff(A, B))
+    assert_close(inside.values, expected.values)
+
+
 def _shared(rank: int, port: int, out: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -317,6 +339,7 @@ def test_two_processes_share_the_cells(tmp_path: Path) -> None:
         (("abc", "abd", "resid_pree", metrics.kl()), "did you mean 'resid_pre'"),
         (("abc", "abd", [], metrics.kl()), "at least one cell"),
         (("abc", "abd", [["resid_pre"]], metrics.kl()), "grid's name, several names, or a list of interventions"),
+        (("a", "b", "resid_pre", metrics.loss()), "prompts of two tokens at least"),
         ((None, "abd", "resid_pre", metrics.loss()), "give the clean prompts"),
         ((None, "abd", [rl.Ablate("z", layer=0)], metrics.kl()), "kl needs a clean run"),
         ((None, "abd", [rl.Ablate("z", layer=0)], metrics.recovery(metrics.loss())), "recovery needs the clean"),

@@ -26,6 +26,7 @@ class Bound:
     intervention: Intervention
     name: str
     source: Tensor | None
+    source_lengths: Sequence[int] = ()  # where its prompts differ in length
     applied: bool = field(default=False)
 
 
@@ -110,7 +111,7 @@ def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> lis
         source = intervention.source()
         if source is None:
             return Bound(intervention, name, None)
-        return Bound(intervention, name, _without_padding(model, intervention, name, caches[_key(source)][name]))
+        return _bound_to(model, intervention, name, caches[_key(source)][name])
 
     return [[bound(intervention, name) for intervention, name in cell] for cell in places]
 
@@ -139,19 +140,22 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
         return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
 
 
-def _without_padding(model: HookedModel, intervention: Intervention, name: str, activation: Tensor) -> Tensor:
-    """A source's activation; where its texts differ in length and are drawn from, their own positions in one row."""
+def _bound_to(model: HookedModel, intervention: Intervention, name: str, activation: Tensor) -> Bound:
+    """With a source's activation; of texts that differ in length and are drawn from, their own positions in one row."""
     source = intervention.source()
     if isinstance(source, str) or not isinstance(source, Sequence):
-        return activation
+        return Bound(intervention, name, activation)
     lengths = model.tokens_and_lengths(source)[1]
-    if len(set(lengths)) == 1 or intervention.takes_same_positions:
-        return activation
+    if len(set(lengths)) == 1:
+        return Bound(intervention, name, activation)
+    if intervention.takes_same_positions:
+        return Bound(intervention, name, activation, lengths)
     if isinstance(intervention, Patch) or "key_pos" in model.hook_axes(name):
         raise ReflowlensError(
             f"{intervention.kind} at {name!r} needs source texts of equal length, got {lengths} tokens"
         )
-    return torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None]
+    own = torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None]
+    return Bound(intervention, name, own)
 
 
 def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
@@ -171,7 +175,9 @@ def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 
                 f"the run has {activation.shape[0]}"
             )
         source = selection.in_source(source, activation, offset, bound.intervention.takes_same_positions)
-    return selection.put(activation, bound.intervention.new_value(selection.get(activation), source))
+        return selection.put(activation, bound.intervention.new_value(selection.get(activation), source))
+    own_order = selection.in_own_order(selection.get(activation))
+    return selection.put(activation, selection.from_own_order(bound.intervention.new_value(own_order, None)))
 
 
 def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: Tensor, hook: HookPoint) -> Tensor:
@@ -180,8 +186,23 @@ def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: T
     selection = select(model, bound.intervention, bound.name, activation.shape, passes[-1])
     if selection is None:
         return activation
+    if bound.source_lengths:
+        _check_source_lengths(bound, selection, passes[-1])
     bound.applied = True
     return apply(bound, selection, activation, passes[-1].offset)
+
+
+def _check_source_lengths(bound: Bound, selection: Selection, prompt: Prompt) -> None:
+    """Raise where a token would be given what its source has behind its end."""
+    positions = torch.arange(prompt.n_positions)[selection.positions].cpu()
+    ends = prompt.lengths or [prompt.n_positions] * len(bound.source_lengths)
+    rows = positions.expand(len(bound.source_lengths), -1) if positions.ndim == 1 else positions
+    for i, (row, end, length) in enumerate(zip(rows.tolist(), ends, bound.source_lengths, strict=False)):
+        asked = [p + prompt.offset for p in row if length <= p + prompt.offset and p < end]
+        if asked:
+            raise ReflowlensError(
+                f"prompt {i} of the source has {length} tokens, but position {asked[0]} is asked of it"
+            )
 
 
 @contextlib.contextmanager
@@ -219,11 +240,14 @@ def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
 def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
     past = kwargs.get("past_kv_cache")
     offset = past.length if past is not None else 0
-    if kwargs.get("start_at_layer") is not None:
-        return Prompt(input.shape[1], offset=offset, cached=past is not None)
-    tokens, own = model.tokens_and_lengths(input, offset=offset)
+    tokens, own = None, []
+    if kwargs.get("start_at_layer") is None:
+        tokens, own = model.tokens_and_lengths(input, offset=offset)
+    shape = input.shape[:2] if tokens is None else tokens.shape
     if lengths is not None and isinstance(input, Tensor):
-        if len(lengths) != len(tokens) or not all(1 <= length <= tokens.shape[1] for length in lengths):
-            raise ReflowlensError(f"lengths {list(lengths)} do not fit tokens of shape {list(tokens.shape)}")
+        if len(lengths) != shape[0] or not all(1 <= length <= shape[1] for length in lengths):
+            raise ReflowlensError(
+                f"lengths {list(lengths)} do not fit an input of {shape[0]} rows and {shape[1]} tokens"
+            )
         own = list(lengths)
-    return Prompt(tokens.shape[1], tokens, own, offset, past is not None)
+    return Prompt(shape[1], tokens, own, offset, past is not None, getattr(past, "ready", None))

@@ -110,7 +110,7 @@ def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[Hooke
         for (parameter, index), change in zip(places, edits, strict=True):
             with torch.no_grad():
                 part = parameter[index]
-                new = change.new(part)
+                new = change.new(part).clone()  # it may be a view of the very parameter
                 kept.append(part.clone())
                 parameter[index] = new
         yield model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ class Reader:
         positions: read positions of each prompt, [prompt, read].
         column: where each position is among them, -1 where it is not read, [prompt, pos].
         last_position: the last that is read, [prompt]; what happens behind it cannot matter.
+        ends: of a recovery the values of the corrupted and the clean run that it lies between, [prompt] each.
     """
 
     def __init__(
@@ -53,7 +55,6 @@ class Reader:
             raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
         check_lengths_known(model, lengths)
         self.model = model
-        self.weights = model.tied_weights()
         self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)
         reading = torch.arange(self.positions.shape[1], device=tokens.device).expand_as(self.positions)
         self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
@@ -61,11 +62,15 @@ class Reader:
         self.prompts = torch.arange(len(tokens), device=tokens.device)
         clean_logits = self._logits(clean) if clean is not None else None
         self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
-        self._ends: tuple[Tensor, Tensor] | None = None
+        self.ends: tuple[Tensor, Tensor] | None = None
         if metric.normalised:
             if clean is None:
                 raise ReflowlensError("recovery needs the clean prompts: it is the share of the way to their value")
-            self._ends = self._value(tokens), self._value(clean)
+            self.ends = self._value(tokens), self._value(clean)
+
+    @functools.cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.model.tied_weights()
 
     def read(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt read d_model"]:
         """A stream at the positions that are read."""
@@ -112,9 +117,9 @@ class Reader:
         return self._normalise(torch.cat(parts), prompts)
 
     def _normalise(self, values: Float[Tensor, " row"], prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        if self._ends is None:
+        if self.ends is None:
             return values
-        corrupted, clean = (end[prompts] for end in self._ends)
+        corrupted, clean = (end[prompts] for end in self.ends)
         return (values - corrupted) / (clean - corrupted)
 
     def of_logits(self, logits: Float[Tensor, "prompt pos d_vocab"]) -> Float[Tensor, " prompt"]:

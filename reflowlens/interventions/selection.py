@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
@@ -41,6 +41,8 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
     if hook in model.hook_dict:
         raise ReflowlensError(f"{hook!r} is a point's full name: give it without layer=, or its short name")
     names = [f"blocks.{index % n_layers}.{_in_block(hook)}" for index in layers]
+    if len(set(names)) < len(names):
+        raise ReflowlensError(f"layer={layer!r} names a block twice: this model has blocks 0 to {n_layers - 1}")
     for name in names:
         model.check_hook_name(name)
     return names
@@ -55,20 +57,38 @@ def _in_block(hook: str) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """A part of an activation, as [batch, pos, (head), feature]: ``get`` reads it, ``put`` gives a changed copy."""
+    """A part of an activation, as [batch, pos, (head), feature]: ``get`` reads it, ``put`` gives a changed copy.
+
+    Args:
+        counted: of the positions, which ``put`` changes in each row; None for all of them.
+    """
 
     axes: tuple[str, ...]
     positions: Where
     heads: Where
     features: Where
+    counted: Bool[Tensor, "batch n"] | None = None
 
     def get(self, activation: Tensor) -> Tensor:
         return self._arranged(activation)[self._indices(activation)]
 
     def put(self, activation: Tensor, part: Tensor) -> Tensor:
-        changed = activation.clone()
-        self._arranged(changed)[self._indices(changed)] = part.to(changed)
+        changed, part = activation.clone(), part.to(activation)
+        if self.counted is not None:
+            counted = self.counted.to(part.device).reshape(*self.counted.shape, *[1] * (part.ndim - 2))
+            part = torch.where(counted, part, self.get(activation))
+        self._arranged(changed)[self._indices(changed)] = part
         return changed
+
+    def in_own_order(self, part: Tensor) -> Tensor:
+        """A view of a selected part with the point's own axes, :meth:`hook_axes`."""
+        if "batch" not in self.axes:
+            return part[0, 0].movedim(-1, 0)
+        return part.movedim(1, self.axes.index("pos"))
+
+    def from_own_order(self, part: Tensor) -> Tensor:
+        """The inverse of :meth:`in_own_order`."""
+        return self._arranged(part)
 
     def in_source(self, source: Tensor, activation: Tensor, offset: int, same_positions: bool) -> Tensor:
         """These heads and features of another run; at these positions, or at all of its own.
@@ -126,6 +146,7 @@ class Prompt:
     lengths: Sequence[int] = ()
     offset: int = 0
     cached: bool = False  # earlier positions, and perhaps later ones, belong to other passes
+    ready: Bool[Tensor, " batch"] | None = None  # rows whose newest token is their last so far; None for all
 
 
 def select(
@@ -141,10 +162,16 @@ def select(
     """
     axes = model.hook_axes(name)
     positions: Where = slice(None)
+    counted: Bool[Tensor, "batch n"] | None = None
     if intervention.position is not None:
         if "pos" not in axes:
             raise ReflowlensError(f"{name!r} has no positions, but position={intervention.position!r} was given")
-        found = _positions(model, intervention.position, prompt)
+        if prompt.cached and isinstance(intervention.position, str):
+            here = _in_this_pass(model, intervention.position, prompt)
+            columns = here.any(dim=0).nonzero()[:, 0]
+            found, counted = columns if len(columns) else None, here[:, columns]
+        else:
+            found = _positions(model, intervention.position, prompt)
         if found is None:
             return None
         positions = found
@@ -152,7 +179,8 @@ def select(
         raise ReflowlensError(f"{name!r} has no heads, but head={intervention.head!r} was given")
     heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
     feature_axis = len(axes) - 1 if "batch" in axes else 0
-    return Selection(axes, positions, heads, _indices("index", intervention.index, shape[feature_axis], name))
+    features = _indices("index", intervention.index, shape[feature_axis], name)
+    return Selection(axes, positions, heads, features, counted)
 
 
 def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int, name: str) -> Where:
@@ -180,12 +208,12 @@ def _positions(model: HookedModel, position: int | slice | Sequence[int] | str, 
             return _from_own_end(position, prompt)
         return _indices("position", position, n, "the prompt")
     # With a key-value cache positions count from the start of the text, and this pass holds a window of them.
+    if _counts_from_end(position):
+        raise ReflowlensError("negative positions have no meaning while text is generated; use 'last'")
     if isinstance(position, slice):
         wanted: Sequence[int] = range(*position.indices(model.cfg.n_ctx))
     else:
         wanted = [position] if isinstance(position, int) else position
-        if any(p < 0 for p in wanted):
-            raise ReflowlensError("negative positions have no meaning while text is generated; use 'last'")
     here = [p - offset for p in wanted if offset <= p < offset + n]
     return torch.tensor(here) if here else None
 
@@ -221,14 +249,23 @@ def _from_own_end(position: int | slice | Sequence[int], prompt: Prompt) -> Int[
     return torch.tensor(rows)
 
 
-def _occurrences(model: HookedModel, text: str, prompt: Prompt) -> Where | None:
+def _in_this_pass(model: HookedModel, text: str, prompt: Prompt) -> Bool[Tensor, "batch pos"]:
+    """Where a pass of generation has a token, in which rows may differ, or each row's newest one."""
+    assert prompt.tokens is not None  # a cache goes with whole passes
+    tokens = prompt.tokens.cpu()
+    if text != "last":
+        return tokens == model.to_single_token(text)
+    newest = torch.zeros(tokens.shape, dtype=torch.bool)
+    newest[:, -1] = True if prompt.ready is None else prompt.ready.cpu()
+    return newest
+
+
+def _occurrences(model: HookedModel, text: str, prompt: Prompt) -> Where:
     if prompt.tokens is None:
         raise ReflowlensError(f"position={text!r} needs tokens, but this pass starts from a residual stream")
     token, rows = model.to_single_token(text), prompt.tokens.cpu()
     lengths = prompt.lengths or [rows.shape[1]] * len(rows)
     found = [(row[:n] == token).nonzero()[:, 0].tolist() for row, n in zip(rows, lengths, strict=True)]
-    if prompt.cached and not any(found):
-        return None
     counts = {len(places) for places in found}
     if counts == {0} or 0 in counts:
         raise ReflowlensError(f"position={text!r}: the token does not occur in {_row(found, 0)}")

@@ -171,7 +171,7 @@ def _exact(
     rank, world_size = _processes()
     values = torch.zeros(n, len(setup.corrupted), device=runs.baseline.device, dtype=runs.baseline.dtype)
     show = sys.stderr.isatty() if progress is None else progress
-    identity = "" if results is None else _identity(setup, metric, runs.baseline)
+    identity = "" if results is None else _identity(setup, metric, runs)
     with (
         ResultsFile(results, identity, rank) as file,
         tqdm(total=len(range(rank, n, world_size)), unit="cell", disable=not show) as bar,
@@ -197,15 +197,16 @@ def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
     return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
 
 
-def _identity(setup: Setup, metric: Metric, baseline: Tensor) -> str:
-    """What decides a sweep's values; the metric's targets show in its baseline."""
+def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str:
+    """What decides a sweep's values; the metric's targets show in its baseline, or in the ends of a recovery, whose
+    baseline is 0 whatever they are."""
     prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.clean, setup.corrupted)]
     what = [
         model_hash(setup.model),
         prompts,
         metric.name,
         metric.position,
-        baseline.tolist(),
+        [values.tolist() for values in runs.reader.ends or (runs.baseline,)],
         *map(to_json, setup.asked),
     ]
     return json.dumps(what)

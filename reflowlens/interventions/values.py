@@ -42,7 +42,8 @@ class Intervention:
         layer: one block, several, or ``"all"``; negative counts from the end.
         position: index, slice, indices, ``"last"`` or the text of a token, which selects its every occurrence; None is
             every position. ``"last"`` and negative numbers count from each prompt's own end, padding left out; while
-            text is generated ``"last"`` is the newest token of every step. Of attention squares it is the query's.
+            text is generated ``"last"`` is the prompt's last token and then each new one. Of attention squares it is
+            the query's.
         head: which heads, where the activation has a head axis (grouped-query keys and values: key/value heads).
         index: which entries of the last axis: signals, neurons, features, key positions; rows of ``hook_basis``.
 
@@ -83,7 +84,8 @@ class Intervention:
         """The new value of the selected part.
 
         Args:
-            part: the activation at the selected places, [batch, pos, (head), feature].
+            part: the activation at the selected places, [batch, pos, (head), feature]; without a source in the
+                point's own order of axes, as numbers are given for it.
             source: the same heads and features in the run that :meth:`source` names; at the same positions, or at all
                 of its own, as ``takes_same_positions`` says.
         """
@@ -184,7 +186,8 @@ class Patch(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Steer(Intervention):
-    """Add ``alpha`` times a direction, [feature] or any shape that fits the selected part."""
+    """Add ``alpha`` times a direction, [feature] or any shape that broadcasts to the selected part of the activation,
+    its axes in the order of ``model.hook_axes``."""
 
     kind = "steer"
     direction: Float[Tensor, "*shape"] | Sequence[float]
@@ -200,7 +203,8 @@ class Steer(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Intervention):
-    """Put in a number, or a tensor that fits the selected part."""
+    """Put in a number, or a tensor that broadcasts to the selected part, its axes in the order of ``model.hook_axes``:
+    a cached activation, for example."""
 
     kind = "replace"
     value: float | Float[Tensor, "*shape"] | Sequence[float]

@@ -290,6 +290,7 @@ class HookedModel(HookedRootModule):
     def _attached(
         self, fwd_hooks: Hooks, bwd_hooks: Hooks, reset_hooks_end: bool, clear_contexts: bool
     ) -> Iterator[HookedModel]:
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)  # they may be iterators, and are read more than once
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
                 self.check_hook_name(name)
@@ -297,7 +298,7 @@ class HookedModel(HookedRootModule):
                 raise ReflowlensError("a hook's name filter matches none of the model's hook points")
         fired: set[int] = set()
         watched = [(name, partial(_watched, hook, fired, i)) for i, (name, hook) in enumerate(fwd_hooks)]
-        with super().hooks(watched, list(bwd_hooks), reset_hooks_end, clear_contexts):
+        with super().hooks(watched, bwd_hooks, reset_hooks_end, clear_contexts):
             yield self
         silent = [name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str)]
         if silent and reset_hooks_end:

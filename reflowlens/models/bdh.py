@@ -34,7 +34,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import AXES
-from reflowlens.models.components import Norm, Places, Positions, is_hooked
+from reflowlens.models.components import Norm, Places, Positions, is_hooked, wide
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
 _NEURONS = ("batch", "pos", "head", "neuron")
@@ -235,6 +235,7 @@ class RecurrentState:
             torch.zeros(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
         ]
         self.length = 0
+        self.ready: Bool[Tensor, " batch"] | None = None  # see `reflowlens.generation.generate`
 
     def attend(
         self, layer: int, q: Float[Tensor, "batch head pos neuron"], x: Float[Tensor, "batch pos d_model"]
@@ -298,8 +299,9 @@ def chunks_are_cheaper(n_positions: int, n_neurons: int, d_model: int) -> bool:
 
 
 def normalized(x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:
-    """LayerNorm without weight and bias, in float32; of a vector of zeros 0."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    """LayerNorm without weight and bias, in float32 at least, and left in it under autocast; of a vector of zeros 0."""
+    normal = F.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    return normal if torch.is_autocast_enabled(x.device.type) else normal.to(x.dtype)
 
 
 class Unnormalised(nn.Module):

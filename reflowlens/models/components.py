@@ -171,6 +171,7 @@ class KeyValueCache:
         )
         self.values = torch.empty_like(self.keys)
         self.length = 0
+        self.ready: Bool[Tensor, " batch"] | None = None  # see `reflowlens.generation.generate`
 
     def mix(
         self,

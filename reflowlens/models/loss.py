@@ -25,7 +25,7 @@ def cross_entropy(
     targets: Int[Tensor, " n"],
     chunk: int = 1024,
 ) -> Float[Tensor, ""]:
-    """Mean of ``-log softmax(features @ matrix.T)[target]`` in nats, over the targets that are not ``IGNORE``.
+    """Mean of ``-log softmax(features @ matrix.T)[target]`` in nats, over the targets that are not negative.
 
     Under autocast the products run in its dtype; the softmax and the sums are float32 at least.
 
@@ -34,6 +34,7 @@ def cross_entropy(
     >>> torch.allclose(cross_entropy(features, matrix, targets, chunk=2), whole)
     True
     """
+    targets = targets.masked_fill(targets < 0, IGNORE)  # others mark what does not count by -1
     if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad):
         return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk)
     losses = [

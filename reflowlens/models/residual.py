@@ -119,27 +119,39 @@ class ResidualModel(HookedModel):
                 the residual stream [batch, pos, d_model] that this layer reads.
             return_type: ``"logits"`` [batch, pos, d_vocab], ``"loss"`` (mean next-token cross-entropy in nats, padding
                 left out), ``"both"`` (logits, loss) or None to run for the hooks alone.
-            targets: what each position should predict, -100 where nothing counts; default: the input shifted by one.
+            targets: what each position should predict, negative where nothing counts; default: the input shifted by
+                one.
             start_at_layer: first block to run; negative counts from the end.
             stop_at_layer: first block not to run; the residual stream in front of it is returned.
             past_kv_cache: what :meth:`make_cache` gave: what the model keeps of earlier positions; extended by the new
-                ones.
+                ones. It goes with whole passes over rows of one length.
             segments: several texts in a row, each a run of equal ids and read as if alone: attention stays within it,
                 its positions start at 0, and its last token is left out of the default targets, as is padding, which
                 negative ids mark.
 
         Raises:
             ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
-                does not exist, a loss is asked for without targets, segments do not fit the input or come with a
-                cache, or that cache was made for another batch.
+                does not exist or the first lies behind the last, a loss is asked for without targets, targets or
+                segments do not fit the input, or a cache comes with segments, with a part of the layers or with texts
+                of several lengths, or was made for another batch.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
         offset = past_kv_cache.length if past_kv_cache is not None else 0
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
+        if past_kv_cache is not None and (start, stop) != (0, self.cfg.n_layers):
+            raise ReflowlensError(
+                "a key-value cache goes with whole passes, for each layer keeps its own part of it: "
+                "leave out start_at_layer and stop_at_layer"
+            )
         weights = self.tied_weights()
         if start_at_layer is None:
             tokens, lengths = self.tokens_and_lengths(input, offset=offset)
+            if past_kv_cache is not None and len(set(lengths)) > 1:
+                raise ReflowlensError(
+                    f"texts of one length go with a key-value cache, which would keep the padding of others; got "
+                    f"{', '.join(map(str, lengths))} tokens"
+                )
             places = self._places(tokens.shape, segments, past_kv_cache)
             if targets is None and return_type in ("loss", "both"):
                 targets = self.next_tokens(tokens, lengths)
@@ -155,6 +167,8 @@ class ResidualModel(HookedModel):
             self.check_length(input.shape[1], offset)
             places = self._places(input.shape[:2], segments, past_kv_cache)
             resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
+        if targets is not None and targets.shape != resid.shape[:2]:
+            raise ReflowlensError(f"targets must be [batch, pos] = {list(resid.shape[:2])}, got {list(targets.shape)}")
         for block in self.blocks[start:stop]:
             resid = block(resid, places, past_kv_cache)
         if past_kv_cache is not None:
@@ -190,6 +204,8 @@ class ResidualModel(HookedModel):
             if layer is not None and not -n_layers <= layer <= n_layers:
                 raise ReflowlensError(f"{name}={layer} is out of range: this model has blocks 0 to {n_layers - 1}")
         first, last, _ = slice(start, stop).indices(n_layers)
+        if first > last:
+            raise ReflowlensError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
         return first, last
 
     @property
