@@ -48,19 +48,21 @@ def compare_models(
         experiments, seed, quick, cache: as in `run_suite`.
 
     Returns:
-        A row a model, view, experiment, metric and control, with the columns of `Result.summary` and `error`: why an
-        experiment has no result for a model and view (its other columns are empty). An experiment that takes no view
-        is run once a model, and `view` is "".
+        A row a model, view, experiment, metric and control, with the columns of `Result.summary`, `error`: why an
+        experiment has no result for a model and view (its other columns are empty), and `seed`, `quick` and
+        `model_hash`. An experiment that takes no view is run once a model, and `view` is "".
 
     Raises:
-        ReflowlensError: an experiment, model or view that does not exist, or a seed out of range; before anything is
-            run.
+        ReflowlensError: an experiment, model or view that does not exist, a model that is given twice, or a seed out of
+            range; before anything is run.
 
     Example: `side_by_side(compare_models(["reflow-nano", "untrained"], ["native", "rotated"], [2, 9], quick=True))`
     """
+    from analyses.result_cache import may_be_kept
     from reflowlens.checkpoints import model_hash
     from reflowlens.signals import VIEWS
 
+    views = list(dict.fromkeys(views))
     for view in views:
         if view not in VIEWS:
             raise ReflowlensError(f"no view {view!r}: some of {', '.join(VIEWS)} were expected")
@@ -73,18 +75,27 @@ def compare_models(
         for experiment in selected
         for view in (views if _takes_view(experiment) else [""])
     ]
-    hashes = {name: model_hash(model) if cache else "" for name, model in opened.items()}
+    hashes = {name: model_hash(model) for name, model in opened.items()}
+    keys = {name: hashes[name] if cache and may_be_kept(model) else "" for name, model in opened.items()}
     frames = []
     for name, model, view, experiment in tqdm(tasks, unit="experiment", disable=not progress):
         options = {"seed": seed, "quick": quick} | ({"view": None if view == "native" else view} if view else {})
         place = {"model": name, "view": view, "experiment": experiment.name}
         try:
-            summary = run_experiment(experiment, model, options, hashes[name])[0].summary().assign(error="")
+            result = run_experiment(experiment, model, options, keys[name])[0]
+            summary = result.summary().assign(error="")
+            if summary.empty:
+                summary = _nothing("; ".join(result.notes) or "no metrics")
         except Exception as error:
-            summary = pd.DataFrame([{"metric": "", "control": "", "verdict": "", "error": failure_message(error)}])
-        frames.append(summary.assign(**place))
+            summary = _nothing(failure_message(error))
+        frames.append(summary.assign(**place, seed=seed, quick=quick, model_hash=hashes[name]))
     table = pd.concat(frames, ignore_index=True)
     return table[["model", "view", *_KEYS, *(name for name in table if name not in ("model", "view", *_KEYS))]]
+
+
+def _nothing(why: str) -> pd.DataFrame:
+    """The row of an experiment without a result."""
+    return pd.DataFrame([{"metric": "", "control": "", "verdict": "", "error": why}])
 
 
 def side_by_side(comparison: pd.DataFrame) -> pd.DataFrame:
@@ -126,6 +137,7 @@ def _page(comparison: pd.DataFrame) -> str:
     return template("comparison.html").substitute(
         language=language(),
         lead=escape(", ".join(models)),
+        settings=escape(_settings(comparison)),
         figure=figure_html("boundary", boundary_figure(boundaries)) if boundaries else "",
         table=_table(comparison),
         footer=footer(),
@@ -133,6 +145,14 @@ def _page(comparison: pd.DataFrame) -> str:
         script=template_text("report.js"),
         plotly=plotly_script() if boundaries else "",
     )
+
+
+def _settings(comparison: pd.DataFrame) -> str:
+    """Which weights the models have, and how the experiments were run."""
+    models = comparison.drop_duplicates("model")
+    weights = [f"{name} {digest[:12]}" for name, digest in zip(models["model"], models["model_hash"], strict=True)]
+    quick = ["--quick"] if models["quick"].any() else []
+    return " · ".join([*weights, f"--seed {models['seed'].iloc[0]}", *quick])
 
 
 def _table(comparison: pd.DataFrame) -> str:
@@ -183,10 +203,13 @@ def _open(names: Sequence[str], seed: int, device: str) -> dict[str, HookedModel
     from reflowlens.checkpoints import load_model
     from reflowlens.models import build_model
 
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ReflowlensError(f"{twice[0]} is given twice, and a model is compared with others")
     if not names or names[0] == UNTRAINED:
         raise ReflowlensError("a comparison begins with a trained model, whose architecture 'untrained' then means")
     opened = {name: load_model(name, device=device) for name in names if name != UNTRAINED}
-    fresh = build_model(opened[names[0]].cfg, seed=seed + 1, device=device) if UNTRAINED in names else None
+    # Not the experiments' own seed + 1: the column would be its own control.
+    fresh = build_model(opened[names[0]].cfg, seed=seed + 2, device=device) if UNTRAINED in names else None
     return {name: fresh if name == UNTRAINED and fresh else opened[name] for name in names}
 
 

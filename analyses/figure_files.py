@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analyses.result import Result
+from analyses.suite import ERROR_FILE
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_export import Width, save_figures
 
@@ -36,7 +37,9 @@ def export_figures(
     """
     folder = Path(folder)
     results = [
-        Result.load(path.parent) for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")])
+        Result.load(path.parent)
+        for path in sorted([*folder.glob("result.json"), *folder.glob("*/result.json")])
+        if not (path.parent / ERROR_FILE).exists()  # of an earlier run; the last one failed
     ]
     if not results:
         raise ReflowlensError(f"no results in {folder}: a folder that `reflowlens run` has written was expected")

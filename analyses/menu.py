@@ -41,3 +41,5 @@ def _ask(question: str, read: Callable[[str], Answer]) -> Answer:
             return read(input(question).strip())
         except ReflowlensError as error:
             print(error)
+        except EOFError:  # Ctrl-D
+            raise KeyboardInterrupt from None

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from analyses.result import Result
 from reflowlens.checkpoints import file_hash
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
 
 _LIBRARIES = ("torch", "transformer-lens", "numpy", "pandas", "scipy", "scikit-learn", "plotly")
 _PACKAGES = Path(__file__).parent.parent
@@ -27,10 +29,16 @@ _SOURCES = ("analyses/**/*.py", "reflowlens/**/*.py", "reflowlens/assets/*.json"
 
 
 def cache_folder() -> Path:
-    """`$REFLOWLENS_CACHE`, else `reflowlens` in `$XDG_CACHE_HOME` or `~/.cache`; results are in `results` below it."""
+    """`$REFLOWLENS_CACHE`, else `reflowlens` in `$XDG_CACHE_HOME` or `~/.cache`, without a home one in the temporary
+    folder; results are in `results` below it."""
     if own := os.environ.get("REFLOWLENS_CACHE"):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reflowlens"
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "reflowlens"
+    try:
+        return Path.home() / ".cache" / "reflowlens"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"reflowlens-{os.getuid()}"
 
 
 def result_folder(model_hash: str, experiment: str, options: Mapping[str, Any]) -> Path:
@@ -53,7 +61,10 @@ def read_result(folder: Path) -> Result | None:
 
 
 def keep_result(result: Result, folder: Path) -> None:
-    """Keep a result in a folder. One that cannot be written is not kept: the run has it all the same."""
+    """Keep a result in a folder. One that cannot be written is not kept: the run has it all the same; nor is one that
+    may have been made by code that was changed meanwhile."""
+    if _hash_of_code() != code_version():
+        return
     try:
         result.save(folder, pages=False)
     except OSError:
@@ -63,6 +74,16 @@ def keep_result(result: Result, folder: Path) -> None:
 @cache
 def code_version() -> str:
     """A hash of what computes: our sources and word lists, as they are when first asked for, and the libraries."""
+    return _hash_of_code()
+
+
+def may_be_kept(model: HookedModel) -> bool:
+    """Whether results are functions of the model's weights: nothing hooks into it, and it drops nothing at random."""
+    hooked = any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
+    return not hooked and not (model.training and model.cfg.dropout)
+
+
+def _hash_of_code() -> str:
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _SOURCES for path in _PACKAGES.glob(pattern)):
         digest.update(f"{path.relative_to(_PACKAGES)} {file_hash(path)}\n".encode())

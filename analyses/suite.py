@@ -110,6 +110,7 @@ def run_suite(
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
     from analyses.lexicon import read_questions_words
+    from analyses.result_cache import may_be_kept
     from reflowlens.checkpoints import model_hash
 
     check_language(lang)
@@ -123,9 +124,7 @@ def run_suite(
     run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
     card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
     bar = tqdm(selected, unit="experiment", disable=not (sys.stderr.isatty() if progress is None else progress))
-    key = (
-        identity if cache and not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values()) else ""
-    )
+    key = identity if cache and may_be_kept(model) else ""
     options = {"seed": seed, "quick": quick, "analogies": analogies}
     try:
         for experiment in bar:

@@ -148,16 +148,20 @@ def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The weights file that a packaged name, a checkpoint folder, a training run or a file stands for."""
+    """The weights file that a checkpoint folder, a training run, a file or a packaged name stands for.
+
+    What lies at a path comes first: a run called as a packaged model is the run.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path
-    for folder in (path, ASSETS / str(name_or_path), *sorted(path.glob("step_*"), reverse=True)):
+    packaged = list_models()
+    named = [ASSETS / str(name_or_path)] if str(name_or_path) in packaged else []
+    for folder in (path, *sorted(path.glob("step_*"), reverse=True), *named):
         if (folder / WEIGHTS).is_file():
             return folder / WEIGHTS
     if path.exists():
         raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a checkpoint folder")
-    packaged = list_models()
     raise ReflowlensError(
         f"no model {str(name_or_path)!r}: neither one of the packaged ({', '.join(packaged) or 'none'}) nor a "
         f"checkpoint folder or safetensors file that exists{nearest(str(name_or_path), packaged)}"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import pandas as pd
 import torch
@@ -172,7 +172,7 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     Raises:
         ReflowlensError: the name is unknown, or the model has no native signals.
     """
-    model = getattr(model, "_orig_mod", model)  # compiled
+    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
     factored = isinstance(model.W_E, FactoredMatrix)
     name = name or ("native" if factored else "identity")
     if name not in VIEWS:

@@ -165,6 +165,16 @@ def get_tokenizer(name: str) -> Tokenizer:
     raise ReflowlensError(f"no tokenizer {name!r}: there are {', '.join(TOKENIZER_NAMES)}, or give a tokenizer.json")
 
 
+def check_tokenizer_fits(name: str, d_vocab: int, where: str) -> None:
+    """Raise ReflowlensError where a tokenizer has tokens that a model's embedding has no row for."""
+    n_vocab = get_tokenizer(name).n_vocab
+    if n_vocab > d_vocab:
+        raise ReflowlensError(
+            f"{where} has {d_vocab} rows for tokens, fewer than the {n_vocab} of tokenizer {name!r}: choose another "
+            "tokenizer, or one without the tokens that were added to it"
+        )
+
+
 @cache
 def _packaged(name: str) -> RankTokenizer:
     import tiktoken

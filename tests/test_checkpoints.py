@@ -118,7 +118,9 @@ def test_a_training_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
     assert same_weights(load_model(tmp_path), random_model("gpt2", seed=100))
 
 
-def test_packaged_models_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_models_load_by_name(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "ASSETS", tmp_path)
     assert list_models() == []
     for name in ("pico", "nano"):
@@ -126,6 +128,10 @@ def test_packaged_models_load_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "draft").mkdir()
     assert list_models() == ["nano", "pico"]
     assert same_weights(load_model("nano"), random_model("reflow"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("runs"))
+    own = save_model("nano/step_0000010", random_model("reflow", seed=1))
+    for name in ("nano", "./nano", own):  # a run called as a packaged model is the run
+        assert same_weights(load_model(name), random_model("reflow", seed=1))
     with pytest.raises(ReflowlensError, match=r"no model 'nan0': .* packaged \(nano, pico\) .*; did you mean 'nano'\?"):
         load_model("nan0")
 

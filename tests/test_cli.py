@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,27 @@ def test_the_menu_takes_all_by_default_and_speaks_chinese(runs, terminal, capsys
     assert main(["run", "--lang", "zh"]) == 1
     assert runs == [("reflow-nano", [*EXPERIMENTS], False)]
     assert "7  逐层演化: 预测从哪一层起已成定局？\n" in capsys.readouterr().out
+
+
+def test_the_end_of_the_input_ends_the_menu(runs, terminal, capsys):
+    terminal()
+
+    def end(question):
+        raise EOFError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", end)
+        assert main(["run"]) == 130
+    assert runs == []
+
+
+def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device", "out/table.csv")
+
+    monkeypatch.setattr("reflowlens.cli._parse", lambda arguments: Namespace(command=full))
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: out/table.csv: No space left on device\n"
 
 
 @pytest.mark.parametrize("arguments", ["run all", "run reflow-nano", "run --quick 7"])

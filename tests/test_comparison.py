@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 
 from analyses.comparison import compare_models, side_by_side, write_comparison
+from analyses.controls import untrained_view
 from analyses.crystallisation import compared_boundaries
 from analyses.registry import Experiment
 from analyses.result import Result
-from reflowlens.checkpoints import save_model
+from reflowlens.checkpoints import model_hash, save_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
+from reflowlens.signals import signal_view
 from tests.tiny import random_model
 
 
@@ -72,10 +74,48 @@ def test_the_untrained_model_is_the_first_ones_architecture(stubs, tmp_path):
     table = compare_models([path, "untrained"], experiments=7)
     assert list(dict.fromkeys(table["model"])) == [path, "untrained"]
     assert [architecture for architecture, *_ in stubs] == ["reflow_lite", "reflow_lite"]
+    with pytest.raises(ReflowlensError, match="untrained is given twice"):
+        compare_models([path, "untrained", "untrained"], experiments=7)
     with pytest.raises(ReflowlensError, match="begins with a trained model"):
         compare_models(["untrained", path], experiments=7)
     with pytest.raises(ReflowlensError, match="no view 'spun'"):
         compare_models([path], ["spun"], experiments=7)
+
+
+def test_the_untrained_model_is_not_its_own_control(monkeypatch):
+    def layer_evolution(model, *, view=None, seed=0, quick=False, progress=False):
+        control = untrained_view(signal_view(model), seed).model
+        result = Result("layer_evolution", "Layer Evolution", metrics={"norm": model.W_E.A.norm().item()})
+        result.controls["norm"] = {"untrained": control.W_E.A.norm().item()}
+        return result
+
+    monkeypatch.setattr(Experiment, "load", lambda self: layer_evolution)
+    table = compare_models(["reflow-nano", "untrained"], experiments=7).set_index("model")
+    assert table.loc["untrained", "value"] != table.loc["untrained", "control_value"]
+    assert table.loc["reflow-nano", "control_value"] == table.loc["untrained", "control_value"]
+
+
+def test_a_view_that_is_named_twice_is_one(stubs):
+    once, twice = (compare_models({"m": random_model("reflow")}, views, 7) for views in (["svd"], ["svd", "svd"]))
+    pd.testing.assert_frame_equal(once, twice)
+
+
+def test_a_result_without_metrics_says_why(monkeypatch):
+    def layer_evolution(model, *, progress=False):
+        return Result("layer_evolution", "Layer Evolution", notes=["nothing to measure"])
+
+    monkeypatch.setattr(Experiment, "load", lambda self: layer_evolution)
+    shown = side_by_side(compare_models({"m": random_model("reflow")}, experiments=7))
+    assert shown.loc[("layer_evolution", ""), "m"] == "nothing to measure"
+
+
+def test_the_page_says_how_it_was_made(stubs, tmp_path):
+    model = random_model("reflow")
+    table = compare_models({"ours": model}, ["svd"], 7, seed=3, quick=True)
+    page = write_comparison(table, tmp_path).read_text(encoding="utf-8")
+    assert f"<p>ours {model_hash(model)[:12]} · --seed 3 · --quick</p>" in page
+    (settings,) = pd.read_csv(tmp_path / "comparison.csv")[["seed", "quick", "model_hash"]].drop_duplicates().to_numpy()
+    assert settings.tolist() == [3, True, model_hash(model)]
 
 
 def test_the_command_writes_a_table_to_read_and_one_to_compute_with(stubs, tmp_path, capsys):
@@ -107,6 +147,7 @@ def test_a_comparison_without_any_result_is_a_failure(stubs, tmp_path, capsys):
     path = str(save_model(tmp_path / "model", random_model("gpt2"), {}))
     command = ["run", path, "9", "--compare", "untrained", "--out", str(tmp_path / "out"), "--no-cache"]
     assert main(command) == 1
+    assert "untrained  causal_ablation: no signals" in capsys.readouterr().err
     assert "no signals" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
 
 
@@ -124,6 +165,7 @@ def test_an_option_that_would_do_nothing_is_an_error(options, message, stubs, tm
 
 def test_text_of_an_error_is_not_markup(tmp_path):
     row = {"model": "m", "view": "", "experiment": "x", "metric": "", "control": "", "verdict": "", "error": "<b>"}
+    row |= {"model_hash": "0" * 64, "seed": 0, "quick": False}
     path = write_comparison(pd.DataFrame([row]), tmp_path)
     assert "&lt;b&gt;" in path.read_text(encoding="utf-8")
 
@@ -136,7 +178,7 @@ def row_of(model, value, control=math.nan):
 
 def test_the_boundaries_of_the_models_are_drawn_through_their_native_views(tmp_path):
     rows = [row_of("ours", 0.75, 0.25), row_of("theirs", 0.5, 0.25), row_of("ours", 0.1, 0.2) | {"view": "svd"}]
-    comparison = pd.DataFrame(rows)
+    comparison = pd.DataFrame(rows).assign(model_hash="0", seed=0, quick=False)
     found = compared_boundaries(comparison)
     assert {name: frame["share"].tolist() for name, frame in found.items()} == {"ours": [0.75], "theirs": [0.5]}
     assert found["ours"]["untrained"].tolist() == [0.25]

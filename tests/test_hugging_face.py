@@ -244,6 +244,12 @@ def test_exports_replace_exports_alone(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- import
 
 
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path: Path) -> None:
+    theirs("llama").save_pretrained(tmp_path / "hf")
+    with pytest.raises(ReflowlensError, match=r"hf has \d+ rows for tokens, fewer than the 50257 of tokenizer 'gpt2'"):
+        import_hf(tmp_path / "hf", tokenizer="gpt2")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_imported_models_are_the_same_function(tmp_path: Path, name: str) -> None:
     hf = theirs(name)
@@ -349,8 +355,9 @@ def test_token_ids_are_the_same(opened: dict[str, Any], name: str, text: str) ->
 
 def test_known_tokenizers_are_recognised_and_others_kept(tmp_path: Path) -> None:
     hf = theirs("llama_tied")
-    hf.save_pretrained(tmp_path / "hf")
     for name in ("gpt2_16k", "bytes"):
+        hf.resize_token_embeddings(max(288, get_tokenizer(name).n_vocab))
+        hf.save_pretrained(tmp_path / "hf")
         (tmp_path / "hf" / "tokenizer.json").write_text(packaged_json(name), encoding="utf8")
         assert import_hf(tmp_path / "hf").cfg.tokenizer_name == name
     fields = json.loads(packaged_json("bytes"))

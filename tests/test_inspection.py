@@ -195,7 +195,7 @@ def test_a_damaged_size_is_not_built(reflow, name):
 
 def test_differences_to_another_checkpoint(tmp_path):
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    a = {"same": x, "scaled": 1.5 * x, "shape": x, "here": x, "nan": x * torch.nan}
+    a = {"same": x, "scaled": 1.5 * x, "shape": x, "here": x, "nan": x * torch.nan, "number": torch.tensor(3.0)}
     b = {"same": x, "scaled": x, "shape": x.T, "there": x, "nan": x}
     for name, tensors in {"a": a, "b": b}.items():
         copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
@@ -209,6 +209,7 @@ def test_differences_to_another_checkpoint(tmp_path):
         "here": "only here",
         "there": "only there",
         "nan": "differs",
+        "number": "only here",
     }
     assert rows["relative"]["same"] == 0
     assert rows["relative"]["scaled"] == pytest.approx(0.5)
@@ -374,6 +375,24 @@ def test_files_that_are_no_models(tmp_path, name, content, kind):
     assert inspect_path(tmp_path / name).kind.startswith(kind)
     listed = inspect_path(tmp_path).frames["files"]
     assert listed["kind"][0].startswith(kind)
+
+
+def test_what_a_foreign_file_says_does_not_steer_the_terminal(tmp_path):
+    text = json.dumps({"title": "\x1b]0;owned\x07", "half": "\ud800", "chinese": "词"})
+    (tmp_path / "facts.json").write_text(text)
+    found = inspect_path(tmp_path / "facts.json")
+    shown = found.to_text()
+    assert r"\x1b]0;owned\x07" in shown
+    assert r"\ud800" in shown
+    assert "词" in shown
+    assert json.loads(found.to_json().encode("utf8")) == found.to_dict()
+
+
+def test_tables_in_tables_without_end_are_cut(tmp_path):
+    (tmp_path / "deep.json").write_text('{"a":' * 700 + "1" + "}" * 700)
+    found = inspect_path(tmp_path / "deep.json")
+    assert "…" in found.to_text()
+    assert "…" in str(json.loads(found.to_json())["facts"])
 
 
 def test_paths_that_cannot_be_inspected(tmp_path):

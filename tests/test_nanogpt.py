@@ -249,6 +249,7 @@ def test_tensors_that_cannot_be_placed_are_named(tmp_path: Path, kind: str, chan
         ({}, {"n_heads": 5}, "5 heads do not divide 32 query and 32 key channels: choose n_heads"),
         ({}, {"n_ctx": 12}, "has 24 learned positions: n_ctx cannot be 12"),
         ({}, {"tokenizer": None}, "has 288 tokens, fewer than GPT-2's 50257: choose its tokenizer"),
+        ({}, {"tokenizer": "gpt2"}, "has 288 rows for tokens, fewer than the 50257 of tokenizer 'gpt2'"),
         ({}, {"tokenizer": "gpt3"}, "no tokenizer 'gpt3'"),
     ],
 )

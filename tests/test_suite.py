@@ -3,10 +3,13 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,6 +21,7 @@ from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import Result
 from analyses.suite import model_card, parse_selection, run_suite
 from reflowlens import checkpoints
+from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.tiny import tiny_config
@@ -380,6 +384,26 @@ def test_a_hooked_model_is_not_the_one_of_its_hash(tiny, stubs, tmp_path):
     assert len(calls) == 2
 
 
+def test_a_model_that_drops_at_random_is_not_the_one_of_its_hash(stubs, tmp_path):
+    calls = counted(stubs, "layer_evolution")
+    sizes = {"n_layers": 1, "d_model": 8, "n_heads": 2, "d_head": 16, "d_mlp": 32, "d_vocab": 256, "n_ctx": 96}
+    cfg = ModelConfig(architecture="bdh", **sizes, tie_word_embeddings=False, tokenizer_name="bytes", dropout=0.5)
+    model = build_model(cfg)
+    for training in (True, True, False, False):
+        run_suite(model.train(training), 7, out=tmp_path / "out", cache=True)
+    assert len(calls) == 3
+
+
+def test_what_code_that_changed_meanwhile_has_made_is_not_kept(tiny, stubs, tmp_path, monkeypatch):
+    calls = counted(stubs, "layer_evolution")
+    result_cache.code_version()
+    with monkeypatch.context() as edited:
+        edited.setattr(result_cache, "_LIBRARIES", ())  # as good as another source
+        run_suite(tiny, 7, out=tmp_path / "a", cache=True)
+    assert run_suite(tiny, 7, out=tmp_path / "b", cache=True).cached == set()
+    assert len(calls) == 2
+
+
 def test_errors_and_damaged_entries_are_not_taken_from_the_cache(tiny, stubs, tmp_path):
     stubs["layer_evolution"] = lambda model, **options: 1 / 0
     assert run_suite(tiny, 7, out=tmp_path / "a", cache=True).errors
@@ -403,6 +427,9 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("REFLOWLENS_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert result_cache.cache_folder() == tmp_path / ".cache" / "reflowlens"
+    with monkeypatch.context() as homeless:
+        homeless.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+        assert result_cache.cache_folder() == Path(tempfile.gettempdir()) / f"reflowlens-{os.getuid()}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert result_cache.cache_folder() == tmp_path / "xdg" / "reflowlens"
     monkeypatch.setenv("REFLOWLENS_CACHE", str(tmp_path / "own"))

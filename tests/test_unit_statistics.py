@@ -263,6 +263,8 @@ def test_the_command_reads_prepared_data_and_compares(
         (["--context", "0"], "--context must be at least 1"),
         (["--data", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--against", "untrained", "untrained"], "--against: untrained is given twice"),
+        (["--against", "untrained", "--quick"], "--quick is not for --against"),
+        (["--against", "untrained", "--no-controls"], "--no-controls is not for --against"),
     ],
 )
 def test_what_the_command_cannot_do(

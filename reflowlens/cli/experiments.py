@@ -88,6 +88,7 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> i
 
     if options.analogies:
         raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
+    folder = make_folder(options.out, "comparison")
     comparison = compare_models(
         [model, *options.compare],
         options.views or ["native"],
@@ -98,8 +99,11 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> i
         cache=not options.no_cache,
         progress=sys.stderr.isatty(),
     )
-    print(write_comparison(comparison, make_folder(options.out, "comparison"), lang=options.lang))
-    return 0 if comparison["error"].eq("").any() else 1
+    failed = comparison[comparison["error"].ne("")]
+    for row in failed.itertuples():
+        print(f"{row.model} {row.view} {row.experiment}: {row.error}", file=sys.stderr)
+    print(write_comparison(comparison, folder, lang=options.lang))
+    return 1 if len(failed) == len(comparison) else 0
 
 
 def _chosen(options: argparse.Namespace) -> tuple[str, list[int]]:

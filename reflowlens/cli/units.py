@@ -96,6 +96,9 @@ def _compare(options: argparse.Namespace, model: HookedModel, text: Any, setting
     from reflowlens.checkpoints import load_model
     from reflowlens.models import build_model
 
+    for name in ("quick", "no_controls"):
+        if getattr(options, name):
+            raise ReflowlensError(f"--{name.replace('_', '-')} is not for --against, which has no controls of its own")
     names = [options.model, *options.against]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ReflowlensError(f"--against: {twice[0]} is given twice, and a model is compared with others")

@@ -25,6 +25,7 @@ from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.tokenizers import check_tokenizer_fits
 
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -126,6 +127,7 @@ def import_hf(
     if learned:
         cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
     name = read_tokenizer(folder, fields, tokenizer)
+    check_tokenizer_fits(name, cfg.d_vocab, str(folder))
     cfg = dataclasses.replace(cfg, tokenizer_name=name, model_name=_model_name(folder.resolve()))
     return model_from_weights(cfg, weights, dtype=dtype or weights["embed.W_E"].dtype)
 

@@ -21,7 +21,7 @@ from reflowlens.conversion.layout import SAME, TRANSPOSED, VECTOR, Entry, Piece,
 from reflowlens.conversion.nanogpt_names import place
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers import TOKENIZER_NAMES, get_tokenizer
+from reflowlens.tokenizers import TOKENIZER_NAMES, check_tokenizer_fits, get_tokenizer
 
 DEFAULT_D_HEAD = 64  # nanoGPT's habit
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
@@ -198,6 +198,7 @@ def _tokenizer_name(chosen: str | None, d_vocab: int, where: str) -> str:
             f"{where} has {d_vocab} tokens, fewer than GPT-2's {smallest}: choose its tokenizer, "
             f"{', '.join(TOKENIZER_NAMES)} or a tokenizer.json"
         )
+    check_tokenizer_fits(chosen or "gpt2", d_vocab, where)
     return get_tokenizer(chosen or "gpt2").name
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 WIDTH = 120
 _MOST_ROWS = 60  # of a frame in text; all of them are in the frame
+_DEEPEST = 50  # tables in tables of a foreign file; what lies deeper is left out
 _LONGEST = 2000  # characters of a fact as text; all of it is in the facts
 
 
@@ -57,7 +58,7 @@ class Inspection:
             shown = frame if all_tensors or name not in _BY_KIND else _BY_KIND[name](frame)
             blocks.append(f"{name}\n{_table(shown, None if all_tensors else _MOST_ROWS)}")
         blocks += _sentences("note", self.notes)
-        return "\n\n".join(blocks)
+        return _printable("\n\n".join(blocks))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it; a number that is not finite becomes None."""
@@ -68,7 +69,8 @@ class Inspection:
 
     def to_json(self) -> str:
         """:meth:`to_dict` as a text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return text.encode("utf8", "backslashreplace").decode()  # of half a surrogate pair, which UTF-8 has not
 
     def _repr_html_(self) -> str:
         head = f"<b>{escape(self.path)}</b>: {escape(self.kind)}"
@@ -108,14 +110,22 @@ def _shown(facts: Mapping[str, Any]) -> dict[str, str]:
     return cut | ({"…": f"and {len(facts) - len(cut):,} more"} if len(facts) > len(cut) else {})
 
 
-def _inline(value: Any) -> str:
+def _printable(text: str) -> str:
+    """What a terminal may be given of a foreign file: characters that would steer it are spelt out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _inline(value: Any, depth: int = 0) -> str:
     """A value in one line: a table as ``name=value`` pairs."""
+    if depth > _DEEPEST:
+        return "…"
     if isinstance(value, Mapping):
         return ", ".join(
-            f"{k} ({_inline(v)})" if isinstance(v, Mapping) else f"{k}={_inline(v)}" for k, v in value.items()
+            f"{k} ({_inline(v, depth + 1)})" if isinstance(v, Mapping) else f"{k}={_inline(v, depth + 1)}"
+            for k, v in value.items()
         )
     if isinstance(value, list | tuple):
-        return ", ".join(map(_inline, value))
+        return ", ".join(_inline(entry, depth + 1) for entry in value)
     if isinstance(value, bool) or value is None:
         return str(value)
     if isinstance(value, int):
@@ -190,11 +200,13 @@ def _span(values: pd.Series) -> str:
 _BY_KIND = {"tensors": _tensor_kinds, "differences": _difference_kinds}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        return "…"
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): _plain(entry, depth + 1) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, depth + 1) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.item() if hasattr(value, "item") else value

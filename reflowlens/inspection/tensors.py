@@ -90,8 +90,10 @@ def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFra
 
 def _misfits(cfg: ModelConfig, weights: Weights) -> list[str]:
     # A damaged number must not be built: every size of a sound model is the length of a stored axis or a count of them.
+    if cfg.n_layers > len(weights.tensors):
+        return [f"its configuration has n_layers {cfg.n_layers:,}, and the file {len(weights.tensors):,} tensors"]
     held = sum(stored.size for stored in weights.tensors.values())
-    for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab"):
+    for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab"):
         if getattr(cfg, name) > held:
             return [f"its configuration has {name} {getattr(cfg, name):,}, and the file {held:,} numbers in all"]
     if cfg.positional_embedding_type == "rotary":

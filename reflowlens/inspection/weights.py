@@ -179,8 +179,9 @@ def difference(ours: Weights, theirs: Weights, name: str) -> dict[str, Any]:
     """
     shapes = [side.tensors[name].shape_text if name in side.tensors else "" for side in (ours, theirs)]
     row: dict[str, Any] = {"name": name, "shape": shapes[0], "other_shape": shapes[1]}
-    if shapes[0] != shapes[1]:
-        where = "only here" if name not in theirs.tensors else "only there" if name not in ours.tensors else "shape"
+    held = (name in ours.tensors, name in theirs.tensors)
+    if not all(held) or shapes[0] != shapes[1]:
+        where = {(True, False): "only here", (False, True): "only there"}.get(held, "shape")
         return row | {"state": where, "relative": math.nan, "max_abs": math.nan}
     apart = size = 0.0
     largest: list[float] = []

@@ -240,7 +240,7 @@ def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
 def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
     past = kwargs.get("past_kv_cache")
     offset = past.length if past is not None else 0
-    tokens, own = None, []
+    tokens, own = None, list[int]()
     if kwargs.get("start_at_layer") is None:
         tokens, own = model.tokens_and_lengths(input, offset=offset)
     shape = input.shape[:2] if tokens is None else tokens.shape

@@ -169,7 +169,8 @@ def select(
         if prompt.cached and isinstance(intervention.position, str):
             here = _in_this_pass(model, intervention.position, prompt)
             columns = here.any(dim=0).nonzero()[:, 0]
-            found, counted = columns if len(columns) else None, here[:, columns]
+            found: Where | None = columns if len(columns) else None
+            counted = here[:, columns]
         else:
             found = _positions(model, intervention.position, prompt)
         if found is None:
