@@ -93,8 +93,17 @@ class ActivationCache(transformer_lens.ActivationCache):
         layer: int | None = None,
         view: SignalView | ViewName | None = None,
     ) -> Float[Tensor, "*batch pos S"]:
-        """What each signal adds to the target's logit at every position; sums over S to the logit (lens)."""
-        return self._view(view).contributions(self.resid(layer), target)
+        """What each signal adds to the target's logit at every position; sums over S to the logit (lens).
+
+        Raises:
+            ReflowlensError: the target is neither a token nor one a position.
+        """
+        resid = self.resid(layer)
+        if isinstance(target, Tensor) and target.ndim and target.shape != resid.shape[:-1]:
+            raise ReflowlensError(
+                f"target must be one token or one a position, {list(resid.shape[:-1])}, got {list(target.shape)}"
+            )
+        return self._view(view).contributions(resid, target)
 
     def _view(self, view: SignalView | ViewName | None) -> SignalView:
         return view_of(self._hooked_model(), view)

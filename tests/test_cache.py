@@ -254,3 +254,14 @@ def test_a_notebook_shows_points_and_sizes(tmp_path: Path) -> None:
     assert "in memory" in html
     loaded = ActivationCache.load(cache.save(tmp_path / "cache"))
     assert loaded._repr_html_() == html.replace("in memory", "on disk")
+
+
+def test_a_target_is_one_token_or_one_a_position() -> None:
+    """One a prompt would be read as one a position where there are as many."""
+    model = random_model("reflow")
+    cache = model.run_with_cache(["abc", "def", "ghi"])[1]
+    with pytest.raises(ReflowlensError, match=r"one token or one a position, \[3, 3\], got \[3\]"):
+        cache.signal_contributions(torch.tensor([1, 2, 3]))
+    targets = torch.tensor([[1], [2], [3]]).expand(3, 3)
+    expected = torch.stack([cache.signal_contributions(i + 1)[i] for i in range(3)])
+    torch.testing.assert_close(cache.signal_contributions(targets), expected)

@@ -361,3 +361,12 @@ def test_lengths_count_where_a_run_starts_at_a_layer(tiny_models: dict[str, Hook
 def test_a_layer_is_named_once(tiny_models: dict[str, HookedModel]) -> None:
     with pytest.raises(ReflowlensError, match=r"layer=\[1, -1\] names a block twice"):
         rl.run(tiny_models["reflow"], "abc", rl.Ablate("z", layer=[1, -1]))
+
+
+def test_a_cache_that_was_cut_is_no_source(tiny_models: dict[str, HookedModel]) -> None:
+    """Its first position is another's."""
+    model = tiny_models["reflow"]
+    for name in ("hook_resid_pre", "attn.hook_q"):
+        cache = model.run_with_cache("abcde", pos_slice=-2)[1]
+        with pytest.raises(ReflowlensError, match=r"the cache has 1 positions of .*, of 5 tokens: .* pos_slice"):
+            rl.run(model, "fghij", rl.Patch(f"blocks.1.{name}", cache, position=0))

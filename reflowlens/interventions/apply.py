@@ -124,7 +124,7 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
     """The activations of a source at some points, read off a cache; anything else is run, without gradients.
 
     Raises:
-        ReflowlensError: a cache has not the points.
+        ReflowlensError: a cache has not the points, or not all positions.
     """
     if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
         cache = cast(Mapping[str, Tensor], source)
@@ -135,7 +135,16 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
                     "names_filter=lambda name: True) keeps every point"
                 )
         without_batch = getattr(source, "has_batch_dim", True) is False
-        return {name: cache[name][None] if without_batch else cache[name] for name in names}
+        activations = {name: cache[name][None] if without_batch else cache[name] for name in names}
+        tokens = getattr(source, "tokens", None)
+        for name, activation in activations.items():
+            held = activation.shape[model.hook_axes(name).index("pos")]
+            if tokens is not None and held != tokens.shape[1]:
+                raise ReflowlensError(
+                    f"the cache has {held} positions of {name!r}, of {tokens.shape[1]} tokens: one that was cut with "
+                    "pos_slice cannot say which they are"
+                )
+        return activations
     with torch.no_grad():
         return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
 
