@@ -311,14 +311,17 @@ def _write_metrics(run: SuiteRun) -> None:
 
 def make_folder(out: str | Path | None, name: str) -> Path:
     """`out`, or a new `out/<model>/<date-time>`, with a number behind it should that second have one already."""
-    if out is None:
-        base = Path("out") / re.sub(r"[^\w.-]+", "_", name)
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        names = itertools.chain([stamp], (f"{stamp}_{i}" for i in itertools.count(2)))
-        out = next(base / name for name in names if not (base / name).exists())
-    with _writing_into(out):
-        Path(out).mkdir(parents=True, exist_ok=True)
-    return Path(out)
+    if out is not None:
+        with _writing_into(out):
+            Path(out).mkdir(parents=True, exist_ok=True)
+        return Path(out)
+    base = Path("out") / re.sub(r"[^\w.-]+", "_", name)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for folder in itertools.chain([base / stamp], (base / f"{stamp}_{i}" for i in itertools.count(2))):
+        with _writing_into(folder), suppress(FileExistsError):  # another run's, perhaps of this very moment
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("there is always another number")
 
 
 def _packaged_manifest(model: HookedModel, name: str) -> dict[str, Any]:
