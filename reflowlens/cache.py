@@ -99,9 +99,11 @@ class ActivationCache(transformer_lens.ActivationCache):
             ReflowlensError: the target is neither a token nor one a position.
         """
         resid = self.resid(layer)
-        if isinstance(target, Tensor) and target.ndim and target.shape != resid.shape[:-1]:
+        places = resid.shape[:-1]
+        allowed = [torch.Size([]), places, *([places[1:]] if places[0] == 1 else [])]
+        if isinstance(target, Tensor) and target.shape not in allowed:
             raise ReflowlensError(
-                f"target must be one token or one a position, {list(resid.shape[:-1])}, got {list(target.shape)}"
+                f"target must be one token or one a position, {list(places)}, got {list(target.shape)}"
             )
         return self._view(view).contributions(resid, target)
 
