@@ -397,6 +397,7 @@ def test_what_a_cache_cannot_keep_is_refused(model: HookedModel, tokens: Tensor)
     for part in (
         {"stop_at_layer": 1},
         {"stop_at_layer": 0},
+        {"start_at_layer": 0},
         {"start_at_layer": 1},
         {"start_at_layer": 1, "stop_at_layer": 2},
     ):

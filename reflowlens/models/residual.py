@@ -139,7 +139,7 @@ class ResidualModel(HookedModel):
             raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
         offset = past_kv_cache.length if past_kv_cache is not None else 0
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
-        if past_kv_cache is not None and (start, stop) != (0, self.cfg.n_layers):
+        if past_kv_cache is not None and (start_at_layer is not None or stop < self.cfg.n_layers):
             raise ReflowlensError(
                 "a key-value cache goes with whole passes, for each layer keeps its own part of it: "
                 "leave out start_at_layer and stop_at_layer"
