@@ -16,6 +16,7 @@ import reflowlens as rl
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions import ablated_readout
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations, contribution_order
+from reflowlens.interventions.stages import DecoderStages
 from reflowlens.interventions.upstream_ablation import Site
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import signal_view
@@ -313,13 +314,22 @@ def test_embed_is_what_a_sweep_of_interventions_gives(name: str) -> None:
     assert_close(small.values, ours.values)
 
 
-def test_a_signal_that_no_token_of_the_prompt_uses_costs_no_run() -> None:
+def test_a_signal_that_no_token_of_the_prompt_uses_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model("reflow_topk")
     view, tokens = signal_view(model), model.to_tokens("aab")
     unused = (view.recipe[tokens[0]] == 0).all(dim=0).nonzero()[:, 0].tolist()
     assert unused
+    ran: list[int] = []
+    run = DecoderStages.run
+    monkeypatch.setattr(DecoderStages, "run", lambda self, at, *rest: (ran.append(at), run(self, at, *rest))[1])
+    used = (view.recipe[tokens[0]] != 0).any(dim=0).nonzero()[0].tolist()
+    rl.ablate_upstream(model, tokens, rl.metrics.target_prob("e"), "embed", signals=used)
+    assert ran
+    ran.clear()
     result = rl.ablate_upstream(model, tokens, rl.metrics.target_prob("e"), "embed", signals=unused)
-    assert torch.equal(result.values[:, 0], result.baseline.expand(len(unused)))
+    assert not ran
+    # Read as a batch of its own shape: a matrix product promises its last bits for one shape alone.
+    assert_close(result.values[:, 0], result.baseline.expand(len(unused)))
     at_readout = rl.ablate_readout(model, tokens).probability("e")[0, unused]
     everywhere = rl.ablate_upstream(model, tokens, rl.metrics.target_prob("e"), "everywhere", signals=unused)
     assert_close(everywhere.values[:, 0], at_readout)
