@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     Attributes:
         tokens: what the pass read, [batch, pos]; None if it did not start from tokens.
+        lengths: how many of them are each prompt's own, where texts were given; the rest is padding.
 
     Example:
         >>> import reflowlens as rl
@@ -43,9 +44,11 @@ class ActivationCache(transformer_lens.ActivationCache):
         model: Any,
         has_batch_dim: bool = True,
         tokens: Int[Tensor, "batch pos"] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
         self.tokens = tokens
+        self.lengths = lengths
         self._origin: dict[str, Any] = {"model": None, "model_hash": None}  # of a cache that was loaded without a model
 
     def __getitem__(self, key: str | tuple) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,11 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
 def _bound_to(model: HookedModel, intervention: Intervention, name: str, activation: Tensor) -> Bound:
     """With a source's activation; of texts that differ in length and are drawn from, their own positions in one row."""
     source = intervention.source()
+    if isinstance(intervention, Patch) and intervention.from_position is not None:
+        own_lengths = getattr(source, "lengths", None) or []
+        if len(set(own_lengths)) > 1:
+            there = _from_own_position(activation, model.hook_axes(name), intervention.from_position, own_lengths)
+            return Bound(dataclasses.replace(intervention, from_position=0), name, there)
     if isinstance(source, str) or not isinstance(source, Sequence):
         return Bound(intervention, name, activation)
     lengths = model.tokens_and_lengths(source)[1]
@@ -165,6 +171,19 @@ def _bound_to(model: HookedModel, intervention: Intervention, name: str, activat
         )
     own = torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None]
     return Bound(intervention, name, own)
+
+
+def _from_own_position(activation: Tensor, axes: Sequence[str], position: int | str, lengths: Sequence[int]) -> Tensor:
+    """One position of each row, counted within the row's own tokens; the position axis keeps length 1."""
+    index = -1 if position == "last" else cast(int, position)
+    for i, length in enumerate(lengths):
+        if not -length <= index < length:
+            raise ReflowlensError(
+                f"from_position={index} is out of range: prompt {i} of the source has {length} tokens"
+            )
+    axis = axes.index("pos") - 1
+    rows = [row.select(axis, index % length) for row, length in zip(activation, lengths, strict=True)]
+    return torch.stack(rows).unsqueeze(axis + 1)
 
 
 def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:

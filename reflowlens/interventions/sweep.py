@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from reflowlens.cache import ActivationCache
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
@@ -135,7 +136,8 @@ def prepare_sweep(model: HookedModel, clean: TextInput | None, corrupted: TextIn
         if clean_tokens is None:
             raise ReflowlensError("these cells patch from the clean run: give the clean prompts")
         cache = source_cache(model, clean_tokens, unbound)
-        bound = [tuple(_bound(part, cache) for part in cell) for cell in cells.cells]
+        clean_run = ActivationCache(dict(cache), model, tokens=clean_tokens, lengths=lengths)
+        bound = [tuple(_bound(part, clean_run) for part in cell) for cell in cells.cells]
         cells = dataclasses.replace(cells, cells=bound)
     return Setup(model, clean_tokens, tokens, lengths, cells, asked)
 

@@ -388,7 +388,7 @@ class HookedModel(HookedRootModule):
         """
         from reflowlens.cache import ActivationCache
 
-        tokens = self._tokens_of_pass(args[0] if args else kwargs.get("input"), kwargs)
+        tokens, lengths = self._tokens_of_pass(args[0] if args else kwargs.get("input"), kwargs)
         if remove_batch_dim and tokens is not None and len(tokens) > 1:
             raise ReflowlensError(f"remove_batch_dim needs one prompt, got {len(tokens)}")
         activations, fwd, bwd = self.get_caching_hooks(
@@ -404,14 +404,18 @@ class HookedModel(HookedRootModule):
                 out.backward()
         if not return_cache_object:
             return out, activations
-        return out, ActivationCache(activations, self, has_batch_dim=not remove_batch_dim, tokens=tokens)
+        return out, ActivationCache(
+            activations, self, has_batch_dim=not remove_batch_dim, tokens=tokens, lengths=lengths
+        )
 
-    def _tokens_of_pass(self, input: Any, kwargs: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
-        """What a pass reads, where it starts from tokens."""
+    def _tokens_of_pass(
+        self, input: Any, kwargs: dict[str, Any]
+    ) -> tuple[Int[Tensor, "batch pos"] | None, list[int] | None]:
+        """What a pass reads, where it starts from tokens, and how much of each row is its own."""
         if kwargs.get("start_at_layer") is not None:
-            return None
+            return None, None
         past = kwargs.get("past_kv_cache")
-        return self.tokens_and_lengths(input, offset=0 if past is None else past.length)[0]
+        return self.tokens_and_lengths(input, offset=0 if past is None else past.length)
 
     def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:
         """Continue a prompt; see :func:`reflowlens.generation.generate`."""
