@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -115,3 +116,12 @@ def test_a_parameter_may_be_set_to_a_view_of_itself(reflow: HookedModel) -> None
     with rl.edit(reflow, rl.SetWeights("embed.W_basis", reflow.embed.W_basis.detach().T)):
         assert torch.equal(reflow.embed.W_basis, before.T)
     assert torch.equal(reflow.embed.W_basis, before)
+
+
+def test_a_copy_made_inside_intervene_does_not_answer_for_the_original(reflow: HookedModel) -> None:
+    with rl.intervene(reflow, rl.Ablate("z", layer=0)):
+        copied = copy.deepcopy(reflow)
+        reflow("ab")
+    with pytest.raises(ReflowlensError, match="copied inside"):
+        copied("ab")
+    reflow("ab")

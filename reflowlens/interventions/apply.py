@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -238,7 +239,9 @@ def _noting_prompts(model: HookedModel, passes: list[Prompt], lengths: Sequence[
     """Tell the hooks which prompt is being read: selectors such as ``"last"`` depend on it."""
     forward: Callable = model.forward
 
-    def noting(input: Any, *args: Any, **kwargs: Any) -> Any:
+    def noting(self: HookedModel, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:  # a deepcopy, which would answer with the weights of the original
+            raise ReflowlensError("this model was copied inside rl.intervene: copy it outside of the block")
         passes.append(_prompt(model, input, kwargs, lengths))
         try:
             return forward(input, *args, **kwargs)
@@ -246,7 +249,7 @@ def _noting_prompts(model: HookedModel, passes: list[Prompt], lengths: Sequence[
             passes.pop()
 
     outer = model.__dict__.get("forward")
-    model.forward = noting
+    model.forward = MethodType(noting, model)  # bound, so that a deepcopy binds it to the copy
     try:
         yield
     finally:
