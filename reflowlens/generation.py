@@ -59,7 +59,7 @@ def generate(
 
     Raises:
         ReflowlensError: a prompt is empty, a setting is out of range, prompt and continuation exceed ``n_ctx``, or the
-            logits are NaN.
+            logits are NaN or infinite.
 
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
@@ -124,13 +124,13 @@ def sample(
     """Draw a token for each row from its own generator.
 
     Raises:
-        ReflowlensError: a logit is NaN.
+        ReflowlensError: a logit is NaN, or a row's largest is infinite, before the temperature or after it.
     """
-    if logits.isnan().any():
-        raise ReflowlensError("the logits are NaN: the weights, or an intervention, are not finite")
+    _check_finite(logits, "the weights, or an intervention, are not finite, or the logits overflow their type")
     if temperature == 0 or not generators:  # no row draws while all are in their prompts or have ended
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
+    _check_finite(logits, f"divided by temperature={temperature} they overflow; temperature=0 takes the likeliest")
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
@@ -143,6 +143,12 @@ def sample(
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1).cpu()
     uniform = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=own) for own in generators])
     return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
+
+
+def _check_finite(logits: Float[Tensor, "batch d_vocab"], why: str) -> None:
+    # A largest logit of NaN or infinity leaves no distribution; -inf beside a finite one is a token of probability 0.
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ReflowlensError(f"the logits are {'NaN' if logits.isnan().any() else 'infinite'}: {why}")
 
 
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:

@@ -159,3 +159,9 @@ def test_positions_from_the_end_are_refused(tiny_models):
         error = pytest.raises(ReflowlensError, match="negative positions have no meaning while text is generated")
         with error, rl.intervene(model, scale):
             model.generate("abcd", 2)
+
+
+@pytest.mark.parametrize(("logits", "temperature"), [([1.0, float("inf"), 0.0], 1.0), ([20.0, -3.0, 1.0], 1e-38)])
+def test_infinite_logits_are_not_sampled(logits: list[float], temperature: float) -> None:
+    with pytest.raises(ReflowlensError, match="the logits are infinite"):
+        sample(torch.tensor([logits]), temperature, None, None, [torch.Generator().manual_seed(0)])

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import prune
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -499,3 +500,23 @@ def test_export_and_import_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_compiled_model_is_exported_with_its_own_weights(tmp_path: Path) -> None:
+    model = random_model("gpt2_new")
+    wrapped = torch.compile(model)
+    for name, exported in (("plain", model), ("compiled", wrapped)):
+        export_hf(exported, tmp_path / name)
+    plain, compiled = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+    save_model(tmp_path / "saved", wrapped)
+    assert_close(load_model(tmp_path / "saved")("The"), model("The"))
+
+
+def test_a_pruned_model_is_not_exported_with_zeros(tmp_path: Path) -> None:
+    model = random_model("gpt2_new")
+    prune.custom_from_mask(model.blocks[0].attn, "W_Q", torch.ones_like(model.blocks[0].attn.W_Q))
+    with pytest.raises(ReflowlensError, match=r"no parameter 'blocks.0.attn.W_Q'.*prune.remove"):
+        export_hf(model, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()

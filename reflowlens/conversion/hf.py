@@ -54,7 +54,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
-    folder = Path(folder)
+    folder, model = Path(folder), getattr(model, "_orig_mod", model)  # compiled
     check_replaceable(folder, (WEIGHTS, CONFIG))
     family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
     if family is None:

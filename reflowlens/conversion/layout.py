@@ -13,6 +13,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.models.components import is_bias
 
 Reader: TypeAlias = "Callable[[], Tensor]"
 SAME, TRANSPOSED, VECTOR = "rows columns -> rows columns", "rows columns -> columns rows", "width -> width"
@@ -65,8 +66,18 @@ def shapes_of(cfg: ModelConfig) -> dict[str, torch.Size]:
 
 
 def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Our weights under their names; a parameter of ``cfg`` that is not among them, such as a bias, is zero."""
+    """Our weights under their names; a bias that the model does without is zero.
+
+    Raises:
+        ReflowlensError: a parameter other than a bias is missing, as in a model that is pruned or wrapped.
+    """
     shapes = shapes_of(cfg)
+    ours = [piece.ours for item in layout for piece in item.pieces]
+    if missing := [name for name in ours if name not in weights and not is_bias(name)]:
+        raise ReflowlensError(
+            f"the model has no parameter {missing[0]!r} ({len(missing)} missing): a pruned model is exported after "
+            "torch.nn.utils.prune.remove, a wrapped one by the module inside"
+        )
     return {
         item.theirs: torch.cat(
             [
