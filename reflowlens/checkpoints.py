@@ -15,7 +15,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,8 @@ def save_model(
         ReflowlensError: a weight is not finite (in ``dtype``), the folder holds something other than a checkpoint, the
             disk is full or the folder cannot be written; then nothing has changed.
     """
-    folder, model = Path(folder), getattr(model, "_orig_mod", model)  # compiled
+    folder = Path(folder)
+    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
     check_replaceable(folder, (WEIGHTS, MANIFEST))
     weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
     for name, tensor in weights.items():

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
-    folder, model = Path(folder), getattr(model, "_orig_mod", model)  # compiled
+    folder = Path(folder)
+    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
     check_replaceable(folder, (WEIGHTS, CONFIG))
     family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
     if family is None:
