@@ -3,14 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test slow lint types docs notebooks clean
+.PHONY: run test exact slow lint types docs notebooks clean
 
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
 
 # A file stays with one worker: its fixtures are made once.
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile \
+		-rs --durations=25
+
+# Results may not depend on the instructions that this processor has: equality is tested with AVX2 alone and without it.
+EXACT := $(BIN)/python -m pytest -q -m "exact and not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+exact: .venv/.dev
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
+	ATEN_CPU_CAPABILITY=default $(EXACT)
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import inspect
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,25 @@ from torch import Tensor
 from reflowlens.models.base import HookedModel
 from tests.runs import tokens_folder, write  # noqa: F401 (fixtures)
 from tests.tiny import NAMES, random_model, random_tokens
+
+_EXACT = ("torch.equal(", "rtol=0, atol=0")
+
+
+def pytest_report_header() -> str:
+    """Results to the last bit depend on the processor and on the instructions that torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return (
+        f"cpu: {name or platform.processor()}, torch {torch.__version__} uses {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that assert equality to the last bit: `make exact` repeats them with fewer instructions."""
+    for item in items:
+        if isinstance(item, pytest.Function) and any(sign in inspect.getsource(item.function) for sign in _EXACT):
+            item.add_marker(pytest.mark.exact)
 
 
 @pytest.fixture(autouse=True, scope="session")
