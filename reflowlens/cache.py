@@ -17,6 +17,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.tensor_folder import open_tensors, save_tensors
 
@@ -182,6 +183,7 @@ class ActivationCache(transformer_lens.ActivationCache):
 
         Example: ``cache = rl.ActivationCache.load("out/cache"); cache["blocks.3.hook_resid_pre"].shape``
         """
+        model = None if model is None else hooked_model(model)
         manifest, stored = open_tensors(folder, _KIND)
         try:
             points, same_as, hashed = manifest["points"], manifest["same_as"], manifest["model_hash"]

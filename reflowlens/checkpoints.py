@@ -15,7 +15,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
 from reflowlens.models import MODEL_CLASSES, build_model, moved
 from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
 
 FORMAT = "reflowlens-1"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -95,7 +96,7 @@ def save_model(
             disk is full or the folder cannot be written; then nothing has changed.
     """
     folder = Path(folder)
-    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
+    model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, MANIFEST))
     weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
     for name, tensor in weights.items():
@@ -125,6 +126,7 @@ def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpo
 
 def model_hash(model: HookedModel) -> str:
     """SHA-256 over the configuration and the weights, the identity of a model in results and figures."""
+    model = hooked_model(model)
     digest = hashlib.sha256(json.dumps(model.cfg.to_dict(), sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())

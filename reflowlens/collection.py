@@ -28,6 +28,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import check_lengths_known
 from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.running_statistics import Moments, PointStatistics, TopExamples
 from reflowlens.tensor_folder import open_tensors, save_tensors
 
@@ -79,7 +80,7 @@ def collect(
         >>> collected.n_rows, collected["unembed.hook_signal"].covariance.shape
         (3, torch.Size([256, 256]))
     """
-    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    hooked = hooked_model(model)
     statistics = [statistics] if isinstance(statistics, str) else statistics
     choices = _choices(hooked, names, statistics, k, threshold, positions)
     collected = Collected({}, 0, choices, hooked.cfg.model_name, model_hash(hooked))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
+from reflowlens.models.unwrapping import hooked_model
 
 
 @torch.no_grad()
@@ -63,6 +64,7 @@ def generate(
 
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
+    forward, model = model, hooked_model(model)  # a compiled model reads compiled
     _check_settings(temperature, top_k, top_p, max_new_tokens)
     if return_type not in ("text", "tokens"):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
@@ -89,7 +91,7 @@ def generate(
     while end < total and not ended.all():
         if past is not None:
             past.ready = starts <= end  # an intervention at "last" leaves the inside of a prompt alone
-        logits = model(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
+        logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
         free = (starts <= end) & ~ended  # rows still inside their prompt draw nothing, so that they stay as if alone
         drawing = free.nonzero().squeeze(1)
         drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])

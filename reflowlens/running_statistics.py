@@ -149,7 +149,11 @@ class PointStatistics:
         if not 0 <= feature < len(top.value):
             raise ReflowlensError(f"no feature {feature}: this point has features 0 to {len(top.value) - 1}")
         frame = pd.DataFrame({name: getattr(top, name)[feature].tolist() for name in ("value", *_PLACES)})
-        return frame if model is None else frame.assign(text=model.tokenizer.to_str_tokens(frame["token"].tolist()))
+        if model is None:
+            return frame
+        from reflowlens.models.unwrapping import hooked_model
+
+        return frame.assign(text=hooked_model(model).tokenizer.to_str_tokens(frame["token"].tolist()))
 
     def merge(self, other: PointStatistics, k: int) -> PointStatistics:
         """Of both parts of a stream, for which the same was asked."""

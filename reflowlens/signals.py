@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -36,6 +36,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Norm, wide
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.varimax import varimax_rotation
 
 ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
@@ -172,7 +173,7 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     Raises:
         ReflowlensError: the name is unknown, or the model has no native signals.
     """
-    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
+    model = hooked_model(model)
     factored = isinstance(model.W_E, FactoredMatrix)
     name = name or ("native" if factored else "identity")
     if name not in VIEWS:
@@ -206,7 +207,7 @@ def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int
     """
     if not isinstance(view, SignalView):
         return signal_view(model, view, seed=seed)
-    if view.model is not getattr(model, "_orig_mod", model):
+    if view.model is not hooked_model(model):
         raise ReflowlensError("this view was made from another model: make one with rl.signal_view(model)")
     return view
 

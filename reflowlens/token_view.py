@@ -92,7 +92,12 @@ def token_texts(tokens: Tokens, model: HookedModel | None) -> list[str]:
     if not texts and model is None:
         what = "a text" if isinstance(tokens, str) else "token ids"
         raise ReflowlensError(f"{what} cannot be split into tokens without a model: give model=, or the tokens' texts")
-    shown = list(tokens) if texts or model is None else model.to_str_tokens(tokens)
+    if texts or model is None:
+        shown = list(tokens)
+    else:
+        from reflowlens.models.unwrapping import hooked_model
+
+        shown = hooked_model(model).to_str_tokens(tokens)
     if not shown:
         raise ReflowlensError("there are no tokens to show")
     return shown

@@ -246,5 +246,5 @@ def test_impossible_circuits(
 
 
 def test_what_has_no_heads_has_no_graph() -> None:
-    with pytest.raises(ReflowlensError, match="a Linear has no graph"):
-        Graph.of(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ReflowlensError, match="a BDH has no graph"):
+        Graph.of(rl.load_model("bdh-nano"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers import check_tokenizer_fits
 
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
     folder = Path(folder)
-    model = cast(HookedModel, getattr(model, "_orig_mod", model))  # compiled
+    model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, CONFIG))
     family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
     if family is None:

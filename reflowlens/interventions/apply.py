@@ -19,6 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Prompt, Selection, hook_names, select
 from reflowlens.interventions.values import Intervention, Patch, Source
 from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.unwrapping import hooked_model
 
 
 @dataclass
@@ -59,7 +60,7 @@ def intervene(
         >>> len(model.blocks[0].hook_resid_pre.fwd_hooks)
         0
     """
-    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    hooked = hooked_model(model)
     if isinstance(interventions, Intervention):
         interventions = [interventions]
     if isinstance(interventions, str) or not isinstance(interventions, Iterable):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from reflowlens.interventions.reading import Reader, check_readout_is_free
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.unwrapping import hooked_model
 
 Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
 Ablation = Literal["corrupted", "mean"]
@@ -52,7 +53,7 @@ class CircuitRuns:
     ) -> None:
         if metric.normalised:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
-        self.model: Decoder = getattr(model, "_orig_mod", model)
+        self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)
         self.tokens, lengths = self.model.tokens_and_lengths(clean)
         others, other_lengths = self.model.tokens_and_lengths(corrupted)

@@ -10,7 +10,7 @@ and values are the real ones, also under grouped-query attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
@@ -25,6 +25,7 @@ from reflowlens.interventions.sweep import paired_tokens
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.unwrapping import hooked_model
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def edge_attribution(
     """
     if mode not in ("gradient", "integrated"):
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
-    hooked: Decoder = getattr(model, "_orig_mod", model)
+    hooked = cast(Decoder, hooked_model(model))
     with torch.inference_mode(False):
         clean_tokens, tokens, lengths = paired_tokens(hooked, clean, corrupted)
         runs = GradientRuns(hooked, metric, tokens, lengths, clean_tokens)

@@ -15,6 +15,7 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import fit, integer
 from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
 
 Indices: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | None"
 
@@ -97,7 +98,7 @@ def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[Hooke
         >>> rl.model_hash(model) == before
         True
     """
-    model = getattr(model, "_orig_mod", model)
+    model = hooked_model(model)
     edits = [edits] if isinstance(edits, (SetWeights, SwapWeights)) or not isinstance(edits, Iterable) else list(edits)
     for change in edits:
         if not isinstance(change, (SetWeights, SwapWeights)):

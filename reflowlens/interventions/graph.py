@@ -20,6 +20,7 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.unwrapping import hooked_model
 
 Edge = tuple[str, str]
 _IN_BLOCK = {
@@ -93,6 +94,7 @@ class Graph:
         Raises:
             ReflowlensError: it does not consist of attention heads and MLPs.
         """
+        model = hooked_model(model)
         if not isinstance(model, Decoder):
             raise ReflowlensError(f"a {type(model).__name__} has no graph of attention heads and MLPs")
         return cls(model.cfg.n_layers, model.cfg.n_heads, model.cfg.kv_heads)

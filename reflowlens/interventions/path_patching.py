@@ -32,6 +32,7 @@ from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.unwrapping import hooked_model
 
 _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held together
 
@@ -138,7 +139,7 @@ class _Pair:
     """A corrupted run, and what every sender writes otherwise in the clean one."""
 
     def __init__(self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric) -> None:
-        self.model: Decoder = getattr(model, "_orig_mod", model)
+        self.model = cast(Decoder, hooked_model(model))
         if attached_points(self.model):
             raise ReflowlensError("paths are patched in the model as it is: leave rl.intervene and remove hooks first")
         self.graph = Graph.of(self.model)

@@ -18,7 +18,8 @@ from reflowlens.interventions.attribution import estimate_cells
 from reflowlens.interventions.grids import CellSpec
 from reflowlens.interventions.sweep import prepare_sweep, sweep
 from reflowlens.metrics import Metric
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import TextInput
+from reflowlens.models.unwrapping import hooked_model
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def screen(
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
     if top < 0:
         raise ReflowlensError(f"top must be 0 or more, got {top}")
-    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    hooked = hooked_model(model)
     setup = prepare_sweep(hooked, clean, corrupted, cells)
     values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)
     estimates = (values - baseline).mean(dim=1).cpu()

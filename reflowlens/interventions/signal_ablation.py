@@ -30,7 +30,8 @@ from reflowlens.interventions.reading import check_readout_is_free
 from reflowlens.interventions.stages import READOUT_SIGNAL
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import Target, read_positions
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import TextInput
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 
 By: TypeAlias = Literal["zero", "mean", "resample"]
@@ -130,7 +131,7 @@ def _read(
     ablation: Ablate,
 ) -> tuple[SignalView, Float[Tensor, "prompt S"], Float[Tensor, "prompt S"]]:
     """A view, each prompt's signals at a position, and what the ablation puts in their place there."""
-    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    hooked = hooked_model(model)
     check_readout_is_free(hooked)
     chosen = view_of(hooked, view)
     tokens, lengths = hooked.tokens_and_lengths(prompt)

@@ -36,6 +36,7 @@ from reflowlens.interventions.selection import hook_names
 from reflowlens.interventions.values import Patch, to_json
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.unwrapping import hooked_model
 
 Mode = Literal["exact", "gradient", "integrated"]
 MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
@@ -88,7 +89,7 @@ def sweep(
     """
     if mode not in MODES:
         raise ReflowlensError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-    hooked: HookedModel = getattr(model, "_orig_mod", model)
+    hooked = hooked_model(model)
     if results is not None and mode != "exact":
         raise ReflowlensError(f"results keeps the cells of an exact sweep: mode={mode!r} estimates them all at once")
     setup = prepare_sweep(hooked, clean, corrupted, cells)

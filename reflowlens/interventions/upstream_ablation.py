@@ -37,6 +37,7 @@ from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.residual import Readout, ResidualModel
+from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
@@ -193,7 +194,7 @@ def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
 
 
 def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
-    hooked: ResidualModel = getattr(model, "_orig_mod", model)
+    hooked = cast(ResidualModel, hooked_model(model))
     if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if isinstance(metric, Metric) and metric.normalised:

@@ -1,0 +1,32 @@
+"""What functions of a model accept: a hooked model, compiled or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+
+
+def hooked_model(model: Any) -> HookedModel:
+    """The model itself, or what ``torch.compile`` made a compiled one of.
+
+    A compiled module answers to most names of the model inside it, but its parameters have other names and its graph
+    does not see new hooks.
+
+    Raises:
+        ReflowlensError: it is no hooked model: a name, a model in a wrapper for training, or one of another library.
+    """
+    while isinstance(model, nn.Module) and isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    if isinstance(model, HookedModel):
+        return model
+    if isinstance(model, str | Path):
+        raise ReflowlensError(f"{str(model)!r} is a name and not a model: load it with rl.load_model({str(model)!r})")
+    kind = type(model).__name__
+    if isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
+        raise ReflowlensError(f"a {kind} wraps the model: pass model.module")
+    raise ReflowlensError(f"expected a hooked model, as rl.load_model and rl.build_model give, got a {kind}")
