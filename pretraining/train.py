@@ -42,9 +42,9 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
     """Train a model and return the folder of its last checkpoint.
 
     The data order is a function of the seed and the step, and the state on disk is complete, so a resumed run takes the
-    same steps, to the bit, as one that was never stopped; on another number of processes, or sharded otherwise, the
-    same steps up to rounding (but with dropout other processes drop other neurons). Ctrl-C (and SIGTERM) finishes the
-    step, saves and stops.
+    same steps, to the bit, as one that was never stopped; on another processor, another number of processes, or sharded
+    otherwise, the same steps up to rounding (but with dropout other processes drop other neurons). Ctrl-C (and
+    SIGTERM) finishes the step, saves and stops.
 
     Args:
         resume: continue from the newest checkpoint in ``cfg.run.out``.

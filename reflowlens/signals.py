@@ -95,7 +95,7 @@ class SignalView:
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch S"]:
-        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit exactly.
+        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit (up to rounding).
 
         Raises:
             ReflowlensError: the target is no single token, or there is no such id.

@@ -404,7 +404,7 @@ def test_long_prompts_are_swept_by_their_states(grid: str) -> None:
     actual = rl.sweep(model, clean, corrupted, grid, metric)
     assert_close(actual.values.flatten(0, -2), expected, relative=2e-5)
     assert actual.baseline is not None
-    assert torch.equal(actual.values[:, :15, 0], actual.baseline[0].expand(CONFIG.n_layers, 15))
+    assert torch.equal(actual.values[:, :15, 0], actual.baseline[0].expand(CONFIG.n_layers, 15))  # not run
 
 
 def test_all_but_the_scores_are_packed() -> None:

@@ -36,6 +36,7 @@ def test_no_position_sees_a_later_one(model: HookedModel, tokens: Tensor) -> Non
     for p in range(tokens.shape[1] - 1):
         changed = tokens.clone()
         changed[:, p + 1 :] = (changed[:, p + 1 :] + 1) % 256
+        # To the bit: products of the same shapes, in which later positions have weight 0.
         assert torch.equal(model(changed)[:, : p + 1], model(tokens)[:, : p + 1])
         assert (model(changed)[:, p + 1] - model(tokens)[:, p + 1]).abs().max() > 1e-3
 
@@ -235,11 +236,11 @@ def test_starting_and_stopping_at_any_layer_composes(model: HookedModel, tokens:
     for layer in range(n_layers + 1):
         resid = model(tokens, stop_at_layer=layer)
         expected = cache["resid_pre", layer] if layer < n_layers else cache["resid_post", n_layers - 1]
-        assert torch.equal(resid, expected)
-        assert torch.equal(model(resid, start_at_layer=layer), logits)
+        assert_close(resid, expected)
+        assert_close(model(resid, start_at_layer=layer), logits)
         if layer < n_layers:
-            assert torch.equal(model(tokens, stop_at_layer=layer - n_layers), expected)
-    assert torch.equal(model(cache["resid_pre", 0], start_at_layer=0, stop_at_layer=1), cache["resid_post", 0])
+            assert torch.equal(model(tokens, stop_at_layer=layer - n_layers), resid)  # the same call
+    assert_close(model(cache["resid_pre", 0], start_at_layer=0, stop_at_layer=1), cache["resid_post", 0])
     targets = tokens.roll(-1, 1)
     torch.testing.assert_close(
         model(cache["resid_pre", 1], "loss", start_at_layer=1, targets=targets), model(tokens, "loss", targets=targets)
@@ -271,7 +272,8 @@ def test_positions_are_relative_in_rotary_models_alone(tiny_models: dict[str, Ho
         differs = (within - across).abs().max() > 1e-3
         assert differs == (model.cfg.positional_embedding_type == "rotary")
         moved = model(torch.cat([tokens] * 2, dim=1), stop_at_layer=0)
-        assert torch.equal(moved[:, :5], moved[:, 5:]) == (model.cfg.positional_embedding_type == "rotary")
+        apart = (moved[:, :5] - moved[:, 5:]).abs().max() / moved.abs().max()
+        assert apart < 1e-6 if model.cfg.positional_embedding_type == "rotary" else apart > 1e-2
 
 
 def test_compiled_is_one_graph_with_the_same_numbers(tiny_models: dict[str, HookedModel]) -> None:

@@ -123,8 +123,9 @@ def test_an_untrained_model_carries_none(nothing: Result) -> None:
 
 def test_a_rotation_moves_no_answer(found: Result, nothing: Result) -> None:
     for result in (found, nothing):
-        for measure in ("accuracy_at_1", "accuracy_at_5"):
-            assert result.controls[measure]["rotated_basis"] == result.metrics[measure]
+        asked = len(result.frames["quadruples"].query("space == 'R' and weights == 'trained'"))
+        for measure in ("accuracy_at_1", "accuracy_at_5"):  # the rounding of turned rows may decide one question
+            assert abs(result.controls[measure]["rotated_basis"] - result.metrics[measure]) < 1.5 / asked
         # Words far down the list lie closer together than rounding in float32.
         assert result.metrics["rotated_basis_rank_difference"] <= 3
 

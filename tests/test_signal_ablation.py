@@ -174,7 +174,10 @@ def test_the_order_of_a_token_is_by_the_size_of_contributions() -> None:
     sizes = (a * view.recipe[targets]).abs().gather(1, order)
     assert (sizes.diff(dim=-1) <= 0).all()
     curves = [rl.ablate_progressively(model, PROMPTS, given) for given in (order, targets, ["e", "x"])]
-    assert all(torch.equal(curve.order, order) and len(curve.counts) == 33 for curve in curves)
+    assert torch.equal(curves[0].order, order)
+    for curve in curves:  # sizes that differ by their rounding alone may change places
+        assert_close((a * view.recipe[targets]).abs().gather(1, curve.order), sizes)
+        assert (len(curve.counts), sorted(curve.order[0].tolist())) == (33, list(range(32)))
     alone = rl.ablate_readout(model, PROMPTS)
     assert torch.equal(alone.logit(targets), alone.logit(["e", "x"]))
 

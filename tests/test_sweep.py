@@ -25,6 +25,7 @@ from reflowlens.interventions.grids import GRIDS, make_cells
 from reflowlens.interventions.memory import in_batches, measure_peak
 from reflowlens.interventions.reading import Reader
 from reflowlens.interventions.runs import PackedRuns, WholeRuns
+from reflowlens.interventions.suffixes import Layout
 from reflowlens.interventions.values import Intervention
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel
@@ -184,12 +185,22 @@ def test_most_cells_are_packed() -> None:
     assert unplanned == {"hook_basis", "ln_final.hook_scale"}
 
 
-def test_cells_that_change_nothing_are_the_baseline_to_the_bit(model: HookedModel) -> None:
+def test_cells_that_change_nothing_are_the_baseline_and_are_not_run(
+    model: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clean, corrupted = pair(model)
     clean[:, :4] = corrupted[:, :4]
+    entered: list[Tensor] = []
+    of_suffixes = Layout.of_suffixes
+    monkeypatch.setattr(
+        Layout, "of_suffixes", lambda prompt, start, n: (entered.append(start), of_suffixes(prompt, start, n))[1]
+    )
     result = rl.sweep(model, clean, corrupted, "resid_pre", metrics.kl())
     assert result.baseline is not None
     assert torch.equal(result.values[:, :4], result.baseline.expand(model.cfg.n_layers, 4, 3))
+    one_cell, *suffixes = entered  # the first measures what a cell takes
+    assert one_cell.eq(0).all()
+    assert min(int(start.min()) for start in suffixes) >= 4
 
 
 def test_prompts_of_different_lengths(model: HookedModel) -> None:

@@ -189,7 +189,7 @@ class HookedModel(HookedRootModule):
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """The direction that a *normalised* residual is read along for each token's logit, the norm's weight included.
 
-        With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit exactly;
+        With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit, rounded;
         where the final norm has a bias b, to the logit less ``b · W_U[:, token]``, which nothing in the stream writes.
         """
         if isinstance(tokens, str):
