@@ -17,6 +17,7 @@ from analyses.unit_points import default_points, kind_of, points_named
 from analyses.unit_statistics import MINIMUM_EVENTS, headline
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 
 @torch.no_grad()
@@ -62,7 +63,9 @@ def compare_units(
     tokens = sampled_rows(stream, sampling, n_batches * batch_size, context, seed)
     rows: list[dict[str, str | float]] = []
     reference: dict[str, NDArray[np.float64]] = {}
-    for name, model in models.items():
+    steps = bar(models.items(), show=progress, named=True, unit="model")
+    for name, model in steps:
+        steps.set_description(name)
         named = default_points(model) if points is None else points_named(model, points)
         counts = count_units(model, tokens.to(model.cfg.device), named, batch_size=batch_size, progress=progress)
         for kind in dict.fromkeys(map(kind_of, named)):

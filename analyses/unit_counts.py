@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from analyses.sparsity import gini, hoyer, participation_ratio
 from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 SHARES = (0.01, 0.1)  # thresholds, as shares of a unit's 99.9th percentile
 PERCENTILE = 99.9
@@ -290,5 +290,5 @@ def _read(
     model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], batch_size: int, what: str, show: bool
 ) -> None:
     stop = first_unneeded_block(points)
-    for rows in tqdm(tokens.split(batch_size), desc=what, unit="batch", disable=not show):
+    for rows in bar(tokens.split(batch_size), show=show, desc=what, unit="batch", leave=False):
         model(rows, return_type=None, stop_at_layer=stop)

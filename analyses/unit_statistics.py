@@ -33,6 +33,7 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 MINIMUM_EVENTS = 20
 MINIMUM_ROWS = 20
@@ -113,10 +114,11 @@ def unit_statistics(
         for fresh_seed, name in enumerate(untrained_names(untrained), start=seed + 1):
             runs[name] = build_model(model.cfg, seed=fresh_seed, device=model.cfg.device), tokens
         runs["shuffled_text"] = model, shuffled(tokens.flatten(), seed).reshape(tokens.shape)
-    counts = {
-        name: count_units(each, read, points, batch_size=batch_size, progress=progress)
-        for name, (each, read) in runs.items()
-    }
+    counts: dict[str, dict[str, UnitCounts]] = {}
+    steps = bar(runs.items(), show=progress, named=True, unit="model")
+    for name, (each, read) in steps:
+        steps.set_description(name.replace("_", " "))
+        counts[name] = count_units(each, read, points, batch_size=batch_size, progress=progress)
     result = Result(
         name="unit_statistics",
         title="Unit Statistics",

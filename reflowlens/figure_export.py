@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import unquote
 
-from tqdm import tqdm
-
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_metadata import html_with_metadata, pdf_with_metadata, png_with_metadata, svg_with_metadata
 from reflowlens.figure_style import INK
 from reflowlens.files import replacing
+from reflowlens.progress import bar
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -89,17 +88,17 @@ def save_figures(
     """
     paths = {_check(path, width): figure for path, figure in figures.items()}
     static = {path: figure for path, figure in paths.items() if path.suffix in STATIC_SUFFIXES}
-    with tqdm(total=len(paths), unit="figure", disable=not progress) as bar:
+    with bar(show=progress, total=len(paths), unit="figure") as steps:
         if static:
             with _drawing_page() as page:
                 for path, figure in static.items():
-                    bar.set_description(path.stem)
+                    steps.set_description(path.stem, refresh=False)
                     with replacing(path) as temporary:
                         temporary.write_bytes(_draw(page, figure, path.suffix, width))
-                    bar.update()
+                    steps.update()
         for path in paths.keys() - static.keys():
             save_figure(paths[path], path)
-            bar.update()
+            steps.update()
     return list(paths)
 
 
