@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from tqdm import tqdm
 
 from analyses.crystallisation import boundary_figure, compared_boundaries
 from analyses.messages import NAMES, in_language, language, recognise, translate
 from analyses.metric_table import number, scroll_box, verdict_chip, words
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from analyses.report import figure_html, footer, plotly_script, template, template_text
+from analyses.spreadsheets import guarded
 from analyses.suite import check_seed, failure_message, run_experiment
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
+from reflowlens.progress import bar
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel
@@ -78,7 +79,9 @@ def compare_models(
     hashes = {name: model_hash(model) for name, model in opened.items()}
     keys = {name: hashes[name] if cache and may_be_kept(model) else "" for name, model in opened.items()}
     frames = []
-    for name, model, view, experiment in tqdm(tasks, unit="experiment", disable=not progress):
+    steps = bar(tasks, show=progress, named=True, unit="experiment")
+    for name, model, view, experiment in steps:
+        steps.set_description(" ".join(filter(None, (name, view, experiment.name))))
         options = {"seed": seed, "quick": quick} | ({"view": None if view == "native" else view} if view else {})
         place = {"model": name, "view": view, "experiment": experiment.name}
         try:
@@ -115,17 +118,20 @@ def side_by_side(comparison: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def write_comparison(comparison: pd.DataFrame, folder: str | Path, *, lang: str = "en") -> Path:
+def write_comparison(
+    comparison: pd.DataFrame, folder: str | Path, *, lang: str = "en", spreadsheet: bool = False
+) -> Path:
     """Write the rows as `comparison.csv` and, for people, `comparison.html`; return the latter's path.
 
     The page opens without a network. It has a row a metric and a column a model and view, and above them, where an
     experiment found one, the crystallisation boundaries of the models. `lang`: "en" or "zh", of the page alone.
+    `spreadsheet`: of the CSV, as in `Result.save`.
     """
     folder = Path(folder)
     with in_language(lang):
         page = _page(comparison)
     with replacing(folder / TABLE_FILE) as path:
-        comparison.to_csv(path, index=False)
+        (guarded(comparison) if spreadsheet else comparison).to_csv(path, index=False)
     with replacing(folder / "comparison.html") as path:
         path.write_text(page, encoding="utf-8", errors="replace")
     return folder / "comparison.html"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -76,7 +77,12 @@ def number(value: float) -> str:
 
 def definition_id(experiment: str, metric: str) -> str:
     """Where in the report a metric is defined."""
-    return escape(f"{experiment}-is-{metric}".replace(" ", "_"))
+    return anchor(f"{experiment}-is-{metric}")
+
+
+def anchor(name: str) -> str:
+    """A name as an id of the page and behind the # of a link, whatever is in it."""
+    return escape(re.sub(r"\s", "_", name))
 
 
 def words(name: str) -> str:

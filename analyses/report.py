@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, get_args
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -20,6 +21,7 @@ from analyses.crystallisation import BOUNDARY
 from analyses.figure_code import figure_code
 from analyses.messages import NAMES, in_language, language, plain, recognise, translate, translate_figure
 from analyses.metric_table import (
+    anchor,
     definition_id,
     group_row,
     key,
@@ -120,7 +122,7 @@ def _contents(results: Sequence[Result], errors: Mapping[str, str]) -> str:
         if _group(name) != group:
             group = _group(name)
             lines.append(f"<span>{group}</span>")
-        lines.append(f'<a href="#{name}"{attributes}>{_numbered(experiment, title)}</a>')
+        lines.append(f'<a href="#{anchor(name)}"{attributes}>{_numbered(experiment, title)}</a>')
     return "\n".join(lines)
 
 
@@ -138,7 +140,7 @@ def _headline(results: Sequence[Result]) -> str:
     bodies = []
     for result in measured:
         told = [metric for metric in result.metrics if metric in result.verdicts or metric in result.published]
-        link = f'<a href="#{result.name}">{_numbered(_experiment(result.name), result.title)}</a>'
+        link = f'<a href="#{anchor(result.name)}">{_numbered(_experiment(result.name), result.title)}</a>'
         bodies.append(group_row(link) + metric_rows(result, told or result.metrics))
     note = translate("every row has its own scale; the remaining metrics are with their experiments")
     table = metric_table(bodies, translate("Results at a glance"))
@@ -168,7 +170,7 @@ def _section(result: Result, folder: Path, model_name: str) -> str:
     metrics = metric_table([metric_rows(result, result.metrics)], translate("All metrics"))
     frames = "\n".join(_frame(result.name, name, frame, folder) for name, frame in result.frames.items())
     return template("experiment.html").substitute(
-        name=result.name,
+        name=anchor(result.name),
         group=_group(result.name),
         heading=_numbered(experiment, result.title),
         question=escape(translate(experiment.question) if experiment else ""),
@@ -196,7 +198,7 @@ def _failure(name: str, error: str) -> str:
     heading = f'<p class="group">{_group(name)}</p><h2>{_numbered(experiment, _title(name))}</h2>'
     reason = escape(translate("No result: {reason}", reason=translate(error)))
     text = f'<p class="failure">{reason}</p>'
-    return f'<section id="{escape(name)}" class="experiment">{heading}{text}</section>'
+    return f'<section id="{anchor(name)}" class="experiment">{heading}{text}</section>'
 
 
 def _definition(result: Result, metric: str) -> str:
@@ -218,7 +220,7 @@ def figure_html(identifier: str, figure: go.Figure, code: str = "") -> str:
     canvas = f'<div class="canvas" style="height:{height:.0f}px;min-width:{width:.0f}px"></div>'
     script = f'<script type="application/json">{data}</script>'
     caption = f"<figcaption>{escape(title)}</figcaption>"
-    return f'<figure id="{identifier}">{caption}{scroll_box(canvas, title)}{script}{_code(code)}</figure>'
+    return f'<figure id="{anchor(identifier)}">{caption}{scroll_box(canvas, title)}{script}{_code(code)}</figure>'
 
 
 def _code(code: str) -> str:
@@ -239,7 +241,11 @@ def _frame(experiment: str, name: str, frame: pd.DataFrame, folder: Path) -> str
         for row in frame.head(FIRST_ROWS).itertuples(index=False)
     )
     file = f"{experiment}/frames/{name}.csv"
-    link = f'<a href="{file}">{file}</a>' if (folder / file).is_file() else translate("the saved result")
+    link = (
+        f'<a href="{escape(quote(file))}">{escape(file)}</a>'
+        if (folder / file).is_file()
+        else translate("the saved result")
+    )
     more = translate("The first {rows} rows; all of them are in {place}.", rows=FIRST_ROWS, place=link)
     table = scroll_box(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>", words(name))
     size = translate("{rows} rows, {columns} columns", rows=f"{len(frame):,}", columns=frame.shape[1])

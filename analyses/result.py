@@ -6,7 +6,8 @@ A saved result is `result.json` (everything but frames and figures), `frames/NAM
 
 Frames hold columns of whole numbers, floats, booleans or text, and their dtypes are kept. In a float column a missing
 value is NaN, an empty field in the CSV. A text column has no missing values: what a row does not have is the empty
-string, and spaces (" king"), "NA" and line breaks are text like any other. Text is quoted in the CSV.
+string, and spaces (" king"), "NA" and line breaks are text like any other. Text is quoted in the CSV. A token
+may look like a formula: `save(..., spreadsheet=True)` writes a CSV that Excel and its kind show and do not compute.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pandas as pd
 
+from analyses.spreadsheets import guarded, unguarded
 from analyses.statistics import Interval, Verdict
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import read_figure, save_figure, save_figures, stamp
@@ -159,8 +161,12 @@ class Result:
         parts = [table(columns, rows) if rows else "<p>no metrics</p>", f"<ul>{notes}</ul>" if notes else ""]
         return titled(self.title, "", *parts, f"<small>{escape(holds)}</small>")
 
-    def save(self, folder: str | Path, *, pages: bool = True) -> Path:
+    def save(self, folder: str | Path, *, pages: bool = True, spreadsheet: bool = False) -> Path:
         """Write the result into `folder` (made if need be) and return it; `pages=False` leaves out the figures' HTML.
+
+        A frame's text may be a token such as "=1+2" or "@x", which Excel and its kind compute when they open the CSV.
+        `spreadsheet=True` puts an apostrophe before text that begins so (`analyses.spreadsheets.guarded`); `load` takes
+        it away again, any other reader of the CSV has to.
 
         An earlier result there is replaced; other files are left alone. Everything is written aside first and
         `result.json` moves in last, so that a folder that has one is complete.
@@ -169,9 +175,8 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
         try:
-            dataclasses.replace(self)._write(
-                staging, pages
-            )  # a copy, so that what was added since __init__ is checked too
+            # a copy, so that what was added since __init__ is checked too
+            dataclasses.replace(self)._write(staging, pages, spreadsheet)
             for path in _listed_files(folder):
                 path.unlink(missing_ok=True)
             written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
@@ -182,18 +187,20 @@ class Result:
             shutil.rmtree(staging)
         return folder
 
-    def _write(self, folder: Path, pages: bool) -> None:
+    def _write(self, folder: Path, pages: bool, spreadsheet: bool) -> None:
         manifest: dict[str, Any] = {"name": self.name, "title": self.title, "params": self.params}
         manifest |= {table: getattr(self, table) for table in _TABLES}
         manifest |= {"notes": self.notes, "seconds": self.seconds}
         dtypes = {name: {column: str(frame[column].dtype) for column in frame} for name, frame in self.frames.items()}
         manifest |= {"frames": dtypes, "figures": list(self.figures)}
+        manifest |= {"spreadsheet": True} if spreadsheet else {}
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
         for name, frame in self.frames.items():
             path = _frame_path(folder, name)
             path.parent.mkdir(exist_ok=True)
-            frame.to_csv(path, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+            shown = guarded(frame) if spreadsheet else frame
+            shown.to_csv(path, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         for name, figure in self.figures.items():
             path = _figure_path(folder, name)
             path.parent.mkdir(exist_ok=True)
@@ -219,8 +226,10 @@ class Result:
         if manifest is None:
             raise ReflowlensError(f"no result in {folder}: a folder that holds {_MANIFEST} was expected")
         try:
+            is_guarded = manifest.pop("spreadsheet", False)
             manifest["frames"] = {
-                name: _read_frame(_frame_path(folder, name), dtypes) for name, dtypes in manifest["frames"].items()
+                name: _read_frame(_frame_path(folder, name), dtypes, is_guarded)
+                for name, dtypes in manifest["frames"].items()
             }
             manifest["figures"] = {name: read_figure(_figure_path(folder, name)) for name in manifest["figures"]}
             return cls(**manifest)
@@ -259,8 +268,9 @@ def _listed_files(folder: Path) -> list[Path]:
     return [folder / _MANIFEST, *frames, *figures, *(path.with_suffix(".html") for path in figures)]
 
 
-def _read_frame(path: Path, dtypes: Mapping[str, str]) -> pd.DataFrame:
+def _read_frame(path: Path, dtypes: Mapping[str, str], is_guarded: bool) -> pd.DataFrame:
     cells = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False)
+    cells = unguarded(cells) if is_guarded else cells
     if list(cells.columns) != list(dtypes):
         raise ReflowlensError(f"{path.name}: the columns {list(dtypes)} were expected, got {list(cells.columns)}")
     return pd.DataFrame({column: _parse(cells[column], dtype) for column, dtype in dtypes.items()})

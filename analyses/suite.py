@@ -16,12 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from analyses.messages import check_language, in_language, translate
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
+from reflowlens.progress import bar
 
 if TYPE_CHECKING:
     from analyses.lexicon import Analogy
@@ -82,6 +81,7 @@ def run_suite(
     manifest: Mapping[str, Any] | None = None,
     lang: str = "en",
     cache: bool = False,
+    spreadsheet: bool = False,
 ) -> SuiteRun:
     """Run experiments on a model and write their results and one report.
 
@@ -90,13 +90,14 @@ def run_suite(
         out: the folder to write into; default `out/<model>/<YYYY-MM-DD_HH-MM-SS>`, new for every run.
         seed, quick: passed to every experiment.
         analogies: passed to the experiments that take analogies.
-        progress: show a bar; by default on a terminal.
+        progress: show a bar, or lines where stderr is no terminal; by default on a terminal alone.
         model_name: how the report calls the model; default the configuration's `model_name`.
         manifest: what is known of the training (tokens seen, validation loss, ...) for the report; default that of the
             packaged model if this is one.
         lang: the report's language, "en" or "zh"; the saved results stay in English.
         cache: take results that were computed before from the cache, and keep new ones there (`analyses.result_cache`).
             A model with hooks is not what its hash says: its results are computed and not kept.
+        spreadsheet: write the frames' CSV so that a spreadsheet computes no token (`Result.save`).
 
     The folder holds `report.html`, `results.json` ({experiment: {"metrics", "seconds", "error"}}, written anew after
     each experiment) and a saved `Result` a folder. An experiment that fails leaves its traceback in `<name>/error.txt`
@@ -123,25 +124,26 @@ def run_suite(
     folder, identity = make_folder(out, name), model_hash(model)
     run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
     card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
-    bar = tqdm(selected, unit="experiment", disable=not (sys.stderr.isatty() if progress is None else progress))
+    show = sys.stderr.isatty() if progress is None else progress
+    steps = bar(selected, show=show, named=True, unit="experiment")
     key = identity if cache and may_be_kept(model) else ""
     options = {"seed": seed, "quick": quick, "analogies": analogies}
     try:
-        for experiment in bar:
+        for experiment in steps:
             with in_language(lang):
-                bar.set_description(translate(experiment.title))
-            _run_one(run, experiment, model, options, key)
+                steps.set_description(translate(experiment.title))
+            _run_one(run, experiment, model, options, key, spreadsheet)
             with _writing_into(folder):
                 _write_metrics(_merged(earlier, run))
     except KeyboardInterrupt:
         missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
         run.errors.update(dict.fromkeys(missing, INTERRUPTED))
-        bar.close()
+        steps.close()
         print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
     everything = _merged(earlier, run)
     with _writing_into(folder):
         _write_metrics(everything)
-        _report(everything, card, lang)
+        _report(everything, card, lang, spreadsheet)
     return run
 
 
@@ -205,13 +207,18 @@ def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> di
 
 
 def _run_one(
-    run: SuiteRun, experiment: Experiment, model: HookedModel, options: Mapping[str, Any], model_hash: str
+    run: SuiteRun,
+    experiment: Experiment,
+    model: HookedModel,
+    options: Mapping[str, Any],
+    model_hash: str,
+    spreadsheet: bool,
 ) -> None:
     """Run, time and save one experiment; enter it in `run.results` or, if it fails, in `run.errors`."""
     folder, started = run.folder / experiment.name, time.perf_counter()
     try:
         result, cached = run_experiment(experiment, model, options, model_hash)
-        result.save(folder)
+        result.save(folder, spreadsheet=spreadsheet)
         (folder / ERROR_FILE).unlink(missing_ok=True)
         run.results[experiment.name] = result
         if cached:
@@ -284,14 +291,14 @@ def _merged(earlier: SuiteRun, run: SuiteRun) -> SuiteRun:
     )
 
 
-def _report(run: SuiteRun, card: Mapping[str, Any], lang: str) -> None:
+def _report(run: SuiteRun, card: Mapping[str, Any], lang: str, spreadsheet: bool) -> None:
     """Write the report, with what is known across experiments behind them."""
     from analyses.crystallisation import crystallisation_boundary
     from analyses.report import write_report
 
     across = crystallisation_boundary(run.results)
     if across is not None:
-        across.save(run.folder / across.name)
+        across.save(run.folder / across.name, spreadsheet=spreadsheet)
     write_report([*run.results.values(), *([across] if across else [])], run.errors, card, run.report, lang=lang)
 
 

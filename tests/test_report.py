@@ -102,6 +102,19 @@ def test_the_page_is_whole_well_formed_and_needs_no_network(written):
     assert visible(page).count("alert(1)") == html.count("alert(1)") - json.dumps(page.data).count("alert(1)") >= 5
 
 
+IMAGE = '"><img src=x onerror="alert(1)">'
+
+
+def test_names_that_are_markup_stay_text_wherever_they_stand(written):
+    odd = result(metrics={IMAGE: 1.0}, controls={}, intervals={}, verdicts={}, definitions={IMAGE: IMAGE})
+    odd.name = odd.title = IMAGE  # no saved result has such a name, an object in memory may
+    odd.frames, odd.figures = {IMAGE: odd.frames["layers"]}, {IMAGE: odd.figures["probability"]}
+    page = Page(html := written([odd], {IMAGE + "2": IMAGE}, {"name": IMAGE, IMAGE: IMAGE}))
+    assert "<img" not in html
+    assert page.scripts == 4
+    assert {link[1:] for link in page.links} <= set(page.ids)
+
+
 def test_figures_are_data_that_the_page_draws_later(written):
     html = written([result()])
     (figure,) = Page(html).data

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -104,6 +105,20 @@ def frames(draw):
             for name, dtype in dtypes.items()
         }
     )
+
+
+FORMULAS = ["=1+2", "+1", "-x", "@SUM(A1)", "\t=1", "  =1", "'quoted", "'='", " a", "", "plain"]
+
+
+def test_a_spreadsheet_computes_no_text_and_load_gives_it_back(tmp_path):
+    frame = pd.DataFrame({"token": FORMULAS, "p": [-1.5] * len(FORMULAS), "=column": ["a"] * len(FORMULAS)})
+    folder = Result("tokens", "Tokens", frames={"tokens": frame}).save(tmp_path, spreadsheet=True)
+    with (folder / "frames" / "tokens.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    texts = [*header, *(cell for row in rows for cell in (row[0], row[2]))]
+    assert not [text for text in texts if text.strip(" ")[:1] in tuple("=+-@\t")]
+    assert {row[1] for row in rows} == {"-1.5"}, "numbers stay numbers"
+    pd.testing.assert_frame_equal(Result.load(folder).frames["tokens"], frame)
 
 
 @settings(max_examples=100, deadline=None)

@@ -26,6 +26,15 @@ def add_device(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", default="cpu", help="where to compute, e.g. cuda")
 
 
+def add_spreadsheet(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--spreadsheet",
+        action="store_true",
+        help="write CSV files for Excel and its kind: text that begins like a formula (= + - @) gets an apostrophe, so "
+        "that no token is computed",
+    )
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Tells a default where there is one."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reflowlens.cli.arguments import Commands, add_command, add_device, add_model
+from reflowlens.cli.arguments import Commands, add_command, add_device, add_model, add_spreadsheet
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     parser = add_command(
         commands, "units", _units, "how often single units fire, how selective they are, and what they fire at"
+    )
+    parser.epilog = (
+        "Time, with reflow-nano on two CPU cores: about three minutes, of which four fifths are the controls, or 15 s "
+        "with --quick --no-controls. Progress goes to stderr, off a terminal as lines with the time left."
     )
     add_model(parser)
     parser.add_argument(
@@ -47,6 +50,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--no-controls", action="store_true", help="leave out untrained models and shuffled text")
     parser.add_argument("--quick", action="store_true", help="two batches and one untrained model, for a first look")
     parser.add_argument("--out", type=Path, help="folder to keep tables and figures in (of --against: the table)")
+    add_spreadsheet(parser)
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     add_device(parser)
 
@@ -66,7 +70,7 @@ def _units(options: argparse.Namespace) -> None:
         "context": options.context or min(256, model.cfg.n_ctx),
         "minimum_events": options.events,
         "seed": options.seed,
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
     report = _compare if options.against else _describe
     report(options, model, text, settings)
@@ -87,10 +91,11 @@ def _describe(options: argparse.Namespace, model: HookedModel, text: Any, settin
     )
     print(unit_report(result, top=options.top))
     if options.out:
-        print(result.save(options.out))
+        print(result.save(options.out, spreadsheet=options.spreadsheet))
 
 
 def _compare(options: argparse.Namespace, model: HookedModel, text: Any, settings: dict[str, Any]) -> None:
+    from analyses.spreadsheets import guarded
     from analyses.unit_comparison import compare_units
     from analyses.unit_report import table
     from reflowlens.checkpoints import load_model
@@ -112,7 +117,7 @@ def _compare(options: argparse.Namespace, model: HookedModel, text: Any, setting
     print(table(frame))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.out / "units.csv", index=False)
+        (guarded(frame) if options.spreadsheet else frame).to_csv(options.out / "units.csv", index=False)
 
 
 def _held_out(model: HookedModel, path: Path) -> Any:
