@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_seed
 from analyses.lens import residual_points, residual_stack
 from analyses.spectra import random_subspace
 from analyses.statistics import predictive_pvalue
@@ -104,7 +105,8 @@ def measure_alignment(
 ) -> Alignment:
     """The residuals against the k strongest directions of a basis, and against ``draws`` random subspaces."""
     d_model = basis.shape[1]
-    random = [captured_variance(residuals, random_subspace(d_model, k, seed + i)).mean(axis=1) for i in range(draws)]
+    subspaces = (random_subspace(d_model, k, derive_seed(seed, i)) for i in range(draws))
+    random = [captured_variance(residuals, subspace).mean(axis=1) for subspace in subspaces]
     return Alignment(
         captured=captured_variance(residuals, strongest_directions(basis, k)),
         random=np.stack(random, axis=1),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from analyses.alignment import Alignment, measure_alignment, read_residuals
 from analyses.coherence import Coherence, measure_coherence, welch_bound
 from analyses.controls import untrained_view
+from analyses.draws import derive_seed
 from analyses.geometry_figures import geometry_figures, geometry_frames
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
@@ -95,8 +96,7 @@ def basis_geometry(
         texts: running text whose residuals are read; default the lexicon's neutral texts and long prompts.
         directions: how many singular vectors residuals are held against; default a quarter of d_model.
         rotations: random rotations beside the coherence, at least 2; default 10, of a quick run 4.
-        seed: of Gaussian matrices, rotations, random directions and bootstrap; the untrained model is built with
-            ``seed + 1``.
+        seed: of Gaussian matrices, rotations, random directions, untrained model and bootstrap.
         quick: also 8 Gaussian matrices and random subspaces instead of 20.
 
     Returns:
@@ -182,12 +182,12 @@ def aligned_verdict(interval: tuple[float, float], random: float, p: float, text
 
 def _basis_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
     own, fresh = (np.asarray(torch.linalg.svdvals(each.basis.double()).cpu()) for each in (view, untrained))
-    return compare_spectrum(own, fresh, max(view.basis.shape), draws, seed)
+    return compare_spectrum(own, fresh, max(view.basis.shape), draws, derive_seed(seed, "basis_geometry", "B"))
 
 
 def _embedding_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
     own, fresh = (factored_singular_values(each.recipe, each.basis) for each in (view, untrained))
-    return compare_spectrum(own, fresh, len(view.recipe), draws, seed)
+    return compare_spectrum(own, fresh, len(view.recipe), draws, derive_seed(seed, "basis_geometry", "E"))
 
 
 def _bases(
@@ -196,9 +196,9 @@ def _bases(
     """The basis, its nulls, the floor and the ceiling."""
     yield "trained", view.basis
     n_signals, d_model = view.basis.shape
-    yield "gaussian", gaussian_matrix(n_signals, d_model, 1.0, seed)
+    yield "gaussian", gaussian_matrix(n_signals, d_model, 1.0, derive_seed(seed, "basis_geometry"))
     yield "untrained", untrained.basis
-    for name, other in other_bases(view, rotations, seed):
+    for name, other in other_bases(view, rotations, seed, "basis_geometry"):
         yield name, other.basis
 
 
@@ -215,7 +215,8 @@ def _alignments(
                 f"no alignment of the {name} basis: its singular values are all alike, and no direction is strongest"
             )
         else:
-            found[name] = measure_alignment(read_residuals(each.model, texts), each.basis, k, draws, seed)
+            own = derive_seed(seed, "basis_geometry", name)
+            found[name] = measure_alignment(read_residuals(each.model, texts), each.basis, k, draws, own)
     return (found, notes) if "trained" in found else ({}, notes)
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 
+from analyses.draws import derive_generator
 from analyses.sparsity import (
     Rule,
     active_signals,
@@ -70,15 +73,25 @@ class Profile:
         return {name: float(value) for name, value in (over_vocabulary | over_text).items()}
 
 
+def support_tokens(n_tokens: int, seed: int) -> Int[Tensor, " drawn"]:
+    """The tokens that ``support`` is measured on, the same ones in every basis."""
+    return torch.randperm(n_tokens, generator=derive_generator(seed, "support"))[:SUPPORT_TOKENS]
+
+
 def measure_profile(
-    view: SignalView, rule: Rule, threshold: float | None = None, texts: Sequence[Sequence[int]] = (), seed: int = 0
+    view: SignalView,
+    rule: Rule,
+    threshold: float | None = None,
+    texts: Sequence[Sequence[int]] = (),
+    *,
+    drawn: Int[Tensor, " drawn"],
 ) -> Profile:
     """The profile of a view whose recipe has rows of real tokens alone (`analyses.knockout.real_tokens`).
 
     Args:
         rule, threshold: as in `analyses.sparsity.active_signals`.
         texts: running text, as token ids.
-        seed: of the tokens drawn for ``support``.
+        drawn: the tokens of ``support`` (`support_tokens`).
     """
     rows = view.recipe.float()
     n_tokens, n_signals = rows.shape
@@ -96,7 +109,6 @@ def measure_profile(
         density += density_curve(block, FACTORS) * len(block) / n_tokens
         parts.append(torch.stack([mask.sum(dim=1), hoyer(block), participation_ratio(block)]))
     active, sparsity, participation = torch.cat(parts, dim=1).double().cpu().numpy()
-    drawn = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))[:SUPPORT_TOKENS]
     return Profile(
         active=active.astype(np.int64),
         hoyer=sparsity,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from analyses.ablation_figures import ablation_figures
 from analyses.controls import untrained_view
+from analyses.draws import derive_generator, derive_seed
 from analyses.knockout import (
     codebook_texts,
     curve_area,
@@ -119,21 +120,23 @@ def causal_ablation(
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
     untrained = real_tokens(untrained_view(chosen, seed))
-    bases = dict(other_bases(chosen, rotations, seed))
+    own = derive_seed(seed, "causal_ablation")
+    bases = dict(other_bases(chosen, rotations, seed, "causal_ablation"))
     bar = tqdm(total=3 + len(bases), desc="causal ablation", disable=not progress)
-    native = _measure(chosen, final, seed)
+    native = _measure(chosen, final, derive_seed(own, "model"))
     bar.update()
-    controls = {"untrained": _measure(untrained, residual_stack(untrained.model, prompts)[-1], seed)}
+    fresh = residual_stack(untrained.model, prompts)[-1]
+    controls = {"untrained": _measure(untrained, fresh, derive_seed(own, "untrained"))}
     bar.update()
     for name, other in bases.items():
-        controls[name] = _measure(other, final, seed)
+        controls[name] = _measure(other, final, derive_seed(own, name))
         bar.update()
     frames = {
-        "signals": _signal_frame(model, chosen, prompt, target_id, lexicon, seed),
+        "signals": _signal_frame(model, chosen, prompt, target_id, lexicon, own),
         "prompts": _prompts_frame(native, controls, prompts),
         "curves": _curve_frame(native, controls, seed),
     }
-    frames["sites"] = _site_frame(model, chosen, prompt, target_id, frames["signals"])
+    frames["sites"] = _site_frame(model, chosen, prompt, target_id, frames["signals"], own)
     bar.update()
     bar.close()
     result = Result(
@@ -263,9 +266,8 @@ def _signal_frame(
     resid = residual_stack(model, prompt)[-1]
     a = view.readout(resid)
     reference = _reference_signals(model, view, lexicon)
-    elsewhere = reference[
-        torch.randint(len(reference), (view.n_signals,), generator=torch.Generator().manual_seed(seed))
-    ]
+    drawn = torch.randint(len(reference), (view.n_signals,), generator=derive_generator(seed, "resample"))
+    elsewhere = reference[drawn]
     replacements: dict[str, Tensor | float] = {
         "zero": 0.0,
         "mean": reference.mean(dim=0)[None],
@@ -305,26 +307,32 @@ def _reference_signals(model: HookedModel, view: SignalView, lexicon: Lexicon) -
 
 
 def _site_frame(
-    model: HookedModel, view: SignalView, prompt: str, target_id: int, signals: pd.DataFrame, k: int = 8
+    model: HookedModel, view: SignalView, prompt: str, target_id: int, signals: pd.DataFrame, seed: int, k: int = 8
 ) -> pd.DataFrame:
     """The k most damaging signals of the prompt in detail, and as many random ones, removed at every site."""
     before = signals["probability_before"].iloc[0]
     damaging = signals.nsmallest(k, "after_zero")["signal"].tolist()
-    others = [s for s in random_order((1, view.n_signals), 0)[0].tolist() if s not in damaging][:k]
+    drawn = random_order((1, view.n_signals), derive_seed(seed, "sites"))[0].tolist()
+    others = [signal for signal in drawn if signal not in damaging][:k]
     chosen = [*damaging, *others]
-    after_readout = signals.set_index("signal")["after_zero"]
+    known = signals.set_index("signal").loc[chosen]
     metric = target_prob(target_id)
-    rows = []
+    after = {}
     for site in _sites(model):
-        after = ablate_upstream(model, prompt, metric, site, signals=chosen, view=view, progress=False).values[:, 0]
-        label = f"resid {site}" if isinstance(site, int) else site
-        for i, (signal, probability) in enumerate(zip(chosen, after.tolist(), strict=True)):
-            group = "most damaging" if i < len(damaging) else "random"
-            rows.append({"site": label, "signal": signal, "group": group, "left": probability / before})
-    for i, signal in enumerate(chosen):
-        group = "most damaging" if i < len(damaging) else "random"
-        rows.append({"site": "readout", "signal": signal, "group": group, "left": after_readout[signal] / before})
-    return pd.DataFrame(rows)
+        if isinstance(site, str):
+            after[site] = known[f"after_{site}"].tolist()
+        else:
+            removed = ablate_upstream(model, prompt, metric, site, signals=chosen, view=view, progress=False)
+            after[f"resid {site}"] = removed.values[:, 0].tolist()
+    after["readout"] = known["after_zero"].tolist()
+    groups = ["most damaging"] * len(damaging) + ["random"] * len(others)
+    return pd.DataFrame(
+        [
+            {"site": site, "signal": signal, "group": group, "left": probability / before}
+            for site, probabilities in after.items()
+            for signal, group, probability in zip(chosen, groups, probabilities, strict=True)
+        ]
+    )
 
 
 def _sites(model: HookedModel) -> list[Site]:

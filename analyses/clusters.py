@@ -51,13 +51,9 @@ def silhouettes(distances: NDArray[np.floating], labels: NDArray[np.int64]) -> N
     return np.where(own_size > 1, values, 0.0)
 
 
-def permuted_silhouettes(
-    distances: NDArray[np.floating], labels: NDArray[np.int64], permutations: int, seed: int
-) -> NDArray[np.float64]:
-    """Mean silhouette of the points of each label, [permutation, label], under random permutations of the labels."""
-    rng = np.random.default_rng(seed)
-    shuffled = (rng.permutation(labels) for _ in range(permutations))
-    return np.array([label_means(silhouettes(distances, order), order) for order in shuffled])
+def permuted_silhouettes(distances: NDArray[np.floating], permuted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Mean silhouette of the points of each label, [permutation, label], under `permuted_labels` of the points."""
+    return np.array([label_means(silhouettes(distances, labels), labels) for labels in permuted])
 
 
 def label_means(values: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -87,13 +83,9 @@ def voted_labels(neighbors: NDArray[np.int64], labels: NDArray[np.int64]) -> NDA
     return tally.argmax(axis=1)
 
 
-def permuted_accuracies(
-    neighbors: NDArray[np.int64], labels: NDArray[np.int64], permutations: int, seed: int
-) -> NDArray[np.float64]:
-    """Share of points whose voted label is their own, under random permutations of the labels."""
-    rng = np.random.default_rng(seed)
-    shuffled = (rng.permutation(labels) for _ in range(permutations))
-    return np.array([(voted_labels(neighbors, order) == order).mean() for order in shuffled])
+def permuted_accuracies(neighbors: NDArray[np.int64], permuted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Share of points whose voted label is their own, [permutation], under `permuted_labels` of the points."""
+    return np.array([(voted_labels(neighbors, labels) == labels).mean() for labels in permuted])
 
 
 def _one_hot(distances: NDArray[np.floating], labels: NDArray[np.int64]) -> NDArray[np.floating]:

@@ -206,16 +206,16 @@ def _headline(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def _open(names: Sequence[str], seed: int, device: str) -> dict[str, HookedModel]:
+    from analyses.controls import untrained_model
     from reflowlens.checkpoints import load_model
-    from reflowlens.models import build_model
 
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ReflowlensError(f"{twice[0]} is given twice, and a model is compared with others")
     if not names or names[0] == UNTRAINED:
         raise ReflowlensError("a comparison begins with a trained model, whose architecture 'untrained' then means")
     opened = {name: load_model(name, device=device) for name in names if name != UNTRAINED}
-    # Not the experiments' own seed + 1: the column would be its own control.
-    fresh = build_model(opened[names[0]].cfg, seed=seed + 2, device=device) if UNTRAINED in names else None
+    # Not the experiments' own untrained model: the column would be its own control.
+    fresh = untrained_model(opened[names[0]], seed, number=2) if UNTRAINED in names else None
     return {name: fresh if name == UNTRAINED and fresh else opened[name] for name in names}
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls import untrained_view
+from analyses.draws import derive_generator, derive_seed
 from analyses.inception_figures import inception_figures
 from analyses.knockout import real_tokens
 from analyses.lens import first_settled
@@ -111,7 +112,7 @@ def concept_inception(
     if "long" in told:
         first = pairs[:: len(pairs) // len(words)]
         setups[UNTRAINED_LONG] = _Setup.of(untrained, words, first, prompts["long"])
-    setups["random_recipe"] = setups["short"].with_random_recipes(seed)
+    setups["random_recipe"] = setups["short"].with_random_recipes(derive_seed(seed, "concept_inception"))
     solved = {
         name: setup.solve(limit, tolerance, check=name in (*told, UNTRAINED_LONG))
         for name, setup in tqdm(setups.items(), desc="concept inception", disable=not progress)
@@ -192,7 +193,7 @@ class _Setup:
     def with_random_recipes(self, seed: int) -> _Setup:
         """The control: Gaussian recipes, each as long as the concept's."""
         recipes = self.view.rows([f" {word}" for word in self.words])
-        gaussian = torch.randn(recipes.shape, generator=torch.Generator().manual_seed(seed)).to(recipes)
+        gaussian = torch.randn(recipes.shape, generator=derive_generator(seed, "random_recipe")).to(recipes)
         lengths = recipes.norm(dim=-1, keepdim=True) / gaussian.norm(dim=-1, keepdim=True)
         return dataclasses.replace(self, written=self.view.write(gaussian * lengths))
 

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
+from analyses.draws import derive_rng
 from analyses.lens import first_settled, residual_stack
 from analyses.lexicon import Lexicon
 from analyses.result import Result
@@ -96,7 +97,7 @@ def context_prompts(
 ) -> dict[int, dict[str, list[str]]]:
     """Number of words -> the sentences behind that many last words of their clauses: "model" in the clause's order,
     "shuffled_clause" in a random one."""
-    order = np.random.default_rng(seed)
+    order = derive_rng(seed, "shuffled_clause")
     prompts = {}
     for count in counts:
         words = [(clause[len(clause) - count :], sentence) for clause, sentence in pairs]

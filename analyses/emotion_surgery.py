@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from analyses.carriers import Carriers, SteeredTexts, affordable_strength
 from analyses.controls import untrained_view
+from analyses.draws import derive_seed
 from analyses.emotion_figures import emotion_figures
 from analyses.emotion_frames import (
     CONTROLS,
@@ -130,10 +131,11 @@ def emotion_surgery(
     texts = SteeredTexts(model, neutral)
     layers = steered.runs.layers
     permutations = permutations or 25 * len(layers)
+    own = derive_seed(seed, "emotion_surgery")
     directions = {
         "sentiment": steered.directions([words]),
-        "shuffled_labels": steered.directions([words.shuffled(seed + i) for i in range(permutations)]),
-        "random_direction": random_directions(RANDOM_DRAWS, model.cfg.d_model, seed).to(chosen.basis.device),
+        "shuffled_labels": steered.directions([words.shuffled(derive_seed(own, i)) for i in range(permutations)]),
+        "random_direction": random_directions(RANDOM_DRAWS, model.cfg.d_model, own).to(chosen.basis.device),
     }
     bar = tqdm(total=2 * len(layers) + 1, desc="emotion surgery", disable=not progress)
     unit_alpha = steered.scale / rms(chosen.write(words.direction(chosen)))

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls import untrained_view
+from analyses.draws import derive_seed
 from analyses.hijack import Probe
 from analyses.hijack_figures import hijack_figures
 from analyses.hijack_frames import Run, carriers_frame, edits_frame, signals_frame
@@ -127,10 +128,10 @@ def genetic_hijack(
     neutral = [text for text in lexicon.neutral_texts if _lacks(model, text, ids)]
     betas = sorted(betas)[-1 if quick else 0 :]
     _check(carriers, neutral, betas, rotations)
-    hash_before = model_hash(model)
+    hash_before, own = model_hash(model), derive_seed(seed, "genetic_hijack")
     probe = Probe(model, carriers, heldout, neutral, edited=edited, new_tokens=new_tokens, seed=seed)
     shift = Shift.of(chosen, ids, poles.direction(chosen))
-    directions = random_recipes(RANDOM_DRAWS, chosen, seed)
+    directions = random_recipes(RANDOM_DRAWS, chosen, derive_seed(own, "shift"))
     bar = tqdm(total=len(betas) + 4, desc="genetic hijack", disable=not progress)
 
     def shifted(series: str, beta: float, direction: Tensor | None = None) -> list[Run]:
@@ -147,7 +148,7 @@ def genetic_hijack(
     for direction in directions[1:WRITTEN_DRAWS]:
         runs += shifted("random_direction", beta, direction)
     bar.update()
-    for (name, series), edits in _other_edits(chosen, heldout, shift.direction, seed).items():
+    for (name, series), edits in _other_edits(chosen, heldout, shift.direction, own).items():
         runs.append(Run(name, series, 0.0, probe.outcome(edits, write=True)))
     bar.update()
     nulls = {
@@ -249,11 +250,11 @@ def _other_edits(
     pairs = list(zip(heldout.positive, heldout.negative, strict=False))
     edits: dict[tuple[str, str], list[WeightEdit]] = {
         ("swap", "edit"): [editor.swap(*pair) for pair in pairs],
-        ("swap", "random_direction"): random_swap(view, pairs, seed),
+        ("swap", "random_direction"): random_swap(view, pairs, derive_seed(seed, "swap")),
     }
     for name, column in replacements(view, direction).items():
         edits[name, "edit"] = [editor.graft(signal, column)]
-        edits[name, "random_direction"] = [random_replacement(view, signal, column, seed)]
+        edits[name, "random_direction"] = [random_replacement(view, signal, column, derive_seed(seed, name))]
     return edits
 
 

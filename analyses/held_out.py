@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from analyses.draws import derive_generator
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -55,7 +56,7 @@ def windows(stream: Int[Tensor, " token"], n_rows: int, context: int, seed: int)
     """Rows from random places, which may overlap."""
     if len(stream) < context:
         raise ReflowlensError(f"{len(stream)} tokens are too few for one row of {context}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = derive_generator(seed, "windows")
     starts = torch.randint(0, len(stream) - context + 1, (n_rows,), generator=generator)
     return torch.stack([stream[start : start + context] for start in starts.tolist()])
 
@@ -71,5 +72,5 @@ def sampled_rows(
 
 def shuffled(stream: Int[Tensor, " token"], seed: int) -> Int[Tensor, " token"]:
     """The same tokens in a random order: their frequencies stay, what they say does not."""
-    order = torch.randperm(len(stream), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(stream), generator=derive_generator(seed, "shuffled_text"))
     return stream[order.to(stream.device)]

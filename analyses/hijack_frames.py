@@ -10,10 +10,11 @@ import pandas as pd
 
 from analyses.hijack import Outcome, Probe, Written
 from analyses.recipe_edits import RecipeEdits, replacements, strongest_signal
+from analyses.rotations import random_rotations
 from analyses.sentiment import Poles
 from analyses.statistics import bootstrap_band
 from reflowlens.models.reflow_topk import ReFlowTopK
-from reflowlens.signals import SignalView, random_rotation, rotate
+from reflowlens.signals import SignalView, rotate
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def signals_frame(probe: Probe, view: SignalView, poles: Poles, rotations: int, 
     """Silence and graft in the trained basis and in random rotations of it, a row a carrier."""
     bases = {view.name: view}
     if not isinstance(view.model, ReFlowTopK):
-        bases |= {f"rotated_{i}": rotate(view, random_rotation(view.n_signals, seed + i)) for i in range(rotations)}
+        turned = random_rotations(view.n_signals, rotations, seed, "genetic_hijack")
+        bases |= {name: rotate(view, rotation) for name, rotation in turned}
     before = probe.log_odds()
     frames = []
     for basis, some in bases.items():

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_generator
 from reflowlens.signals import SignalView
 
 
@@ -29,7 +30,7 @@ def write_norms(view: SignalView, signals: Float[Tensor, "prompt S"]) -> Float[T
 
 def random_order(shape: tuple[int, ...], seed: int) -> Int[Tensor, "prompt S"]:
     """A random order of the signals for each prompt."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)
+    return torch.rand(shape, generator=derive_generator(seed, "random_order")).argsort(dim=-1)
 
 
 def matched_order(order: Int[Tensor, "prompt S"], norms: Float[Tensor, "prompt S"]) -> Int[Tensor, "prompt S"]:

@@ -22,6 +22,7 @@ import torch
 
 from analyses.context_length import DEFINITION, DELAY, add_context_length
 from analyses.controls import untrained_view
+from analyses.draws import derive_generator, derive_seed
 from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
 from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
 from analyses.result import Result
@@ -89,7 +90,7 @@ def layer_evolution(
     readings = {
         "model": read_lens(chosen, stack, targets),
         "untrained": read_lens(untrained, residual_stack(untrained.model, prompts), targets),
-        "shuffled_norm": read_lens(_shuffled_norm(chosen, seed), stack, targets),
+        "shuffled_norm": read_lens(_shuffled_norm(chosen, derive_seed(seed, "layer_evolution")), stack, targets),
     }
     frames = {
         "layers": _prompt_frame(model, chosen, prompt, target),
@@ -148,7 +149,7 @@ def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[
 def _shuffled_norm(view: SignalView, seed: int) -> SignalView:
     """The view read through the final norm with the entries of its weight permuted."""
     norm = copy.deepcopy(view.norm)
-    order = torch.randperm(len(norm.w), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(norm.w), generator=derive_generator(seed, "shuffled_norm"))
     with torch.no_grad():
         norm.w.copy_(view.norm.w[order.to(norm.w.device)])
     return dataclasses.replace(view, norm=norm)

@@ -28,6 +28,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.controls import untrained_model
+from analyses.draws import derive_generator, derive_seed
 from analyses.held_out import Stream, as_stream, shuffled, tiles
 from analyses.result import Result
 from analyses.statistics import bootstrap_interval
@@ -47,7 +49,6 @@ from reflowlens.checkpoints import model_hash
 from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import bars, histogram_with_control
-from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
 MINIMUM_EVENTS = 20  # of a unit on each split, and of a concept and of its absence
@@ -140,8 +141,8 @@ def monosemanticity(
     rows = min(rows or 24, 24) if quick else rows
     shifts = QUICK_SHIFTS if quick else SHIFTS
     read = Text.of(model, stream, context, rows)
-    mixed = Text.of(model, shuffled(stream, seed), context, rows)
-    untrained = build_model(model.cfg, seed=seed + 1, device=model.cfg.device)
+    mixed = Text.of(model, shuffled(stream, derive_seed(seed, "monosemanticity")), context, rows)
+    untrained = untrained_model(model, seed)
     runs: dict[str, Callable[..., pd.DataFrame]] = {
         "model": partial(score_units, model, read, points),
         "untrained": partial(score_units, untrained, read, points),
@@ -221,7 +222,7 @@ def score_units(
     for point in points:
         for start, values in activations(model, text.tokens, point):
             if permute is not None:
-                values = _exchanged(values, permute + start)
+                values = _exchanged(values, derive_seed(permute, point, start))
             for low in range(0, values.shape[-1], _AT_ONCE):
                 some = values[..., low : low + _AT_ONCE]
                 frame, p = _score(*text.split(some), first, second, names, tokens, shifts, seed)
@@ -237,7 +238,7 @@ def score_units(
 
 def _exchanged(values: Float[Tensor, "row pos unit"], seed: int) -> Float[Tensor, "row pos unit"]:
     """At each position every unit takes the value of the one that lies a random number of places further on."""
-    n_units, generator = values.shape[-1], torch.Generator().manual_seed(seed)
+    n_units, generator = values.shape[-1], derive_generator(seed, "permuted_units")
     offset = torch.randint(n_units, (*values.shape[:-1], 1), generator=generator)
     return values.gather(-1, (torch.arange(n_units) + offset) % n_units)
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from analyses.draws import derive_rng
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers import Tokenizer
 
@@ -103,5 +103,5 @@ def shuffle_columns(matrix: Float[Tensor, "row S"], seed: int) -> Float[Tensor, 
     Every signal keeps its distribution over tokens; what tokens share across signals is destroyed.
     """
     values = matrix.detach().cpu().to(torch.promote_types(matrix.dtype, torch.float32)).numpy()  # numpy has no bfloat16
-    shuffled = np.random.default_rng(seed).permuted(values, axis=0)
+    shuffled = derive_rng(seed, "shuffled_recipe").permuted(values, axis=0)
     return torch.from_numpy(shuffled).to(matrix)

@@ -30,7 +30,8 @@ from analyses.atlas_figures import (
     similarity_frame,
 )
 from analyses.codebooks import Poles, codebook_poles
-from analyses.controls import recipe_nulls
+from analyses.controls import permuted_labels, recipe_nulls
+from analyses.draws import derive_rng, derive_seed
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.neighbors import word_tokens
@@ -47,7 +48,6 @@ from analyses.rotations import (
 from analyses.similar_words import (
     Pairs,
     overlap_with_embedding,
-    permuted_label_shares,
     random_pair_cosines,
     row_cosines,
     share_label,
@@ -111,7 +111,7 @@ def recipe_atlas(
         pairs: how many of the most similar pairs are judged.
         pole_words: how many lexicon words at either end of a signal are its codebook.
         rotations: random rotations beside the purity, at least 2; default 10, of a quick run 4.
-        seed: of draws, nulls, permutations and bootstrap; the untrained model is built with ``seed + 1``.
+        seed: of draws, nulls, permutations and bootstrap.
 
     Returns:
         A Result with frames ``neighbors`` (a row a probe, space and neighbour), ``pairs`` (a row a space and pair),
@@ -134,20 +134,21 @@ def recipe_atlas(
     candidates = word_tokens(model.tokenizer)
     shown = _shown(model, words, probes)
     named = _named_tokens(model)
-    probed = np.random.default_rng(seed).permutation(words.ids)[:OVERLAP_PROBES]
+    own = derive_seed(seed, "recipe_atlas")
+    probed = derive_rng(own, "probes").permutation(words.ids)[:OVERLAP_PROBES]
     has_embedding = chosen.name != "identity"
     bar = tqdm(total=rotations + 5, desc="recipe atlas", disable=not progress)
     spaces: dict[str, Space] = {}
-    for name, other in itertools.chain([("R", chosen)], recipe_nulls(chosen, seed)):
+    for name, other in itertools.chain([("R", chosen)], recipe_nulls(chosen, seed, "recipe_atlas")):
         overlap = overlap_with_embedding(other, probed, candidates, k) if has_embedding else None
         spaces[name] = Space.of(other.recipe, words.ids, named, pairs, overlap)
         bar.update()
     poles = {name: codebook_poles(space.rows, words.labels, pole_words) for name, space in spaces.items()}
-    for name, other in other_bases(chosen, rotations, seed):
+    for name, other in other_bases(chosen, rotations, seed, "recipe_atlas"):
         poles[name] = codebook_poles(other.recipe[words.ids], words.labels, pole_words)
         bar.update()
     bar.close()
-    matched = frequency_matched(words.ids, candidates, seed=seed)
+    matched = frequency_matched(words.ids, candidates, seed=own)
     spaces["random_words"] = Space.of(chosen.recipe, matched, {}, pairs)
     if has_embedding:
         spaces["E"] = Space.of(chosen.write(chosen.recipe), words.ids, named, pairs)
@@ -165,7 +166,7 @@ def recipe_atlas(
         "purity": purity_frame(poles),
     }
     random_cosines = {
-        metric: random_pair_cosines(chosen.recipe, tokens, candidates, RANDOM_PAIRS, seed)
+        metric: random_pair_cosines(chosen.recipe, tokens, candidates, RANDOM_PAIRS, derive_seed(own, metric))
         for metric, tokens in named.items()
     }
     result = Result(
@@ -265,7 +266,8 @@ def _named_tokens(model: HookedModel) -> dict[str, tuple[int, int]]:
 def _add_top_pairs(result: Result, spaces: Mapping[str, Space], words: LabelledWords, seed: int) -> None:
     shared = {name: share_label(space.pairs, words.labels) for name, space in spaces.items()}
     valid = shared.pop("R").astype(float)
-    null = permuted_label_shares(spaces["R"].pairs, words.labels, PERMUTATIONS, seed)
+    permuted = permuted_labels(words.labels, PERMUTATIONS, derive_seed(seed, "recipe_atlas", "valid_top_pairs"))
+    null = share_label(spaces["R"].pairs, permuted).mean(axis=1)
     p = permutation_pvalue(valid.mean(), null)
     result.metrics["valid_top_pairs"] = float(valid.mean())
     interval = result.intervals["valid_top_pairs"] = bootstrap_interval(valid, seed=seed)
@@ -310,11 +312,8 @@ def _add_purity(
     if "R" not in means:
         result.notes.append(f"codebook_purity is absent: no signal has {pole_words} lexicon words of one sign")
         return
-    rng = np.random.default_rng(seed)
-    permuted = [
-        np.nanmean(codebook_poles(rows, rng.permutation(words.labels), pole_words).signal_purity())
-        for _ in range(POLE_PERMUTATIONS)
-    ]
+    orders = permuted_labels(words.labels, POLE_PERMUTATIONS, derive_seed(seed, "recipe_atlas", "codebook_purity"))
+    permuted = [np.nanmean(codebook_poles(rows, labels, pole_words).signal_purity()) for labels in orders]
     own = purities["R"][np.isfinite(purities["R"])]
     result.metrics["codebook_purity"] = means["R"]
     result.intervals["codebook_purity"] = bootstrap_interval(own, seed=seed)

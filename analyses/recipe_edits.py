@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
+from analyses.draws import derive_generator
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edit import AddWeights, SetWeights, SwapWeights, WeightEdit
 from reflowlens.models.reflow_topk import ReFlowTopK
@@ -132,8 +133,11 @@ class Shift:
 
 
 def random_recipes(n: int, view: SignalView, seed: int) -> Float[Tensor, "n S"]:
-    """The control `random_direction` in the coordinates of a recipe: isotropic, of length 1."""
-    gaussian = torch.randn(n, view.n_signals, generator=torch.Generator().manual_seed(seed))
+    """The control `random_direction` in the coordinates of a recipe: isotropic, of length 1.
+
+    The same seed gives the same directions: what each is for belongs into it (`analyses.draws.derive_seed`).
+    """
+    gaussian = torch.randn(n, view.n_signals, generator=derive_generator(seed, "random_direction"))
     return F.normalize(gaussian, dim=-1).to(view.recipe)
 
 

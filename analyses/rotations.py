@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
+from analyses.draws import derive_seed
 from analyses.result import Result
 from analyses.statistics import Alternative, holm, predictive_pvalue, verdict
 from reflowlens.errors import ReflowlensError
@@ -29,14 +32,20 @@ def check_rotations(rotations: int) -> None:
         raise ReflowlensError(f"rotations must be at least 2, for their spread is the null, got {rotations}")
 
 
-def other_bases(view: SignalView, rotations: int, seed: int) -> Iterator[tuple[str, SignalView]]:
-    """``rotations`` random rotations of a view, named ``rotated_0`` and on, and the ``varimax`` one.
+def random_rotations(n: int, rotations: int, seed: int, experiment: str) -> Iterator[tuple[str, Float[Tensor, "n n"]]]:
+    """The random rotations of an experiment, named ``rotated_0`` and on."""
+    for i in range(rotations):
+        yield f"rotated_{i}", random_rotation(n, derive_seed(seed, experiment, "rotated_basis", i))
+
+
+def other_bases(view: SignalView, rotations: int, seed: int, experiment: str) -> Iterator[tuple[str, SignalView]]:
+    """``rotations`` random rotations of a view, drawn for one experiment, and the ``varimax`` one.
 
     Raises ReflowlensError for fewer than 2 rotations.
     """
     check_rotations(rotations)
-    for i in range(rotations):
-        yield f"rotated_{i}", rotate(view, random_rotation(view.n_signals, seed + i))
+    for name, rotation in random_rotations(view.n_signals, rotations, seed, experiment):
+        yield name, rotate(view, rotation)
     yield "varimax", varimax_view(view, seed=seed)
 
 

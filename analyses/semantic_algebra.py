@@ -10,7 +10,6 @@ entries of each signal permuted over tokens; and ``untrained``, the same archite
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,14 +26,16 @@ from tqdm import tqdm
 
 from analyses.analogies import RANKINGS, analogy_ranks, candidate_sets, usable_analogies
 from analyses.controls import untrained_view
+from analyses.draws import derive_rng, derive_seed
 from analyses.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
 from analyses.neighbors import shuffle_columns
 from analyses.result import Result
+from analyses.rotations import random_rotations
 from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, verdict
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import bars, dots
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, random_rotation, rotate, view_of
+from reflowlens.signals import SignalView, ViewName, rotate, view_of
 
 Ranks: TypeAlias = "NDArray[np.int64]"  # of the expected word, [question]
 Hits: TypeAlias = "NDArray[np.bool_]"  # whether it is first, [question]
@@ -78,7 +79,7 @@ def semantic_algebra(
         lexicon: default the packaged one; its analogies with a ``published_rank`` are always reported.
         analogies: the questions; default the lexicon's. A path is read as Google's ``questions-words.txt``.
         max_per_section: draw at most so many of each relation.
-        seed: of draws, shuffles, rotation and bootstrap; the untrained model is built with ``seed + 1``.
+        seed: of draws, shuffles, rotation, untrained model and bootstrap.
         quick: draw at most 100 questions.
 
     Returns:
@@ -93,7 +94,6 @@ def semantic_algebra(
 
     Example: ``semantic_algebra(model, analogies="questions-words.txt", max_per_section=600).frames["sections"]``
     """
-    started = time.perf_counter()
     chosen = view_of(model, view, seed=seed)
     lexicon = lexicon or load_lexicon()
     given = _given(analogies, lexicon)
@@ -127,7 +127,6 @@ def semantic_algebra(
         notes=[*notes, _UNITS_NOTE],
     )
     _add_metrics(result, seed)
-    result.seconds = time.perf_counter() - started
     return result
 
 
@@ -170,7 +169,8 @@ def _given(analogies: Sequence[Analogy] | str | Path | None, lexicon: Lexicon) -
 
 def _draw(asked: list[Analogy], per_section: int | None, total: int | None, seed: int) -> list[Analogy]:
     """A random subset within both limits, in the order given."""
-    relations = pd.Series([item.relation for item in asked]).sample(frac=1, random_state=seed)
+    order = derive_rng(seed, "semantic_algebra", "questions").permutation(len(asked))
+    relations = pd.Series([item.relation for item in asked]).iloc[order]
     if per_section is not None:
         relations = relations[relations.groupby(relations).cumcount() < per_section]
     return [asked[i] for i in sorted(relations.index[:total])]
@@ -178,11 +178,13 @@ def _draw(asked: list[Analogy], per_section: int | None, total: int | None, seed
 
 def _spaces(view: SignalView, seed: int) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
     """Kind of weights, space, and its rows without padding."""
+    own = derive_seed(seed, "semantic_algebra")
     yield from _both("trained", view)
-    shuffled = shuffle_columns(view.recipe[: view.n_tokens], seed)
+    shuffled = shuffle_columns(view.recipe[: view.n_tokens], own)
     yield from _both("shuffled_recipe", dataclasses.replace(view, recipe=shuffled))
     yield from _both("untrained", untrained_view(view, seed))
-    rotated = rotate(view, random_rotation(view.n_signals, seed))
+    ((_, rotation),) = random_rotations(view.n_signals, 1, seed, "semantic_algebra")
+    rotated = rotate(view, rotation)
     yield "rotated_basis", "R", rotated.recipe[: view.n_tokens]
 
 

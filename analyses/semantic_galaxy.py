@@ -33,7 +33,8 @@ from analyses.clusters import (
     silhouettes,
     voted_labels,
 )
-from analyses.controls import recipe_nulls
+from analyses.controls import permuted_labels, recipe_nulls
+from analyses.draws import derive_seed
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
 from analyses.rotations import INVARIANT
@@ -89,7 +90,7 @@ def semantic_galaxy(
         method: how the plane of the figure is found; ``tsne`` (by cosine) is for looking, and measured is PCA's.
         k: neighbours that vote for a word's category.
         permutations: of the labels; default 999, of a quick run 199.
-        seed: of permutations, nulls, bootstrap and t-SNE; the untrained model is built with ``seed + 1``.
+        seed: of permutations, nulls, bootstrap and t-SNE.
 
     Returns:
         A Result with frames ``words`` (coordinates, silhouettes, nearest word and strongest signals of each),
@@ -192,13 +193,10 @@ class LabelNull:
 
 
 def _permute(galaxy: Galaxy, labels: NDArray[np.int64], permutations: int, seed: int) -> LabelNull:
-    sizes = np.bincount(labels)
-    by_category = {
-        name: permuted_silhouettes(distances, labels, permutations, seed)
-        for name, distances in galaxy.distances.items()
-    }
+    sizes, permuted = np.bincount(labels), permuted_labels(labels, permutations, derive_seed(seed, "semantic_galaxy"))
+    by_category = {name: permuted_silhouettes(distances, permuted) for name, distances in galaxy.distances.items()}
     means = {name: values @ sizes / len(labels) for name, values in by_category.items()}
-    means["knn_accuracy"] = permuted_accuracies(galaxy.neighbors, labels, permutations, seed)
+    means["knn_accuracy"] = permuted_accuracies(galaxy.neighbors, permuted)
     return LabelNull(means, by_category["silhouette"])
 
 
@@ -208,7 +206,7 @@ def _spaces(view: SignalView, words: LabelledWords, seed: int) -> Iterator[tuple
     yield "R", recipes
     if view.name != "identity":
         yield "E", view.write(recipes)
-    for name, null in recipe_nulls(view, seed):
+    for name, null in recipe_nulls(view, seed, "semantic_galaxy"):
         yield name, null.recipe[words.ids].float()
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_rng
 from analyses.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -46,7 +47,7 @@ class Poles:
 
     def shuffled(self, seed: int) -> Poles:
         """The control `shuffled_labels`: the same words dealt to poles of the same sizes at random."""
-        words = np.random.default_rng(seed).permutation(self.ids).tolist()
+        words = derive_rng(seed, "shuffled_labels").permutation(self.ids).tolist()
         return Poles(tuple(words[: len(self.positive)]), tuple(words[len(self.positive) :]))
 
     def logits(self, view: SignalView, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row word"]:

@@ -35,12 +35,19 @@ from analyses.flow_detail import detail_frames
 from analyses.flow_figures import flow_figures
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.rotations import ROTATIONS, add_basis_controls, add_basis_verdicts, check_rotations, rotated_values
+from analyses.rotations import (
+    ROTATIONS,
+    add_basis_controls,
+    add_basis_verdicts,
+    check_rotations,
+    random_rotations,
+    rotated_values,
+)
 from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, random_rotation, view_of
+from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.varimax import varimax_rotation
 
 MINIMUM_PROMPTS = 20
@@ -132,9 +139,9 @@ def signal_flow(
     flows["varimax"] = Flow.of(turned, k)
     bar.update()
     rotation_error = 0.0
-    for i in range(rotations):
-        turned = reading.rotated(random_rotation(chosen.n_signals, seed + i))
-        flows[f"rotated_{i}"] = Flow.of(turned, k)
+    for name, rotation in random_rotations(chosen.n_signals, rotations, seed, "signal_flow"):
+        turned = reading.rotated(rotation)
+        flows[name] = Flow.of(turned, k)
         rotation_error = max(rotation_error, turned.sum_error())
         bar.update()
     bar.close()

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_seed
 from analyses.neighbors import Neighbors, cosine_neighbors, unit_rows
 from analyses.words import frequency_matched
 from reflowlens.signals import SignalView
@@ -43,12 +44,6 @@ def share_label(pairs: Pairs, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray(labels[..., pairs.first] == labels[..., pairs.second])
 
 
-def permuted_label_shares(pairs: Pairs, labels: NDArray[np.int64], permutations: int, seed: int) -> NDArray[np.float64]:
-    """Share of the pairs that share a label, under random permutations of the labels over all rows."""
-    rng = np.random.default_rng(seed)
-    return share_label(pairs, rng.permuted(np.tile(labels, (permutations, 1)), axis=1)).mean(axis=1)
-
-
 def label_cosines(rows: Float[Tensor, "word S"], labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """Mean cosine between the rows of two labels, of one label between different rows, [label, label].
 
@@ -72,7 +67,7 @@ def random_pair_cosines(
 ) -> NDArray[np.float64]:
     """Cosines of ``draws`` random pairs of candidates, each about as frequent as the token in its place."""
     sides = [
-        frequency_matched(np.full(draws, token), candidates, seed=seed + i, window=draws)
+        frequency_matched(np.full(draws, token), candidates, seed=derive_seed(seed, i), window=draws)
         for i, token in enumerate(pair)
     ]
     return row_cosines(recipe[sides[0]], recipe[sides[1]]).double().cpu().numpy()

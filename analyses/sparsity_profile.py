@@ -18,8 +18,9 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.basis_profile import SUPPORT_TOKENS, Profile, measure_profile
+from analyses.basis_profile import SUPPORT_TOKENS, Profile, measure_profile, support_tokens
 from analyses.controls import gaussian_view, untrained_view
+from analyses.draws import derive_seed
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.resampling import percentile_interval, resampled_means
@@ -93,7 +94,7 @@ def sparsity_profile(
         view: whose recipe; default the model's native one, or its embedding where it has none.
         texts: running text, whose tokens weigh by how often they occur; default the lexicon's neutral texts.
         rotations: random rotations in the ``rotated_basis`` null, at least 2; default 10, of a quick run 4.
-        seed: of draws, rotations and bootstrap; the untrained model is built with ``seed + 1``.
+        seed: of draws, rotations, untrained model and bootstrap.
 
     Returns:
         A Result with frames ``tokens`` (a row a token), ``signals`` (a row a signal with its codebook), ``counts``,
@@ -111,13 +112,15 @@ def sparsity_profile(
     rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
     read = [model.tokenizer.encode(text) for text in (lexicon.neutral_texts if texts is None else texts)]
     read = [ids for ids in read if ids]
+    own = derive_seed(seed, "sparsity_profile")
     bases = itertools.chain(
-        [("trained", chosen), ("gaussian", gaussian_view(chosen, seed))],
+        [("trained", chosen), ("gaussian", gaussian_view(chosen, own))],
         [("untrained", real_tokens(untrained_view(chosen, seed)))],
-        other_bases(chosen, rotations, seed),
+        other_bases(chosen, rotations, seed, "sparsity_profile"),
     )
     bar = tqdm(bases, total=rotations + 4, desc="sparsity profile", disable=not progress)
-    profiles = {name: measure_profile(basis, rule, threshold, read, seed) for name, basis in bar}
+    drawn = support_tokens(len(chosen.recipe), own)
+    profiles = {name: measure_profile(basis, rule, threshold, read, drawn=drawn) for name, basis in bar}
     frames, notes = sparsity_frames(chosen, profiles, read, lexicon)
     result = Result(
         name="sparsity_profile",

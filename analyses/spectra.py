@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
+from analyses.draws import derive_generator, derive_rng, derive_seed
+
 
 def effective_rank(singular_values: ArrayLike) -> float:
     """exp of the entropy of the energies σ² / Σσ², as `reflowlens inspect` has it (Roy and Vetterli, 2007, take σ).
@@ -58,7 +60,7 @@ def gaussian_singular_values(rows: int, columns: int, variance: float, seed: int
     so that a tall matrix costs no more than a square one.
     """
     tall, wide = max(rows, columns), min(rows, columns)
-    rng = np.random.default_rng(seed)
+    rng = derive_rng(seed, "singular_values")
     triangle = np.triu(rng.standard_normal((wide, wide)), 1)
     np.fill_diagonal(triangle, np.sqrt(rng.chisquare(tall - np.arange(wide))))
     return np.sqrt(variance) * np.linalg.svd(triangle, compute_uv=False)
@@ -92,12 +94,12 @@ def above_upper_edge(singular_values: ArrayLike, rows: int) -> int:
 
 def gaussian_matrix(rows: int, columns: int, variance: float, seed: int) -> Float[Tensor, "rows columns"]:
     """Independent Gaussian entries."""
-    return variance**0.5 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return variance**0.5 * torch.randn(rows, columns, generator=derive_generator(seed, "gaussian"))
 
 
 def random_subspace(dimension: int, size: int, seed: int) -> Float[Tensor, "dimension size"]:
     """Orthonormal columns that span a uniformly drawn subspace: the control `random_direction`, of several at once."""
-    gaussian = torch.randn(dimension, size, generator=torch.Generator().manual_seed(seed))
+    gaussian = torch.randn(dimension, size, generator=derive_generator(seed, "random_direction"))
     return torch.linalg.qr(gaussian).Q
 
 
@@ -136,5 +138,5 @@ def compare_spectrum(
 ) -> Spectrum:
     """A spectrum beside those of ``draws`` Gaussian matrices of ``rows`` rows and the same mean sum of squares."""
     variance = entry_variance(own, rows)
-    gaussian = [gaussian_singular_values(rows, len(own), variance, seed + i) for i in range(draws)]
+    gaussian = [gaussian_singular_values(rows, len(own), variance, derive_seed(seed, i)) for i in range(draws)]
     return Spectrum(own, untrained, np.stack(gaussian), rows)

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_generator
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.stages import stages_of
 from reflowlens.interventions.suffixes import Layout
@@ -148,7 +149,7 @@ def of_unit_rms(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]
 
 def random_directions(n: int, size: int, seed: int) -> Float[Tensor, "n size"]:
     """The control `random_direction`: isotropic, of unit root mean square."""
-    return of_unit_rms(torch.randn(n, size, generator=torch.Generator().manual_seed(seed)))
+    return of_unit_rms(torch.randn(n, size, generator=derive_generator(seed, "random_direction")))
 
 
 class Critical(NamedTuple):

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from analyses.controls import untrained_view
+from analyses.draws import derive_seed
 from analyses.lens import first_settled, residual_points
 from analyses.lexicon import TYPO_KINDS, Lexicon, Typo, load_lexicon
 from analyses.result import Result
@@ -89,7 +90,7 @@ def typo_resilience(
         lexicon: its ``typos`` are the pairs; those whose clean word is several tokens are skipped.
         carriers: beginnings of sentences in front of the words; a pair's value is its mean over carriers.
         threshold: of the cosine of the readouts, from which on a pair has recovered.
-        seed: of the unrelated words, the bootstrap and the permutations; the untrained model has ``seed + 1``.
+        seed: of the unrelated words, the untrained model, the bootstrap and the permutations.
         quick: a third of the pairs.
 
     Returns:
@@ -115,9 +116,11 @@ def typo_resilience(
     clean, misspelt = [pair.clean for pair in pairs], [pair.misspelt for pair in pairs]
     words = [word for category in lexicon.categories.values() for word in category]
     pool = [word for word in [*clean, *words] if model.tokenizer.is_single_token(f" {word}")]
-    unrelated = others_of_same_length(clean, pool, seed)
+    own = derive_seed(seed, "typo_resilience")
+    unrelated = others_of_same_length(clean, pool, derive_seed(own, "unrelated_word"))
     misspelling_of = {pair.clean: pair.misspelt for pair in pairs}
-    elsewhere = [misspelling_of[word] for word in others_of_same_length(clean, clean, seed)]
+    others_of_clean = others_of_same_length(clean, clean, derive_seed(own, "unrelated_misspelling"))
+    elsewhere = [misspelling_of[word] for word in others_of_clean]
     bar = tqdm(total=2, desc="typo resilience", disable=not progress)
     others = dict(zip(("misspelt", *UNRELATED), (misspelt, unrelated, elsewhere), strict=True))
     compared = compare_words(chosen, clean, others, carriers)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.draws import derive_rng
 from analyses.lens import lens_log_probabilities, residual_stack
 from reflowlens.signals import SignalView
 
@@ -46,7 +47,7 @@ def others_of_same_length(words: Sequence[str], pool: Iterable[str], seed: int) 
     >>> others_of_same_length(["king", "queen"], ["king", "king", "ruler", "wine"], seed=0)
     ['wine', 'ruler']
     """
-    candidates, generator = sorted(set(pool)), np.random.default_rng(seed)
+    candidates, generator = sorted(set(pool)), derive_rng(seed, "same_length")
     drawn = []
     for word in words:
         distance = np.array([abs(len(other) - len(word)) if other != word else np.inf for other in candidates])

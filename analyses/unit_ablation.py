@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from analyses.draws import derive_rng
 from analyses.statistics import permutation_pvalue
 from analyses.text_concepts import CONCEPTS
 from reflowlens.models.base import HookedModel
@@ -49,7 +50,7 @@ def ablate_concepts(
         draws; and a note on each concept that is left out: there must be positions with it and without it, and in each
         point twice as many other units as are silenced, for draws of almost the same units are no control.
     """
-    generator = np.random.default_rng(seed)
+    generator = derive_rng(seed, "matched_units")
     chosen = units.groupby("concept")["f1_s1"].max().nlargest(n_concepts).index
     rows = tokens[n_first : n_first + ROWS]
     losses = row_losses(model, rows)

@@ -16,7 +16,7 @@ CONTROLS = ("untrained", "shuffled_text")
 
 
 def unit_figures(
-    counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Callable[[str], str], minimum_events: int
+    counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Callable[[str], str], minimum_events: int, seed: int = 0
 ) -> dict[str, go.Figure]:
     """Figures ``firing`` (rate by level), ``rates_<kind>`` and ``selectivity_<kind>`` (over units).
 
@@ -24,7 +24,7 @@ def unit_figures(
         counts: of each model, by point.
         kind_of: the kind of units that a point holds.
     """
-    figures = {"firing": firing_by_level(counts, kind_of)}
+    figures = {"firing": firing_by_level(counts, kind_of, seed)}
     for kind in dict.fromkeys(kind_of(point) for point in counts["model"]):
         rates, selectivities = [], []
         for model, points in counts.items():
@@ -46,7 +46,9 @@ def _histogram(parts: list[pd.DataFrame], x: str, x_title: str) -> go.Figure:
     return histogram_with_control(pd.concat(parts), x, "model", controls=CONTROLS, x_title=x_title)
 
 
-def firing_by_level(counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Callable[[str], str]) -> go.Figure:
+def firing_by_level(
+    counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Callable[[str], str], seed: int = 0
+) -> go.Figure:
     """The mean firing rate of each kind of units, level by level, with its interval over the rows of the text."""
     rows = []
     for model, points in counts.items():
@@ -54,7 +56,7 @@ def firing_by_level(counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Cal
             level = int(point.split(".")[1]) if point.startswith("blocks.") else -1
             series = kind_of(point) if model == "model" else f"{kind_of(point)}, {model}"
             several = len(part.row_rates) > 1
-            low, high = mean_interval(part.row_rates.numpy()) if several else (np.nan, np.nan)
+            low, high = mean_interval(part.row_rates.numpy(), seed) if several else (np.nan, np.nan)
             mean = float(part.row_rates.mean())
             rows.append({"level": level, "firing_rate": mean, "low": low, "high": high, "units": series})
     frame = pd.DataFrame(rows)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from analyses.draws import derive_generator
+
 
 def mean_ranks(values: Float[Tensor, "n unit"]) -> Float[Tensor, "n unit"]:
     """Ranks from 1 of each unit's values, ties sharing their mean rank.
@@ -61,7 +63,7 @@ def shifted_auroc(ranks: Float[Tensor, "n unit"], labels: Bool[Tensor, "n concep
     Shifts are drawn from 5% to 95% of the text.
     """
     n = len(ranks)
-    generator = torch.Generator().manual_seed(seed)
+    generator = derive_generator(seed, "shifts")
     by = torch.randint(max(1, n // 20), max(2, n - n // 20), (shifts,), generator=generator).tolist()
     found = torch.stack([auroc(ranks, labels.roll(shift, dims=0)) for shift in by])
     return Shifted(found.mean(dim=0), found.std(dim=0), shifts)
@@ -104,7 +106,7 @@ def token_entropy(
     As many for every unit: the entropy of n events is log2(n) at most, so that over all of them a unit would seem the
     more selective the rarer it is.
     """
-    order = torch.randperm(len(fires), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(fires), generator=derive_generator(seed, "token_entropy"))
     fires = fires[order]
     fires = fires & (fires.cumsum(dim=0, dtype=torch.int32) <= events)
     _, which = tokens[order].unique(return_inverse=True)

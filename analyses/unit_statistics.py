@@ -21,6 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analyses.controls import untrained_model
+from analyses.draws import derive_seed
 from analyses.held_out import Sampling, Stream, as_stream, sampled_rows, shuffled
 from analyses.result import Result
 from analyses.statistics import paired_permutation_pvalue, verdict
@@ -31,7 +33,6 @@ from analyses.unit_points import default_points, kind_of, points_named
 from analyses.unit_tables import NEAR_SILENT, levels_alike, levels_frame, rates_frame, top_units
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
 
@@ -81,10 +82,9 @@ def unit_statistics(
         context: tokens of a window or tile.
         minimum_events: positions at which a unit must fire to be ranked.
         top: units of each kind whose strongest context is shown.
-        controls: count ``untrained``, the same architecture with fresh weights (``seed + 1``), and ``shuffled_text``,
+        controls: count ``untrained``, the same architecture with fresh weights, and ``shuffled_text``,
             the model on the same tokens in a random order, too.
-        untrained: how many untrained models, of the seeds from ``seed + 1`` on; the control is their mean, and the
-            frame ``levels`` has each.
+        untrained: how many untrained models; the control is their mean, and the frame ``levels`` has each.
         quick: two batches, one untrained model.
 
     Returns:
@@ -111,9 +111,10 @@ def unit_statistics(
     tokens = tokens[:n_rows] if quick else tokens
     runs = {"model": (model, tokens)}
     if controls:
-        for fresh_seed, name in enumerate(untrained_names(untrained), start=seed + 1):
-            runs[name] = build_model(model.cfg, seed=fresh_seed, device=model.cfg.device), tokens
-        runs["shuffled_text"] = model, shuffled(tokens.flatten(), seed).reshape(tokens.shape)
+        for number, name in enumerate(untrained_names(untrained), start=1):
+            runs[name] = untrained_model(model, seed, number), tokens
+        mixed = shuffled(tokens.flatten(), derive_seed(seed, "unit_statistics"))
+        runs["shuffled_text"] = model, mixed.reshape(tokens.shape)
     counts: dict[str, dict[str, UnitCounts]] = {}
     steps = bar(runs.items(), show=progress, named=True, unit="model")
     for name, (each, read) in steps:
@@ -143,7 +144,8 @@ def unit_statistics(
     result.frames["top_units"] = top_units(model, counts["model"], tokens, top, minimum_events, seed)
     if not (alike := levels_alike(model, counts["model"], tokens, batch_size, progress)).empty:
         result.frames["alike"] = alike
-    result.figures |= unit_figures({name: counts[name] for name in counts if name in SHOWN}, kind_of, minimum_events)
+    shown = {name: counts[name] for name in counts if name in SHOWN}
+    result.figures |= unit_figures(shown, kind_of, minimum_events, seed)
     _add_metrics(result, counts, minimum_events, seed)
     result.notes += [
         f"{tokens.numel():,} positions in {len(tokens)} rows of {context}; position 0 of a row sees nothing before it: "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from analyses.draws import derive_rng
 from analyses.lexicon import Lexicon, single_token_categories
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers import Tokenizer
@@ -86,7 +87,7 @@ def frequency_matched(
     free = np.array(sorted(set(map(int, candidates)) - given))
     if len(free) < len(ids):
         raise ReflowlensError(f"{len(ids)} random words were expected, and there are {len(free)} to draw from")
-    rng = np.random.default_rng(seed)
+    rng = derive_rng(seed, "frequency_matched")
     drawn = np.empty(len(ids), dtype=np.int64)
     for place in rng.permutation(len(ids)):
         centre = int(np.searchsorted(free, ids[place]))

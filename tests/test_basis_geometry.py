@@ -50,7 +50,7 @@ def test_an_orthogonal_basis_has_no_strongest_direction_and_no_coherence():
 
 
 def test_nothing_is_found_in_a_gaussian_basis():
-    result = basis_geometry(gaussian_basis_model(), texts=TEXTS[:1], quick=True)
+    result = basis_geometry(gaussian_basis_model(1), texts=TEXTS[:1], quick=True)
     assert result.verdicts["effective_rank"] == result.verdicts["coherence_mean"] == "not supported"
     assert any("at least two texts" in note for note in result.notes)
 

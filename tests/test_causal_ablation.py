@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analyses.causal_ablation import causal_ablation
-from analyses.controls import untrained_view
+from analyses.controls import untrained_model, untrained_view
 from analyses.lexicon import FactualPrompt, Lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
@@ -132,7 +132,7 @@ def test_the_untrained_model_is_seen_through_a_view_of_the_same_kind(name):
     view = signal_view(one_signal_model(), name)
     twin = untrained_view(view, seed=3)
     assert twin.name == name
-    assert_close(twin.recipe @ twin.basis, build_model(CONFIG, seed=4).W_U.T)
+    assert_close(twin.recipe @ twin.basis, untrained_model(view.model, seed=3).W_U.T)
 
 
 def test_a_prompt_that_is_too_long_is_an_error():

@@ -7,6 +7,7 @@ import torch
 
 import reflowlens as rl
 from analyses.concept_inception import closing_verdict, concept_inception, delay_verdict
+from analyses.controls import untrained_model
 from analyses.lexicon import Lexicon
 from analyses.steering import Injections, critical_strength, steer
 from reflowlens.errors import ReflowlensError
@@ -55,7 +56,7 @@ def test_the_planted_point_of_no_return_and_its_delay_are_found(layer, closing):
 def test_the_untrained_model_is_measured_as_the_model_is():
     model = turning_model()
     result = concept_inception(model, WORDS[:4], lexicon=LEXICON, quick=True)
-    untrained = concept_inception(build_model(model.cfg, seed=1), WORDS[:4], lexicon=LEXICON, quick=True)
+    untrained = concept_inception(untrained_model(model, seed=0), WORDS[:4], lexicon=LEXICON, quick=True)
     for metric in ("long_clause_delay", "log_long_clause_ratio", "closed_share", "reachable_share"):
         assert result.controls[metric]["untrained"] == pytest.approx(untrained.metrics[metric]), metric
     assert abs(untrained.metrics["log_long_clause_ratio"]) > 1e-3

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import reflowlens as rl
 from analyses.carriers import SteeredTexts, affordable_strength
+from analyses.controls import untrained_model
 from analyses.damage import NeutralTexts, continuation_losses
 from analyses.emotion_surgery import boundary_verdict, emotion_surgery, flip_verdict
 from analyses.lexicon import load_lexicon
@@ -53,7 +54,7 @@ def test_controls_are_given_as_much_as_their_own_cost_allows(planted):
     for name in ("shuffled_labels", "random_direction"):  # they cost nothing, at no strength of the sweep
         assert planted.controls["perplexity_cost"][name] <= 0.05
         assert planted.controls["strength"][name] == max(STRENGTHS)
-        assert planted.controls["damage_kl"][name] < 0.1 * planted.metrics["damage_kl"]
+        assert planted.controls["damage_kl"][name] < 0.5 * planted.metrics["damage_kl"]  # of two draws each
     wide = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=(0.2, 2.0, 20.0), quick=True)
     frontier = wide.frames["frontier"].query("series == 'random_direction'")
     strength = wide.controls["strength"]["random_direction"]
@@ -66,7 +67,7 @@ def test_controls_are_given_as_much_as_their_own_cost_allows(planted):
 
 
 def test_the_probability_of_the_held_out_words_has_that_of_the_untrained_model_beside_it(planted):
-    model = build_model(feeling_model(1).cfg, seed=1)  # as untrained_view builds it
+    model = untrained_model(feeling_model(1), seed=0)
     _, heldout = sentiment_poles(model, LEXICON, "x")
     logits = torch.cat([model(text)[:, -1] for text in LEXICON.sentiment.prompts])
     share = logits[:, : model.tokenizer.n_vocab].softmax(dim=-1)[:, heldout.ids].sum(dim=-1).mean()

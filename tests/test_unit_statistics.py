@@ -13,6 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 import reflowlens as rl
 from analyses import unit_statistics
+from analyses.controls import untrained_model
 from analyses.held_out import as_stream, shuffled, tiles, windows
 from analyses.resampling import moving_block_weights
 from analyses.result import Result
@@ -324,7 +325,7 @@ def test_an_untrained_model_is_its_own_control() -> None:
     result = unit_statistics(fresh, TEXT, n_batches=4, context=48)
     assert result.metrics["xy_sparse_firing_rate"] == pytest.approx(0.25, abs=0.06)
     assert result.metrics["xy_sparse_selectivity"] > 10
-    again = unit_statistics(build_model(CONFIG, seed=1), TEXT, n_batches=4, context=48, untrained=1)
+    again = unit_statistics(untrained_model(fresh, seed=0), TEXT, n_batches=4, context=48, untrained=1)
     for metric, value in again.metrics.items():
         assert again.controls[metric]["untrained"] == value
     assert set(again.verdicts.values()) == {"not supported"}

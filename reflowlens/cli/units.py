@@ -95,11 +95,11 @@ def _describe(options: argparse.Namespace, model: HookedModel, text: Any, settin
 
 
 def _compare(options: argparse.Namespace, model: HookedModel, text: Any, settings: dict[str, Any]) -> None:
+    from analyses.controls import untrained_model
     from analyses.spreadsheets import guarded
     from analyses.unit_comparison import compare_units
     from analyses.unit_report import table
     from reflowlens.checkpoints import load_model
-    from reflowlens.models import build_model
 
     for name in ("quick", "no_controls"):
         if getattr(options, name):
@@ -108,9 +108,7 @@ def _compare(options: argparse.Namespace, model: HookedModel, text: Any, setting
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ReflowlensError(f"--against: {twice[0]} is given twice, and a model is compared with others")
     others = {
-        name: build_model(model.cfg, seed=options.seed + 1, device=options.device)
-        if name == "untrained"
-        else load_model(name, device=options.device)
+        name: untrained_model(model, options.seed) if name == "untrained" else load_model(name, device=options.device)
         for name in options.against
     }
     frame = compare_units({options.model: model, **others}, text, options.hook, **settings)
