@@ -16,6 +16,8 @@ from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
 from reflowlens.models.unwrapping import hooked_model
 
+_REAL = (int, float, np.integer, np.floating)
+
 
 @torch.no_grad()
 def generate(
@@ -65,7 +67,7 @@ def generate(
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
     forward, model = model, hooked_model(model)  # a compiled model reads compiled
-    _check_settings(temperature, top_k, top_p, max_new_tokens)
+    _check_settings(temperature, top_k, top_p, max_new_tokens, seed)
     if return_type not in ("text", "tokens"):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
     prompts, lengths = model.tokens_and_lengths(input)
@@ -144,22 +146,28 @@ def sample(
     # One uniform number a row against the cumulated probabilities: `torch.multinomial` would draw one a token.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1).cpu()
     uniform = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=own) for own in generators])
-    return torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True).squeeze(1)
+    total = cumulated[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulated, uniform * total, right=True)
+    last_possible = torch.searchsorted(cumulated, total)  # where the product is rounded up to the total
+    return torch.minimum(drawn, last_possible).squeeze(1)
 
 
 def _check_finite(logits: Float[Tensor, "batch d_vocab"], why: str) -> None:
     # A largest logit of NaN or infinity leaves no distribution; -inf beside a finite one is a token of probability 0.
-    if not logits.amax(dim=-1).isfinite().all():
-        raise ReflowlensError(f"the logits are {'NaN' if logits.isnan().any() else 'infinite'}: {why}")
+    highest = logits.amax(dim=-1)
+    if not highest.isfinite().all():
+        raise ReflowlensError(f"the logits are {'NaN' if highest.isnan().any() else 'infinite'}: {why}")
 
 
-def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
-    if not temperature >= 0:
-        raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ReflowlensError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p}")
+def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int, seed: int) -> None:
+    if not isinstance(temperature, _REAL) or not temperature >= 0:
+        raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
+    if top_k is not None and (integer(top_k) is None or top_k < 1):
+        raise ReflowlensError(f"top_k must be an integer and at least 1, got {top_k!r}")
+    if top_p is not None and (not isinstance(top_p, _REAL) or not 0 < top_p <= 1):
+        raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p!r}")
+    if integer(seed) is None or not -(2**63) <= seed < 2**63:
+        raise ReflowlensError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
     if integer(max_new_tokens) is None or max_new_tokens < 1:
         raise ReflowlensError(f"max_new_tokens must be an integer and at least 1, got {max_new_tokens}")
 

@@ -106,6 +106,11 @@ def test_filters_keep_the_smallest_sufficient_set(k, p, seed):
     [
         ({"temperature": -1}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.5}, "top_k must be an integer and at least 1, got 2.5"),
+        ({"temperature": "a"}, "temperature must be 0 .greedy. or positive, got 'a'"),
+        ({"top_p": "a"}, "top_p must be above 0 and at most 1, got 'a'"),
+        ({"seed": 2**70}, r"seed must be an integer from -2\*\*63"),
+        ({"seed": 1.5}, r"seed must be an integer from -2\*\*63"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer"),
@@ -161,7 +166,38 @@ def test_positions_from_the_end_are_refused(tiny_models):
             model.generate("abcd", 2)
 
 
-@pytest.mark.parametrize(("logits", "temperature"), [([1.0, float("inf"), 0.0], 1.0), ([20.0, -3.0, 1.0], 1e-38)])
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("logits", "temperature"), [([1.0, INF, 0.0], 1.0), ([1.0, INF, 0.0], 0.0), ([-INF] * 3, 1.0), ([20.0, 1.0], 1e-38)]
+)
 def test_infinite_logits_are_not_sampled(logits: list[float], temperature: float) -> None:
     with pytest.raises(ReflowlensError, match="the logits are infinite"):
         sample(torch.tensor([logits]), temperature, None, None, [torch.Generator().manual_seed(0)])
+
+
+def test_a_logit_of_minus_infinity_is_a_token_ruled_out() -> None:
+    logits = torch.tensor([[-INF, 0.0, -INF]])
+    for temperature in (0.0, 1.0):
+        assert sample(logits, temperature, None, None, [torch.Generator()]).tolist() == [1]
+
+
+def test_a_draw_that_is_rounded_up_to_the_total_takes_the_last_possible_token(monkeypatch) -> None:
+    highest = torch.tensor([[1.0]], dtype=torch.float64)  # times a total it would be past the last token
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: highest)
+    assert sample(torch.tensor([[0.0, 1.0, -INF]]), 1.0, None, None, [torch.Generator()]).tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["gpt2_biased", "llama_untied", "reflow"])
+def test_gradients_through_the_cache_are_those_of_the_whole_pass(name):
+    model = random_model(name).double()  # so that what remains is no rounding of float32 sums
+    tokens = model.to_tokens("abcdefgh")
+    past = model.make_cache(1, torch.float64)
+    parts = [model(tokens[:, here], past_kv_cache=past) for here in (slice(0, 3), slice(3, 7), slice(7, 8))]
+    torch.cat(parts, dim=1).square().sum().backward()
+    cached = {key: parameter.grad for key, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model(tokens).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(cached[key], parameter.grad, rtol=1e-9, atol=1e-9)  # that of b_K is 0

@@ -165,11 +165,11 @@ class KeyValueCache:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (cfg.n_layers, batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
-        self.keys: Float[Tensor, "layer batch n_ctx kv_head d_head"] = torch.empty(
-            shape, dtype=dtype, device=cfg.device
-        )
-        self.values = torch.empty_like(self.keys)
+        shape = (batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
+        self.keys: list[Float[Tensor, "batch n_ctx kv_head d_head"]] = [
+            torch.empty(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
+        ]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0
         self.ready: Bool[Tensor, " batch"] | None = None  # see `reflowlens.generation.generate`
 
@@ -191,14 +191,17 @@ class KeyValueCache:
         Raises:
             ReflowlensError: the cache was made for another number of rows.
         """
-        if k.shape[0] != self.keys.shape[1]:
+        batch = self.keys[layer].shape[0]
+        if k.shape[0] != batch:
             raise ReflowlensError(
-                f"this key-value cache holds a batch of {self.keys.shape[1]}, and the input is a batch of {k.shape[0]}"
+                f"this key-value cache holds a batch of {batch}, and the input is a batch of {k.shape[0]}"
             )
         end = self.length + k.shape[1]
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
+        if torch.is_grad_enabled() or self.keys[layer].requires_grad:  # a backward pass needs what it saved unchanged
+            self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
+        self.keys[layer][:, self.length : end] = k
+        self.values[layer][:, self.length : end] = v
+        return self.keys[layer][:, :end].to(k.dtype), self.values[layer][:, :end].to(v.dtype)
 
 
 def _head_matrix(n_heads: int, d_model: int, d_head: int) -> nn.Parameter:
