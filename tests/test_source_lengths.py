@@ -33,3 +33,16 @@ def test_a_cache_of_ragged_texts_knows_their_lengths(tiny):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     with pytest.raises(rl.ReflowlensError, match="prompt 1 of the source has"):
         rl.run(tiny, CORRUPTED, rl.Patch("resid_pre", cache, layer=1, position="last", from_position=n))
+
+
+@pytest.mark.parametrize("part", [{"index": slice(-2, None)}, {"index": -1}, {"position": "last"}, {}])
+def test_keys_of_a_square_are_each_prompts_own(tiny, part):
+    change = rl.Replace("pattern", 0.2, layer=1, **part)
+    together = rl.run(tiny, CORRUPTED, change)
+    for row, prompt in zip(together, CORRUPTED, strict=True):
+        alone = rl.run(tiny, prompt, change)[0]
+        torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-5, atol=1e-5)
+    cells, metric = [change], rl.metrics.logit_diff(5, 9)
+    swept = rl.sweep(tiny, None, CORRUPTED, cells, metric).values[0]
+    each = [rl.sweep(tiny, None, prompt, cells, metric).values[0] for prompt in CORRUPTED]
+    torch.testing.assert_close(swept, torch.cat(each), rtol=1e-5, atol=1e-5)

@@ -68,6 +68,7 @@ class Selection:
     heads: Where
     features: Where
     counted: Bool[Tensor, "batch n"] | None = None
+    own_keys: Bool[Tensor, "batch n_features"] | None = None  # of squares of prompts that differ in length: no padding
 
     def get(self, activation: Tensor) -> Tensor:
         return self._arranged(activation)[self._indices(activation)]
@@ -77,6 +78,9 @@ class Selection:
         if self.counted is not None:
             counted = self.counted.to(part.device).reshape(*self.counted.shape, *[1] * (part.ndim - 2))
             part = torch.where(counted, part, self.get(activation))
+        if self.own_keys is not None:
+            own = self.own_keys.to(part.device)
+            part = torch.where(own.reshape(len(own), *[1] * (part.ndim - 2), -1), part, self.get(activation))
         self._arranged(changed)[self._indices(changed)] = part
         return changed
 
@@ -134,6 +138,8 @@ class Selection:
         opened = [index.reshape(*[1] * axis, -1, *[1] * (n - axis - 1)) for axis, index in enumerate(mesh)]
         if isinstance(self.positions, Tensor) and self.positions.ndim == 2:
             opened[1] = self.positions.reshape(*self.positions.shape, *[1] * (n - 2))
+        if isinstance(self.features, Tensor) and self.features.ndim == 2:
+            opened[-1] = self.features.reshape(len(self.features), *[1] * (n - 2), -1)
         return tuple(opened)
 
 
@@ -181,7 +187,13 @@ def select(
     heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
     feature_axis = len(axes) - 1 if "batch" in axes else 0
     features = _indices("index", intervention.index, shape[feature_axis], name)
-    return Selection(axes, positions, heads, features, counted)
+    own_keys = None
+    if axes[-1] == "key_pos" and not prompt.cached and len(set(prompt.lengths)) > 1:
+        if intervention.index is not None and _counts_from_end(intervention.index):
+            features = _from_own_end(intervention.index, prompt, "index")
+        keys = features if isinstance(features, Tensor) else torch.arange(shape[feature_axis])[features]
+        own_keys = keys.expand(len(prompt.lengths), -1) < torch.tensor(prompt.lengths)[:, None]
+    return Selection(axes, positions, heads, features, counted, own_keys)
 
 
 def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int, name: str) -> Where:
@@ -231,7 +243,9 @@ def _counts_from_end(position: int | slice | Sequence[int]) -> bool:
     return any(part is not None and part < 0 for part in ([parts] if isinstance(parts, int) else parts))
 
 
-def _from_own_end(position: int | slice | Sequence[int], prompt: Prompt) -> Int[Tensor, "batch n"]:
+def _from_own_end(
+    position: int | slice | Sequence[int], prompt: Prompt, what: str = "position"
+) -> Int[Tensor, "batch n"]:
     """Positions of prompts that differ in length, negative ones counted from each prompt's own end."""
     rows = []
     for length in prompt.lengths:
@@ -240,11 +254,11 @@ def _from_own_end(position: int | slice | Sequence[int], prompt: Prompt) -> Int[
             continue
         wanted = [position] if isinstance(position, int) else position
         if not all(-length <= p < prompt.n_positions for p in wanted):
-            raise ReflowlensError(f"position={position} is out of range: a prompt has {length} tokens")
+            raise ReflowlensError(f"{what}={position} is out of range: a prompt has {length} tokens")
         rows.append([p if p >= 0 else length + p for p in wanted])
     if len({len(row) for row in rows}) > 1 or not rows[0]:
         raise ReflowlensError(
-            f"position={position} must select as many tokens in each prompt, at least one: they have "
+            f"{what}={position} must select as many tokens in each prompt, at least one: they have "
             f"{', '.join(map(str, prompt.lengths))}"
         )
     return torch.tensor(rows)
