@@ -274,7 +274,7 @@ def test_json_errors(text: str, message: str) -> None:
         (rl.Patch("hook_basis", "abc"), "nothing to take from another"),
         (rl.Patch("resid_pre", "ab", layer=0), "the source has 2 tokens"),
         (rl.Patch("resid_pre", layer=0), "needs a prompt"),
-        (rl.Patch("resid_pre", ["abcd", "ab"], layer=0, from_position="last"), r"equal length, got \[4, 2\] tokens"),
+        (rl.Patch("resid_pre", ["abcd", "ab"], layer=0, from_position=2), "prompt 1 of the source has 2 tokens"),
         (rl.Ablate("pattern", layer=0, by="mean", reference=["abcd", "ab"]), r"equal length, got \[4, 2\] tokens"),
         (rl.Patch("resid_pre", ["abcd"] * 3, layer=0), "the source has 3 prompts"),
         (rl.Steer("resid_pre", torch.ones(5), layer=0), r"Steer.direction has shape \[5\]"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ class Bound:
     intervention: Intervention
     name: str
     source: Tensor | None
-    source_lengths: Sequence[int] = ()  # where its prompts differ in length
+    source_lengths: Sequence[int] = ()  # of its rows, where some end in padding
     applied: bool = field(default=False)
 
 
@@ -108,13 +107,22 @@ def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> lis
             if "batch" not in model.hook_axes(name):
                 raise ReflowlensError(f"{name!r} is the same in every run: there is nothing to take from another")
             wanted.setdefault(_key(source), (source, set()))[1].add(name)
-    caches = {key: source_cache(model, source, names) for key, (source, names) in wanted.items()}
+    runs = {
+        key: (source_cache(model, source, names), _source_lengths(model, source))
+        for key, (source, names) in wanted.items()
+    }
+    taken: dict[tuple, tuple[Tensor, Sequence[int]]] = {}  # many cells may take the same
 
     def bound(intervention: Intervention, name: str) -> Bound:
         source = intervention.source()
         if source is None:
             return Bound(intervention, name, None)
-        return _bound_to(model, intervention, name, caches[_key(source)][name])
+        position = intervention.from_position if isinstance(intervention, Patch) else None
+        key = (_key(source), name, intervention.kind, position)
+        if key not in taken:
+            cache, lengths = runs[_key(source)]
+            taken[key] = _taken(intervention, name, model.hook_axes(name), cache[name], lengths)
+        return Bound(intervention, name, *taken[key])
 
     return [[bound(intervention, name) for intervention, name in cell] for cell in places]
 
@@ -152,40 +160,85 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
         return model.run_with_cache(source, names_filter=sorted(names), return_type=None)[1]
 
 
-def _bound_to(model: HookedModel, intervention: Intervention, name: str, activation: Tensor) -> Bound:
-    """With a source's activation; of texts that differ in length and are drawn from, their own positions in one row."""
-    source = intervention.source()
+def _source_lengths(model: HookedModel, source: Source) -> Sequence[int] | None:
+    """How many tokens are each row's own, where that is known: of texts, and of a cache of texts."""
+    if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
+        return getattr(source, "lengths", None)
+    return model.tokens_and_lengths(cast(TextInput, source))[1]
+
+
+def _taken(
+    intervention: Intervention, name: str, axes: Sequence[str], activation: Tensor, lengths: Sequence[int] | None
+) -> tuple[Tensor, Sequence[int]]:
+    """What an intervention takes from its source, and the rows' lengths if it may still hold padding."""
+    pos = axes.index("pos")
+    if lengths is None:
+        lengths = [activation.shape[pos]] * activation.shape[0]
+    for axis in (i for i, axis in enumerate(axes) if axis in ("pos", "key_pos")):
+        activation = activation.narrow(axis, 0, max(lengths))
+    padded = lengths if len(set(lengths)) > 1 else ()
     if isinstance(intervention, Patch) and intervention.from_position is not None:
-        own_lengths = getattr(source, "lengths", None) or []
-        if len(set(own_lengths)) > 1:
-            there = _from_own_position(activation, model.hook_axes(name), intervention.from_position, own_lengths)
-            return Bound(dataclasses.replace(intervention, from_position=0), name, there)
-    if isinstance(source, str) or not isinstance(source, Sequence):
-        return Bound(intervention, name, activation)
-    lengths = model.tokens_and_lengths(source)[1]
-    if len(set(lengths)) == 1:
-        return Bound(intervention, name, activation)
-    if intervention.takes_same_positions:
-        return Bound(intervention, name, activation, lengths)
-    if isinstance(intervention, Patch) or "key_pos" in model.hook_axes(name):
+        return _at_own_position(activation, pos, intervention.from_position, lengths), padded
+    if not padded or intervention.takes_same_positions:
+        return activation, padded
+    if "key_pos" in axes:
         raise ReflowlensError(
-            f"{intervention.kind} at {name!r} needs source texts of equal length, got {lengths} tokens"
+            f"{intervention.kind} at {name!r} needs source texts of equal length, got {list(lengths)} tokens"
         )
-    own = torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None]
-    return Bound(intervention, name, own)
+    return torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None], ()
 
 
-def _from_own_position(activation: Tensor, axes: Sequence[str], position: int | str, lengths: Sequence[int]) -> Tensor:
+def _at_own_position(activation: Tensor, pos: int, position: int | str, lengths: Sequence[int]) -> Tensor:
     """One position of each row, counted within the row's own tokens; the position axis keeps length 1."""
     index = -1 if position == "last" else cast(int, position)
     for i, length in enumerate(lengths):
         if not -length <= index < length:
-            raise ReflowlensError(
-                f"from_position={index} is out of range: prompt {i} of the source has {length} tokens"
-            )
-    axis = axes.index("pos") - 1
-    rows = [row.select(axis, index % length) for row, length in zip(activation, lengths, strict=True)]
-    return torch.stack(rows).unsqueeze(axis + 1)
+            which = f"prompt {i} of the source" if len(lengths) > 1 else "the source"
+            raise ReflowlensError(f"from_position={index} is out of range: {which} has {length} tokens")
+    return torch.stack([row.narrow(pos - 1, index % n, 1) for row, n in zip(activation, lengths, strict=True)])
+
+
+def resolve(model: HookedModel, bound: Bound, shape: torch.Size, prompt: Prompt) -> Selection | None:
+    """The part of an activation that a bound intervention acts on in a pass; None as in :func:`select`.
+
+    Raises:
+        ReflowlensError: a selector does not fit, or a token would be given what its source has behind its end.
+    """
+    selection = select(model, bound.intervention, bound.name, shape, prompt)
+    if selection is not None and bound.source is not None and (bound.source_lengths or prompt.padded):
+        if "key_pos" in selection.axes and not prompt.cached:
+            _check_keys(bound, prompt)
+        if bound.source_lengths and bound.intervention.takes_same_positions:
+            _check_positions(bound, selection, prompt)
+    return selection
+
+
+def _check_keys(bound: Bound, prompt: Prompt) -> None:
+    """Raise where a prompt and its source differ in their numbers of keys."""
+    assert bound.source is not None
+    rows = max(len(prompt.lengths), len(bound.source_lengths))
+    theirs = bound.source_lengths or [bound.source.shape[-1]] * rows
+    ours = prompt.lengths or [prompt.n_positions] * rows
+    for i, (their, our) in enumerate(zip(theirs, ours, strict=False)):
+        if their != our:
+            raise ReflowlensError(f"the source has {their} key positions, prompt {i} has {our}")
+
+
+def _check_positions(bound: Bound, selection: Selection, prompt: Prompt) -> None:
+    """Raise where a token would be given what its source has behind its end."""
+    if prompt.lengths and len(prompt.lengths) != len(bound.source_lengths):
+        return  # `apply` says so
+    lengths = torch.tensor(bound.source_lengths)[:, None]
+    here = torch.arange(prompt.n_positions)[selection.positions].expand(len(lengths), -1)
+    ends = torch.tensor(prompt.lengths or [prompt.n_positions] * len(lengths))[:, None]
+    asked = (here + prompt.offset >= lengths) & (here < ends)
+    if selection.counted is not None:
+        asked &= selection.counted
+    for i, column in asked.nonzero().tolist():
+        raise ReflowlensError(
+            f"prompt {i} of the source has {bound.source_lengths[i]} tokens, but position "
+            f"{int(here[i, column]) + prompt.offset} is asked of it"
+        )
 
 
 def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
@@ -206,33 +259,32 @@ def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 
             )
         source = selection.in_source(source, activation, offset, bound.intervention.takes_same_positions)
         return selection.put(activation, bound.intervention.new_value(selection.get(activation), source))
+    _check_one_for_all(bound, selection)
     own_order = selection.in_own_order(selection.get(activation))
     return selection.put(activation, selection.from_own_order(bound.intervention.new_value(own_order, None)))
+
+
+def _check_one_for_all(bound: Bound, selection: Selection) -> None:
+    """Raise where numbers differ along an axis along which prompts have different numbers of selected places."""
+    for name in selection.uneven:
+        shape = bound.intervention.given_shape()
+        axis = selection.axes.index(name) - len(selection.axes)
+        if len(shape) >= -axis and shape[axis] > 1:
+            what = "keys" if name == "key_pos" else "positions"
+            raise ReflowlensError(
+                f"{bound.intervention.kind} at {bound.name!r} selects different numbers of {what} in prompts of "
+                f"several lengths: give one value for all of them instead of shape {list(shape)}, or one prompt a call"
+            )
 
 
 def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: Tensor, hook: HookPoint) -> Tensor:
     if not passes:
         raise ReflowlensError(f"{bound.name!r} was reached outside of the model's own forward pass: call the model")
-    selection = select(model, bound.intervention, bound.name, activation.shape, passes[-1])
+    selection = resolve(model, bound, activation.shape, passes[-1])
     if selection is None:
         return activation
-    if bound.source_lengths:
-        _check_source_lengths(bound, selection, passes[-1])
     bound.applied = True
     return apply(bound, selection, activation, passes[-1].offset)
-
-
-def _check_source_lengths(bound: Bound, selection: Selection, prompt: Prompt) -> None:
-    """Raise where a token would be given what its source has behind its end."""
-    positions = torch.arange(prompt.n_positions)[selection.positions].cpu()
-    ends = prompt.lengths or [prompt.n_positions] * len(bound.source_lengths)
-    rows = positions.expand(len(bound.source_lengths), -1) if positions.ndim == 1 else positions
-    for i, (row, end, length) in enumerate(zip(rows.tolist(), ends, bound.source_lengths, strict=False)):
-        asked = [p + prompt.offset for p in row if length <= p + prompt.offset and p < end]
-        if asked:
-            raise ReflowlensError(
-                f"prompt {i} of the source has {length} tokens, but position {asked[0]} is asked of it"
-            )
 
 
 @contextlib.contextmanager

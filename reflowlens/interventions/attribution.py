@@ -20,10 +20,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.apply import Bound, apply, bind_all
+from reflowlens.interventions.apply import Bound, apply, bind_all, resolve
 from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.reading import Reader, check_readout_is_free
-from reflowlens.interventions.selection import Prompt, Selection, select
+from reflowlens.interventions.selection import Prompt, Selection
 from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
@@ -73,7 +73,7 @@ def _estimate(
 ) -> Float[Tensor, " prompt"] | float:
     by_point: dict[str, list[tuple[Bound, Selection]]] = {}
     for bound in cell:
-        selection = select(model, bound.intervention, bound.name, points[bound.name].activation.shape, prompt)
+        selection = resolve(model, bound, points[bound.name].activation.shape, prompt)
         assert selection is not None  # None is for generation
         by_point.setdefault(bound.name, []).append((bound, selection))
     return sum(points[name].estimate(edits) for name, edits in by_point.items())
@@ -94,7 +94,7 @@ class Slope:
         """The first-order effect of interventions, one after the other."""
         bound, selection = edits[0]
         if len(edits) == 1 and "batch" in self.axes and _acts_place_by_place(bound, self.activation):
-            return selection.get(self._product(bound)).flatten(1).sum(dim=1)
+            return selection.where_counted(selection.get(self._product(bound)), 0.0).flatten(1).sum(dim=1)
         after = self.activation
         for bound, selection in edits:
             after = apply(bound, selection, after)

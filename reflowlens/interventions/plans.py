@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.interventions.apply import Bound, apply
-from reflowlens.interventions.selection import Prompt, Selection, select
+from reflowlens.interventions.apply import Bound, apply, resolve
+from reflowlens.interventions.selection import Prompt, Selection
 from reflowlens.interventions.stages import EMBEDDINGS, READOUT_SIGNAL, Stages
 from reflowlens.models.base import HookedModel
 
@@ -85,6 +85,6 @@ def make_plan(stages: Stages, bound: Sequence[Bound], cache: Mapping[str, Tensor
 
 
 def _selection(model: HookedModel, bound: Bound, activation: Tensor, prompt: Prompt) -> Selection:
-    selection = select(model, bound.intervention, bound.name, activation.shape, prompt)
+    selection = resolve(model, bound, activation.shape, prompt)
     assert selection is not None  # None is for generation, where a position may belong to another pass
     return selection

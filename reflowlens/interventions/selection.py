@@ -61,6 +61,8 @@ class Selection:
 
     Args:
         counted: of the positions, which ``put`` changes in each row; None for all of them.
+        counted_keys: the same of the keys of an attention square, whose padding stays as it is.
+        uneven: axes along which prompts have different numbers of selected places; rows are filled up with others.
     """
 
     axes: tuple[str, ...]
@@ -68,21 +70,28 @@ class Selection:
     heads: Where
     features: Where
     counted: Bool[Tensor, "batch n"] | None = None
-    own_keys: Bool[Tensor, "batch n_features"] | None = None  # of squares of prompts that differ in length: no padding
+    counted_keys: Bool[Tensor, "batch n_features"] | None = None
+    uneven: tuple[str, ...] = ()
 
     def get(self, activation: Tensor) -> Tensor:
         return self._arranged(activation)[self._indices(activation)]
 
     def put(self, activation: Tensor, part: Tensor) -> Tensor:
-        changed, part = activation.clone(), part.to(activation)
-        if self.counted is not None:
-            counted = self.counted.to(part.device).reshape(*self.counted.shape, *[1] * (part.ndim - 2))
-            part = torch.where(counted, part, self.get(activation))
-        if self.own_keys is not None:
-            own = self.own_keys.to(part.device)
-            part = torch.where(own.reshape(len(own), *[1] * (part.ndim - 2), -1), part, self.get(activation))
+        changed = activation.clone()
+        part = self.where_counted(part.to(activation), self.get(activation))
         self._arranged(changed)[self._indices(changed)] = part
         return changed
+
+    def where_counted(self, part: Tensor, otherwise: Tensor | float) -> Tensor:
+        """A selected part, and something else at the places of a row that ``put`` leaves as they are."""
+        between = [1] * (part.ndim - 2)
+        if self.counted is not None:
+            counted = self.counted.to(part.device)
+            part = torch.where(counted.reshape(*counted.shape, *between), part, otherwise)
+        if self.counted_keys is not None:
+            counted = self.counted_keys.to(part.device)
+            part = torch.where(counted.reshape(len(counted), *between, -1), part, otherwise)
+        return part
 
     def in_own_order(self, part: Tensor) -> Tensor:
         """A view of a selected part with the point's own axes, :meth:`hook_axes`."""
@@ -145,7 +154,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a forward pass reads, as far as selectors ask: its tokens, if it starts from tokens, and where it is."""
+    """What a forward pass reads, as far as selectors ask: its tokens, if it starts from tokens, and where it is.
+
+    Args:
+        lengths: of each row, how many tokens are its own; empty for all.
+    """
 
     n_positions: int
     tokens: Int[Tensor, "batch pos"] | None = None
@@ -153,6 +166,11 @@ class Prompt:
     offset: int = 0
     cached: bool = False  # earlier positions, and perhaps later ones, belong to other passes
     ready: Bool[Tensor, " batch"] | None = None  # rows whose newest token is their last so far; None for all
+
+    @property
+    def padded(self) -> bool:
+        """Whether some rows end in padding."""
+        return not self.cached and any(length < self.n_positions for length in self.lengths)
 
 
 def select(
@@ -167,33 +185,38 @@ def select(
         ReflowlensError: a selector is out of range, or selects along an axis that the activation does not have.
     """
     axes = model.hook_axes(name)
-    positions: Where = slice(None)
+    positions: Where | None = slice(None)
     counted: Bool[Tensor, "batch n"] | None = None
+    uneven: list[str] = []
     if intervention.position is not None:
         if "pos" not in axes:
             raise ReflowlensError(f"{name!r} has no positions, but position={intervention.position!r} was given")
         if prompt.cached and isinstance(intervention.position, str):
             here = _in_this_pass(model, intervention.position, prompt)
             columns = here.any(dim=0).nonzero()[:, 0]
-            found: Where | None = columns if len(columns) else None
+            positions = columns if len(columns) else None
             counted = here[:, columns]
+        elif prompt.padded and _counts_from_end(intervention.position):
+            positions, counted = _from_own_end("position", intervention.position, prompt)
+            uneven += ["pos"] * (not bool(counted.all()))
         else:
-            found = _positions(model, intervention.position, prompt)
-        if found is None:
+            positions = _positions(model, intervention.position, prompt)
+        if positions is None:
             return None
-        positions = found
     if intervention.head is not None and "head" not in axes:
         raise ReflowlensError(f"{name!r} has no heads, but head={intervention.head!r} was given")
     heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
-    feature_axis = len(axes) - 1 if "batch" in axes else 0
-    features = _indices("index", intervention.index, shape[feature_axis], name)
-    own_keys = None
-    if axes[-1] == "key_pos" and not prompt.cached and len(set(prompt.lengths)) > 1:
-        if intervention.index is not None and _counts_from_end(intervention.index):
-            features = _from_own_end(intervention.index, prompt, "index")
-        keys = features if isinstance(features, Tensor) else torch.arange(shape[feature_axis])[features]
-        own_keys = keys.expand(len(prompt.lengths), -1) < torch.tensor(prompt.lengths)[:, None]
-    return Selection(axes, positions, heads, features, counted, own_keys)
+    size = shape[len(axes) - 1 if "batch" in axes else 0]
+    features: Where
+    counted_keys: Bool[Tensor, "batch n_features"] | None = None
+    if axes[-1] == "key_pos" and prompt.padded and _counts_from_end(intervention.index):
+        features, counted_keys = _from_own_end("index", intervention.index, prompt)
+        uneven += ["key_pos"] * (not bool(counted_keys.all()))
+    else:
+        features = _indices("index", intervention.index, size, name)
+        if axes[-1] == "key_pos" and prompt.padded:
+            counted_keys = torch.arange(size)[features] < torch.tensor(prompt.lengths)[:, None]
+    return Selection(axes, positions, heads, features, counted, counted_keys, tuple(uneven))
 
 
 def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int, name: str) -> Where:
@@ -217,8 +240,6 @@ def _positions(model: HookedModel, position: int | slice | Sequence[int] | str, 
     if isinstance(position, str):
         return _last(prompt) if position == "last" else _occurrences(model, position, prompt)
     if not prompt.cached:
-        if len(set(prompt.lengths)) > 1 and _counts_from_end(position):
-            return _from_own_end(position, prompt)
         return _indices("position", position, n, "the prompt")
     # With a key-value cache positions count from the start of the text, and this pass holds a window of them.
     if _counts_from_end(position):
@@ -238,30 +259,38 @@ def _last(prompt: Prompt) -> Where:
     return torch.tensor(lengths)[:, None] - 1
 
 
-def _counts_from_end(position: int | slice | Sequence[int]) -> bool:
-    parts = (position.start, position.stop) if isinstance(position, slice) else position
+def _counts_from_end(selector: int | slice | Sequence[int] | str | None) -> bool:
+    if selector is None or isinstance(selector, str):
+        return False
+    if isinstance(selector, slice) and selector.start is None and (selector.step or 1) < 0:
+        return True
+    parts = (selector.start, selector.stop) if isinstance(selector, slice) else selector
     return any(part is not None and part < 0 for part in ([parts] if isinstance(parts, int) else parts))
 
 
 def _from_own_end(
-    position: int | slice | Sequence[int], prompt: Prompt, what: str = "position"
-) -> Int[Tensor, "batch n"]:
-    """Positions of prompts that differ in length, negative ones counted from each prompt's own end."""
+    what: str, selector: int | slice | Sequence[int] | None, prompt: Prompt
+) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """Where a selector that counts from the end points in each prompt, as if the prompt were alone.
+
+    A slice may be of fewer places in a shorter prompt: its row is filled up with others, which are not counted.
+    """
     rows = []
-    for length in prompt.lengths:
-        if isinstance(position, slice):
-            rows.append(list(range(length)[position]))
-            continue
-        wanted = [position] if isinstance(position, int) else position
-        if not all(-length <= p < prompt.n_positions for p in wanted):
-            raise ReflowlensError(f"{what}={position} is out of range: a prompt has {length} tokens")
-        rows.append([p if p >= 0 else length + p for p in wanted])
-    if len({len(row) for row in rows}) > 1 or not rows[0]:
-        raise ReflowlensError(
-            f"{what}={position} must select as many tokens in each prompt, at least one: they have "
-            f"{', '.join(map(str, prompt.lengths))}"
-        )
-    return torch.tensor(rows)
+    for i, length in enumerate(prompt.lengths):
+        if isinstance(selector, slice):
+            row = list(range(length)[selector])
+            if not row:
+                raise ReflowlensError(f"{what}={selector} selects nothing: prompt {i} has {length} tokens")
+        else:
+            wanted = [selector] if isinstance(selector, int) else list(selector or ())
+            if not all(-length <= p < prompt.n_positions for p in wanted):
+                raise ReflowlensError(f"{what}={selector} is out of range: a prompt has {length} tokens")
+            row = [p if p >= 0 else length + p for p in wanted]
+        rows.append(row)
+    n = max(map(len, rows))
+    others = [[p for p in range(prompt.n_positions) if p not in row] for row in rows]
+    filled = [row + rest[: n - len(row)] for row, rest in zip(rows, others, strict=True)]
+    return torch.tensor(filled), torch.arange(n) < torch.tensor(list(map(len, rows)))[:, None]
 
 
 def _in_this_pass(model: HookedModel, text: str, prompt: Prompt) -> Bool[Tensor, "batch pos"]:

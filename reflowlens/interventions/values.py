@@ -45,7 +45,8 @@ class Intervention:
             text is generated ``"last"`` is the prompt's last token and then each new one. Of attention squares it is
             the query's.
         head: which heads, where the activation has a head axis (grouped-query keys and values: key/value heads).
-        index: which entries of the last axis: signals, neurons, features, key positions; rows of ``hook_basis``.
+        index: which entries of the last axis: signals, neurons, features; rows of ``hook_basis``; key positions, of
+            which negative ones count from each prompt's own end, and padding is never among them.
 
     Selectors may be NumPy's or torch's integers, ranges and arrays of integers; they become plain ones.
 
@@ -86,8 +87,8 @@ class Intervention:
         Args:
             part: the activation at the selected places, [batch, pos, (head), feature]; without a source in the
                 point's own order of axes, as numbers are given for it.
-            source: the same heads and features in the run that :meth:`source` names; at the same positions, or at all
-                of its own, as ``takes_same_positions`` says.
+            source: the same heads and features in the run that :meth:`source` names; at the same positions, at the one
+                that a patch asks for, or at all of its own, padding left out.
         """
         raise NotImplementedError
 
@@ -95,6 +96,10 @@ class Intervention:
     def takes_same_positions(self) -> bool:
         """Whether the source is read at the selected positions."""
         return False
+
+    def given_shape(self) -> tuple[int, ...]:
+        """The shape of the numbers that come with the intervention itself; () of one, or none."""
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; tensors become nested lists.
@@ -113,8 +118,8 @@ class Ablate(Intervention):
     Args:
         by: ``"zero"``; ``"mean"`` over every position of every reference prompt; ``"resample"``, where each selected
             place takes the values of a place of the reference drawn at random.
-        reference: text, texts (their padding is left out), tokens [batch, pos] or a cache, all of whose positions
-            count; not for ``"zero"``.
+        reference: text, texts, tokens [batch, pos] or a cache, all of whose positions count; the padding of texts, and
+            of a cache of texts, is left out. Not for ``"zero"``.
         seed: of the draw.
     """
 
@@ -150,7 +155,8 @@ class Patch(Intervention):
 
     Args:
         prompt: that run: text, texts, tokens or a cache; one row serves every row. In a sweep None is the clean run.
-        from_position: take this position of the other run for every selected one; ``"last"`` is its last.
+        from_position: take this position of the other run for every selected one; ``"last"`` is its last. Of several
+            prompts it counts within each one's own tokens.
     """
 
     kind = "patch"
@@ -172,11 +178,6 @@ class Patch(Intervention):
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         assert source is not None
-        if self.from_position is not None:
-            index = source.shape[1] - 1 if self.from_position == "last" else self.from_position
-            if not -source.shape[1] <= index < source.shape[1]:
-                raise ReflowlensError(f"from_position={index} is out of range: the source has {source.shape[1]} tokens")
-            source = source[:, index, None]
         return source.expand_as(part)
 
     @property
@@ -197,6 +198,9 @@ class Steer(Intervention):
         super().__post_init__()
         _check_number(self.alpha, "Steer.alpha")
 
+    def given_shape(self) -> tuple[int, ...]:
+        return np.shape(self.direction)
+
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         return part + self.alpha * fit(self.direction, part, "Steer.direction")
 
@@ -208,6 +212,9 @@ class Replace(Intervention):
 
     kind = "replace"
     value: float | Float[Tensor, "*shape"] | Sequence[float]
+
+    def given_shape(self) -> tuple[int, ...]:
+        return np.shape(self.value)
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
         return fit(self.value, part, "Replace.value")
