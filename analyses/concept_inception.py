@@ -31,7 +31,7 @@ from analyses.knockout import real_tokens
 from analyses.lens import first_settled
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.statistics import Verdict, bootstrap_interval, paired_permutation_pvalue, verdict
+from analyses.statistics import Verdict, bootstrap_interval, paired_permutation_pvalue, rate_interval, verdict
 from analyses.steering import Critical, Injections, critical_strength, lost_again, rms
 from analyses.words import listed
 from reflowlens.checkpoints import model_hash
@@ -41,6 +41,7 @@ from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_CONCEPTS = 20
 CONTROLS = ("untrained", "random_recipe")
+RATES = ("reachable_share", "closed_share", "non_monotone_share")
 UNTRAINED_LONG = "untrained_long"
 DOUBLINGS = 8  # from the smallest strength that is tried to the limit
 _LOGITS_AT_ONCE = 2**22
@@ -297,7 +298,7 @@ def _layers_frame(problems: pd.DataFrame, seed: int) -> pd.DataFrame:
         for column in ("strength", "alpha"):
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), _medians(part, column, seed), strict=True))
         shares = _by_concept(part, "reachable")
-        low, high = bootstrap_interval(shares, seed=seed)
+        low, high = rate_interval(shares, seed=seed)
         rows.append(row | {"reachable": shares.mean(), "reachable_low": low, "reachable_high": high})
     return pd.DataFrame(rows)
 
@@ -336,7 +337,8 @@ def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
 
     def add(metric: str, values: NDArray[np.float64]) -> None:
         result.metrics[metric] = float(values.mean())
-        result.intervals[metric] = bootstrap_interval(values, seed=seed)
+        interval_of = rate_interval if metric in RATES else bootstrap_interval
+        result.intervals[metric] = interval_of(values, seed=seed)
 
     _add_critical(result, n_layers // 2)
     add("reachable_share", _by_concept(series["short"], "reachable"))

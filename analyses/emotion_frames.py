@@ -14,7 +14,7 @@ from tqdm import tqdm
 from analyses.carriers import Carriers, Steered, SteeredTexts
 from analyses.damage import Damage
 from analyses.sentiment import text_valence
-from analyses.statistics import bootstrap_band, holm, permutation_pvalue
+from analyses.statistics import holm, permutation_pvalue, rate_band
 from analyses.steering import Where, steer
 from reflowlens.interventions.apply import intervene
 from reflowlens.models.base import HookedModel
@@ -64,13 +64,13 @@ def sweep_frame(
 
 
 def layers_frame(places: Sequence[Place], seed: int) -> pd.DataFrame:
-    """A row a series and layer: of sentiment and untrained the bootstrap interval over carriers, of the other controls
+    """A row a series and layer: of sentiment and untrained the interval over carriers, of the other controls
     the range of the middle 95% of their draws."""
     frames = []
     for name in ("sentiment", *CONTROLS):
         flipped = np.stack([place.outcomes[name].flipped for place in places])  # layer, draw, carrier
         if flipped.shape[1] == 1:
-            low, high = bootstrap_band(flipped[:, 0].T, seed=seed)
+            low, high = rate_band(flipped[:, 0].T, seed=seed)
         else:
             low, high = np.quantile(flipped.mean(axis=2), [0.025, 0.975], axis=1)
         frames.append(

@@ -45,6 +45,7 @@ from analyses.statistics import (
     Verdict,
     bootstrap_interval,
     permutation_pvalue,
+    rate_interval,
     verdict,
 )
 from analyses.steering import Where, random_directions, rms
@@ -246,13 +247,11 @@ def _with_metrics(result: Result, places: Sequence[Place], best: Place, seed: in
     outcome = best.outcomes["sentiment"]
     units = len(outcome.before)
 
-    def add(metric: str, values: NDArray[np.float64], column: str) -> None:
-        result.metrics[metric] = float(values.mean())
-        result.intervals[metric] = bootstrap_interval(values, seed=seed)
-        result.controls[metric] = {name: float(here[column][name]) for name in CONTROLS}
-
-    add("best_flip_rate", outcome.flipped[0], "flip_rate")
-    add("log_odds_shift", outcome.shift[0], "log_odds_shift")
+    result.metrics["best_flip_rate"] = float(outcome.flipped[0].mean())
+    result.intervals["best_flip_rate"] = rate_interval(outcome.flipped[0])
+    result.metrics["log_odds_shift"] = float(outcome.shift[0].mean())
+    result.intervals["log_odds_shift"] = bootstrap_interval(outcome.shift[0], seed=seed)
+    result.controls["log_odds_shift"] = {name: float(here["log_odds_shift"][name]) for name in CONTROLS}
     bests = {name: _best_flip_rates(places, name) for name in CONTROLS}
     controls = result.controls["best_flip_rate"] = {name: float(rates.mean()) for name, rates in bests.items()}
     p = permutation_pvalue(result.metrics["best_flip_rate"], bests["shuffled_labels"])

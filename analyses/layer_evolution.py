@@ -26,7 +26,14 @@ from analyses.draws import derive_generator, derive_seed
 from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
 from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
 from analyses.result import Result
-from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, paired_permutation_pvalue
+from analyses.statistics import (
+    Verdict,
+    bootstrap_band,
+    bootstrap_interval,
+    paired_permutation_pvalue,
+    rate_band,
+    rate_interval,
+)
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import heatmap, histogram_with_control, line_with_band
@@ -34,6 +41,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
+RATES = ("lens_top1_at_half_depth", "target_accuracy")
 DEFINITIONS = {
     "crystallisation_share": "first point from which the final top-1 token stays top-1, as a share of the depth (0: "
     "the embedding, 1: the end); mean over prompts, last token of each. Published: layer 18 of 36 at the latest for "
@@ -160,7 +168,8 @@ def _with_metrics(result: Result, readings: dict[str, LensReading], n_layers: in
     for metric in DEFINITIONS:
         values = {name: _metric(metric, reading, n_layers, half) for name, reading in readings.items()}
         result.metrics[metric] = float(values["model"].mean())
-        result.intervals[metric] = bootstrap_interval(values["model"], seed=seed)
+        interval_of = rate_interval if metric in RATES else bootstrap_interval
+        result.intervals[metric] = interval_of(values["model"], seed=seed)
         result.controls[metric] = {name: float(v.mean()) for name, v in values.items() if name != "model"}
     shares = _metric("crystallisation_share", readings["model"], n_layers, half)
     result.verdicts["crystallisation_share"] = crystallisation_verdict(
@@ -261,7 +270,10 @@ def _depth_frame(readings: dict[str, LensReading], n_layers: int, seed: int) -> 
             "kl_to_final": reading.kl,
         }
         for quantity, values in quantities.items():
-            low, high = bootstrap_band(values.T, seed=seed)
+            is_rate = quantity == "final_top1"
+            low, high = rate_band(values.T, seed=seed) if is_rate else bootstrap_band(values.T, seed=seed)
+            if is_rate:
+                low[-1] = 1.0  # at the end it is 1 by definition
             frames.append(
                 pd.DataFrame(
                     {

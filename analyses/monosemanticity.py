@@ -32,7 +32,7 @@ from analyses.controls import untrained_model
 from analyses.draws import derive_generator, derive_seed
 from analyses.held_out import Stream, as_stream, shuffled, tiles
 from analyses.result import Result
-from analyses.statistics import bootstrap_interval
+from analyses.statistics import bootstrap_interval, rate_interval
 from analyses.text_concepts import CONCEPTS, label_tokens
 from analyses.unit_ablation import ablate_concepts
 from analyses.unit_points import default_points, kind_of, level_of, points_named
@@ -180,7 +180,7 @@ def monosemanticity(
     )
     result.metrics |= _headline(units)
     result.intervals |= {
-        "telling_share": bootstrap_interval((units["f1"] >= TELLS).astype(float), seed=seed),
+        "telling_share": rate_interval((units["f1"] >= TELLS).astype(float)),
         "best_f1": bootstrap_interval(units["f1"], np.median, seed=seed),
     }
     for name, frame in frames.items():

@@ -53,7 +53,7 @@ from analyses.similar_words import (
     share_label,
     top_pairs,
 )
-from analyses.statistics import Verdict, bootstrap_interval, holm, permutation_pvalue, verdict
+from analyses.statistics import Verdict, bootstrap_interval, holm, permutation_pvalue, rate_interval, verdict
 from analyses.words import LabelledWords, frequency_matched, labelled_words
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
@@ -270,7 +270,7 @@ def _add_top_pairs(result: Result, spaces: Mapping[str, Space], words: LabelledW
     null = share_label(spaces["R"].pairs, permuted).mean(axis=1)
     p = permutation_pvalue(valid.mean(), null)
     result.metrics["valid_top_pairs"] = float(valid.mean())
-    interval = result.intervals["valid_top_pairs"] = bootstrap_interval(valid, seed=seed)
+    interval = result.intervals["valid_top_pairs"] = rate_interval(valid, seed=seed)
     controls = {name: float(values.mean()) for name, values in shared.items()}
     controls["label_permutation"] = float(null.mean())
     result.controls["valid_top_pairs"] = controls

@@ -31,7 +31,7 @@ from analyses.lexicon import Analogy, Lexicon, load_lexicon, read_questions_word
 from analyses.neighbors import shuffle_columns
 from analyses.result import Result
 from analyses.rotations import random_rotations
-from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, verdict
+from analyses.statistics import Verdict, bootstrap_interval, rate_band, verdict
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import bars, dots
 from reflowlens.models.base import HookedModel
@@ -248,7 +248,7 @@ def _measures(ranks: Ranks) -> NDArray[np.float64]:
 def _summary(ranks: Ranks, seed: int) -> dict[str, float]:
     """Means over questions with 95% intervals; a single question has none."""
     values = _measures(ranks)
-    low, high = bootstrap_band(values, seed=seed) if len(values) > 1 else (np.full(3, np.nan), np.full(3, np.nan))
+    low, high = rate_band(values, seed=seed) if len(values) > 1 else (np.full(3, np.nan), np.full(3, np.nan))
     row: dict[str, float] = {"n": len(values)}
     for i, measure in enumerate(MEASURES):
         row |= {measure: values[:, i].mean(), f"{measure}_low": low[i], f"{measure}_high": high[i]}

@@ -38,7 +38,15 @@ from analyses.draws import derive_seed
 from analyses.lexicon import Lexicon, load_lexicon
 from analyses.result import Result
 from analyses.rotations import INVARIANT
-from analyses.statistics import Verdict, bootstrap_band, bootstrap_interval, holm, permutation_pvalue, verdict
+from analyses.statistics import (
+    Verdict,
+    bootstrap_band,
+    bootstrap_interval,
+    holm,
+    permutation_pvalue,
+    rate_interval,
+    verdict,
+)
 from analyses.words import LabelledWords, labelled_words
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
@@ -229,7 +237,8 @@ def _with_metrics(result: Result, galaxies: dict[str, Galaxy], null: LabelNull, 
     per_word = found.silhouettes | {"knn_accuracy": found.hits.astype(float)}
     raw = [permutation_pvalue(result.metrics[metric], null.means[metric]) for metric in JUDGED]
     for metric, p, adjusted in zip(JUDGED, raw, holm(raw).tolist(), strict=True):
-        result.intervals[metric] = bootstrap_interval(per_word[metric], seed=seed)
+        interval_of = rate_interval if metric == "knn_accuracy" else bootstrap_interval
+        result.intervals[metric] = interval_of(per_word[metric], seed=seed)
         result.controls[metric]["label_permutation"] = float(null.means[metric].mean())
         result.verdicts[metric] = clusters_verdict(
             result.intervals[metric], result.controls[metric], adjusted, len(found.hits)

@@ -36,6 +36,7 @@ from analyses.statistics import (
     bootstrap_interval,
     holm,
     paired_permutation_pvalue,
+    rate_interval,
     verdict,
 )
 from analyses.typo_figures import typo_figures
@@ -224,7 +225,8 @@ def _with_metrics(result: Result, values: Values, seed: int) -> Result:
     for metric, p in zip(JUDGED, adjusted, strict=True):
         ours = values["misspelt"][metric]
         result.metrics[metric] = float(ours.mean())
-        result.intervals[metric] = bootstrap_interval(ours, seed=seed)
+        interval_of = rate_interval if metric == "recovered_share" else bootstrap_interval
+        result.intervals[metric] = interval_of(ours, seed=seed)
         result.controls[metric] = {name: float(values[name][metric].mean()) for name in CONTROLS}
         result.verdicts[metric] = resilience_verdict(
             metric, result.intervals[metric], result.controls[metric], p, units

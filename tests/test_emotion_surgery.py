@@ -50,6 +50,14 @@ def test_controls_do_not_turn_what_the_direction_turns(planted):
     assert planted.controls["last_effective_share"]["random_direction"] < 0.05
 
 
+def test_a_rate_of_one_is_no_certainty(planted):
+    assert planted.metrics["best_flip_rate"] == 1
+    n = planted.params["carriers"]
+    assert planted.intervals["best_flip_rate"] == pytest.approx((0.025 ** (1 / n), 1.0))
+    rows = planted.frames["layers"].query("series == 'sentiment' and flip_rate in (0, 1)")
+    assert (rows["high"] - rows["low"]).to_numpy() == pytest.approx(1 - 0.025 ** (1 / n))
+
+
 def test_controls_are_given_as_much_as_their_own_cost_allows(planted):
     for name in ("shuffled_labels", "random_direction"):  # they cost nothing, at no strength of the sweep
         assert planted.controls["perplexity_cost"][name] <= 0.05

@@ -16,6 +16,8 @@ from analyses.statistics import (
     paired_permutation_pvalue,
     permutation_pvalue,
     predictive_pvalue,
+    rate_band,
+    rate_interval,
     verdict,
 )
 from reflowlens.errors import ReflowlensError
@@ -170,3 +172,29 @@ def test_predictive_p_of_draws_that_are_all_alike():
     assert predictive_pvalue(2.0, [1.0, 1.0, 1.0]) == 0
     assert predictive_pvalue(0.0, [1.0, 1.0, 1.0]) == 1
     assert predictive_pvalue(1.0, [1.0, 1.0, 1.0]) == 0.5
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 6), (6, 6), (1, 20), (13, 24), (500, 501)])
+def test_rates_have_clopper_and_pearsons_interval(hits: int, n: int) -> None:
+    interval = rate_interval([1.0] * hits + [0.0] * (n - hits))
+    expected = stats.binomtest(hits, n).proportion_ci(method="exact")
+    assert interval == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_the_interval_of_a_rate_covers_it_where_a_bootstrap_is_a_point() -> None:
+    draws = (np.random.default_rng(0).random((300, 12)) < 0.95).astype(float)
+    exact = [low <= 0.95 <= high for low, high in map(rate_interval, draws)]
+    resampled = [low <= 0.95 <= high for low, high in (bootstrap_interval(d, resamples=200) for d in draws)]
+    assert np.mean(exact) >= 0.95
+    assert np.mean(resampled) < 0.6  # more than half of the samples have no failure
+
+
+def test_a_band_of_rates_counts_where_it_can_and_resamples_shares() -> None:
+    shares = np.random.default_rng(1).random((9, 1))
+    table = np.concatenate([np.ones((9, 1)), np.zeros((9, 1)), shares], axis=1)
+    low, high = rate_band(table, seed=3)
+    assert [*low[:2], *high[:2]] == pytest.approx([0.025 ** (1 / 9), 0.0, 1.0, 1 - 0.025 ** (1 / 9)])
+    assert (low[2], high[2]) == pytest.approx(bootstrap_interval(shares[:, 0], seed=3))
+    for outside in ([0.5, 1.5], [-0.1, 1.0]):
+        with pytest.raises(ReflowlensError, match="a mean of values from 0 to 1"):
+            rate_interval(outside)
