@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.apply import check_lengths_known
+from reflowlens.interventions.passes import check_lengths_known
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.running_statistics import Moments, PointStatistics, TopExamples
 from reflowlens.tensor_folder import open_tensors, save_tensors
 
@@ -40,6 +41,7 @@ _SAVE_EVERY = 60.0  # seconds
 _BEFORE_BLOCKS = ("hook_recipe", "hook_embed", "hook_pos_embed")
 
 
+@guarded(changing)
 @torch.no_grad()
 def collect(
     model: Any,

@@ -14,11 +14,13 @@ from tqdm import tqdm
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import reading
+from reflowlens.models.unwrapping import guarded, hooked_model
 
 _REAL = (int, float, np.integer, np.floating)
 
 
+@guarded(reading)
 @torch.no_grad()
 def generate(
     model: HookedModel,

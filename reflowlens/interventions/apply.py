@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -15,9 +14,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.passes import UNCOMPILED, noting_passes
 from reflowlens.interventions.selection import Prompt, Selection, hook_names, select
 from reflowlens.interventions.values import Intervention, Patch, Source
 from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import hooked_model
 
 
@@ -39,8 +40,9 @@ def intervene(
     """Run a model under interventions for the duration of a ``with`` block.
 
     They act in the order of the list, out of place, on every forward pass of the block, generation included (where
-    positions count from the start of the text). Always undone, also after an exception or Ctrl-C. A compiled model runs
-    uncompiled meanwhile, for a compiled graph does not see new hooks.
+    positions count from the start of the text). Always undone, also after an exception or Ctrl-C; where blocks overlap,
+    each undoes its own, in whatever order they are closed. A compiled model runs uncompiled meanwhile, for a compiled
+    graph does not see new hooks. Passes of another thread, which would see the hooks too, raise.
 
     Args:
         model: a hooked model, compiled or not.
@@ -49,7 +51,8 @@ def intervene(
             right; of texts this is known.
 
     Raises:
-        ReflowlensError: a hook point does not exist, a selector is out of range, or an intervention was never applied.
+        ReflowlensError: a hook point does not exist, a selector is out of range, an intervention was never applied, or
+            another thread is using the model.
 
     Example:
         >>> import reflowlens as rl
@@ -68,15 +71,12 @@ def intervene(
     for intervention in interventions:
         if not isinstance(intervention, Intervention):
             raise ReflowlensError(f"{intervention!r} is no intervention such as rl.Ablate('z', layer=0)")
-    bound = bind(hooked, interventions)
-    passes: list[Prompt] = []  # the pass that is running, innermost last
-    hooks = [(b.name, partial(_apply, hooked, b, passes)) for b in bound]
-    with (
-        _noting_prompts(hooked, passes, lengths),
-        hooked.hooks(fwd_hooks=hooks),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield hooked
+    with changing(hooked):
+        bound = bind(hooked, interventions)
+        passes: list[Prompt] = []  # the pass that is running, innermost last
+        hooks = [(b.name, partial(_apply, hooked, b, passes)) for b in bound]
+        with noting_passes(hooked, passes, lengths), hooked.hooks(fwd_hooks=hooks), UNCOMPILED:
+            yield hooked
     for b in bound:
         if not b.applied:
             raise ReflowlensError(f"position={b.intervention.position!r} at {b.name!r} was never reached")
@@ -285,53 +285,3 @@ def _apply(model: HookedModel, bound: Bound, passes: list[Prompt], activation: T
         return activation
     bound.applied = True
     return apply(bound, selection, activation, passes[-1].offset)
-
-
-@contextlib.contextmanager
-def _noting_prompts(model: HookedModel, passes: list[Prompt], lengths: Sequence[int] | None) -> Iterator[None]:
-    """Tell the hooks which prompt is being read: selectors such as ``"last"`` depend on it."""
-    forward: Callable = model.forward
-
-    def noting(self: HookedModel, input: Any, *args: Any, **kwargs: Any) -> Any:
-        if self is not model:  # a deepcopy, which would answer with the weights of the original
-            raise ReflowlensError("this model was copied inside rl.intervene: copy it outside of the block")
-        passes.append(_prompt(model, input, kwargs, lengths))
-        try:
-            return forward(input, *args, **kwargs)
-        finally:
-            passes.pop()
-
-    outer = model.__dict__.get("forward")
-    model.forward = MethodType(noting, model)  # bound, so that a deepcopy binds it to the copy
-    try:
-        yield
-    finally:
-        if outer is None:
-            del model.forward
-        else:
-            model.forward = outer
-
-
-def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
-    """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
-    if len(set(lengths)) > 1 and "forward" in model.__dict__:
-        raise ReflowlensError(
-            f"inside rl.intervene prompts must be of one length here, got {', '.join(map(str, lengths))} tokens: "
-            "intervene on each length by itself"
-        )
-
-
-def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
-    past = kwargs.get("past_kv_cache")
-    offset = past.length if past is not None else 0
-    tokens, own = None, list[int]()
-    if kwargs.get("start_at_layer") is None:
-        tokens, own = model.tokens_and_lengths(input, offset=offset)
-    shape = input.shape[:2] if tokens is None else tokens.shape
-    if lengths is not None and isinstance(input, Tensor):
-        if len(lengths) != shape[0] or not all(1 <= length <= shape[1] for length in lengths):
-            raise ReflowlensError(
-                f"lengths {list(lengths)} do not fit an input of {shape[0]} rows and {shape[1]} tokens"
-            )
-        own = list(lengths)
-    return Prompt(shape[1], tokens, own, offset, past is not None, getattr(past, "ready", None))

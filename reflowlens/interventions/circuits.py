@@ -29,6 +29,8 @@ from reflowlens.interventions.edges import EdgeScores
 from reflowlens.interventions.graph import Edge, Graph
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded
 
 Match = Literal["kind", "layer"]
 _TIE = 1e-6  # the same circuit in another batch
@@ -82,6 +84,7 @@ class CircuitGrowth:
         raise ReflowlensError(f"no circuit reaches a faithfulness of {faithfulness:g}; the best has {best:.3g}")
 
 
+@guarded(changing)
 def faithfulness(
     model: Any,
     clean: TextInput,
@@ -128,6 +131,7 @@ def faithfulness(
     return _score(runs, circuit, controls, match, seed, memory, removed=False)
 
 
+@guarded(changing)
 def completeness(
     model: Any,
     clean: TextInput,
@@ -149,6 +153,7 @@ def completeness(
     return _score(runs, circuit, controls, match, seed, memory, removed=True)
 
 
+@guarded(changing)
 def grow_circuit(
     model: Any,
     clean: TextInput,

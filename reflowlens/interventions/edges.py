@@ -25,7 +25,8 @@ from reflowlens.interventions.sweep import paired_tokens
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.decoder import Decoder
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class EdgeScores:
         return self.matrix.sum(axis=1)
 
 
+@guarded(changing)
 def edge_attribution(
     model: Any,
     clean: TextInput,

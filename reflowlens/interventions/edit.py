@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import fit, integer
 from reflowlens.models.base import HookedModel
+from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import hooked_model
 
 Indices: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | None"
@@ -78,16 +80,22 @@ class SwapWeights:
 
 
 WeightEdit: TypeAlias = "SetWeights | SwapWeights"
+_Kept: TypeAlias = "list[tuple[Tensor, tuple[Any, ...], Tensor]]"  # a parameter, where it was changed, what was there
+_OPEN: WeakKeyDictionary[HookedModel, list[_Kept]] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[HookedModel]:
     """Change weights for the duration of a ``with`` block, in the order of the list.
 
-    On exit, also after an exception or Ctrl-C, every parameter is bit for bit what it was.
+    On exit, also after an exception or Ctrl-C, every parameter is bit for bit what it was. Blocks that overlap are
+    closed in the reverse of the order in which they were opened, as nested ones are. Passes of another thread, which
+    would see the edited weights, raise.
 
     Raises:
-        ReflowlensError: there is no such parameter, row or column, or a value does not fit; then nothing has changed.
+        ReflowlensError: there is no such parameter, row or column, or a value does not fit, or another thread is using
+            the model; then nothing has changed. Or the block was closed before one that was opened later, which is then
+            undone with it.
 
     Example:
         >>> import reflowlens as rl
@@ -106,19 +114,37 @@ def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[Hooke
                 f"{change!r} is no edit of weights such as rl.ScaleWeights('embed.W_basis', 0, rows=3)"
             )
     places = [_place(model, change) for change in edits]
-    kept: list[Tensor] = []
-    try:
-        for (parameter, index), change in zip(places, edits, strict=True):
-            with torch.no_grad():
-                part = parameter[index]
-                new = change.new(part).clone()  # it may be a view of the very parameter
-                kept.append(part.clone())
-                parameter[index] = new
-        yield model
-    finally:
+    kept: _Kept = []
+    with changing(model):
+        open_blocks = _OPEN.setdefault(model, [])
+        open_blocks.append(kept)
+        try:
+            for (parameter, index), change in zip(places, edits, strict=True):
+                with torch.no_grad():
+                    part = parameter[index]
+                    new = change.new(part).clone()  # it may be a view of the very parameter
+                    kept.append((parameter, index, part.clone()))
+                    parameter[index] = new
+            yield model
+        finally:
+            later = _undo(open_blocks, kept)
+    if later:
+        raise ReflowlensError(
+            "this rl.edit was closed before one that was opened later, which is undone with it: close blocks in the "
+            "reverse of the order in which they were opened"
+        )
+
+
+def _undo(open_blocks: list[_Kept], kept: _Kept) -> int:
+    """Undo a block, and before it those that were opened later, whose number is returned."""
+    later = 0
+    while any(block is kept for block in open_blocks):  # unless an earlier one has undone it
+        block = open_blocks.pop()
+        later += block is not kept
         with torch.no_grad():
-            for (parameter, index), part in reversed(list(zip(places, kept, strict=False))):
+            for parameter, index, part in reversed(block):
                 parameter[index] = part
+    return later
 
 
 def _place(model: HookedModel, change: WeightEdit) -> tuple[Tensor, tuple[Any, ...]]:

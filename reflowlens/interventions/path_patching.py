@@ -32,11 +32,13 @@ from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 
 _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held together
 
 
+@guarded(changing)
 @torch.no_grad()
 def path_patch(
     model: Any,
@@ -93,6 +95,7 @@ def path_patch(
     return PatchingResult(values, [], index, [metric.name], reduced=False, baseline=pair.baseline)
 
 
+@guarded(changing)
 @torch.no_grad()
 def exact_edges(
     model: Any,

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.apply import check_lengths_known
+from reflowlens.interventions.passes import check_lengths_known
 from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, read_positions
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import Readout, ResidualModel

@@ -19,7 +19,8 @@ from reflowlens.interventions.grids import CellSpec
 from reflowlens.interventions.sweep import prepare_sweep, sweep
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Screening:
     baseline: Float[Tensor, " prompt"]
 
 
+@guarded(changing)
 def screen(
     model: Any,
     clean: TextInput | None,

@@ -31,12 +31,14 @@ from reflowlens.interventions.stages import READOUT_SIGNAL
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import Target, read_positions
 from reflowlens.models.base import TextInput
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 
 By: TypeAlias = Literal["zero", "mean", "resample"]
 
 
+@guarded(changing)
 @torch.no_grad()
 def ablate_readout(
     model: Any,
@@ -76,6 +78,7 @@ def ablate_readout(
     return SingleAblations(chosen, signals, replacement)
 
 
+@guarded(changing)
 @torch.no_grad()
 def ablate_progressively(
     model: Any,

@@ -36,12 +36,14 @@ from reflowlens.interventions.selection import hook_names
 from reflowlens.interventions.values import Patch, to_json
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel, TextInput
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 
 Mode = Literal["exact", "gradient", "integrated"]
 MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
 
 
+@guarded(changing)
 def sweep(
     model: Any,
     clean: TextInput | None,

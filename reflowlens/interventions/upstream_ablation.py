@@ -37,12 +37,14 @@ from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.residual import Readout, ResidualModel
-from reflowlens.models.unwrapping import hooked_model
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
 
 
+@guarded(changing)
 @torch.no_grad()
 def ablate_upstream(
     model: Any,

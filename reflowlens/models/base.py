@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -26,12 +27,14 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Norm
 from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
+from reflowlens.models.threads import changing
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
 TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
 NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
 Hooks: TypeAlias = "Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]"
 
+_LEVELS = itertools.count(1)  # of blocks that attach hooks, as TransformerLens counts them
 # Points that hold a [pos, pos] square or a copy of the residual stream a head: cached only when named or switched on.
 _LARGE_POINTS = {
     "hook_attn_scores": "",
@@ -298,8 +301,17 @@ class HookedModel(HookedRootModule):
                 raise ReflowlensError("a hook's name filter matches none of the model's hook points")
         fired: set[int] = set()
         watched = [(name, partial(_watched, hook, fired, i)) for i, (name, hook) in enumerate(fwd_hooks)]
-        with super().hooks(watched, bwd_hooks, reset_hooks_end, clear_contexts):
-            yield self
+        level = next(_LEVELS)  # its own: whichever of several blocks is closed first removes its own hooks
+        with changing(self):
+            try:
+                for name, hook in watched:
+                    self.add_hook(name, hook, "fwd", level=level)
+                for name, hook in bwd_hooks:
+                    self.add_hook(name, hook, "bwd", level=level)
+                yield self
+            finally:
+                if reset_hooks_end:
+                    self.reset_hooks(clear_contexts, level=level)
         silent = [name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str)]
         if silent and reset_hooks_end:
             raise ReflowlensError(

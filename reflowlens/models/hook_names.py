@@ -78,9 +78,10 @@ class ModelHooks(HookNames):
     ) -> AbstractContextManager[Any]:
         """Attach hooks, pairs of a point's name (or a predicate of names) and a function, for a ``with`` block.
 
-        They are always removed, also after an exception.
+        They are always removed, and no others, also after an exception and where blocks overlap.
 
         Raises:
-            ReflowlensError: a hook point does not exist, or a forward hook had not run by the end of the block.
+            ReflowlensError: a hook point does not exist, a forward hook had not run by the end of the block, or another
+                thread is using the model.
         """
         return self._attach(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)

@@ -18,6 +18,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.components import Places, Positions, packed_places
 from reflowlens.models.loss import IGNORE, cross_entropy
+from reflowlens.models.threads import reading_forward
 
 ReturnType = Literal["logits", "loss", "both"] | None
 
@@ -101,6 +102,7 @@ class ResidualModel(HookedModel):
         (W_E,) = weights
         return self.hook_embed(F.embedding(tokens, W_E))
 
+    @reading_forward
     def forward(
         self,
         input: TextInput | Float[Tensor, "batch pos d_model"],

@@ -1,14 +1,19 @@
-"""What functions of a model accept: a hooked model, compiled or not."""
+"""What functions of a model accept: a hooked model, compiled or not, that no other thread is using."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def hooked_model(model: Any) -> HookedModel:
@@ -30,3 +35,20 @@ def hooked_model(model: Any) -> HookedModel:
     if isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):
         raise ReflowlensError(f"a {kind} wraps the model: pass model.module")
     raise ReflowlensError(f"expected a hooked model, as rl.load_model and rl.build_model give, got a {kind}")
+
+
+def guarded(hold: Callable[[HookedModel], AbstractContextManager[None]]) -> Callable[[Function], Function]:
+    """Hold a model, a function's first argument, for a whole call: ``changing`` or ``reading`` (:mod:`.threads`).
+
+    For functions that run it several times: what another thread changed in between would be in some of the runs.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def held(model: Any, *args: Any, **kwargs: Any) -> Any:
+            with hold(hooked_model(model)):
+                return function(model, *args, **kwargs)
+
+        return held  # type: ignore[return-value]
+
+    return decorate

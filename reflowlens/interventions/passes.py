@@ -1,0 +1,127 @@
+"""Forward passes of a model that is under interventions: hooks are told what each reads, and none is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.selection import Prompt
+from reflowlens.models.base import HookedModel
+from reflowlens.models.threads import reading
+
+
+class _Uncompiled:
+    """Compiled models run uncompiled while any of these blocks is open, in whatever order they are closed."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._open:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._open += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open -= 1
+            if not self._open:
+                self._stance.close()
+
+
+UNCOMPILED = _Uncompiled()
+
+
+@dataclass(eq=False)
+class _Block:
+    """The passes that a block of interventions sees, innermost last, and the lengths that it was given."""
+
+    passes: list[Prompt]
+    lengths: Sequence[int] | None
+
+
+@dataclass
+class _Noted:
+    """The open blocks of a model, and the ``forward`` that it had of its own before them."""
+
+    own_forward: Callable | None
+    blocks: list[_Block] = field(default_factory=list)
+
+
+_NOTED: WeakKeyDictionary[HookedModel, _Noted] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def noting_passes(model: HookedModel, passes: list[Prompt], lengths: Sequence[int] | None) -> Iterator[None]:
+    """Keep in ``passes`` what is being read: selectors such as ``"last"`` depend on it.
+
+    Blocks may be closed in any order: the first changes the model's forward pass, the last restores it.
+    """
+    block = _Block(passes, lengths)
+    if model not in _NOTED:
+        _NOTED[model] = _Noted(model.__dict__.get("forward"))
+        model.forward = MethodType(
+            _noting(model, model.forward), model
+        )  # bound, so that a deepcopy binds it to the copy
+    noted = _NOTED[model]
+    noted.blocks.append(block)
+    try:
+        yield
+    finally:
+        noted.blocks.remove(block)
+        if not noted.blocks:
+            del _NOTED[model], model.forward
+            if noted.own_forward is not None:
+                model.forward = noted.own_forward
+
+
+def _noting(model: HookedModel, forward: Callable) -> Callable:
+    def noting(self: HookedModel, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:  # a deepcopy, which would answer with the weights of the original
+            raise ReflowlensError("this model was copied inside rl.intervene: copy it outside of the block")
+        with reading(model):
+            open_blocks = _NOTED[model].blocks if model in _NOTED else []
+            blocks = [(block, _prompt(model, input, kwargs, block.lengths)) for block in open_blocks]
+            for block, prompt in blocks:
+                block.passes.append(prompt)
+            try:
+                return forward(input, *args, **kwargs)
+            finally:
+                for block, _ in blocks:
+                    block.passes.pop()
+
+    return noting
+
+
+def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
+    """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
+    if len(set(lengths)) > 1 and model in _NOTED:
+        raise ReflowlensError(
+            f"inside rl.intervene prompts must be of one length here, got {', '.join(map(str, lengths))} tokens: "
+            "intervene on each length by itself"
+        )
+
+
+def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
+    past = kwargs.get("past_kv_cache")
+    offset = past.length if past is not None else 0
+    tokens, own = None, list[int]()
+    if kwargs.get("start_at_layer") is None:
+        tokens, own = model.tokens_and_lengths(input, offset=offset)
+    shape = input.shape[:2] if tokens is None else tokens.shape
+    if lengths is not None and isinstance(input, Tensor):
+        if len(lengths) != shape[0] or not all(1 <= length <= shape[1] for length in lengths):
+            raise ReflowlensError(
+                f"lengths {list(lengths)} do not fit an input of {shape[0]} rows and {shape[1]} tokens"
+            )
+        own = list(lengths)
+    return Prompt(shape[1], tokens, own, offset, past is not None, getattr(past, "ready", None))
