@@ -131,7 +131,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         tokens = (
             self.tokens if self.tokens is None else rows.apply(self.tokens, dim=0).reshape(-1, self.tokens.shape[1])
         )
-        part = ActivationCache(parts, self.model, self.has_batch_dim and rows.mode != "int", tokens)
+        lengths = self.lengths if self.lengths is None else rows.apply(torch.tensor(self.lengths)).reshape(-1).tolist()
+        part = ActivationCache(parts, self.model, self.has_batch_dim and rows.mode != "int", tokens, lengths)
         part._origin = self._origin
         return part
 
@@ -147,7 +148,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         """Write ``activations.safetensors`` and ``manifest.json``, replacing an earlier cache when both are complete.
 
         An activation that is cached under two names is written once. The manifest holds the model's hash (of its
-        weights as they are now), the tokens, every point with its shape and type, and the versions of the libraries.
+        weights as they are now), the tokens, each prompt's number of them, every point with its shape and type, and the
+        versions of the libraries.
 
         Raises:
             ReflowlensError: the folder holds something else, the disk is full or it cannot be written; then nothing has
@@ -163,6 +165,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         manifest = {
             **origin,
             "tokens": None if self.tokens is None else self.tokens.tolist(),
+            "lengths": None if self.lengths is None else list(self.lengths),
             "has_batch_dim": self.has_batch_dim,
             "points": {name: {"shape": list(x.shape), "dtype": _type_name(x)} for name, x in self.items()},
             "same_as": same_as,
@@ -188,7 +191,11 @@ class ActivationCache(transformer_lens.ActivationCache):
         try:
             points, same_as, hashed = manifest["points"], manifest["same_as"], manifest["model_hash"]
             tokens = None if manifest["tokens"] is None else torch.tensor(manifest["tokens"])
+            lengths = manifest.get("lengths")  # caches of earlier versions do not say
+            lengths = None if lengths is None else [int(length) for length in lengths]
             origin, has_batch_dim = {"model": manifest["model"], "model_hash": hashed}, bool(manifest["has_batch_dim"])
+            if lengths is not None and (tokens is None or len(lengths) != len(tokens)):
+                raise ValueError(f"{len(lengths)} lengths")
             complete = set(points) == {*stored, *same_as} and set(same_as.values()) <= set(stored)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ReflowlensError(f"the manifest of {folder} is corrupt: {error!r}") from error
@@ -199,7 +206,7 @@ class ActivationCache(transformer_lens.ActivationCache):
                 f"{folder} is a cache of another model, or of other weights ({origin['model'] or 'unnamed'}, "
                 f"hash {str(hashed)[:12]}): load it with that one, or without a model"
             )
-        cache = cls(_OnDisk(stored, same_as, list(points)), model, has_batch_dim, tokens)
+        cache = cls(_OnDisk(stored, same_as, list(points)), model, has_batch_dim, tokens, lengths)
         cache._origin = origin
         return cache
 

@@ -198,6 +198,8 @@ def corrupt(folder: Path, how: str) -> None:
         tensors.unlink()
     elif how == "half the tensors":
         tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif how == "lengths of other rows":
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"lengths": [3, 3]}))
     elif how == "other points":
         manifest.write_text(manifest.read_text().replace('"hook_embed"', '"hook_embod"'))
 
@@ -212,6 +214,7 @@ def corrupt(folder: Path, how: str) -> None:
         ("a field less", "is corrupt: KeyError"),
         ("no tensors", "lacks activations.safetensors"),
         ("half the tensors", "activations.safetensors is corrupt"),
+        ("lengths of other rows", "is corrupt: ValueError"),
         ("other points", "not the points that its manifest lists"),
     ],
 )

@@ -23,16 +23,74 @@ def test_a_swept_patch_takes_each_prompts_own_position(tiny, mode, from_position
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_a_cache_of_ragged_texts_knows_their_lengths(tiny):
+@pytest.fixture(params=["texts", "cache", "disk", "rows"])
+def sources(request, tiny, tmp_path):
+    """The clean prompts as what a patch or a reference takes."""
+    if request.param == "texts":
+        return CLEAN
+    if request.param == "rows":  # a part of a larger cache
+        _, cache = tiny.run_with_cache(["A much longer prompt", *CLEAN], names_filter=lambda name: True)
+        return cache.apply_slice_to_batch_dim(slice(1, None))
+    _, cache = tiny.run_with_cache(CLEAN, names_filter=lambda name: True)
+    if request.param == "disk":
+        cache.save(tmp_path / "cache")
+        return rl.ActivationCache.load(tmp_path / "cache", tiny)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (rl.Patch, {"hook": "resid_pre", "position": "last", "from_position": "last"}),
+        (rl.Patch, {"hook": "z", "position": slice(1, -1), "from_position": -3}),
+        (rl.Patch, {"hook": "pattern", "position": -2, "from_position": -2}),
+        (rl.Patch, {"hook": "resid_pre", "position": slice(2, None)}),
+        (rl.Patch, {"hook": "attn_scores", "position": "last", "index": slice(1, -2)}),
+    ],
+)
+def test_a_patch_takes_each_prompts_own_tokens(tiny, sources, kind, part):
+    together = rl.run(tiny, CORRUPTED, kind(prompt=sources, layer=1, **part))
+    for row, prompt, source in zip(together, CORRUPTED, CLEAN, strict=True):
+        alone = rl.run(tiny, prompt, kind(prompt=source, layer=1, **part))[0]
+        torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_source_has_no_tokens_behind_its_end(tiny, sources):
+    with pytest.raises(rl.ReflowlensError, match="prompt 1 of the source has 9 tokens, but position 12 is asked of it"):
+        rl.run(tiny, ["A" * 18, "B" * 18], rl.Patch("resid_pre", sources, layer=1, position=12))
+    last = rl.Patch("resid_pre", sources, layer=1, position="last")
+    with pytest.raises(rl.ReflowlensError, match="prompt 1 of the source has 9 tokens, but position 17 is asked of it"):
+        rl.sweep(tiny, None, ["A" * 18, "B" * 18], last, rl.metrics.logit_diff(5, 9))
+    with pytest.raises(
+        rl.ReflowlensError, match="from_position=9 is out of range: prompt 1 of the source has 9 tokens"
+    ):
+        rl.run(tiny, CORRUPTED, rl.Patch("resid_pre", sources, layer=1, position="last", from_position=9))
+
+
+def test_padding_of_a_reference_does_not_count(tiny, sources):
+    places = torch.cat([tiny.run_with_cache(text)[1]["resid_pre", 1][0] for text in CLEAN])
+    ablation = rl.Ablate("resid_pre", layer=1, by="mean", reference=sources)
+    with rl.intervene(tiny, ablation):
+        _, cache = tiny.run_with_cache("A dog", names_filter="blocks.1.hook_resid_pre")
+    torch.testing.assert_close(cache["resid_pre", 1][0], places.mean(dim=0).expand(5, -1), rtol=1e-5, atol=1e-5)
+    with rl.intervene(tiny, rl.Ablate("resid_pre", layer=1, by="resample", reference=sources)):
+        _, cache = tiny.run_with_cache(["A" * 24] * 10, names_filter="blocks.1.hook_resid_pre")
+    distances = (cache["resid_pre", 1].flatten(0, 1)[:, None] - places).norm(dim=-1)
+    assert distances.min(dim=1).values.max() < 1e-4  # every drawn place is a token of one of the texts
+    with pytest.raises(rl.ReflowlensError, match="needs source texts of equal length"):
+        rl.run(tiny, "A dog", rl.Ablate("pattern", layer=1, by="mean", reference=sources))
+
+
+def test_a_part_of_a_cache_keeps_its_lengths(tiny):
     _, cache = tiny.run_with_cache(CLEAN)
-    _, short = tiny.run_with_cache(CLEAN[1])
+    assert cache.lengths == [18, 9]
+    assert cache.apply_slice_to_batch_dim([1, 0]).lengths == [9, 18]
+    one = cache.apply_slice_to_batch_dim(1)
     patch = {"layer": 1, "position": "last", "from_position": "last"}
-    n = len(tiny.to_tokens(CORRUPTED[1])[0])
-    together = rl.run(tiny, CORRUPTED, rl.Patch("resid_pre", cache, **patch))[1, n - 1]
-    alone = rl.run(tiny, CORRUPTED[1], rl.Patch("resid_pre", short, **patch))[0, -1]
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    with pytest.raises(rl.ReflowlensError, match="prompt 1 of the source has"):
-        rl.run(tiny, CORRUPTED, rl.Patch("resid_pre", cache, layer=1, position="last", from_position=n))
+    actual = rl.run(tiny, CORRUPTED[1], rl.Patch("resid_pre", one, **patch))
+    torch.testing.assert_close(
+        actual, rl.run(tiny, CORRUPTED[1], rl.Patch("resid_pre", CLEAN[1], **patch)), rtol=1e-5, atol=1e-5
+    )
 
 
 KEYS = [slice(-2, None), slice(1, -1), -1, [0, -2], slice(3, None), slice(None, None, -2), None]
