@@ -317,7 +317,7 @@ def _site_frame(
     chosen = [*damaging, *others]
     known = signals.set_index("signal").loc[chosen]
     metric = target_prob(target_id)
-    after = {}
+    after: dict[str, list[float]] = {}
     for site in _sites(model):
         if isinstance(site, str):
             after[site] = known[f"after_{site}"].tolist()

@@ -16,13 +16,16 @@ def guarded(frame: pd.DataFrame) -> pd.DataFrame:
     >>> guarded(pd.DataFrame({"token": ["=1+2", " a", "'s"], "p": [-0.5, 0.1, 0.2]}))["token"].tolist()
     ["'=1+2", ' a', "''s"]
     """
-    texts = [name for name in frame if not pd.api.types.is_numeric_dtype(frame[name])]
-    return frame.assign(**{name: frame[name].map(_guard) for name in texts}).rename(columns=_guard)
+    return frame.apply(_guarded_column).rename(columns=_guard)
 
 
 def unguarded(cells: pd.DataFrame) -> pd.DataFrame:
     """What `guarded` was given, from the cells that it has written, all read as text."""
     return cells.apply(lambda column: column.str.removeprefix(_GUARD)).rename(columns=lambda c: c.removeprefix(_GUARD))
+
+
+def _guarded_column(column: pd.Series) -> pd.Series:
+    return column if pd.api.types.is_numeric_dtype(column) else column.map(_guard)
 
 
 def _guard(text: object) -> object:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 _SECONDS = 10.0  # at least, between two lines of the same work
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]  # generic in stubs only
+class _Lines(tqdm):
     """A bar that writes whole lines: a log keeps every redrawn bar."""
 
     written = ""
@@ -25,14 +25,13 @@ class _Lines(tqdm):  # type: ignore[type-arg]  # generic in stubs only
         finally:
             self.close()
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write one line; nothing where tqdm means to wipe its bar."""
         line = self._line()
         if msg is None and line != self.written:
             self.written = line
             self.fp.write(f"{line}\n")
             self.fp.flush()
-        return False
 
     def close(self) -> None:
         """Write how long it took, once."""

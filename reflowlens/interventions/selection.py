@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import torch
 from jaxtyping import Bool, Int
@@ -201,8 +201,8 @@ def select(
             uneven += ["pos"] * (not bool(counted.all()))
         else:
             positions = _positions(model, intervention.position, prompt)
-        if positions is None:
-            return None
+    if positions is None:
+        return None
     if intervention.head is not None and "head" not in axes:
         raise ReflowlensError(f"{name!r} has no heads, but head={intervention.head!r} was given")
     heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
@@ -259,7 +259,7 @@ def _last(prompt: Prompt) -> Where:
     return torch.tensor(lengths)[:, None] - 1
 
 
-def _counts_from_end(selector: int | slice | Sequence[int] | str | None) -> bool:
+def _counts_from_end(selector: int | slice | Sequence[int] | str | None) -> TypeGuard[int | slice | Sequence[int]]:
     if selector is None or isinstance(selector, str):
         return False
     if isinstance(selector, slice) and selector.start is None and (selector.step or 1) < 0:
@@ -269,7 +269,7 @@ def _counts_from_end(selector: int | slice | Sequence[int] | str | None) -> bool
 
 
 def _from_own_end(
-    what: str, selector: int | slice | Sequence[int] | None, prompt: Prompt
+    what: str, selector: int | slice | Sequence[int], prompt: Prompt
 ) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
     """Where a selector that counts from the end points in each prompt, as if the prompt were alone.
 
@@ -282,7 +282,7 @@ def _from_own_end(
             if not row:
                 raise ReflowlensError(f"{what}={selector} selects nothing: prompt {i} has {length} tokens")
         else:
-            wanted = [selector] if isinstance(selector, int) else list(selector or ())
+            wanted = [selector] if isinstance(selector, int) else list(selector)
             if not all(-length <= p < prompt.n_positions for p in wanted):
                 raise ReflowlensError(f"{what}={selector} is out of range: a prompt has {length} tokens")
             row = [p if p >= 0 else length + p for p in wanted]

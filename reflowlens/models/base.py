@@ -304,8 +304,8 @@ class HookedModel(HookedRootModule):
         level = next(_LEVELS)  # its own: whichever of several blocks is closed first removes its own hooks
         with changing(self):
             try:
-                for name, hook in watched:
-                    self.add_hook(name, hook, "fwd", level=level)
+                for name, observed in watched:
+                    self.add_hook(name, observed, "fwd", level=level)
                 for name, hook in bwd_hooks:
                     self.add_hook(name, hook, "bwd", level=level)
                 yield self
