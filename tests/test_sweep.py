@@ -288,15 +288,70 @@ def test_a_stopped_sweep_continues_from_its_file(tmp_path: Path) -> None:
     changed = json.loads(lines[1]) | {"values": [1.5, 2.5, 3.5]}
     path.write_text(lines[0] + json.dumps(changed) + "\n" + lines[2][:10])  # killed while it wrote
     second = rl.sweep(model, clean, corrupted, "attn_head_out_by_pos", metric, results=path)
-    taken = second.values.reshape(-1, 3)[changed["cell"]]
-    assert taken.tolist() == [1.5, 2.5, 3.5]
-    others = torch.arange(len(first.index_df)) != changed["cell"]
-    assert_close(second.values.reshape(-1, 3)[others], first.values.reshape(-1, 3)[others])
+    expected = first.values.clone()
+    expected.reshape(-1, 3)[changed["cell"]] = torch.tensor([1.5, 2.5, 3.5])
+    assert torch.equal(second.values, expected)
     with pytest.raises(ReflowlensError, match="another sweep"):
         rl.sweep(model, clean, corrupted, "resid_pre", metric, results=path)
     path.write_text("no json\n")
     with pytest.raises(ReflowlensError, match="not a sweep's results file"):
         rl.sweep(model, clean, corrupted, "resid_pre", metric, results=path)
+
+
+@pytest.mark.parametrize("memory", [None, 300_000])
+def test_a_sweep_that_continues_is_the_sweep_to_the_bit(tmp_path: Path, memory: float | None) -> None:
+    """Wherever it was cut, also within a batch: the rest runs in the batches in which it would have run."""
+    model = MODELS["reflow_wide"]
+    clean, corrupted = pair(model)
+
+    def swept(path: Path | None) -> Tensor:
+        cells, metric = "attn_head_out_by_pos", metrics.logit_diff(A, B)
+        return rl.sweep(model, clean, corrupted, cells, metric, results=path, memory=memory).values
+
+    whole = swept(tmp_path / "whole.jsonl")
+    assert torch.equal(swept(None), whole)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    for kept in range(1, len(lines), 5):
+        path = tmp_path / f"{kept}.jsonl"
+        path.write_text("".join(lines[:kept]))
+        assert torch.equal(swept(path), whole), kept
+        assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_sweep_continues_in_the_batches_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory is free by then."""
+    model, sizes = MODELS["reflow"], []
+    clean, corrupted = pair(model)
+    run = PackedRuns.run
+    monkeypatch.setattr(PackedRuns, "run", lambda self, plans: sizes.append(len(plans)) or run(self, plans))
+    monkeypatch.setattr(PackedRuns, "batch_size", lambda self, cells, memory: 7 if memory is None else 5)
+    path = tmp_path / "sweep.jsonl"
+    arguments = (model, clean, corrupted, "resid_pre", metrics.logit_diff(A, B))
+    rl.sweep(*arguments, results=path)
+    assert sizes == [7, 7]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    monkeypatch.setattr(PackedRuns, "batch_size", lambda self, cells, memory: 3 if memory is None else 5)
+    sizes.clear()
+    rl.sweep(*arguments, results=path)
+    assert sizes == [7, 7]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    sizes.clear()
+    rl.sweep(*arguments, results=path, memory=1e6)
+    assert sizes == [5, 5, 4]
+
+
+def test_a_file_of_one_process_counts_once_among_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over processes is of each one's own cells."""
+    model = MODELS["reflow"]
+    clean, corrupted = pair(model)
+    arguments = (model, clean, corrupted, "resid_pre", metrics.logit_diff(A, B))
+    whole = rl.sweep(*arguments, results=tmp_path / "sweep.jsonl").values
+    monkeypatch.setattr(dist, "all_reduce", lambda values: None)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(sweep_module, "_processes", lambda rank=rank: (rank, 2))
+        parts.append(rl.sweep(*arguments, results=tmp_path / "sweep.jsonl").values)
+    assert_close(parts[0] + parts[1], whole)
 
 
 def test_a_recovery_of_another_target_is_another_sweep(tmp_path: Path) -> None:

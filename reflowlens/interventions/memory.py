@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,32 +24,36 @@ def in_batches(
     run: Callable[[list[Item]], Made],
     device: torch.device,
     budget: float | None = None,
-    item_bytes: int | None = None,
+    size: int | None = None,
+    finished: Container[Item] = (),
 ) -> Iterator[tuple[list[Item], Made]]:
     """Run items in batches, in order.
 
-    What an item takes is given, or measured on a first, small batch; the following are as large as the budget allows. A
-    batch that runs out of memory all the same is halved.
+    How many go together is given, or decided by a first, small batch, on which what an item takes is measured. A batch
+    that runs out of memory all the same is halved.
 
     Args:
-        budget: in bytes; default: half a GPU's free memory, or a quarter of the free memory of the machine, at most
-            64 MiB.
-        item_bytes: what one item takes, where it has been measured.
+        budget: in bytes, see :func:`items_within`.
+        size: items of a batch, where what one takes has been measured.
+        finished: items that are known; a batch of these alone is left out. Another is run whole: in another batch its
+            results would be rounded differently.
 
     Yields:
         A batch, and what ``run`` made of it.
     """
-    budget = budget or _default_budget(device)
-    measured, at = item_bytes is not None, 0
-    size = _FIRST_BATCH if item_bytes is None else max(1, int(budget / max(item_bytes, 1)))
+    measured, at = size is not None, 0
+    size = size or _FIRST_BATCH
     while at < len(items):
         batch = list(items[at : at + size])
+        if all(item in finished for item in batch):
+            at += len(batch)
+            continue
         try:
             if measured or len(items) <= _FIRST_BATCH:
                 values = run(batch)
             else:
                 values, peak = measure_peak(partial(run, batch), device)
-                size, measured = max(1, int(budget * len(batch) / max(peak, 1))), True
+                size, measured = items_within(budget, device, peak / len(batch)), True
         except (RuntimeError, MemoryError) as error:
             if len(batch) == 1 or not _out_of_memory(error):
                 raise
@@ -57,6 +61,15 @@ def in_batches(
             continue
         yield batch, values
         at += len(batch)
+
+
+def items_within(budget: float | None, device: torch.device, item_bytes: float) -> int:
+    """How many items fit a budget in bytes, one at least.
+
+    Args:
+        budget: default: half a GPU's free memory, or a quarter of the free memory of the machine, at most 64 MiB.
+    """
+    return max(1, int((budget or _default_budget(device)) / max(item_bytes, 1)))
 
 
 def measure_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

@@ -20,14 +20,16 @@ class ResultsFile:
 
     Args:
         what: everything that decides the values, as text; a file of another sweep is refused.
+        batch_size: cells that run together; that of a file which is continued stays.
         rank: of the process; every one but the first has a file of its own.
     """
 
-    def __init__(self, path: str | Path | None, what: str, rank: int = 0) -> None:
+    def __init__(self, path: str | Path | None, what: str, batch_size: int, rank: int = 0) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None and rank:
             self.path = self.path.with_suffix(f".{rank}{self.path.suffix}")
         self.key = hashlib.sha256(what.encode()).hexdigest()
+        self.batch_size = batch_size
         self.finished: dict[int, list[float]] = {}
         self._file: IO[str] | None = None
 
@@ -42,8 +44,9 @@ class ResultsFile:
         if whole:
             self._read(whole)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"sweep": self.key, "batch_size": self.batch_size}
         with replacing(self.path) as temporary:  # without a line that a killed sweep left half written
-            temporary.write_text("".join(whole) or json.dumps({"sweep": self.key}) + "\n")
+            temporary.write_text("".join(whole) or json.dumps(header) + "\n")
         self._file = self.path.open("a")
         return self
 
@@ -51,8 +54,9 @@ class ResultsFile:
         try:
             header, *cells = map(json.loads, lines)
             known = header["sweep"] == self.key
+            self.batch_size = max(1, int(header.get("batch_size", self.batch_size)))
             self.finished = {cell["cell"]: cell["values"] for cell in cells}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ReflowlensError(f"{self.path} is not a sweep's results file") from error
         if not known:
             raise ReflowlensError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.interventions.apply import bind_all, intervene
 from reflowlens.interventions.grids import Cell
-from reflowlens.interventions.memory import in_batches, measure_peak
+from reflowlens.interventions.memory import in_batches, items_within, measure_peak
 from reflowlens.interventions.plans import Edit, Plan, make_plan
 from reflowlens.interventions.reading import Reader
 from reflowlens.interventions.selection import Prompt
@@ -52,13 +52,23 @@ class WholeRuns:
         return self.reader.of_logits(self.model(self.tokens))
 
     def values(
-        self, cells: Sequence[int], memory: float | None = None
+        self,
+        cells: Sequence[int],
+        memory: float | None = None,
+        *,
+        size: int | None = None,
+        finished: Container[int] = (),
     ) -> Iterator[tuple[list[int], Float[Tensor, "cell prompt"]]]:
-        """Values of some cells, one after the other."""
+        """Values of some cells, those that are not known, one after the other."""
         for cell in cells:
+            if cell in finished:
+                continue
             with intervene(self.model, self.cells[cell], lengths=self.lengths):
                 logits = self.model(self.tokens)
             yield [cell], self.reader.of_logits(logits)[None]
+
+    def batch_size(self, cells: Sequence[int], memory: float | None = None) -> int:
+        return 1
 
 
 class PackedRuns:
@@ -92,15 +102,34 @@ class PackedRuns:
         self.plans = [make_plan(self.stages, cell, self.cache, prompt) for cell in bound]
 
     def values(
-        self, cells: Sequence[int], memory: float | None = None
+        self,
+        cells: Sequence[int],
+        memory: float | None = None,
+        *,
+        size: int | None = None,
+        finished: Container[int] = (),
     ) -> Iterator[tuple[list[int], Float[Tensor, "cell prompt"]]]:
-        """Values of some cells, a batch at a time; ``memory`` in bytes bounds a batch."""
-        plans = {cell: plan for cell in cells if (plan := self.plans[cell]) is not None}
+        """Values of some cells, a batch at a time.
+
+        Args:
+            memory: bytes of a batch.
+            size: cells of a batch; default: as many as ``memory`` holds (:meth:`batch_size`).
+            finished: cells whose values are known; a batch with others among them is run whole.
+        """
+        plans = self._plans_of(cells)
         planned = sorted(plans, key=lambda cell: plans[cell].stage)
-        size = self._bytes_per_cell(list(plans.values())) if planned else 1
-        device = self.final.device
-        yield from in_batches(planned, lambda batch: self.run([plans[cell] for cell in batch]), device, memory, size)
-        yield from self.whole.values([cell for cell in cells if cell not in plans])
+        size, device = size or self.batch_size(cells, memory), self.final.device
+        run = lambda batch: self.run([plans[cell] for cell in batch])  # noqa: E731
+        yield from in_batches(planned, run, device, size=size, finished=finished)
+        yield from self.whole.values([cell for cell in cells if cell not in plans], finished=finished)
+
+    def batch_size(self, cells: Sequence[int], memory: float | None = None) -> int:
+        """How many cells run together, of those that are given."""
+        plans = self._plans_of(cells)
+        return items_within(memory, self.final.device, self._bytes_per_cell(list(plans.values()))) if plans else 1
+
+    def _plans_of(self, cells: Sequence[int]) -> dict[int, Plan]:
+        return {cell: plan for cell in cells if (plan := self.plans[cell]) is not None}
 
     def _bytes_per_cell(self, plans: Sequence[Plan]) -> int:
         """Most memory that a cell takes in a block, measured on the last one with nothing left out."""

@@ -72,7 +72,9 @@ def sweep(
             over ``steps`` runs on the way from the corrupted embeddings to the clean ones (Hanna et al., 2024).
         memory: bytes that the folded runs may take; default: a share of what is free. Halved when memory runs out.
         results: a file of JSON lines that keeps an exact sweep's finished cells; a sweep that is started again with it
-            continues. Under torchrun every process but the first puts its rank before the suffix.
+            continues, cells in the batches that they would have had: on one machine to the same values, bit for bit,
+            unless memory ran out or ``memory`` is another. Under torchrun every process but the first puts its rank
+            before the suffix.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -174,18 +176,23 @@ def _exact(
     runs = _runs(setup, metric)
     n = len(setup.cells.cells)
     rank, world_size = _processes()
+    mine = range(rank, n, world_size)
     values = torch.zeros(n, len(setup.corrupted), device=runs.baseline.device, dtype=runs.baseline.dtype)
     show = sys.stderr.isatty() if progress is None else progress
     identity = "" if results is None else _identity(setup, metric, runs)
+    size = runs.batch_size(mine, memory)
     with (
-        ResultsFile(results, identity, rank) as file,
-        tqdm(total=len(range(rank, n, world_size)), unit="cell", disable=not show) as bar,
+        ResultsFile(results, identity, size, rank) as file,
+        tqdm(total=len(mine), unit="cell", disable=not show) as bar,
     ):
-        for cell, row in file.finished.items():
+        finished = {cell: row for cell, row in file.finished.items() if cell in mine}  # it may be of fewer processes
+        for cell, row in finished.items():
             values[cell] = torch.tensor(row)
-        bar.update(len(file.finished))
-        todo = [cell for cell in range(rank, n, world_size) if cell not in file.finished]
-        for cells, part in runs.values(todo, memory):
+        bar.update(len(finished))
+        size = file.batch_size if memory is None else size
+        for cells, part in runs.values(mine, memory, size=size, finished=finished):
+            new = [i for i, cell in enumerate(cells) if cell not in finished]
+            cells, part = [cells[i] for i in new], part[new]
             values[cells] = part
             file.add(cells, part)
             bar.update(len(cells))
