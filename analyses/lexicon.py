@@ -198,7 +198,7 @@ def single_token_categories(
 
 def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ReflowlensError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -195,7 +195,7 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
     """
     path = find_config(name)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:

@@ -1,7 +1,8 @@
 """The documents of one file, on this machine or on the hub: text, JSON lines, or a table that `datasets` reads.
 
 A document of a text file is what stands between two lines that hold only the separator, without the newline that ends
-its last line. Line ends are read as "\\n" whatever the file uses. Documents of white space alone are passed over.
+its last line. Line ends are read as "\\n" whatever the file uses, and a byte-order mark is no text. Documents of white
+space alone are passed over.
 """
 
 from __future__ import annotations
@@ -24,7 +25,18 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".json": "json"}
 READABLE = (*LINES, *TABLES)
 HUB_SCHEME = "hf://"
 
+TEXT_ENCODING = "utf-8-sig"  # UTF-8, with or without the byte-order mark that editors under Windows put in front
+
 _SPEAKERS = ("User", "Assistant")
+
+
+def ending(name: str) -> str | None:
+    """What of `READABLE` a file's name ends with, in upper or lower case.
+
+    >>> ending("PART1.TXT.GZ"), ending("notes.md")
+    ('.txt.gz', None)
+    """
+    return next((known for known in READABLE if name.lower().endswith(known)), None)
 
 
 def read_documents(location: str, name: str, separator: str, text_field: str) -> Iterator[tuple[str, int]]:
@@ -57,12 +69,12 @@ def read_documents(location: str, name: str, separator: str, text_field: str) ->
 
 
 def _read(location: str, name: str, separator: str, text_field: str) -> Iterator[tuple[str, int]]:
-    if not location.endswith(LINES):
+    kind = ending(location)
+    if kind not in LINES:
         yield from ((text, 0) for text in _table_documents(location, name, text_field))
         return
-    suffixes = Path(location).suffixes
-    with _open(location) as raw, io.TextIOWrapper(_unpacked(raw, suffixes[-1]), encoding="utf-8") as lines:
-        json_lines = ".jsonl" in suffixes[-2:]
+    with _open(location) as raw, io.TextIOWrapper(_unpacked(raw, kind), encoding=TEXT_ENCODING) as lines:
+        json_lines = kind.startswith(".jsonl")
         texts = _json_documents(lines, name, text_field) if json_lines else _text_documents(lines, separator)
         for text in texts:
             yield text, raw.tell()
@@ -76,10 +88,10 @@ def _open(location: str) -> Any:
     return Path(location).open("rb")
 
 
-def _unpacked(raw: IO[bytes], suffix: str) -> Any:
-    if suffix == ".xz":
+def _unpacked(raw: IO[bytes], kind: str) -> Any:
+    if kind.endswith(".xz"):
         return lzma.open(raw)
-    return gzip.open(raw) if suffix == ".gz" else raw
+    return gzip.open(raw) if kind.endswith(".gz") else raw
 
 
 def _text_documents(lines: IO[str], separator: str) -> Iterator[str]:
@@ -107,9 +119,7 @@ def _json_documents(lines: IO[str], name: str, text_field: str) -> Iterator[str]
 def _table_documents(location: str, name: str, text_field: str) -> Iterator[str]:
     import datasets
 
-    module = next(
-        (kind for suffix, kind in TABLES.items() if location.endswith(suffix)), "json"
-    )  # .json.gz and the like
+    module = TABLES.get(ending(location) or "", "json")  # .json.gz and the like
     with quiet_libraries():
         records = datasets.load_dataset(module, data_files=[location], split="train", streaming=True)
         for number, record in enumerate(records, start=1):

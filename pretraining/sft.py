@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from pretraining.chat import ChatTemplate, Message, Part, end_token
+from pretraining.readers import TEXT_ENCODING
 from reflowlens.checkpoints import file_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
@@ -92,7 +94,8 @@ def load_data(
     kept: dict[str, list[Example]] = {"train": [], "val": []}
     files: list[dict[str, Any]] = []
     left_out = 0
-    for role, path in [*(("train" if val else "both", Path(name)) for name in data), *(("val", Path(n)) for n in val)]:
+    training, validating = (_once(files) for files in (data, val))
+    for role, path in [*(("train" if val else "both", path) for path in training), *(("val", p) for p in validating)]:
         examples = read_examples(path, tokenizer, template)
         digest = file_hash(path)
         if role == "val" and any(file["sha256"] == digest for file in files if file["role"] == "train"):
@@ -117,6 +120,11 @@ def load_data(
                 f"longer than the context of {context} tokens: {advice}"
             )
     return Data(kept["train"], kept["val"], left_out, files)
+
+
+def _once(files: Sequence[str | Path]) -> list[Path]:
+    """The files in order, without those given before."""
+    return list({os.path.realpath(file): Path(file) for file in reversed(files)}.values())[::-1]
 
 
 def is_held_out(example: Example, fraction: float, seed: int) -> bool:
@@ -175,7 +183,7 @@ def _lines(path: Path) -> Iterator[str]:
     openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
     try:
         file: IO[str]
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf8") as file:
+        with openers.get(path.suffix.lower(), open)(path, "rt", encoding=TEXT_ENCODING) as file:
             yield from file
     except FileNotFoundError as error:
         raise ReflowlensError(f"no file {str(path)!r}") from error

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
 
-from pretraining.readers import LINES, READABLE, TABLES, one_line, quiet_libraries, read_documents
+from pretraining.readers import (
+    LINES,
+    READABLE,
+    TABLES,
+    TEXT_ENCODING,
+    ending,
+    one_line,
+    quiet_libraries,
+    read_documents,
+)
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers import END_OF_TEXT
 
@@ -49,28 +61,38 @@ def find_sources(names: Sequence[str | Path], selection: Selection, progress: bo
 
     A folder may be what `save_to_disk` wrote, or laid out like a data set on the hub, where file and folder names (or
     the README's metadata) say the splits: `data/train-00000-of-00002.parquet`, `test.jsonl`. Parquet and arrow files
-    come first: beside them, others are notes and copies. Text and JSON-lines files without a split are "train".
+    come first: beside them, others are notes and copies. Text and JSON-lines files without a split are "train". Those
+    of a split are read in the order of their names, numbers in these by size (`part2` before `part10`). A file that is
+    meant twice, by two names too, is read once; copies are files of their own.
 
     Raises ReflowlensError if there is no such file, or its kind cannot be read, or the data set cannot be had.
     """
-    sources: list[Source] = []
+    sources: dict[str, Source] = {}  # by what tells a file from another
     for name in names:
         path = Path(name).expanduser()
-        if path.is_dir():
-            files = [(file, Path(file).relative_to(path.resolve()).as_posix()) for file in _folder(path, selection)]
-        elif path.exists():
-            if not path.name.endswith(READABLE):
-                raise ReflowlensError(f"cannot read {path.name!r}: expected a file named {', '.join(READABLE)}")
-            files = [(str(path), path.name)]
-        elif isinstance(name, str) and _may_be_a_dataset(name):
+        if not path.exists() and isinstance(name, str) and _may_be_a_dataset(name):
             from pretraining.hub import hub_sources
 
-            sources += hub_sources(name, selection)
+            sources |= {f"{source.name}@{source.revision}": source for source in hub_sources(name, selection)}
             continue
-        else:
-            raise ReflowlensError(f"no file or folder {str(name)!r}")
-        sources += [file_source(file, short, selection, progress) for file, short in files]
-    return sources
+        for file, short in _files(path, selection):
+            place = os.path.realpath(file)
+            if place in sources:
+                print(f"note: {short!r} is given twice, and read once", file=sys.stderr)
+            else:
+                sources[place] = file_source(file, short, selection, progress)
+    return list(sources.values())
+
+
+def _files(path: Path, selection: Selection) -> list[tuple[str, str]]:
+    """The files that a path means, each with its name: within the folder, if it is one."""
+    if path.is_dir():
+        return [(file, Path(file).relative_to(path.resolve()).as_posix()) for file in _folder(path, selection)]
+    if not path.exists():
+        raise ReflowlensError(f"no file or folder {str(path)!r}")
+    if ending(path.name) is None:
+        raise ReflowlensError(f"cannot read {path.name!r}: expected a file named {', '.join(READABLE)}")
+    return [(str(path), path.name)]
 
 
 def file_source(location: str, name: str, selection: Selection, progress: bool = False) -> Source:
@@ -93,7 +115,7 @@ def documents_of(location: str, name: str, selection: Selection) -> Callable[[],
 
 
 def _may_be_a_dataset(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not name.endswith(READABLE)
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and ending(name) is None
 
 
 def _folder(path: Path, selection: Selection) -> list[str]:
@@ -101,20 +123,54 @@ def _folder(path: Path, selection: Selection) -> list[str]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_to_disk(path, selection)
     kind, splits = _layout(path, selection.config)
-    if kind not in ("parquet", "arrow"):
-        lines = sorted(str(file) for file in path.rglob("*") if file.name.endswith(LINES) and _visible(file, path))
-        placed = {file: split for split, files in splits.items() for file in files}
-        if lines:
-            splits = {}
-            for file in lines:
+    if not (splits and _says_its_files(path)):
+        files = _readable_files(path, kind)
+        placed = {file: split for split, some in splits.items() for file in some}
+        if not placed.keys() >= set(files):
+            placed = _placed_by_name(path, files)
+        splits = {}
+        for file in files:
+            # Of tables beside those with a split, as on the hub, none is meant.
+            if file in placed or ending(file) in LINES:
                 splits.setdefault(placed.get(file, "train"), []).append(file)
     if not splits:
         raise ReflowlensError(f"no text in folder {str(path)!r}: expected files named {', '.join(READABLE)}")
     return chosen_split(splits, str(path), selection)
 
 
-def _visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _says_its_files(path: Path) -> bool:
+    """Whether the README's metadata, which `datasets` follows, say which files there are."""
+    card = path / "README.md"
+    text = card.read_text(encoding=TEXT_ENCODING, errors="replace") if card.is_file() else ""
+    return re.match(r"---\n(.*\n)*?configs:(.*\n)*?---", text) is not None
+
+
+def _readable_files(path: Path, kind: str) -> list[str]:
+    """All files in a folder of the kind that counts: what `datasets` takes it for, else the first that there is."""
+    found: dict[str, list[str]] = {}
+    for file in path.rglob("*"):
+        if (end := ending(file.name)) is not None and not _is_hidden(file, path) and not file.is_dir():
+            found.setdefault("lines" if end in LINES else TABLES[end], []).append(str(file))
+    counting = {"parquet": ["parquet"], "arrow": ["arrow"], "text": ["lines"], "json": ["lines", "json"]}
+    order = counting.get(kind, ["parquet", "arrow", "lines", "json"])
+    return next((found[one] for one in order if one in found), [])
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _placed_by_name(path: Path, files: Iterable[str]) -> dict[str, str]:
+    """The split of each file that has one by its name, in any case. `datasets` tells lower from upper case and looks at
+    files of one kind only, and is therefore shown links to them, all in lower case and named .txt."""
+    with TemporaryDirectory() as folder:
+        links = Path(folder).resolve()
+        for number, file in enumerate(files):
+            name = Path(os.path.relpath(file, path).lower().removesuffix(ending(file) or ""))
+            link = links / name.with_name(f"{name.name.replace('.', '_')}_{number}.txt")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+        return {os.readlink(link): split for split, some in _layout(links, None)[1].items() for link in some}
 
 
 def _layout(path: Path, config: str | None) -> tuple[str, dict[str, list[str]]]:
@@ -127,6 +183,8 @@ def _layout(path: Path, config: str | None) -> tuple[str, dict[str, list[str]]]:
     except FileNotFoundError:
         return "", {}
     except Exception as error:  # which there are for README metadata that makes no sense depends on the library
+        if config is None and not _says_its_files(path):
+            return "", {}  # splits of several kinds
         raise ReflowlensError(f"cannot read folder {str(path)!r}: {one_line(error)}") from error
     kind, splits = builder_files(builder)
     return (kind, splits) if kind in (*TABLES.values(), "text") else ("", {})
@@ -140,11 +198,20 @@ def builder_files(builder: Any) -> tuple[str, dict[str, list[str]]]:
 
 
 def chosen_split(splits: dict[str, list[str]], name: str, selection: Selection) -> list[str]:
-    """The files of the split that is asked for. Raises ReflowlensError if there is none of this name."""
+    """The files of the split that is asked for, `part2` before `part10`. Raises ReflowlensError if there is none."""
     if selection.split not in splits:
         there = ", ".join(sorted(splits))
         raise ReflowlensError(f"no split {selection.split!r} in {name!r}: choose one of {there} (--split, --val-split)")
-    return splits[selection.split]
+    return sorted(splits[selection.split], key=_in_natural_order)
+
+
+def _in_natural_order(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts names with numbers as people do.
+
+    >>> sorted(["part10.txt", "part2.txt", "part1.txt"], key=_in_natural_order)
+    ['part1.txt', 'part2.txt', 'part10.txt']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def _saved_to_disk(path: Path, selection: Selection) -> list[str]:

@@ -42,7 +42,7 @@ def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> Fi
     """
     path = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
     try:
-        text = path.read_text(encoding="utf8")
+        text = path.read_text(encoding="utf-8-sig")
         tokenizer = FileTokenizer(text, _end_of_text(path.with_name(TOKENIZER_CONFIG)), end_of_text)
     except OSError as error:
         raise ReflowlensError(f"no tokenizer file {str(path)!r}: {error.strerror}") from error
@@ -67,7 +67,7 @@ def _end_of_text(path: Path) -> str | None:
     """The content of `eos_token`, which is a string or an object with one."""
     if not path.is_file():
         return None
-    token = json.loads(path.read_text(encoding="utf8")).get("eos_token")
+    token = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token")
     return token["content"] if isinstance(token, dict) else token
 
 

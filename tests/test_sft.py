@@ -171,6 +171,13 @@ def test_a_prompt_is_on_one_side_of_the_split(tmp_path: Path) -> None:
     assert held_out != [example.prompt for example in examples if is_held_out(example, 0.2, seed=2)]
 
 
+def test_a_file_given_twice_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "A.JSONL", prompts(40))
+    data = load_data([path, path], [], BYTES, TEMPLATE, context=64, val_fraction=0.3, seed=0)
+    assert len(data.train) + len(data.val) == 40
+    assert [file["examples"] for file in data.files] == [40]
+
+
 def test_examples_longer_than_the_context_are_left_out_and_counted(tmp_path: Path) -> None:
     """With bytes an example of n bytes, end included, takes n - 1 positions."""
     records = [{"prompt": "p" * n, "completion": "cc"} for n in (5, 10, 11, 30)]

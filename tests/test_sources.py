@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import lzma
@@ -95,10 +96,37 @@ def test_a_folder_in_shards_and_splits(tmp_path: Path) -> None:
         {"mix_0.txt": "\n<|endoftext|>\n".join(TRAIN), "val.txt": "other", "MANIFEST.json": "{}", ".hidden.txt": "x"},
         {"train.txt.xz": lzma.compress("\n<|endoftext|>\n".join(TRAIN).encode()), "dev.txt": "other"},
         {"a.jsonl": LINES, "meta.json": '{"license": "none"}'},
+        {"UP.TXT": "\n<|endoftext|>\n".join(TRAIN), "VAL.TXT": "other"},
+        {"A.JSONL.XZ": lzma.compress(LINES.encode()), "TEST.TXT.GZ": gzip.compress(b"other")},
+        {"train.txt": "\n<|endoftext|>\n".join(TRAIN), "test.jsonl": '{"text": "other"}'},
+        {"train-1.parquet": parquet(TRAIN[:9]), "train-2.PARQUET": parquet(TRAIN[9:]), "test.PARQUET": parquet([" x"])},
+        {"A.PARQUET": parquet(TRAIN)},
+        {"PART.JSON": json.dumps([{"text": text} for text in TRAIN])},
+        {
+            "part10.txt": TRAIN[59],
+            **{f"part{i + 1}.txt": "\n<|endoftext|>\n".join(TRAIN[5 * i : 5 * i + 5]) for i in range(9)},
+            "part9b.txt": "\n<|endoftext|>\n".join(TRAIN[45:59]),
+        },
+        {"part10.parquet": parquet(TRAIN[30:]), "part9.parquet": parquet(TRAIN[:30])},
     ],
 )
 def test_layouts_of_one_training_split(tmp_path: Path, files: dict[str, bytes | str]) -> None:
     assert texts(write(tmp_path, files)) == TRAIN
+
+
+def test_the_kind_of_a_file_is_its_last_ending_in_any_case(tmp_path: Path) -> None:
+    for name, content in {"A.TXT": "one", "b.jsonl.txt": "{one", "C.Jsonl.Gz": gzip.compress(LINES.encode())}.items():
+        write(tmp_path, {name: content})
+    assert texts(tmp_path / "A.TXT", tmp_path / "b.jsonl.txt", tmp_path / "C.Jsonl.Gz") == ["one", "{one", *TRAIN]
+
+
+def test_a_file_that_is_meant_twice_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "corpus", {"deeper/a.txt": "one", "b.txt": "two", "copy.txt": "one"})
+    (folder / "link.txt").symlink_to(folder / "b.txt")
+    assert texts(folder / "b.txt", folder, folder / "deeper" / "a.txt") == ["two", "one", "one"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {name!r} is given twice, and read once" for name in ("b.txt", "link.txt", "a.txt")
+    ]
 
 
 def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
@@ -123,6 +151,8 @@ def test_configurations_of_the_readme(tmp_path: Path) -> None:
     folder = write(tmp_path, files)
     assert texts(folder, config="en") == TRAIN
     assert texts(folder, config="de") == HELD_OUT
+    lines = {"en/a.jsonl": LINES, "de/a.jsonl": '{"text": "other"}', "notes.txt": "not a document"}
+    assert texts(write(tmp_path / "lines", lines | {"README.md": files["README.md"]}), config="en") == TRAIN
     with pytest.raises(ReflowlensError, match=r"Config name is missing\. .* available configs: \['en', 'de'\]"):
         texts(folder)
     with pytest.raises(ReflowlensError, match=r"'fr' not found\. Available: \['en', 'de'\]"):

@@ -125,7 +125,7 @@ def _held_out(model: HookedModel, path: Path) -> Any:
 
         return tokens_for(model, path, "val").tokens[:]
     try:
-        return path.read_text(encoding="utf8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ReflowlensError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

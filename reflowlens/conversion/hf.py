@@ -246,7 +246,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark in front
     except (OSError, ValueError) as error:
         raise ReflowlensError(f"{path} cannot be read: {error}") from error
 

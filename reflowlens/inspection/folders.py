@@ -45,7 +45,7 @@ class Read(NamedTuple):
 def read_object(path: Path) -> tuple[dict[str, Any], list[str]]:
     """A JSON object, empty if the file is damaged or holds something else, and then the reason."""
     try:
-        found = json.loads(path.read_text(encoding="utf8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         return {}, [f"{path.name} is not readable JSON: {error}"]
     return (found, []) if isinstance(found, dict) else ({}, [f"{path.name} holds no JSON object"])
