@@ -24,6 +24,7 @@ from analyses.draws import derive_seed
 from analyses.geometry_figures import geometry_figures, geometry_frames
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.rotations import (
     QUICK_ROTATIONS,
@@ -43,7 +44,6 @@ from analyses.spectra import (
     gaussian_matrix,
 )
 from analyses.statistics import Verdict, bootstrap_interval, holm, predictive_pvalue, verdict
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -147,7 +147,7 @@ def basis_geometry(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=geometry_figures(frames),

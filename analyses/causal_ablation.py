@@ -34,10 +34,10 @@ from analyses.knockout import (
 )
 from analyses.lens import first_settled, lens_log_probabilities, residual_stack
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.rotations import ROTATIONS, add_basis_controls, add_basis_verdicts, other_bases, rotated_values
 from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations
 from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
@@ -150,7 +150,7 @@ def causal_ablation(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=ablation_figures(frames, prompt),

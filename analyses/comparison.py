@@ -59,6 +59,7 @@ def compare_models(
 
     Example: `side_by_side(compare_models(["reflow-nano", "untrained"], ["native", "rotated"], [2, 9], quick=True))`
     """
+    from analyses.model_identity import known_hash
     from analyses.result_cache import may_be_kept
     from reflowlens.checkpoints import model_hash
     from reflowlens.signals import VIEWS
@@ -85,7 +86,8 @@ def compare_models(
         options = {"seed": seed, "quick": quick} | ({"view": None if view == "native" else view} if view else {})
         place = {"model": name, "view": view, "experiment": experiment.name}
         try:
-            result = run_experiment(experiment, model, options, keys[name])[0]
+            with known_hash(model, hashes[name]):
+                result = run_experiment(experiment, model, options, keys[name])[0]
             summary = result.summary().assign(error="")
             if summary.empty:
                 summary = _nothing("; ".join(result.notes) or "no metrics")

@@ -30,11 +30,11 @@ from analyses.inception_figures import inception_figures
 from analyses.knockout import real_tokens
 from analyses.lens import first_settled
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.statistics import Verdict, bootstrap_interval, paired_permutation_pvalue, rate_interval, verdict
 from analyses.steering import Critical, Injections, critical_strength, lost_again, rms
 from analyses.words import listed
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -136,7 +136,7 @@ def concept_inception(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=inception_figures(frames),

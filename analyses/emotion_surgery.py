@@ -38,6 +38,7 @@ from analyses.emotion_frames import (
 )
 from analyses.lens import lens_log_probabilities
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.sentiment import sentiment_poles
 from analyses.statistics import (
@@ -50,7 +51,6 @@ from analyses.statistics import (
 )
 from analyses.steering import Where, random_directions, rms
 from analyses.words import listed
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -174,7 +174,7 @@ def emotion_surgery(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=emotion_figures(frames),

@@ -25,6 +25,7 @@ from analyses.controls import untrained_view
 from analyses.draws import derive_generator, derive_seed
 from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
 from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.statistics import (
     Verdict,
@@ -34,7 +35,6 @@ from analyses.statistics import (
     rate_band,
     rate_interval,
 )
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import heatmap, histogram_with_control, line_with_band
 from reflowlens.models.base import HookedModel
@@ -116,7 +116,7 @@ def layer_evolution(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=_figures(frames, prompt),

@@ -34,6 +34,7 @@ from analyses.controls import permuted_labels, recipe_nulls
 from analyses.draws import derive_rng, derive_seed
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.neighbors import word_tokens
 from analyses.result import Result
 from analyses.rotations import (
@@ -55,7 +56,6 @@ from analyses.similar_words import (
 )
 from analyses.statistics import Verdict, bootstrap_interval, holm, permutation_pvalue, rate_interval, verdict
 from analyses.words import LabelledWords, frequency_matched, labelled_words
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -183,7 +183,7 @@ def recipe_atlas(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=atlas_figures(frames, random_band(spaces["random_words"].rows)),

@@ -28,11 +28,11 @@ from analyses.analogies import RANKINGS, analogy_ranks, candidate_sets, usable_a
 from analyses.controls import untrained_view
 from analyses.draws import derive_rng, derive_seed
 from analyses.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
+from analyses.model_identity import hash_of
 from analyses.neighbors import shuffle_columns
 from analyses.result import Result
 from analyses.rotations import random_rotations
 from analyses.statistics import Verdict, bootstrap_interval, rate_band, verdict
-from reflowlens.checkpoints import model_hash
 from reflowlens.figures import bars, dots
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, rotate, view_of
@@ -114,7 +114,7 @@ def semantic_algebra(
         name="semantic_algebra",
         title="Semantic Algebra",
         params={
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
             "view": chosen.name,
             "lexicon": lexicon.version,
             "analogies": str(analogies) if isinstance(analogies, str | Path) else f"{len(given)} analogies",

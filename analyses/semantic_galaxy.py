@@ -36,6 +36,7 @@ from analyses.clusters import (
 from analyses.controls import permuted_labels, recipe_nulls
 from analyses.draws import derive_seed
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.rotations import INVARIANT
 from analyses.statistics import (
@@ -48,7 +49,6 @@ from analyses.statistics import (
     verdict,
 )
 from analyses.words import LabelledWords, labelled_words
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_scatter import scatter
 from reflowlens.figures import bars, histogram_with_control
@@ -140,7 +140,7 @@ def semantic_galaxy(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=_figures(frames, galaxies["R"].headline(), method),

@@ -34,6 +34,7 @@ from analyses.controls import untrained_view
 from analyses.flow_detail import detail_frames
 from analyses.flow_figures import flow_figures
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.rotations import (
     ROTATIONS,
@@ -44,7 +45,6 @@ from analyses.rotations import (
     rotated_values,
 )
 from analyses.statistics import Alternative, bootstrap_band, bootstrap_interval
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -166,7 +166,7 @@ def signal_flow(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=flow_figures(frames, prompt),

@@ -23,6 +23,7 @@ from analyses.controls import gaussian_view, untrained_view
 from analyses.draws import derive_seed
 from analyses.knockout import real_tokens
 from analyses.lexicon import Lexicon, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.resampling import percentile_interval, resampled_means
 from analyses.result import Result
 from analyses.rotations import (
@@ -36,7 +37,6 @@ from analyses.rotations import (
 from analyses.sparsity import Rule, active_signals, check_rule, gini
 from analyses.sparsity_figures import sparsity_figures, sparsity_frames
 from analyses.statistics import Alternative, Interval, bootstrap_interval
-from reflowlens.checkpoints import model_hash
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 
@@ -135,7 +135,7 @@ def sparsity_profile(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         frames=frames,
         figures=sparsity_figures(frames),

@@ -111,6 +111,7 @@ def run_suite(
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
     from analyses.lexicon import read_questions_words
+    from analyses.model_identity import known_hash
     from analyses.result_cache import may_be_kept
     from reflowlens.checkpoints import model_hash
 
@@ -123,7 +124,8 @@ def run_suite(
     name = model_name or model.cfg.model_name or model.cfg.architecture
     folder, identity = make_folder(out, name), model_hash(model)
     run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
-    card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
+    with known_hash(model, identity):
+        card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
     show = sys.stderr.isatty() if progress is None else progress
     steps = bar(selected, show=show, named=True, unit="experiment")
     key = identity if cache and may_be_kept(model) else ""
@@ -132,7 +134,8 @@ def run_suite(
         for experiment in steps:
             with in_language(lang):
                 steps.set_description(translate(experiment.title))
-            _run_one(run, experiment, model, options, key, spreadsheet)
+            with known_hash(model, identity):
+                _run_one(run, experiment, model, options, key, spreadsheet)
             with _writing_into(folder):
                 _write_metrics(_merged(earlier, run))
     except KeyboardInterrupt:
@@ -185,7 +188,7 @@ def run_experiment(
 
 def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> dict[str, str | int | float]:
     """What a report says of a model: its name, sizes and hash, and of its manifest what was seen and reached."""
-    from reflowlens.checkpoints import model_hash
+    from analyses.model_identity import hash_of
 
     cfg = model.cfg
     card: dict[str, str | int | float | None] = {
@@ -202,7 +205,7 @@ def model_card(model: HookedModel, name: str, manifest: Mapping[str, Any]) -> di
     }
     facts = {"tokens_seen": "tokens seen", "val_loss": "validation loss"}
     card |= {name: manifest[key] for key, name in facts.items() if key in manifest}
-    card["hash"] = model_hash(model)
+    card["hash"] = hash_of(model)
     return {key: value for key, value in card.items() if value is not None}
 
 
@@ -334,6 +337,7 @@ def make_folder(out: str | Path | None, name: str) -> Path:
 def _packaged_manifest(model: HookedModel, name: str) -> dict[str, Any]:
     """The manifest of the packaged model of that name, if its weights are these; else nothing is known."""
     from analyses.figure_code import is_packaged
-    from reflowlens.checkpoints import model_hash, read_manifest
+    from analyses.model_identity import hash_of
+    from reflowlens.checkpoints import read_manifest
 
-    return read_manifest(name) if is_packaged(name, model_hash(model)) else {}
+    return read_manifest(name) if is_packaged(name, hash_of(model)) else {}

@@ -28,6 +28,7 @@ from analyses.controls import untrained_view
 from analyses.draws import derive_seed
 from analyses.lens import first_settled, residual_points
 from analyses.lexicon import TYPO_KINDS, Lexicon, Typo, load_lexicon
+from analyses.model_identity import hash_of
 from analyses.result import Result
 from analyses.statistics import (
     Interval,
@@ -42,7 +43,6 @@ from analyses.statistics import (
 from analyses.typo_figures import typo_figures
 from analyses.typos import Likeness, compare_words, others_of_same_length
 from analyses.words import listed
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -148,7 +148,7 @@ def typo_resilience(
             "seed": seed,
             "quick": quick,
             "lexicon": lexicon.version,
-            "model_hash": model_hash(model),
+            "model_hash": hash_of(model),
         },
         definitions=definitions(threshold),
         notes=[f"skipped, for the word is several tokens: {', '.join(skipped)}"] if skipped else [],

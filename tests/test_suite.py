@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from analyses import result_cache, suite
 from analyses.comparison import compare_models
@@ -24,6 +25,7 @@ from reflowlens import checkpoints
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from tests.planted import empty_model
 from tests.tiny import tiny_config
 
 ALL = ["semantic_algebra", "layer_evolution", "causal_ablation"]
@@ -604,3 +606,15 @@ def test_the_packages_names():
     assert analyses.load_lexicon().version
     with pytest.raises(AttributeError, match="module 'analyses' has no attribute 'recipe_atlass'"):
         analyses.recipe_atlass  # noqa: B018
+
+
+def test_a_run_hashes_its_model_once(three, monkeypatch, tmp_path):
+    model, hashed, model_hash = empty_model(), [], checkpoints.model_hash
+    monkeypatch.setattr(checkpoints, "model_hash", lambda model: hashed.append(model) or model_hash(model))
+    run = run_suite(model, [5, 7], out=tmp_path, quick=True)
+    assert sum(each is model for each in hashed) == 1
+    assert {result.params["model_hash"] for result in run.results.values()} == {model_hash(model)}
+    with torch.no_grad():
+        model.embed.W_basis[0] *= 2
+    again = EXPERIMENTS[7].load()(model, quick=True)
+    assert again.params["model_hash"] == model_hash(model) != run.results["layer_evolution"].params["model_hash"]
