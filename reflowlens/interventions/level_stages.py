@@ -28,7 +28,7 @@ from reflowlens.models.bdh import (
     per_head,
     remembered,
 )
-from reflowlens.models.components import Places
+from reflowlens.models.components import Places, weighted_sum
 
 
 class LevelStages:
@@ -108,7 +108,7 @@ class StateBefore:
             if chunks_are_cheaper(tokens.shape[1], q.shape[3], d_model):
                 within = attend_in_chunks(each, values, chunk=d_model)[0]
             else:
-                within = (each @ each.mT).tril(-1) @ values[:, None]
+                within = weighted_sum((each @ each.mT).tril(-1), values[:, None])
             out[0][:, tokens] = before + within.transpose(0, 1)
         return out
 

@@ -34,7 +34,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import AXES
-from reflowlens.models.components import Norm, Places, Positions, is_hooked, wide
+from reflowlens.models.components import Norm, Places, Positions, is_hooked, weighted_sum, wide
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
 _NEURONS = ("batch", "pos", "head", "neuron")
@@ -183,7 +183,7 @@ class Level(nn.Module):
         scores = Alikeness.apply(q).tril(-1).transpose(0, 1)
         if mask is not None:
             scores = scores.masked_fill(~mask, 0.0)
-        return self.hook_attn_scores(scores).transpose(0, 1) @ x
+        return weighted_sum(self.hook_attn_scores(scores).transpose(0, 1), x)
 
 
 class Alikeness(torch.autograd.Function):
@@ -268,7 +268,7 @@ def attend_in_chunks(
     """
     parts = []
     for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):
-        out = (here @ here.mT).tril(-1) @ values
+        out = weighted_sum((here @ here.mT).tril(-1), values)
         if state is None:
             state = x.new_zeros(*q.shape[:2], q.shape[3], x.shape[2])
         else:

@@ -6,6 +6,7 @@ copies of the residual stream) are computed only when something is attached to t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -45,6 +46,32 @@ def is_bias(name: str) -> bool:
 def wide(x: Tensor) -> Tensor:
     """In float32 at least: what sums over many entries is not left to 16 bits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether there is neither an infinity nor NaN; taken for granted in a compiled graph, which asking would break."""
+    if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
+        return True
+    # One pass over the numbers; a sum that overflows sends its caller the longer way, to the same result.
+    return math.isfinite(sum(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors))
+
+
+def weighted_sum(
+    weights: Float[Tensor, "*batch query key"], values: Float[Tensor, "*#batch key feature"]
+) -> Float[Tensor, "*batch query feature"]:
+    """``weights @ values``, to which a key of weight 0 adds nothing even if its values are infinite or NaN.
+
+    In a product they would: 0 · inf is NaN, and one position's overflow would reach the positions before it.
+    """
+    if all_finite(values):
+        return weights @ values
+    sign, infinity = wide(weights.sign()), wide(values.sign().where(values.isinf(), 0.0))
+    either, balance = sign.abs() @ infinity.abs(), sign @ infinity
+    unknown = sign.abs() @ values.isnan().to(sign)
+    out = weights @ values.where(values.isfinite(), 0.0)
+    for reached, value in ((either + balance, torch.inf), (either - balance, -torch.inf), (unknown, torch.nan)):
+        out = out + torch.zeros_like(out).masked_fill(reached > 0, value)
+    return out
 
 
 def plus(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -289,14 +316,14 @@ class Attention(nn.Module):
         """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows."""
         q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
         new, total = q.shape[2], k.shape[2]
-        if is_hooked(self.hook_attn_scores, self.hook_pattern):
+        if is_hooked(self.hook_attn_scores, self.hook_pattern) or (new > 1 and not all_finite(k, v)):
             allowed = _causal(new, total, q.device) if mask is None else mask
             group = self.cfg.n_heads // self.cfg.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             scores = wide(q @ k.transpose(-1, -2)) / self.cfg.d_head**0.5
             scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
-            z = pattern.to(v.dtype) @ v
+            z = weighted_sum(pattern.to(v.dtype), v)
         else:
             if mask is None and new not in (1, total):
                 mask = _causal(new, total, q.device)

@@ -64,7 +64,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_features, grad_matrix = torch.empty_like(features), torch.zeros_like(matrix)
         for start in range(0, features.shape[0], chunk):
             rows = slice(start, start + chunk)
-            x, share = features[rows].to(dtype), weight[rows, None]
+            x = features[rows].to(dtype).masked_fill(~counted[rows, None], 0.0)  # 0 · NaN would count
+            share = weight[rows, None]
             target = targets[rows, None].clamp(min=0)
             log_p = wide(x @ W.T).log_softmax(dim=-1)
             loss = loss - (log_p.gather(1, target) * share).sum()
