@@ -19,8 +19,9 @@ from analyses.resampling import moving_block_weights
 from analyses.result import Result
 from analyses.unit_comparison import compare_units
 from analyses.unit_counts import SHARES, count_units, firing_overlap
+from analyses.unit_figures import firing_by_level
 from analyses.unit_intervals import mean_interval, near_silent_interval, unit_rate_intervals
-from analyses.unit_points import default_points, points_named
+from analyses.unit_points import default_points, kind_of, points_named
 from analyses.unit_report import unit_report
 from analyses.unit_tables import context_of
 from pretraining.data import prepare
@@ -422,3 +423,10 @@ def test_a_window_shows_what_stands_around_the_peak(model: HookedModel) -> None:
     assert context_of(model, tokens, 30 + 7) == "To be,\\n⟦o⟧r not to"
     assert context_of(model, tokens, 0) == "⟦x⟧xxxxxxxx"
     assert len(context_of(model, tokens, 29)) == 24 + 3
+
+
+def test_the_figure_of_firing_rates_has_the_intervals_of_the_seed(model: HookedModel) -> None:
+    tokens = windows(as_stream(model, TEXT), 8, 48, seed=0)
+    counts = {"model": count_units(model, tokens, points_named(model, "xy_sparse"), batch_size=8)}
+    bands = [firing_by_level(counts, kind_of, seed).to_json() for seed in (1, 1, 2)]
+    assert bands[0] == bands[1] != bands[2]
