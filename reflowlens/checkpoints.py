@@ -23,7 +23,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
-from reflowlens.models import MODEL_CLASSES, build_model, moved
+from reflowlens.models import MODEL_CLASSES, moved, parameter_shapes
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 
@@ -54,8 +54,7 @@ def load_model(
     cfg = ModelConfig.from_dict(_read_config(path))
     _open_tokenizer(path, cfg)
     weights = _read_weights(path)
-    shapes = {name: tuple(p.shape) for name, p in build_model(cfg, device="meta").named_parameters()}
-    _check_fit(path, shapes, weights)
+    _check_fit(path, parameter_shapes(cfg), weights)
     return model_from_weights(cfg, weights, device=device, dtype=dtype)
 
 
@@ -92,13 +91,13 @@ def save_model(
         dtype: store the weights in this type, e.g. ``torch.float16``.
 
     Raises:
-        ReflowlensError: a weight is not finite (in ``dtype``), the folder holds something other than a checkpoint, the
-            disk is full or the folder cannot be written; then nothing has changed.
+        ReflowlensError: a weight is not finite (in ``dtype``) or is pruned, the folder holds something other than a
+            checkpoint, the disk is full or the folder cannot be written; then nothing has changed.
     """
     folder = Path(folder)
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, MANIFEST))
-    weights = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in model.named_parameters()}
+    weights = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in all_parameters(model).items()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{name} holds values that are not finite in {tensor.dtype}: the model is not saved")
@@ -106,7 +105,8 @@ def save_model(
 
     def write(folder: Path) -> None:
         write_tensors(folder / WEIGHTS, weights, {"format": FORMAT, "config": json.dumps(config)})
-        record = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS), **(manifest or {})}
+        own = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS)}
+        record = own | dict(manifest or {}) | own  # what is recorded may be another checkpoint's manifest
         (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
         if model.cfg.tokenizer_name in OPENED:
             OPENED[model.cfg.tokenizer_name].write(folder)
@@ -124,13 +124,37 @@ def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpo
         )
 
 
+def all_parameters(model: HookedModel) -> dict[str, Tensor]:
+    """A model's parameters by name, detached: those that its configuration has, and no others.
+
+    Raises:
+        ReflowlensError: one is missing, as after pruning, or has another shape, or there is one more.
+    """
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = parameter_shapes(model.cfg)
+    if missing := [name for name in expected if name not in found]:
+        raise ReflowlensError(
+            f"the model has no parameter {missing[0]!r} ({len(missing)} missing): what torch.nn.utils.prune or "
+            "parametrize put in its place is made a parameter by prune.remove or remove_parametrizations"
+        )
+    if extra := [name for name in found if name not in expected]:
+        raise ReflowlensError(f"the model has a parameter {extra[0]!r}, which its configuration does not have")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ReflowlensError(f"{name} has shape {list(found[name].shape)}, and model.cfg says {list(shape)}")
+    return found
+
+
 def model_hash(model: HookedModel) -> str:
-    """SHA-256 over the configuration and the weights, the identity of a model in results and figures."""
+    """SHA-256 over the configuration and the weights, the identity of a model in results and figures.
+
+    Of a pruned model over its masks too.
+    """
     model = hooked_model(model)
     digest = hashlib.sha256(json.dumps(model.cfg.to_dict(), sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -225,13 +249,10 @@ def _replace(folder: Path, new: Path) -> None:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file.read())
-        )
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):  # hashlib.file_digest is not in Python 3.10
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _write_error(folder: Path, error: BaseException) -> ReflowlensError:
@@ -285,13 +306,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ReflowlensError(f"{path} is corrupt: {error}") from error
 
 
-def _check_fit(path: Path, expected: dict[str, tuple[int, ...]], weights: dict[str, Tensor]) -> None:
+def _check_fit(path: Path, expected: Mapping[str, torch.Size], weights: dict[str, Tensor]) -> None:
     if missing := sorted(set(expected) - set(weights)):
         raise ReflowlensError(f"{path} lacks {missing[0]!r} ({len(missing)} parameters missing)")
     if extra := sorted(set(weights) - set(expected)):
         raise ReflowlensError(f"{path} holds {extra[0]!r}, which its configuration does not have")
     for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
+        if weights[name].shape != shape:
             raise ReflowlensError(f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(shape)}")
         if not torch.isfinite(weights[name]).all():
             raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")

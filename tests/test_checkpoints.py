@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils import prune
 
 from reflowlens import checkpoints
 from reflowlens.checkpoints import (
@@ -366,3 +367,34 @@ def test_loading_needs_no_more_than_the_weights(saved: Path) -> None:
     tokens = random_tokens(CONFIGS["reflow_lite"])
     assert torch.equal(load_model(saved)(tokens), random_model("reflow_lite")(tokens))
     assert read_manifest(saved) == {}
+
+
+def test_the_hash_of_a_pruned_model_is_that_of_its_masks_too() -> None:
+    model = random_model("gpt2_new")
+    hashes = {model_hash(model)}
+    for kept in (1, 2):
+        pruned = random_model("gpt2_new")
+        W = pruned.blocks[0].attn.W_Q
+        prune.custom_from_mask(pruned.blocks[0].attn, "W_Q", (torch.arange(W.numel()) % 3 < kept).view_as(W))
+        hashes.add(model_hash(pruned))
+    assert len(hashes) == 3
+
+
+def test_only_what_can_be_loaded_again_is_saved(tmp_path: Path) -> None:
+    larger = random_model("gpt2_new")
+    larger.embed.W_E = torch.nn.Parameter(torch.zeros(300, 32))
+    with pytest.raises(ReflowlensError, match=r"embed\.W_E has shape \[300, 32\], and model\.cfg says \[288, 32\]"):
+        save_model(tmp_path / "saved", larger)
+    more = random_model("gpt2_new")
+    more.register_parameter("probe", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ReflowlensError, match="has a parameter 'probe', which its configuration does not have"):
+        save_model(tmp_path / "saved", more)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_manifest_of_another_checkpoint_does_not_stand_for_this_one(saved: Path, tmp_path: Path) -> None:
+    again = save_model(tmp_path / "again", random_model("gpt2"), read_manifest(saved), dtype=torch.float16)
+    manifest = read_manifest(again)
+    assert manifest["weights_sha256"] == listing(again)["model.safetensors"]
+    assert manifest["config"] == CONFIGS["gpt2"].to_dict()
+    assert manifest["step"] == 7

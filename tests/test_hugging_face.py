@@ -514,3 +514,19 @@ def test_a_pruned_model_is_not_exported_with_zeros(tmp_path: Path) -> None:
     with pytest.raises(ReflowlensError, match=r"no parameter 'blocks.0.attn.W_Q'.*prune.remove"):
         export_hf(model, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize("name", ["W_Q", "b_Q", "b_O"])
+def test_what_is_pruned_is_neither_saved_nor_exported_until_it_is_a_parameter_again(tmp_path: Path, name: str) -> None:
+    """A bias that the model has is no bias that it does without."""
+    model = random_model("gpt2_biased")
+    attn = model.blocks[1].attn
+    prune.custom_from_mask(attn, name, (torch.arange(getattr(attn, name).numel()) % 3 > 0).view_as(getattr(attn, name)))
+    for write in (save_model, lambda folder, model: export_hf(model, folder)):
+        with pytest.raises(ReflowlensError, match=rf"no parameter 'blocks.1.attn.{name}' \(1 missing\).* prune.remove"):
+            write(tmp_path / "pruned", model)
+        assert not (tmp_path / "pruned").exists()
+    pruned = model("The")
+    prune.remove(attn, name)
+    assert_close(load_model(save_model(tmp_path / "saved", model))("The"), pruned)
+    assert_close(import_hf(export_hf(model, tmp_path / "exported"))("The"), pruned)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from reflowlens.checkpoints import WEIGHTS, check_replaceable, model_from_weights, write_folder, write_tensors
+from reflowlens.checkpoints import (
+    WEIGHTS,
+    all_parameters,
+    check_replaceable,
+    model_from_weights,
+    write_folder,
+    write_tensors,
+)
 from reflowlens.conversion import hf_gpt2, hf_llama
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, to_ours, to_theirs
@@ -51,7 +58,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
 
     Raises:
         ReflowlensError: transformers has no architecture that computes what this model computes, a weight is not finite
-            in ``dtype``, the folder holds something else, or it cannot be written.
+            in ``dtype`` or is pruned, the folder holds something else, or it cannot be written.
 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
@@ -141,7 +148,7 @@ def _model_name(folder: Path) -> str:
 
 def _merged(model: HookedModel) -> dict[str, Tensor]:
     """The parameters on the CPU, a factored embedding as the one matrix that it stands for."""
-    weights = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.cpu() for name, parameter in all_parameters(model).items()}
     if isinstance(model.W_E, FactoredMatrix):
         recipe, basis = model.W_E.A.detach().cpu(), model.W_E.B.detach().cpu()
         weights["embed.W_E"] = (recipe.double() @ basis.double()).float()

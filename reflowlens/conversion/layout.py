@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import build_model
+from reflowlens.models import parameter_shapes
 from reflowlens.models.components import is_bias
 
 Reader: TypeAlias = "Callable[[], Tensor]"
@@ -60,32 +60,15 @@ def entry(theirs: str, ours: str, pattern: str, **sizes: int) -> Entry:
     return Entry(theirs, [Piece(ours, pattern, sizes)])
 
 
-def shapes_of(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Shapes of a model's parameters, which are not made."""
-    return {name: parameter.shape for name, parameter in build_model(cfg, device="meta").named_parameters()}
-
-
 def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Our weights under their names; a bias that the model does without is zero.
+    """Our weights, all of them, under their names; a bias that the model does without is zero."""
+    shapes = parameter_shapes(cfg)
 
-    Raises:
-        ReflowlensError: a parameter other than a bias is missing, as in a model that is pruned or wrapped.
-    """
-    shapes = shapes_of(cfg)
-    ours = [piece.ours for item in layout for piece in item.pieces]
-    if missing := [name for name in ours if name not in weights and not is_bias(name)]:
-        raise ReflowlensError(
-            f"the model has no parameter {missing[0]!r} ({len(missing)} missing): a pruned model is exported after "
-            "torch.nn.utils.prune.remove, a wrapped one by the module inside"
-        )
+    def ours(name: str) -> Tensor:
+        return torch.zeros(shapes[name]) if is_bias(name) and name not in weights else weights[name]
+
     return {
-        item.theirs: torch.cat(
-            [
-                piece.to_theirs(weights[piece.ours] if piece.ours in weights else torch.zeros(shapes[piece.ours]))
-                for piece in item.pieces
-            ],
-            dim=item.axis,
-        )
+        item.theirs: torch.cat([piece.to_theirs(ours(piece.ours)) for piece in item.pieces], dim=item.axis)
         for item in layout
     }
 
@@ -100,7 +83,7 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
     Raises:
         ReflowlensError: a tensor is missing, has no place, has another shape or type, or holds NaN or infinite values.
     """
-    shapes, expected = shapes_of(cfg), {item.theirs for item in layout}
+    shapes, expected = parameter_shapes(cfg), {item.theirs for item in layout}
     if missing := sorted(expected - set(readers)):
         raise ReflowlensError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing)")
     if extra := sorted(set(readers) - expected):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -21,7 +20,7 @@ from reflowlens.inspection import kinds
 from reflowlens.inspection.report import Inspection
 from reflowlens.inspection.signals import signals_frame
 from reflowlens.inspection.weights import Weights, difference, parts_frame, tensor_statistics
-from reflowlens.models import build_model
+from reflowlens.models import parameter_shapes
 
 _BAR_FROM = 1 << 28  # parameters from which a terminal gets a progress bar
 
@@ -96,9 +95,7 @@ def _misfits(cfg: ModelConfig, weights: Weights) -> list[str]:
     for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab"):
         if getattr(cfg, name) > held:
             return [f"its configuration has {name} {getattr(cfg, name):,}, and the file {held:,} numbers in all"]
-    if cfg.positional_embedding_type == "rotary":
-        cfg = dataclasses.replace(cfg, n_ctx=1)  # rotary angles are no parameters
-    shapes = {name: tuple(p.shape) for name, p in build_model(cfg, device="meta").named_parameters()}
+    shapes = parameter_shapes(cfg)
     found = {name: stored.shape for name, stored in weights.tensors.items()}
     return [
         *(f"{name} is missing" for name in shapes if name not in found),

@@ -51,6 +51,13 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
     return moved(model, device)
 
 
+def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
+    """Shapes of the parameters of a model, by their names; nothing of its size is allocated."""
+    if cfg.positional_embedding_type == "rotary":
+        cfg = dataclasses.replace(cfg, n_ctx=1)  # angles are no parameters, and would be computed
+    return {name: parameter.shape for name, parameter in build_model(cfg, device="meta").named_parameters()}
+
+
 def moved(model: HookedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> HookedModel:
     """``model.to(device, dtype)``, where a device that torch does not know or have is a readable error."""
     try:
