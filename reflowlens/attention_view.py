@@ -68,7 +68,7 @@ def show_attention(
         tokens: the tokens' texts; or a text or ids [pos], which ``model`` splits; or a cache, which knows its own.
         pattern: weights [head, query, key] (or [query, key]), or a cache with ``hook_pattern``.
         layer: of the cache; default every layer that it has, heads then named ``L1.H0``.
-        prompt: the row of the cache.
+        prompt: the row of the cache; of texts of several lengths its padding is not shown.
         names: of the heads; default their numbers.
         title: a line above.
 
@@ -121,7 +121,8 @@ def show_attention(
 def _tokens_of(cache: ActivationCache, prompt: int) -> Any:
     if cache.tokens is None or cache.model is None:
         raise ReflowlensError("this cache does not know its tokens, or its model: give show_attention the tokens too")
-    return cache.tokens[_row(cache, prompt)]
+    row = _row(cache, prompt)
+    return cache.tokens[row, : _own_length(cache, row)]
 
 
 def _patterns_of(
@@ -139,7 +140,8 @@ def _patterns_of(
                 "name.endswith('hook_pattern')) keeps them"
             )
         found = {int(name.split(".")[1]): as_array(cache[name]) for name in points}
-    squares = {number: x[row] if cache.has_batch_dim else x for number, x in found.items()}
+    n = _own_length(cache, row)
+    squares = {number: (x[row] if cache.has_batch_dim else x)[:, :n, :n] for number, x in found.items()}
     if names is None and layer is None:
         names = [f"L{number}.H{head}" for number, x in squares.items() for head in range(len(x))]
     return np.concatenate(list(squares.values())), names
@@ -150,6 +152,11 @@ def _row(cache: ActivationCache, prompt: int) -> int:
     if not 0 <= prompt < rows:
         raise ReflowlensError(f"no prompt {prompt}: this cache has prompts 0 to {rows - 1}")
     return prompt
+
+
+def _own_length(cache: ActivationCache, row: int) -> int | None:
+    """How many of a prompt's tokens are no padding; None for all."""
+    return None if cache.lengths is None else cache.lengths[row]
 
 
 def _checked(pattern: Any, n_tokens: int) -> Float[np.ndarray, "head query key"]:

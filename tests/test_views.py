@@ -221,6 +221,19 @@ def test_attention_of_a_cache() -> None:
         rl.show_attention(without)
 
 
+@pytest.mark.parametrize("tokens", [None, ["x", "y", "z"]], ids=["a cache", "tokens and a cache"])
+def test_attention_of_a_shorter_prompt_is_shown_without_padding(tokens: list[str] | None) -> None:
+    model = random_model("reflow")
+    pattern = "blocks.1.attn.hook_pattern"
+    _, cache = model.run_with_cache(["abcdef", "xyz"], names_filter=pattern)
+    _, alone = model.run_with_cache("xyz", names_filter=pattern)
+    for part in (cache, cache.apply_slice_to_batch_dim([1, 0])):
+        view = rl.show_attention(tokens or part, tokens and part, prompt=int(part is cache))
+        assert repr(view) == "AttentionView(3 tokens, 4 heads)"
+        assert '["x", "y", "z"]' in view._repr_html_()
+        np.testing.assert_allclose(png_alpha(view._repr_html_()) / 255, alone[pattern][0, 0].detach(), atol=0.51 / 255)
+
+
 def test_large_patterns_are_cut_and_say_so() -> None:
     view = rl.show_attention(["a"] * 200, np.tile(np.eye(200), (40, 1, 1)))
     assert repr(view) == "AttentionView(200 tokens, 40 heads)"
