@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.statistics import bootstrap_interval
 from reflowlens.figure_style import COUNTS_ON_A_LOGARITHM
 from reflowlens.figures import bars, histogram_with_control, line_with_band
 
@@ -16,7 +19,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
     signals = frames["signals"]
     strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
     target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
-    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].mean().reset_index()
+    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].apply(_mean_with_interval).unstack()
     prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
     curves = frames["curves"].query("removed > 0")  # nothing is removed, or kept, at 0, which a logarithm cannot show
     kept = curves["order"].str.startswith("keep")
@@ -62,9 +65,11 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
             y_title="probability left",
         ),
         "sites": bars(
-            sites,
+            sites.reset_index(),
             "site",
             "left",
+            "low",
+            "high",
             color="group",
             controls=("random",),
             title="The same signals removed upstream",
@@ -79,3 +84,9 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
             x_title="share of the probability left",
         ),
     }
+
+
+def _mean_with_interval(left: pd.Series) -> pd.Series:
+    """Over signals, which are the units here; the interval of a single one is not known."""
+    low, high = bootstrap_interval(left) if len(left) > 1 else (math.nan, math.nan)
+    return pd.Series({"left": left.mean(), "low": low, "high": high})

@@ -323,6 +323,9 @@ def _figures(frames: dict[str, pd.DataFrame], found: dict[str, float], method: s
         x_title="mean silhouette",
     )
     figure.add_vline(found["silhouette"], line_width=2, annotation_text="measured", annotation_position="top left")
+    ends = min(null.min(), found["silhouette"]), max(null.max(), found["silhouette"])
+    margin = 0.05 * (ends[1] - ends[0])
+    figure.update_xaxes(range=[ends[0] - margin, ends[1] + margin])  # plotly's own range ends at the line
     return {
         "galaxy": scatter(frames["words"], x, y, "category", hover=hover, title="The lexicon's words by their recipes"),
         "galaxy_3d": scatter(

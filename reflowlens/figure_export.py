@@ -27,6 +27,7 @@ from urllib.parse import unquote
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_metadata import html_with_metadata, pdf_with_metadata, png_with_metadata, svg_with_metadata
+from reflowlens.figure_pdf import VECTORS
 from reflowlens.figure_style import INK
 from reflowlens.files import replacing
 from reflowlens.progress import bar
@@ -43,6 +44,8 @@ STATIC_SUFFIXES = (".png", ".svg", ".pdf")
 INCHES = {"one": 3.5, "two": 7.2}  # a column of 89 mm and two of 183 mm, as Nature's and Science's
 _PRINT_SCALE = 0.77  # the template's text of 13 px becomes 7.5 points
 _PRINT_INK = "#262626"
+_MOST_HIGH = {"one": 1.5, "two": 1.0}  # of the width, unless names down an axis need more
+_LINE, _MARGINS = 19, 100  # pixels of a line of text, and of an axis with its title
 _CHARACTER, _LABEL_ROOM = 9, 20  # pixels that a character of a title and an upright label beside others take
 _CSS_DPI = 96
 _PNG_DPI = 300
@@ -196,7 +199,18 @@ def sheet_of(figure: go.Figure, width: Width) -> Sheet:
         return Sheet(float(layout.width or max(760.0, least)), float(layout.height or _DEFAULT_HEIGHT))
     wide = max(INCHES[width] * _CSS_DPI / _PRINT_SCALE, least)
     high = float(layout.height or min(_DEFAULT_HEIGHT, 0.72 * wide))
+    if not any(trace.type == "table" for trace in figure.data):  # whose rows would be cut off
+        high = min(high, max(_MOST_HIGH[width] * wide, _least_height(figure)))
     return Sheet(wide, high, INCHES[width] * _CSS_DPI / wide)
+
+
+def _least_height(figure: go.Figure) -> float:
+    """At which the names down the axis are a line of text each, below the legend and above the axis."""
+    lines = [len(axis.categoryarray or axis.ticktext or ()) for axis in figure.select_yaxes()]
+    entries = sum(bool(trace.name) and trace.showlegend is not False for trace in figure.data)
+    beside = figure.layout.legend.orientation == "v"
+    legend = _LINE * entries
+    return max(_MARGINS + _LINE * max(lines, default=0) + (0 if beside else legend), _MARGINS / 2 + legend * beside)
 
 
 @contextmanager
@@ -234,6 +248,7 @@ def _draw(page: Page, figure: go.Figure, suffix: str, width: Width) -> bytes:
     if suffix == ".svg":
         return svg_with_metadata(svg, title, facts).encode()
     page.evaluate(f"document.body.style.margin = 0; document.body.innerHTML = {json.dumps(svg)}; null")
+    page.evaluate(VECTORS)
     return pdf_with_metadata(page.pdf(*sheet.inches), title, facts)
 
 

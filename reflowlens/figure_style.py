@@ -1,13 +1,15 @@
 """How figures look: the plotly template, the palette, and how text from a frame is shown.
 
-Okabe and Ito's palette (2008), which colour-blind readers can tell apart, for measurements; greys, dashes and hatches
-for controls; a transparent background under ink that can be read on a light and on a dark page.
+Okabe and Ito's palette (2008), which colour-blind readers can tell apart, for measurements; for controls tinted greys,
+each with a dash, a hatch and a mark of its own; a transparent background under ink that can be read on a light and on a
+dark page.
 """
 
 from __future__ import annotations
 
 import functools
 import html
+import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = "reflowlens"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # without black and yellow: they vanish
-CONTROL_GREYS = ("#8C8C8C", "#A9A9A9", "#737373", "#BDBDBD")
+CONTROL_GREYS = ("#8C8C8C", "#A98467", "#6E83A3", "#A08CB0", "#8A9A5B")  # tinted, so that controls differ among them
 INK = "#7A7A7A"  # contrast 4.3 against white, 4.2 against #14161A
 COUNTS_ON_A_LOGARITHM = {
     "type": "log",
@@ -35,8 +37,10 @@ COUNTS_ON_A_LOGARITHM = {
     "minor": {"ticks": "outside", "ticklen": 2},
 }
 """A logarithmic axis of ranks or counts: 1, 10, 100 written out, ticks alone between them."""
-_DASHES = ("dash", "dot", "dashdot", "longdash")
-_HATCHES = ("/", "x", ".", "\\")
+_DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
+_HATCHES = ("/", "x", ".", "\\", "-")
+_MARKS = ("x", "square-open", "triangle-up-open", "diamond-open", "cross-open")
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)+")
 
 
 @functools.cache
@@ -120,9 +124,9 @@ def series_of(frame: pd.DataFrame, color: str | None, controls: Collection[str])
         rows = frame[frame[color] == name]
         if name in controls:
             i = grey.index(name) % len(CONTROL_GREYS)
-            yield Series(label(name), rows, CONTROL_GREYS[i], _DASHES[i], _HATCHES[i], "x")
+            yield Series(named(name), rows, CONTROL_GREYS[i], _DASHES[i], _HATCHES[i], _MARKS[i])
         else:
-            yield Series(label(name), rows, PALETTE[coloured.index(name) % len(PALETTE)])
+            yield Series(named(name), rows, PALETTE[coloured.index(name) % len(PALETTE)])
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str | None]) -> None:
@@ -159,6 +163,15 @@ def label(value: object) -> str:
     for blank, sign in (("\n", "⏎"), ("\r", "⏎"), ("\t", "⇥")):
         text = text.replace(blank, sign)
     return html.escape(text, quote=False)
+
+
+def named(value: object) -> str:
+    """A series or a category as a legend or an axis shows it: a name of the code in words, any other text as it is.
+
+    >>> named("c_alone"), named("_the"), named("a <b>")
+    ('c alone', '_the', 'a &lt;b&gt;')
+    """
+    return words(value) if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else label(value)
 
 
 def words(column: str) -> str:

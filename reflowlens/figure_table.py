@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from reflowlens.figure_style import INK, blank_figure, cell, check_columns, word
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-_CHARACTERS = 100  # that a line of a table of ordinary width holds, all columns together
+_CHARACTERS = 76  # that a line of a table of the least width holds, all columns together
+_PADDING = 2  # characters that a cell leaves free
 
 
 def table(
@@ -31,11 +32,17 @@ def table(
     Example: ``table(texts, ["prompt", "beta", "text"], widths=[2, 1, 4])``
     """
     check_columns(frame, columns)
-    shares = np.ones(len(columns)) if widths is None else np.asarray(widths, dtype=float)
-    shares = shares / shares.sum()
     cells = [[cell(value) for value in frame[column]] for column in columns]
+    least = [
+        max(len(word) for text in (words(name), *column) for word in (text.split() or [""])) + _PADDING
+        for name, column in zip(columns, cells, strict=True)
+    ]
+    shares = np.ones(len(columns)) if widths is None else np.asarray(widths, dtype=float)
+    shares = np.maximum(shares / shares.sum(), np.minimum(least, 0.4 * _CHARACTERS) / _CHARACTERS)
+    shares = shares / shares.sum()
+    rooms = [max(1, int(share * _CHARACTERS) - _PADDING) for share in shares]
     lines = [
-        max(math.ceil(max(1, len(text)) / (share * _CHARACTERS)) for text, share in zip(row, shares, strict=True))
+        max(len(textwrap.wrap(text, room)) or 1 for text, room in zip(row, rooms, strict=True))
         for row in zip(*cells, strict=True)
     ]
     figure = blank_figure(title, "", "")

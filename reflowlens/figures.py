@@ -2,7 +2,8 @@
 
 Every builder takes a tidy frame (a row an observation) and names of its columns, and returns a plotly figure in the
 ``reflowlens`` template (:mod:`reflowlens.figure_style`). Series named in ``controls`` are drawn in greys, dashed or
-hatched, so that a control is never mistaken for a measurement. Text from a frame is shown as it is, never as markup.
+hatched, so that a control is never mistaken for a measurement. Text from a frame is shown as it is, never as markup;
+series and categories with the name of an identifier (``c_alone``) in words.
 
 plotly is imported with the first figure, not with this module.
 """
@@ -25,6 +26,7 @@ from reflowlens.figure_style import (
     check_columns,
     hover_texts,
     label,
+    named,
     register_template,
     series_of,
     words,
@@ -103,7 +105,7 @@ def line_with_band(
             y=series.rows[y],
             mode="lines+markers" if len(series.rows) <= 60 else "lines",
             line={"color": series.color, "width": 2, "dash": series.dash},
-            marker={"size": 5},
+            marker={"size": 5 if series.symbol == "circle" else 7, "symbol": series.symbol},
             customdata=hover_texts(series.rows, hover, low, high),
             hovertemplate="%{y:.4~g}  %{customdata}",
             showlegend=color is not None,
@@ -148,7 +150,7 @@ def bars(
     groups = list(series_of(frame, color, controls))
     categories = _categories(frame[x])
     for series in groups:
-        places = series.rows[x] if categories is None else series.rows[x].map(label)
+        places = series.rows[x] if categories is None else series.rows[x].map(named)
         spread = {}
         if low is not None and high is not None:
             above, below = series.rows[high] - series.rows[y], series.rows[y] - series.rows[low]
@@ -222,7 +224,7 @@ def dots(
     for i, series in enumerate(series_of(frame, color, controls)):
         figure.add_scatter(
             x=series.rows[x],
-            y=series.rows[y].map(label),
+            y=series.rows[y].map(named),
             mode="markers",
             name=series.name,
             # smaller one after the other, so that of equal numbers every dot shows
@@ -235,13 +237,13 @@ def dots(
         marked = frame.dropna(subset=[reference]).drop_duplicates(y)
         figure.add_scatter(
             x=marked[reference],
-            y=marked[y].map(label),
+            y=marked[y].map(named),
             mode="markers",
             name=label(reference_name),
             marker={"color": INK, "size": 22, "symbol": "diamond-open", "line": {"width": 2}},
             hovertemplate="%{x:.4g}<extra>%{fullData.name}</extra>",
         )
-    lines = list(dict.fromkeys(frame[y].map(label)))
+    lines = list(dict.fromkeys(frame[y].map(named)))
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=lines, range=[len(lines) - 0.5, -0.5])
     figure.update_layout(height=120 + 44 * len(lines), meta=_room_for(lines))
     if log_x:
@@ -301,4 +303,4 @@ def _room_for(names: Sequence[str]) -> dict[str, int]:
 
 def _categories(values: pd.Series) -> list[str] | None:
     """The labels of a text column in order of appearance; None for numbers."""
-    return None if pd.api.types.is_numeric_dtype(values) else list(dict.fromkeys(values.map(label)))
+    return None if pd.api.types.is_numeric_dtype(values) else list(dict.fromkeys(values.map(named)))

@@ -18,6 +18,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figure_export import INCHES, provenance, read_figure, save_figure, save_figures, sheet_of, stamp
 from reflowlens.figure_heatmap import MOST_BYTES, block_means, block_of
 from reflowlens.figure_metadata import html_with_metadata, pdf_with_metadata, png_chunk, png_with_metadata
+from reflowlens.figure_scatter import scatter
 from reflowlens.figure_type import Figure
 from reflowlens.figures import bars, heatmap, line_with_band
 
@@ -141,6 +142,35 @@ def test_a_sheet_fills_its_columns_whatever_the_figure_needs(columns: str) -> No
     assert sheet_of(wide, columns).width == 2000
     assert sheet_of(wide, "screen").width == 2000
     assert sheet_of(curve(), "screen").inches[0] == pytest.approx(760 / 96)
+
+
+@pytest.mark.parametrize("columns", ["one", "two"])
+def test_a_tall_figure_is_printed_in_proportion_with_a_line_for_every_name(columns: str) -> None:
+    names = [f"section_{i}" for i in range(16)]
+    rows = pd.DataFrame(
+        [(name, space, 0.5) for name in names for space in "abcdef"], columns=["name", "space", "share"]
+    )
+    figure = bars(rows, "name", "share", color="space", horizontal=True)
+    assert figure.layout.height > 1500
+    wide, high = sheet_of(figure, columns).inches
+    assert wide == pytest.approx(INCHES[columns])
+    assert high <= 1.51 * wide
+    assert high * 72 / len(names) > 12, "points, for a name of 7.5"
+    assert list(figure.layout.yaxis.categoryarray)[:2] == ["section 0", "section 1"]
+
+
+@needs_browser
+def test_hatched_bars_and_transparent_points_are_lines_of_a_small_pdf(tmp_path: Path) -> None:
+    rows = [(f"name {i}", space, i / 40) for i in range(40) for space in ("model", "untrained", "shuffled")]
+    frame = pd.DataFrame(rows, columns=["name", "space", "share"])
+    hatched = bars(frame, "name", "share", color="space", controls=["untrained", "shuffled"], horizontal=True)
+    points = pd.DataFrame({"x": range(800), "y": [i * 7919 % 800 for i in range(800)], "group": ["a", "b"] * 400})
+    files = {tmp_path / "bars.pdf": hatched, tmp_path / "points.pdf": scatter(points, "x", "y", "group")}
+    for path in save_figures(files, width="one"):
+        content = path.read_bytes()
+        assert b"/Subtype /Image" not in content
+        assert content.count(b"/Subtype /Form") < 10
+        assert len(content) < 100_000
 
 
 def test_a_large_heatmap_stays_small_and_says_so(tmp_path: Path) -> None:
