@@ -69,7 +69,7 @@ def processes(advice: Callable[[], str] = str) -> Iterator[Processes]:
         # The group is left as it is: taking it down would wait for processes that will not answer.
         if isinstance(error, _AnotherFailed) or not _first_to_fail(store, rank):
             _end_after(_GRACE)
-        ending = f"; {said}" if (said := advice()) else ""
+        ending = f"; {said}" if (said := advice()) and said not in str(error) else ""
         if _lost_connection(error):
             print(
                 f"error: rank {rank} of {world_size} lost the connection to another process, which was killed or whose "

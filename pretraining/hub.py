@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 from pretraining.readers import HUB_SCHEME, READABLE, one_line, quiet_libraries
 from pretraining.sources import Selection, Source, builder_files, chosen_split, documents_of, file_source
@@ -160,8 +160,7 @@ def _downloaded_earlier(name: str, known: HubDataset, selection: Selection) -> l
     import datasets
 
     try:
-        # Looks in the cache at once: the library would first try to connect for half a minute.
-        with quiet_libraries(), patch.object(datasets.config, "HF_HUB_OFFLINE", True):
+        with quiet_libraries(), _offline():
             dataset = datasets.load_dataset(
                 known.hub_id, selection.config, split=selection.split, revision=selection.revision
             )
@@ -169,6 +168,19 @@ def _downloaded_earlier(name: str, known: HubDataset, selection: Selection) -> l
     except Exception as error:  # which there are depends on the library
         raise ReflowlensError(_how_without_a_network(name, known, selection)) from error
     return [file_source(file, f"{known.hub_id}/{file.rsplit('/', 1)[-1]}", selection) for file in files]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have `datasets` look in its cache at once: it would first try to connect for half a minute."""
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _how_without_a_network(name: str, known: HubDataset, selection: Selection) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pretraining.config import TrainConfig
+from pretraining.state import writing
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 
@@ -27,7 +26,7 @@ class Log:
         self.wandb: Any = None
         if not enabled:
             return
-        with _writing(self.path):
+        with writing(self.path):
             out.mkdir(parents=True, exist_ok=True)
             whole = [line for line in self._lines() if line.endswith("\n")]  # a killed run may leave half a line
             kept = [line for line in whole if _field(self.path, line, "step", int) <= start]
@@ -47,10 +46,25 @@ class Log:
     def write(self, step: int, record: dict[str, float]) -> None:
         if not self.enabled:
             return
-        with _writing(self.path), self.path.open("a", encoding="utf8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf8") as file:
             file.write(json.dumps({"step": step, "tokens": step * self.tokens_per_step, **record}) + "\n")
         if self.wandb is not None:
             self.wandb.log(record, step=step)
+
+    def complete(self, step: int, more: dict[str, float]) -> None:
+        """Add to the record of the last step, which is rewritten in its place."""
+        if not self.enabled:
+            return
+        with writing(self.path), self.path.open("r+b") as file:
+            text = file.read()
+            start = text.rstrip(b"\n").rfind(b"\n") + 1
+            record = json.loads(text[start:] or "{}")
+            if record.get("step") != step:  # the file was moved away
+                start, record = len(text), {"step": step, "tokens": step * self.tokens_per_step}
+            file.seek(start)
+            file.write((json.dumps(record | more) + "\n").encode())
+        if self.wandb is not None:
+            self.wandb.log(more, step=step)
 
 
 def _text(path: Path) -> str:
@@ -71,14 +85,6 @@ def _field(path: Path, text: str, name: str, kind: type[Field]) -> Field:
     return value
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ReflowlensError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int) -> None:
     """``run.json``: the configuration as it was last started, its overrides, and each start in turn.
 
@@ -91,5 +97,5 @@ def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int)
     starts = _field(path, _text(path), "starts", list) if path.exists() else []
     this = {"step": start, "processes": world_size, "torch": torch.__version__, "overrides": dict(cfg.overrides)}
     manifest = {"training": cfg.to_dict(), "overrides": dict(cfg.overrides), "starts": [*starts, this]}
-    with _writing(path), replacing(path) as temporary:
+    with writing(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")

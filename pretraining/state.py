@@ -19,6 +19,7 @@ from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, leftovers, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import replacing
 from reflowlens.models.base import HookedModel
 
 STATE = "training_state.safetensors"
@@ -68,7 +69,7 @@ def save_state(
         optimizer_state: by ``"{index of the optimiser}/{parameter}/{entry}"``.
         record: the step's measurements, for the manifest.
     """
-    out = Path(cfg.run.out)
+    out, name = Path(cfg.run.out), f"step_{step:07d}"
     tensors = {key: value.contiguous() for key, value in optimizer_state.items()}
     manifest = {
         "step": step,
@@ -86,12 +87,54 @@ def save_state(
         (folder / "model").rmdir()
         write_tensors(folder / STATE, tensors, {"step": str(step)})
 
-    folder = write_folder(out / f"step_{step:07d}", write)
+    with writing(out / name):
+        folder = write_folder(out / name, write)
     for old in sorted(out.glob("step_*"))[: -cfg.run.keep_checkpoints]:
         shutil.rmtree(old)
     for unfinished in leftovers(out, r"step_\d+"):
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def record_validation(out: Path, step: int, loss: float) -> None:
+    """Enter the validation loss in the manifest of a step's checkpoint."""
+    path = out / f"step_{step:07d}" / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf8")) | {"val_loss": loss}
+    with writing(path.parent), replacing(path) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")
+
+
+def awaits_validation(out: Path) -> bool:
+    """Whether a run was stopped between its newest checkpoint and the evaluation that was due at the same step."""
+    manifest = json.loads((newest_checkpoint(out) / MANIFEST).read_text(encoding="utf8"))
+    run, step = manifest["training"]["run"], manifest["step"]
+    return "val_loss" not in manifest and (step == run["steps"] or step % run["eval_interval"] == 0)
+
+
+def how_to_go_on(out: Path) -> str:
+    """What an error of a run in this folder ends with; empty where no checkpoint was written."""
+    try:
+        return f"the last checkpoint is {newest_checkpoint(out)}: continue with --resume"
+    except ReflowlensError:
+        return ""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """One error for all that keeps a file or checkpoint of a run from being written.
+
+    Raises:
+        ReflowlensError: it names what was to be written, why it was not, and how to go on.
+    """
+    try:
+        yield
+    except (OSError, ReflowlensError) as error:
+        cause = error.__cause__ if isinstance(error, ReflowlensError) else error
+        if cause is None:  # not the disk's fault
+            raise
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        ending = f"; {said}" if (said := how_to_go_on(path.parent)) else ""
+        raise ReflowlensError(f"cannot write {path}: {reason or cause}{ending}") from error
 
 
 def resume_state(

@@ -30,7 +30,16 @@ from pretraining.optimizers import schedule
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
-from pretraining.state import newest_checkpoint, resume_state, save_state, start_fresh, training_data
+from pretraining.state import (
+    awaits_validation,
+    how_to_go_on,
+    newest_checkpoint,
+    record_validation,
+    resume_state,
+    save_state,
+    start_fresh,
+    training_data,
+)
 from pretraining.stopping import stop_requests
 from pretraining.token_files import TokenData, open_tokens
 from reflowlens.errors import ReflowlensError
@@ -44,7 +53,8 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
     The data order is a function of the seed and the step, and the state on disk is complete, so a resumed run takes the
     same steps, to the bit, as one that was never stopped; on another processor, another number of processes, or sharded
     otherwise, the same steps up to rounding (but with dropout other processes drop other neurons). Ctrl-C (and
-    SIGTERM) finishes the step, saves and stops.
+    SIGTERM) finishes the step, saves and stops. Where a checkpoint and an evaluation are both due, the checkpoint comes
+    first; an evaluation that did not come to its end is made up for on resuming.
 
     Args:
         resume: continue from the newest checkpoint in ``cfg.run.out``.
@@ -54,7 +64,7 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
         ReflowlensError: the data do not fit the model, ``out`` already holds a run or cannot be written, there is
             nothing to resume, or the loss stops being finite.
     """
-    with processes(partial(_advice, Path(cfg.run.out))) as group, stop_requests() as stop:
+    with processes(partial(how_to_go_on, Path(cfg.run.out))) as group, stop_requests() as stop:
         return _train(cfg, group, stop, resume, sys.stderr.isatty() if progress is None else progress)
 
 
@@ -68,6 +78,9 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     replica = make_replica(cfg, group)
     start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(out)
     log = Log(out, start, cfg, enabled=group.is_first)
+    validate = partial(_validate, replica, val_tokens, cfg, group, log)
+    if resume and awaits_validation(out):
+        validate(start, saved=True)
     on_first_process(group, partial(write_run_manifest, out, cfg, start, group.world_size))
     flops = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
     peak = peak_flops(group.device, getattr(torch, run.dtype))
@@ -91,21 +104,32 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
             bar.set_postfix(_shown(record), refresh=False)
             bar.update()
             done = step + 1
-            last = done == run.steps
-            if last or done % run.eval_interval == 0:
-                record["val_loss"] = evaluate(replica.model, val_tokens, cfg, group, None if last else run.eval_tokens)
-                if group.is_first:
-                    bar.write(f"step {done}: validation loss {record['val_loss']:.4f}", file=sys.stderr)
             log.write(done, record)
             stopping = any_rank(stop(), group)
-            if last or stopping or done % run.checkpoint_interval == 0:
+            saving = stopping or done == run.steps or done % run.checkpoint_interval == 0
+            if saving:  # before the evaluation, which takes long: killed there, no step is lost
                 model, state = replica.gather()
                 on_first_process(group, partial(save_state, cfg, data, model, state, done, record))
+            if done == run.steps or (done % run.eval_interval == 0 and not stopping):
+                validate(done, saved=saving)
             if stopping:
                 break
     if done < run.steps and group.is_first:
         print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
     return newest_checkpoint(out)
+
+
+def _validate(
+    replica: Replica, tokens: Any, cfg: TrainConfig, group: Processes, log: Log, step: int, *, saved: bool
+) -> None:
+    """Evaluate after a step, and enter the loss in its record and, where there is one, in its checkpoint."""
+    max_tokens = None if step == cfg.run.steps else cfg.run.eval_tokens
+    loss = evaluate(replica.model, tokens, cfg, group, max_tokens)
+    log.complete(step, {"val_loss": loss})
+    if saved:
+        on_first_process(group, partial(record_validation, Path(cfg.run.out), step, loss))
+    if group.is_first:
+        tqdm.write(f"step {step}: validation loss {loss:.4f}", file=sys.stderr)
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -200,14 +224,6 @@ def _shown(record: dict[str, float]) -> dict[str, str]:
     """What the progress bar says."""
     utilisation = {"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {}
     return {"loss": f"{record['loss']:.3f}", "tokens_per_s": f"{record['tokens_per_s']:,.0f}", **utilisation}
-
-
-def _advice(out: Path) -> str:
-    """How to go on after a failure."""
-    try:
-        return f"the last checkpoint is {newest_checkpoint(out)}: continue with --resume"
-    except ReflowlensError:
-        return ""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import reflowlens.checkpoints
 from pretraining import train as train_module
 from pretraining.config import TrainConfig, load_config
 from pretraining.distributed import Processes
@@ -168,6 +170,33 @@ def test_resuming_is_bit_for_bit(
     folder = train(cfg, resume=True)
     same_files(folder, uninterrupted(cfg))
     assert measured(cfg.run.out) == measured(Path(cfg.run.out).with_name("uninterrupted"))
+
+
+def test_a_run_killed_while_it_evaluates_loses_no_step(
+    write: Callable[..., Path], uninterrupted: Callable[[TrainConfig], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is due at the same step is written first, and resuming makes up for the evaluation."""
+    cfg = load_config(write(run={"steps": 12, "eval_interval": 6, "checkpoint_interval": 6}))
+    out, calls = Path(cfg.run.out), itertools.count(1)
+
+    def killed(*arguments: Any) -> float:
+        if next(calls) in (1, 3):  # at steps 6 and 12; the second makes up for the first
+            raise Crash
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_module, "evaluate", killed)
+    for step in (6, 12):
+        with pytest.raises(Crash):
+            train(cfg, resume=step > 6)
+        assert newest_checkpoint(out).name == f"step_{step:07d}"
+        assert "val_loss" not in read_manifest(newest_checkpoint(out))
+        assert [record["step"] for record in records(out)] == list(range(1, step + 1))
+    folder = train(cfg, resume=True)
+    whole = uninterrupted(cfg)
+    same_files(folder, whole)
+    assert measured(out) == measured(whole.parent)
+    losses = [record["val_loss"] for record in records(out) if "val_loss" in record]
+    assert [read_manifest(path)["val_loss"] for path in sorted(out.glob("step_*"))] == losses
 
 
 KILLED_AT_STEP_13 = """
@@ -469,6 +498,36 @@ def test_a_disk_that_fills_while_it_trains_leaves_a_run_to_go_on_with(
         with pytest.raises(ReflowlensError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
             train(cfg)
     assert newest_checkpoint(Path(cfg.run.out)).name == "step_0000002"
+    assert train(cfg, resume=True).name == "step_0000004"
+
+
+@pytest.mark.parametrize("writer", ["reflowlens.checkpoints.write_tensors", "pretraining.state.write_tensors"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left on device (os error 28)")],
+)
+def test_a_checkpoint_that_finds_the_disk_full_says_how_to_go_on(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
+) -> None:
+    """Of the checkpoint, by its own name, and where the run stands; not of the folder in which it was being written."""
+    cfg = load_config(write(run={"steps": 4, "checkpoint_interval": 2}))
+    calls, write_tensors = itertools.count(1), reflowlens.checkpoints.write_tensors
+
+    def full(*arguments: Any) -> None:
+        if next(calls) == 2:
+            raise error
+        write_tensors(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        with pytest.raises(ReflowlensError) as caught:
+            train(cfg)
+    out = Path(cfg.run.out)
+    assert str(caught.value) == (
+        f"cannot write {out / 'step_0000004'}: {error.strerror if isinstance(error, OSError) else error}; "
+        f"the last checkpoint is {out / 'step_0000002'}: continue with --resume"
+    )
+    assert not list(out.glob(".step*"))
     assert train(cfg, resume=True).name == "step_0000004"
 
 
