@@ -172,6 +172,7 @@ def run_experiment(
     `model_hash`: of the model, to look in the cache and to keep the result there; "" computes anew and keeps nothing.
     """
     from analyses.result_cache import keep_result, read_result, result_folder
+    from reflowlens.models import float32_by_default
 
     started, function = time.perf_counter(), experiment.load()
     takes = inspect.signature(function).parameters
@@ -179,7 +180,8 @@ def run_experiment(
     kept = result_folder(model_hash, experiment.name, options | {"device": model.cfg.device}) if model_hash else None
     if kept and (known := read_result(kept)):
         return known, True
-    result = function(model, progress=False, **options)
+    with float32_by_default():
+        result = function(model, progress=False, **options)
     result.seconds = time.perf_counter() - started
     if kept:
         keep_result(result, kept)

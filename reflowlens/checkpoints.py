@@ -23,7 +23,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
-from reflowlens.models import MODEL_CLASSES, moved, parameter_shapes
+from reflowlens.models import moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 
@@ -70,11 +70,11 @@ def model_from_weights(
     Raises:
         ReflowlensError: there is no such device.
     """
-    model = MODEL_CLASSES[cfg.architecture](cfg)  # on the CPU, its parameters not yet filled
+    model = moved(unfilled_model(cfg), "cpu", dtype)  # before they are filled: no weight is rounded twice
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    return moved(model, device, dtype).eval()
+    return moved(model, device).eval()
 
 
 def save_model(

@@ -35,7 +35,7 @@ from transformer_lens import FactoredMatrix
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Norm, wide
+from reflowlens.models.components import Norm, wide, without_autocast
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.varimax import varimax_rotation
 
@@ -82,15 +82,18 @@ class SignalView:
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
         """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x. No hook of the norm runs."""
-        return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
+        with without_autocast(self.basis):
+            return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """R a."""
-        return signals @ self.recipe.T
+        with without_autocast(self.recipe):
+            return signals @ self.recipe.T
 
     def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
         """Write coordinates: what a recipe adds to the residual stream, r B."""
-        return recipe_vector @ self.basis
+        with without_autocast(self.basis):
+            return recipe_vector @ self.basis
 
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
@@ -191,7 +194,8 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
         return rotate(view, random_rotation(view.n_signals, seed))
     if name == "varimax":
         return varimax_view(signal_view(model), seed=seed)
-    embedding = wide(model.W_U.T.detach())
+    with without_autocast(model.ln_final.w):
+        embedding = wide(model.W_U.T.detach())
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
         return SignalView("identity", embedding, identity, model.ln_final, model)
@@ -215,7 +219,8 @@ def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
     """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes."""
     A = rotation.to(view.recipe)
-    return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
+    with without_autocast(A):
+        return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
 
 
 def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
@@ -226,7 +231,9 @@ def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
 
     Example: ``varimax_view(signal_view(model)).codebook(0)``
     """
-    return dataclasses.replace(rotate(view, varimax_rotation(view.recipe[: view.n_tokens], seed=seed)), name="varimax")
+    with without_autocast(view.recipe):
+        rotation = varimax_rotation(view.recipe[: view.n_tokens], seed=seed)
+    return dataclasses.replace(rotate(view, rotation), name="varimax")
 
 
 def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:

@@ -30,7 +30,8 @@ def varimax_criterion(rows: Float[Tensor, "row S"]) -> float:
     >>> round(varimax_criterion(torch.eye(8)), 5)
     7.0
     """
-    return _criterion_and_gradient(_scaled(rows), torch.eye(rows.shape[1], device=rows.device))[0]
+    scaled = _scaled(rows)
+    return _criterion_and_gradient(scaled, _identity(scaled))[0]
 
 
 @torch.no_grad()
@@ -86,8 +87,12 @@ def _scaled(rows: Float[Tensor, "row S"]) -> Float[Tensor, "row S"]:
     return F.normalize(rows.float(), dim=1) * rows.shape[1] ** 0.5
 
 
+def _identity(scaled: Float[Tensor, "row S"]) -> Float[Tensor, "S S"]:
+    return torch.eye(scaled.shape[1], device=scaled.device, dtype=scaled.dtype)
+
+
 def _ascend(scaled: Float[Tensor, "row S"], tolerance: float) -> Float[Tensor, "S S"]:
-    current = previous = best = torch.eye(scaled.shape[1], device=scaled.device)
+    current = previous = best = _identity(scaled)
     highest = before = -torch.inf
     momentum = 0
     for _ in range(MAX_ITERATIONS):

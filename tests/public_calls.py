@@ -24,7 +24,7 @@ def _in_block(block: Any) -> Tensor:
 
 
 def _saved_cache(model: Any, folder: Path) -> Any:
-    cache = rl.ActivationCache({"hook_embed": torch.ones(1, 2, 32)}, None)
+    cache = rl.ActivationCache({"hook_embed": torch.ones(1, 2, 32, dtype=torch.float32)}, None)
     cache.save(folder / "cache")
     return rl.ActivationCache.load(folder / "cache", model)["hook_embed"]
 

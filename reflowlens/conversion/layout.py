@@ -65,7 +65,8 @@ def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: Model
     shapes = parameter_shapes(cfg)
 
     def ours(name: str) -> Tensor:
-        return torch.zeros(shapes[name]) if is_bias(name) and name not in weights else weights[name]
+        absent = is_bias(name) and name not in weights
+        return torch.zeros(shapes[name], dtype=torch.float32) if absent else weights[name]
 
     return {
         item.theirs: torch.cat([piece.to_theirs(ours(piece.ours)) for piece in item.pieces], dim=item.axis)

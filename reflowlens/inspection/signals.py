@@ -86,4 +86,4 @@ def _real_tokens(weights: Weights, cfg: ModelConfig) -> int:
 
 
 def _gaussian_rank(rows: int, columns: int) -> float:
-    return effective_rank(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
+    return effective_rank(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32))

@@ -20,6 +20,7 @@ from torch import Tensor
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
 from reflowlens.metrics import Target, target_ids
+from reflowlens.models.components import without_autocast
 from reflowlens.signals import SignalView
 
 _BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a processor's cache
@@ -94,10 +95,11 @@ class ReadoutAblations:
 
     @cached_property
     def _replacement(self) -> Float[Tensor, "prompt S"]:
-        return torch.as_tensor(self.replacement).to(self.signals).expand_as(self.signals)
+        replacement = torch.as_tensor(self.replacement, dtype=self.signals.dtype, device=self.signals.device)
+        return replacement.expand_as(self.signals)
 
     def _logits(self, signals: Float[Tensor, "row S"]) -> Float[Tensor, "row d_vocab"]:
-        return signals @ self.view.recipe.T
+        return self.view.logits(signals)
 
 
 class SingleAblations(ReadoutAblations):
@@ -139,23 +141,27 @@ class SingleAblations(ReadoutAblations):
     @torch.no_grad()
     def _divergence(self) -> tuple[Float[Tensor, "prompt S"], Float[Tensor, "prompt S"], Float[Tensor, " prompt"]]:
         """KL, ``m``, and the logarithm of the sum of exponentials of the logits before."""
-        found = []
-        for a, d in zip(self.signals, self._change, strict=True):
-            logits = self._logits(a[None])[0]
-            log_normaliser = logits.logsumexp(dim=-1)
-            p = (logits - log_normaliser).exp()
-            mean = p @ self.view.recipe
-            growth, off = torch.zeros_like(d), torch.zeros_like(d)
-            for recipe, p_piece in self._pieces(p):
-                centered = recipe - mean
-                off += p_piece @ centered  # what rounding has left of the mean
-                growth += p_piece @ centered.mul_(d).expm1_()  # most divergences are far below 1
-            kl = growth.log1p() - d * off
-            for s in (~kl.isfinite()).nonzero()[:, 0].tolist():  # too large for an exponential
-                kl[s] = (logits - log_normaliser + d[s] * (self.view.recipe[:, s] - mean[s])).logsumexp(dim=-1)
-            found.append((kl.clamp(min=0), mean + off, log_normaliser))
+        with without_autocast(self.signals):
+            found = [self._divergence_of(a, d) for a, d in zip(self.signals, self._change, strict=True)]
         kl, mean, log_normaliser = (torch.stack(values) for values in zip(*found, strict=True))
         return kl, mean, log_normaliser
+
+    def _divergence_of(
+        self, a: Float[Tensor, " S"], d: Float[Tensor, " S"]
+    ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, ""]]:
+        logits = self._logits(a[None])[0]
+        log_normaliser = logits.logsumexp(dim=-1)
+        p = (logits - log_normaliser).exp()
+        mean = p @ self.view.recipe
+        growth, off = torch.zeros_like(d), torch.zeros_like(d)
+        for recipe, p_piece in self._pieces(p):
+            centered = recipe - mean
+            off += p_piece @ centered  # what rounding has left of the mean
+            growth += p_piece @ centered.mul_(d).expm1_()  # most divergences are far below 1
+        kl = growth.log1p() - d * off
+        for s in (~kl.isfinite()).nonzero()[:, 0].tolist():  # too large for an exponential
+            kl[s] = (logits - log_normaliser + d[s] * (self.view.recipe[:, s] - mean[s])).logsumexp(dim=-1)
+        return kl.clamp(min=0), mean + off, log_normaliser
 
     @cached_property
     def _change(self) -> Float[Tensor, "prompt S"]:

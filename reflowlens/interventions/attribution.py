@@ -200,7 +200,9 @@ class GradientRuns:
         for rows, gradients in in_batches(self.rows(steps), lambda rows: self.gradients(names, rows), device, memory):
             prompts = torch.tensor([prompt for prompt, _ in rows], device=device)
             for name, gradient in gradients.items():
-                total = totals.setdefault(name, torch.zeros(n_prompts, *gradient.shape[1:], device=device))
+                total = totals.setdefault(
+                    name, torch.zeros(n_prompts, *gradient.shape[1:], device=device, dtype=torch.float32)
+                )
                 total.index_add_(0, prompts, gradient.float() / (steps or 1))
         return totals
 
@@ -208,7 +210,8 @@ class GradientRuns:
         """The gradient of each row's own metric at some points."""
         model, device = self.model, self.tokens.device
         prompts = torch.tensor([prompt for prompt, _ in rows], device=device)
-        inputs = self.path.at(prompts, torch.tensor([share for _, share in rows], device=device)).requires_grad_()
+        shares = torch.tensor([share for _, share in rows], device=device, dtype=torch.float32)
+        inputs = self.path.at(prompts, shares).requires_grad_()
         fired: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def start(activation: Tensor, hook: HookPoint) -> Tensor:

@@ -24,6 +24,7 @@ from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.sweep import paired_tokens
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
+from reflowlens.models.components import without_autocast
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -128,7 +129,8 @@ def edge_attribution(
 
         def scores(rows: list[Row]) -> Float[Tensor, "sender receiver row"]:
             gradients = by_node(runs.gradients(names, rows), names).float()
-            return torch.einsum("bpsd,bprd->srb", changes[[prompt for prompt, _ in rows]], gradients)
+            with without_autocast(changes):
+                return torch.einsum("bpsd,bprd->srb", changes[[prompt for prompt, _ in rows]], gradients)
 
         values = changes.new_zeros(*graph.possible.shape, len(tokens))
         todo = runs.rows(steps if mode == "integrated" else None)

@@ -124,7 +124,7 @@ def exact_edges(
     """
     pair = _Pair(model, clean, corrupted, metric)
     wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
-    values = torch.full((*pair.graph.possible.shape, len(pair.tokens)), torch.nan, device=pair.tokens.device)
+    values = pair.baseline.new_full((*pair.graph.possible.shape, len(pair.tokens)), torch.nan)
     show = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=len(wanted), unit="edge", disable=not show) as bar:
         for some in pair.folded(wanted):

@@ -187,7 +187,7 @@ def _exact(
     ):
         finished = {cell: row for cell, row in file.finished.items() if cell in mine}  # it may be of fewer processes
         for cell, row in finished.items():
-            values[cell] = torch.tensor(row)
+            values[cell] = torch.tensor(row, dtype=values.dtype)
         bar.update(len(finished))
         size = file.batch_size if memory is None else size
         for cells, part in runs.values(mine, memory, size=size, finished=finished):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -28,8 +30,25 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
 }
 
 
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Tensors that are made without a type are float32, whatever ``torch.set_default_dtype`` was given."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def unfilled_model(cfg: ModelConfig) -> HookedModel:
+    """A model in float32 whose parameters hold anything."""
+    with float32_by_default():
+        return MODEL_CLASSES[cfg.architecture](cfg)
+
+
 def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch.device = "cpu") -> HookedModel:
-    """A model with fresh weights, in evaluation mode.
+    """A model with fresh weights in float32, in evaluation mode.
 
     Args:
         config: a configuration or a preset's name, e.g. ``"reflow_1_small"``.
@@ -44,10 +63,11 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
     cfg = preset(config) if isinstance(config, str) else config
     place = "meta" if str(device) == "meta" else "cpu"
     with torch.device(place):
-        model = MODEL_CLASSES[cfg.architecture](dataclasses.replace(cfg, device=place)).eval()
+        model = unfilled_model(dataclasses.replace(cfg, device=place)).eval()
     if place == "meta":
         return model
-    model.init_weights(torch.Generator().manual_seed(seed))
+    with float32_by_default():
+        model.init_weights(torch.Generator().manual_seed(seed))
     return moved(model, device)
 
 

@@ -231,7 +231,7 @@ class HookedModel(HookedRootModule):
             mlp_input: count the attention bias of block ``layer`` too.
             include_mlp_biases: False counts those of attention alone.
         """
-        return torch.zeros(self.cfg.d_model, device=self.cfg.device)
+        return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=torch.float32)
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters under TransformerLens's names: ``unembed.W_U`` always, shared keys and values per query head."""

@@ -104,7 +104,7 @@ class Neurons(nn.Module):
         self.W_x = nn.Parameter(torch.empty(shape))  # Dx
         self.W_y = nn.Parameter(torch.empty(shape))  # Dy
         self.W_out = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))  # E, a row a neuron
-        exponent = torch.arange(0, cfg.d_head, 2, device="cpu") / cfg.d_head
+        exponent = torch.arange(0, cfg.d_head, 2, device="cpu", dtype=torch.float32) / cfg.d_head
         frequency = 1 / cfg.rotary_base**exponent / (2 * torch.pi)
         self.register_buffer("frequency", frequency, persistent=False)  # turns a position, of each pair of channels
 

@@ -74,6 +74,11 @@ def weighted_sum(
     return out
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Products in the types of their factors, on a tensor's device: autocast is for passes, not for what reads them."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def plus(x: Tensor, bias: Tensor | None) -> Tensor:
     """Add a bias where there is one."""
     return x if bias is None else x + bias

@@ -226,4 +226,4 @@ class ResidualModel(HookedModel):
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
-        return torch.zeros(self.cfg.d_vocab, device=self.cfg.device)
+        return torch.zeros(self.cfg.d_vocab, device=self.cfg.device, dtype=torch.float32)
