@@ -10,6 +10,7 @@ in a ``tEXt`` chunk, an SVG in ``<metadata>``, a PDF in its document information
 
 from __future__ import annotations
 
+import atexit
 import base64
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -103,6 +104,33 @@ def save_figures(
             save_figure(paths[path], path)
             steps.update()
     return list(paths)
+
+
+class PngDrawer:
+    """Draws one PNG after the other in a browser that starts with the first and ends with the process, or on a fault.
+
+    Example: ``PngDrawer().draw(figure)``
+    """
+
+    def __init__(self) -> None:
+        self._opened = ExitStack()
+        self._page: Page | None = None
+        atexit.register(self.close)
+
+    def draw(self, figure: go.Figure) -> bytes:
+        """The figure as on a page. Raises ReflowlensError if there is no browser to draw it or it fails."""
+        try:
+            if self._page is None:
+                self._page = self._opened.enter_context(_drawing_page())
+            return _draw(self._page, figure, ".png", "screen")
+        except BaseException:  # an interrupt too leaves half a message behind
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the browser; the next figure starts another."""
+        self._page = None
+        self._opened.close()
 
 
 def read_figure(path: str | Path) -> Figure:

@@ -52,6 +52,8 @@ def register_template() -> go.layout.Template:
     import plotly.graph_objects as go
     import plotly.io as pio
 
+    from reflowlens.figure_notebook import add_renderer
+
     axis = {
         "automargin": True,
         "exponentformat": "power",
@@ -80,6 +82,7 @@ def register_template() -> go.layout.Template:
         "yaxis": axis,
     }
     pio.templates[TEMPLATE] = go.layout.Template(layout=layout)
+    add_renderer()
     return pio.templates[TEMPLATE]
 
 
