@@ -16,6 +16,7 @@ from transformer_lens.utilities import Slice
 from reflowlens.checkpoints import model_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -58,7 +59,11 @@ class ActivationCache(transformer_lens.ActivationCache):
         Raises:
             ReflowlensError: it was not cached; the message says how to cache it.
         """
-        if isinstance(key, tuple) and isinstance(key[1:2] and key[1], int) and key[1] < 0:
+        name, *where = key if isinstance(key, tuple) and key else (key,)
+        layer = integer(where[0]) if where else None
+        if not isinstance(name, str) or (where and where[0] is not None and layer is None):
+            raise ReflowlensError(f"an activation is named by its point, or by ('resid_pre', layer), got {key!r}")
+        if layer is not None and layer < 0:
             self._hooked_model()
         try:
             return super().__getitem__(key)
@@ -77,10 +82,10 @@ class ActivationCache(transformer_lens.ActivationCache):
     def resid(self, layer: int | None = None) -> Float[Tensor, "*batch pos d_model"]:
         """The residual stream that block ``layer`` reads; ``n_layers``, or None, is the one that is unembedded."""
         n_layers = self._hooked_model().cfg.n_layers
-        layer = n_layers if layer is None else layer
-        if not 0 <= layer <= n_layers:
-            raise ReflowlensError(f"layer must be between 0 and {n_layers} (the end of the model), got {layer}")
-        return self["resid_post", n_layers - 1] if layer == n_layers else self["resid_pre", layer]
+        index = n_layers if layer is None else integer(layer)
+        if index is None or not 0 <= index <= n_layers:
+            raise ReflowlensError(f"layer must be between 0 and {n_layers} (the end of the model), got {layer!r}")
+        return self["resid_post", n_layers - 1] if index == n_layers else self["resid_pre", index]
 
     def signals(
         self, layer: int | None = None, view: SignalView | ViewName | None = None

@@ -116,7 +116,9 @@ def generate(
         texts = [model.tokenizer.decode(row) for row in rows]
         result = texts[0] if isinstance(input, str) else texts
     if return_cache:
-        return result, model.run_with_cache(tokens, names_filter=names_filter)[1]
+        _, cache = model.run_with_cache(tokens, names_filter=names_filter)
+        cache.lengths = final.tolist()
+        return result, cache
     return result
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -156,6 +159,42 @@ def test_what_is_cached_under_two_names_is_written_once(tmp_path: Path) -> None:
     assert manifest["same_as"]["blocks.1.hook_resid_pre"] == "blocks.0.hook_resid_post"
     distinct = {x.data_ptr(): x.nbytes for x in cache.values()}
     assert (tmp_path / "cache" / "activations.safetensors").stat().st_size < sum(distinct.values()) + 10_000
+
+
+@pytest.mark.parametrize("pos_slice", [77, -4, slice(50, 60), [0, 3], [], slice("a", None)])
+def test_positions_that_no_pass_has(pos_slice: Any) -> None:
+    model = random_model("reflow")
+    with pytest.raises(ReflowlensError, match="selects nothing: this pass has positions 0 to 2"):
+        model.run_with_cache("abc", pos_slice=pos_slice)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("pos_slice", ["x", 1.5, True])
+def test_positions_are_indices(pos_slice: Any) -> None:
+    with pytest.raises(ReflowlensError, match="pos_slice must be an index, a slice or several indices, got"):
+        random_model("reflow").run_with_cache("abc", pos_slice=pos_slice)
+
+
+@pytest.mark.parametrize("layer", ["x", 1.0, True, [1], 99, -1])
+def test_a_layer_is_an_index(layer: Any) -> None:
+    _, cache = random_model("reflow").run_with_cache("abc")
+    for ask in (cache.signals, cache.resid, partial(cache.signal_contributions, "d")):
+        with pytest.raises(ReflowlensError, match=r"layer must be between 0 and 2 .*, got"):
+            ask(layer=layer)
+    assert torch.equal(cache.signals(layer=np.int64(1)), cache.signals(layer=1))
+
+
+@pytest.mark.parametrize("key", [5, None, (), ("resid_pre", "x"), ("resid_pre", 1.0), (3, "resid_pre")])
+def test_an_activation_has_a_name(key: Any) -> None:
+    _, cache = random_model("reflow").run_with_cache("abc")
+    with pytest.raises(ReflowlensError, match="an activation is named by its point"):
+        cache[key]
+
+
+def test_a_generated_cache_knows_where_each_row_ends() -> None:
+    model = random_model("reflow")
+    _, cache = model.generate(["abcde", "fg"], 3, return_cache=True, stop_at_eos=False)
+    assert cache.lengths == [8, 5]
 
 
 def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Prompt
-from reflowlens.models.base import HookedModel
+from reflowlens.models.base import HookedModel, read_once
 from reflowlens.models.threads import reading
 
 
@@ -88,6 +88,7 @@ def _noting(model: HookedModel, forward: Callable) -> Callable:
     def noting(self: HookedModel, input: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not model:  # a deepcopy, which would answer with the weights of the original
             raise ReflowlensError("this model was copied inside rl.intervene: copy it outside of the block")
+        input = read_once(input)
         with reading(model):
             open_blocks = _NOTED[model].blocks if model in _NOTED else []
             blocks = [(block, _prompt(model, input, kwargs, block.lengths)) for block in open_blocks]

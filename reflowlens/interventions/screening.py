@@ -18,7 +18,7 @@ from reflowlens.interventions.attribution import estimate_cells
 from reflowlens.interventions.grids import CellSpec
 from reflowlens.interventions.sweep import prepare_sweep, sweep
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
+from reflowlens.models.base import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 
@@ -122,6 +122,7 @@ def screen(
     if top < 0:
         raise ReflowlensError(f"top must be 0 or more, got {top}")
     hooked = hooked_model(model)
+    clean, corrupted = read_once(clean), read_once(corrupted)
     setup = prepare_sweep(hooked, clean, corrupted, cells)
     values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)
     estimates = (values - baseline).mean(dim=1).cpu()

@@ -30,7 +30,7 @@ from reflowlens.interventions.reading import check_readout_is_free
 from reflowlens.interventions.stages import READOUT_SIGNAL
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import Target, read_positions
-from reflowlens.models.base import TextInput
+from reflowlens.models.base import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -137,6 +137,7 @@ def _read(
     hooked = hooked_model(model)
     check_readout_is_free(hooked)
     chosen = view_of(hooked, view)
+    prompt = read_once(prompt)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
     signals = chosen.readout(hooked(prompt, stop_at_layer=hooked.cfg.n_layers))
     last = f"blocks.{hooked.cfg.n_layers - 1}.hook_resid_post"

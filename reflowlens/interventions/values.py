@@ -26,6 +26,7 @@ from torch import Tensor
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import read_once
 
 Position: TypeAlias = "int | slice | Sequence[int] | str | None"
 Selector: TypeAlias = "int | slice | Sequence[int] | None"
@@ -130,6 +131,7 @@ class Ablate(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "reference", read_once(self.reference))
         if self.by not in ("zero", "mean", "resample"):
             raise ReflowlensError(f"Ablate.by must be 'zero', 'mean' or 'resample', got {self.by!r}")
         if (self.by == "zero") != (self.reference is None):
@@ -165,6 +167,7 @@ class Patch(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "prompt", read_once(self.prompt))
         if self.from_position not in (None, "last"):
             index = integer(self.from_position)
             if index is None:

@@ -61,6 +61,11 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+def read_once(input: Any) -> Any:
+    """Prompts as they are; those of an iterator, which gives them only once, as a list that can be read again."""
+    return list(input) if isinstance(input, Iterator) else input
+
+
 class HookedModel(HookedRootModule):
     """Base class of the architectures."""
 
@@ -352,18 +357,18 @@ class HookedModel(HookedRootModule):
         if not any(map(matches, self.hook_dict)):
             raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
         cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
-        positions = Slice.unwrap(pos_slice)
+        _position_slice(pos_slice)
         fwd, bwd = (
-            [(name, partial(self._save_part, save, positions, dtype)) for name, save in hooks] for hooks in (fwd, bwd)
+            [(name, partial(self._save_part, save, pos_slice, dtype)) for name, save in hooks] for hooks in (fwd, bwd)
         )
         return cache, fwd if names else [(matches, fwd[0][1])], bwd
 
     def _save_part(
-        self, save: Callable, positions: Slice, dtype: torch.dtype | None, tensor: Tensor, hook: HookPoint
+        self, save: Callable, pos_slice: Any, dtype: torch.dtype | None, tensor: Tensor, hook: HookPoint
     ) -> None:
-        axes = self.hook_axes(hook.name or "")
+        axes, positions = self.hook_axes(hook.name or ""), _position_slice(pos_slice)
         if "pos" in axes and positions.mode != "identity":
-            tensor = positions.apply(tensor, dim=axes.index("pos")).clone()  # a view would keep every position alive
+            tensor = _at_positions(tensor, axes.index("pos"), positions, pos_slice)
         save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
 
     def run_with_cache(
@@ -387,7 +392,7 @@ class HookedModel(HookedRootModule):
                 copies of the residual stream.
             device, dtype: where activations are kept and in which floating-point type, e.g. ``torch.bfloat16`` for half
                 the memory; each is converted when it is cached, not at the end.
-            pos_slice: keep these positions alone.
+            pos_slice: keep these positions alone: an index, a slice, or several indices.
             incl_bwd: run the output (a loss) backward and keep gradients too, under names ending in ``_grad``.
             return_cache_object: False gives a plain dict.
             remove_batch_dim, reset_hooks_end, clear_contexts: as in TransformerLens.
@@ -396,10 +401,15 @@ class HookedModel(HookedRootModule):
             What the model returns, and an :class:`reflowlens.cache.ActivationCache`.
 
         Raises:
-            ReflowlensError: a point does not exist or was not reached, or ``remove_batch_dim`` with several prompts.
+            ReflowlensError: a point does not exist or was not reached, ``pos_slice`` selects nothing, or
+                ``remove_batch_dim`` with several prompts.
         """
         from reflowlens.cache import ActivationCache
 
+        if args:
+            args = (read_once(args[0]), *args[1:])
+        elif "input" in kwargs:
+            kwargs["input"] = read_once(kwargs["input"])
         tokens, lengths = self._tokens_of_pass(args[0] if args else kwargs.get("input"), kwargs)
         if remove_batch_dim and tokens is not None and len(tokens) > 1:
             raise ReflowlensError(f"remove_batch_dim needs one prompt, got {len(tokens)}")
@@ -452,6 +462,26 @@ class HookedModel(HookedRootModule):
         hooks = folded(f"{len(self.hook_dict)} hook points", table(["point", "how many", "axes"], points))
         kind, _, facts = repr(self).rstrip(")").partition("(")
         return titled(kind, facts, self.cfg._repr_html_(), hooks)
+
+
+def _position_slice(pos_slice: Any) -> Slice:
+    try:
+        if not isinstance(pos_slice, bool):
+            return Slice.unwrap(pos_slice)
+    except ValueError:
+        pass
+    raise ReflowlensError(f"pos_slice must be an index, a slice or several indices, got {pos_slice!r}")
+
+
+def _at_positions(tensor: Tensor, axis: int, positions: Slice, pos_slice: Any) -> Tensor:
+    n = tensor.shape[axis]
+    try:
+        found = len(positions.indices(n))
+    except (IndexError, TypeError):
+        found = 0
+    if not found:
+        raise ReflowlensError(f"pos_slice={pos_slice} selects nothing: this pass has positions 0 to {n - 1}")
+    return positions.apply(tensor, dim=axis).clone()  # a view would keep every position alive
 
 
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
