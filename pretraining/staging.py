@@ -52,13 +52,13 @@ def finished(out: Path, planned: Manifest) -> Manifest | None:
     if not (out / MANIFEST_NAME).exists():
         if _token_files(out) and not is_complete(out):
             raise ReflowlensError(
-                f"{str(out)!r} holds token files without a manifest: choose another folder, or overwrite"
+                f"{str(out)!r} holds token files without a manifest: choose another folder, or --overwrite"
             )
         return None
     existing = read_manifest(out)
     if (difference := existing.difference(planned)) is not None:
         raise ReflowlensError(
-            f"{str(out)!r} holds other data already ({difference}): choose another folder, or overwrite"
+            f"{str(out)!r} holds other data already ({difference}): choose another folder, or --overwrite"
         )
     for split in SPLITS:
         open_tokens(out, split)
@@ -79,7 +79,7 @@ def unfinished(out: Path, planned: Manifest, overwrite: bool) -> Manifest:
         if not overwrite:
             raise ReflowlensError(
                 f"{str(out)!r} holds an unfinished run with other inputs ({difference}): finish it with its own, "
-                "choose another folder, or overwrite"
+                "choose another folder, or --overwrite"
             )
     discard(out)
     return planned

@@ -175,7 +175,7 @@ def _open_shard(path: Path, shard: Shard, manifest: Manifest) -> NDArray[Any]:
     if actual != expected:
         raise ReflowlensError(
             f"{path} is damaged: {actual:,} bytes, and the manifest says {expected:,} "
-            f"({shard.tokens:,} tokens of {manifest.dtype}); prepare the data again with overwrite"
+            f"({shard.tokens:,} tokens of {manifest.dtype}); prepare the data again with --overwrite"
         )
     return np.memmap(path, dtype=dtype, mode="r")
 
