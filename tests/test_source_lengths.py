@@ -136,6 +136,14 @@ def test_one_length_shorter_than_the_padded_tokens(tiny):
         torch.testing.assert_close(padded, rl.run(tiny, CORRUPTED[1], change), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("index", [12, [12, -1], [-1, 12], slice(12, None)])
+def test_a_key_behind_the_end_of_a_shorter_prompt_is_not_read(tiny, index):
+    together = rl.run(tiny, CORRUPTED, rl.Replace("pattern", 0.2, layer=1, index=index))
+    own = [rl.Replace("pattern", 0.2, layer=1, index=-1)] if isinstance(index, list) else []
+    n = len(tiny.to_tokens(CORRUPTED[1])[0])
+    torch.testing.assert_close(together[1, :n], rl.run(tiny, CORRUPTED[1], own)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -288,9 +288,10 @@ def _from_own_end(
             row = [p if p >= 0 else length + p for p in wanted]
         rows.append(row)
     n = max(map(len, rows))
-    others = [[p for p in range(prompt.n_positions) if p not in row] for row in rows]
-    filled = [row + rest[: n - len(row)] for row, rest in zip(rows, others, strict=True)]
-    return torch.tensor(filled), torch.arange(n) < torch.tensor(list(map(len, rows)))[:, None]
+    everywhere = frozenset(range(prompt.n_positions))
+    filled = torch.tensor([[*row, *sorted(everywhere.difference(row))[: n - len(row)]] for row in rows])
+    selected = torch.arange(n) < torch.tensor(list(map(len, rows)))[:, None]
+    return filled, selected & (filled < torch.tensor(prompt.lengths)[:, None])  # a list may name padding too
 
 
 def _in_this_pass(model: HookedModel, text: str, prompt: Prompt) -> Bool[Tensor, "batch pos"]:
