@@ -78,7 +78,7 @@ def _is_at(model: HookedModel, part: Intervention, name: str) -> bool:
 def test_every_grid_equals_autograd(name: str, grid: str) -> None:
     model = MODELS[name]
     if grid in ("recipe", "signal") and model.cfg.n_signals is None:
-        pytest.skip("no such point")
+        pytest.skip(f"{name} has no recipe and no signals")
     clean, corrupted = pair(model)
     result = rl.sweep(model, clean, corrupted, grid, METRIC, mode="gradient")
     assert_close(result.baseline, measured(model(corrupted)))  # type: ignore[arg-type]
