@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from analyses.messages import check_language, in_language, translate
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
+from reflowlens.files import replacing, sole_writer
 from reflowlens.progress import bar
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def run_suite(
     that an earlier run left in `out` stay in the report and in `results.json`.
 
     Raises ReflowlensError for an unknown experiment or language, a seed out of range, a file of analogies that cannot
-    be read, a folder that cannot be written and one that holds results of another model, before anything is run; and
-    where the disk is full.
+    be read, a folder that cannot be written, one that holds results of another model and one that another run is
+    writing, before anything is run; and where the disk is full.
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
@@ -123,30 +123,31 @@ def run_suite(
         read_questions_words(analogies)
     name = model_name or model.cfg.model_name or model.cfg.architecture
     folder, identity = make_folder(out, name), model_hash(model)
-    run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
-    with known_hash(model, identity):
-        card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
-    show = sys.stderr.isatty() if progress is None else progress
-    steps = bar(selected, show=show, named=True, unit="experiment")
-    key = identity if cache and may_be_kept(model) else ""
-    options = {"seed": seed, "quick": quick, "analogies": analogies}
-    try:
-        for experiment in steps:
-            with in_language(lang):
-                steps.set_description(translate(experiment.title))
-            with known_hash(model, identity):
-                _run_one(run, experiment, model, options, key, spreadsheet)
-            with _writing_into(folder):
-                _write_metrics(_merged(earlier, run))
-    except KeyboardInterrupt:
-        missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
-        run.errors.update(dict.fromkeys(missing, INTERRUPTED))
-        steps.close()
-        print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
-    everything = _merged(earlier, run)
-    with _writing_into(folder):
-        _write_metrics(everything)
-        _report(everything, card, lang, spreadsheet)
+    with sole_writer(folder, "writing results into"):
+        run, earlier = SuiteRun(folder), _read_earlier(folder, selected, identity)
+        with known_hash(model, identity):
+            card = model_card(model, name, _packaged_manifest(model, name) if manifest is None else manifest)
+        show = sys.stderr.isatty() if progress is None else progress
+        steps = bar(selected, show=show, named=True, unit="experiment")
+        key = identity if cache and may_be_kept(model) else ""
+        options = {"seed": seed, "quick": quick, "analogies": analogies}
+        try:
+            for experiment in steps:
+                with in_language(lang):
+                    steps.set_description(translate(experiment.title))
+                with known_hash(model, identity):
+                    _run_one(run, experiment, model, options, key, spreadsheet)
+                with _writing_into(folder):
+                    _write_metrics(_merged(earlier, run))
+        except KeyboardInterrupt:
+            missing = [experiment.name for experiment in selected if experiment.name not in run.seconds]
+            run.errors.update(dict.fromkeys(missing, INTERRUPTED))
+            steps.close()
+            print(f"interrupted: no result for {', '.join(missing)}; the report holds the others", file=sys.stderr)
+        everything = _merged(earlier, run)
+        with _writing_into(folder):
+            _write_metrics(everything)
+            _report(everything, card, lang, spreadsheet)
     return run
 
 

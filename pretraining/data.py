@@ -27,7 +27,6 @@ from pretraining.staging import (
     partial_folder,
     publish,
     save_progress,
-    sole_writer,
     unfinished,
 )
 from pretraining.token_files import (
@@ -44,6 +43,7 @@ from pretraining.token_files import (
     read_manifest,
 )
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 from reflowlens.tokenizers import END_OF_TEXT, get_tokenizer
 
 __all__ = [
@@ -144,7 +144,7 @@ def prepare(
     )
     _check_disjoint(planned.sources)
     try:
-        with sole_writer(out):
+        with sole_writer(out, "preparing"):
             if not overwrite and (existing := finished(out, planned)) is not None:
                 if progress:
                     print(f"{out} already holds these tokens: left as it is", file=sys.stderr)

@@ -29,6 +29,7 @@ from pretraining.sft import Data, Example, load_data
 from pretraining.stopping import stop_requests
 from reflowlens.checkpoints import load_model, model_hash, read_manifest, save_model
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import IGNORE
 
@@ -161,9 +162,13 @@ def finetune(
     tuned.cfg = dataclasses.replace(tuned.cfg, model_name=out.name)
     tokens_before = read_manifest(model).get("tokens_seen", 0)
     losses: list[float] = []
-    out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(unit="step", disable=not (sys.stderr.isatty() if progress is None else progress))
-    with bar, (out / METRICS).open("w", encoding="utf8") as log, stop_requests() as stop:
+    with (
+        bar,
+        sole_writer(out, "fine-tuning into"),
+        (out / METRICS).open("w", encoding="utf8") as log,
+        stop_requests() as stop,
+    ):
         bar.write(_summary(examples, context), file=sys.stderr)
         for state in training(tuned, examples, cfg, context):
             log.write(json.dumps(state.record()) + "\n")

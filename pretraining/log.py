@@ -11,6 +11,7 @@ from pretraining.state import writing
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 
+METRICS = "metrics.jsonl"
 Field = TypeVar("Field")
 
 
@@ -22,7 +23,7 @@ class Log:
     """
 
     def __init__(self, out: Path, start: int, cfg: TrainConfig, *, enabled: bool) -> None:
-        self.path, self.enabled, self.tokens_per_step = out / "metrics.jsonl", enabled, cfg.tokens_per_step
+        self.path, self.enabled, self.tokens_per_step = out / METRICS, enabled, cfg.tokens_per_step
         self.wandb: Any = None
         if not enabled:
             return

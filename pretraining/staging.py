@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -28,23 +26,6 @@ _PROGRESS_NAME = "progress.json"  # a manifest too: its counts are those of the 
 
 def partial_folder(out: Path) -> Path:
     return out / ".partial"
-
-
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Make the folder and hold it. Raises ReflowlensError if another process prepares into it."""
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)  # the lock goes with the process, however it ends
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ReflowlensError(f"another process is preparing {str(out)!r} right now") from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def finished(out: Path, planned: Manifest) -> Manifest | None:

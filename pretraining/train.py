@@ -6,6 +6,7 @@ torchrun --nproc_per_node=N -m pretraining.train CONFIG [--resume]
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
@@ -25,7 +26,7 @@ from pretraining.batches import batch_at, spread_batches
 from pretraining.config import TrainConfig
 from pretraining.distributed import Processes, any_rank, on_first_process, processes
 from pretraining.evaluate import summed_loss
-from pretraining.log import Log, write_run_manifest
+from pretraining.log import METRICS, Log, write_run_manifest
 from pretraining.optimizers import schedule
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
@@ -39,10 +40,12 @@ from pretraining.state import (
     save_state,
     start_fresh,
     training_data,
+    writing,
 )
 from pretraining.stopping import stop_requests
 from pretraining.token_files import TokenData, open_tokens
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
 from reflowlens.models.base import HookedModel
 
@@ -61,10 +64,15 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: the data do not fit the model, ``out`` already holds a run or cannot be written, there is
-            nothing to resume, or the loss stops being finite.
+        ReflowlensError: the data do not fit the model, ``out`` already holds a run, is in use by another process or
+            cannot be written, there is nothing to resume, or the loss stops being finite.
     """
-    with processes(partial(how_to_go_on, Path(cfg.run.out))) as group, stop_requests() as stop:
+    with (
+        processes(partial(how_to_go_on, Path(cfg.run.out))) as group,
+        contextlib.ExitStack() as held,
+        stop_requests() as stop,
+    ):
+        on_first_process(group, partial(_hold, Path(cfg.run.out), held))
         return _train(cfg, group, stop, resume, sys.stderr.isatty() if progress is None else progress)
 
 
@@ -117,6 +125,12 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     if done < run.steps and group.is_first:
         print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
     return newest_checkpoint(out)
+
+
+def _hold(out: Path, held: contextlib.ExitStack) -> None:
+    """Keep other processes out of the folder of a run."""
+    with writing(out / METRICS):
+        held.enter_context(sole_writer(out, "training in"))
 
 
 def _validate(

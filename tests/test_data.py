@@ -24,6 +24,7 @@ from pretraining import encoding, staging
 from pretraining.data import Manifest, batch_at, open_tokens, prepare
 from pretraining.token_files import FORMAT_VERSION, TokenShards
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 from reflowlens.tokenizers import get_tokenizer
 
 DOCUMENTS = [f"Document {i}\n\nIts text has {i * i} words, naïve or not: {'tea ' * (i % 7)}" for i in range(200)]
@@ -341,7 +342,10 @@ def test_an_unfinished_run_is_not_continued_with_other_inputs(
 
 
 def test_two_processes_do_not_write_one_folder(corpus: Path, tmp_path: Path) -> None:
-    with staging.sole_writer(tmp_path / "out"), pytest.raises(ReflowlensError, match="another process is preparing"):
+    with (
+        sole_writer(tmp_path / "out", "preparing"),
+        pytest.raises(ReflowlensError, match="another process is preparing"),
+    ):
         prepare(corpus, tmp_path / "out", val_fraction=0.2)
     prepare(corpus, tmp_path / "out", val_fraction=0.2)
 

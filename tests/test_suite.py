@@ -24,6 +24,7 @@ from analyses.suite import model_card, parse_selection, run_suite
 from reflowlens import checkpoints
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 from reflowlens.models import build_model
 from tests.planted import empty_model
 from tests.tiny import tiny_config
@@ -292,6 +293,17 @@ def test_a_result_that_is_gone_matters_only_if_it_is_not_computed_again(tiny, st
     with pytest.raises(ReflowlensError, match="no result in"):
         run_suite(tiny, 5, out=tmp_path / "out")
     assert list(metrics(run_suite(tiny, 7, out=tmp_path / "out"))) == ALL[:2]
+
+
+def test_two_runs_do_not_write_into_one_folder(tiny, stubs, tmp_path):
+    with (
+        sole_writer(tmp_path, "writing results into"),
+        pytest.raises(ReflowlensError, match="another process is writing results into"),
+    ):
+        run_suite(tiny, out=tmp_path)
+    assert not stubs["calls"]
+    assert not list(tmp_path.iterdir())
+    assert run_suite(tiny, out=tmp_path).report.is_file()
 
 
 def test_a_full_disk_is_one_clear_error(tiny, stubs, tmp_path, monkeypatch):

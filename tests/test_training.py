@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from pretraining.train import evaluate, train
 from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from tests.runs import STEPS, measured, records, run_python, same_files, with_out
+from tests.runs import ROOT, STEPS, measured, records, run_python, same_files, with_out
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -349,6 +351,39 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(write: Callable
             train(cfg, resume=True)
     shutil.rmtree(folder)
     same_files(train(cfg, resume=True), kept)
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(write: Callable[..., Path]) -> None:
+    """Also before its first checkpoint, and until it ends; one that was killed holds nothing."""
+    cfg = load_config(write(run={"steps": 2}))
+    out = Path(cfg.run.out)
+    held = subprocess.Popen([sys.executable, "-c", HOLDS, str(out)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert held.stdout is not None
+    assert held.stdout.readline() == "held\n"
+    (out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    for resume in (False, True):
+        with pytest.raises(ReflowlensError, match=r"^another process is training in '.*run' right now: wait until it"):
+            train(cfg, resume=resume)
+    assert len(records(out)) == 2
+    held.kill()
+    held.wait()
+    assert train(cfg).name == "step_0000002"
+
+
+HOLDS = """
+import sys, time
+from reflowlens.files import sole_writer
+with sole_writer(sys.argv[1], "training in"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(write: Callable[..., Path]) -> None:
+    cfg = load_config(write(model={"tokenizer_name": "gpt2"}))
+    with pytest.raises(ReflowlensError, match="was prepared with"):
+        train(cfg)
+    assert not Path(cfg.run.out).exists()
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(write: Callable[..., Path], tmp_path: Path) -> None:

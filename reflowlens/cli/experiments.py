@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reflowlens.cli.arguments import Commands, add_command, add_device, add_spreadsheet
 from reflowlens.errors import ReflowlensError
+from reflowlens.files import sole_writer
 
 DEFAULT_MODEL = "reflow-nano"
 
@@ -97,20 +98,21 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> i
     if options.analogies:
         raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
     folder = make_folder(options.out, "comparison")
-    comparison = compare_models(
-        [model, *options.compare],
-        options.views or ["native"],
-        selection,
-        seed=options.seed,
-        quick=options.quick,
-        device=options.device,
-        cache=not options.no_cache,
-        progress=True,
-    )
-    failed = comparison[comparison["error"].ne("")]
-    for row in failed.itertuples():
-        print(f"{row.model} {row.view} {row.experiment}: {row.error}", file=sys.stderr)
-    print(write_comparison(comparison, folder, lang=options.lang, spreadsheet=options.spreadsheet))
+    with sole_writer(folder, "writing results into"):
+        comparison = compare_models(
+            [model, *options.compare],
+            options.views or ["native"],
+            selection,
+            seed=options.seed,
+            quick=options.quick,
+            device=options.device,
+            cache=not options.no_cache,
+            progress=True,
+        )
+        failed = comparison[comparison["error"].ne("")]
+        for row in failed.itertuples():
+            print(f"{row.model} {row.view} {row.experiment}: {row.error}", file=sys.stderr)
+        print(write_comparison(comparison, folder, lang=options.lang, spreadsheet=options.spreadsheet))
     return 1 if len(failed) == len(comparison) else 0
 
 
