@@ -11,13 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from reflowlens.arguments import integer, is_one_of, random_seed, real
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.values import integer
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
 from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
-
-_REAL = (int, float, np.integer, np.floating)
 
 
 @guarded(reading)
@@ -69,8 +67,9 @@ def generate(
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
     forward, model = model, hooked_model(model)  # a compiled model reads compiled
-    _check_settings(temperature, top_k, top_p, max_new_tokens, seed)
-    if return_type not in ("text", "tokens"):
+    _check_settings(temperature, top_k, top_p, max_new_tokens)
+    seed = random_seed(seed)
+    if not is_one_of(return_type, ("text", "tokens")):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
     prompts, lengths = model.tokens_and_lengths(input)
     n_ctx, batch = model.cfg.n_ctx, prompts.shape[0]
@@ -137,7 +136,7 @@ def sample(
     _check_finite(logits, "the weights, or an intervention, are not finite, or the logits overflow their type")
     if temperature == 0 or not generators:  # no row draws while all are in their prompts or have ended
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / float(temperature)
     _check_finite(logits, f"divided by temperature={temperature} they overflow; temperature=0 takes the likeliest")
     if top_k is not None:
         smallest_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -163,15 +162,13 @@ def _check_finite(logits: Float[Tensor, "batch d_vocab"], why: str) -> None:
         raise ReflowlensError(f"the logits are {'NaN' if highest.isnan().any() else 'infinite'}: {why}")
 
 
-def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int, seed: int) -> None:
-    if not isinstance(temperature, _REAL) or not temperature >= 0:
+def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
+    if real(temperature) is None or not temperature >= 0:
         raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
     if top_k is not None and (integer(top_k) is None or top_k < 1):
         raise ReflowlensError(f"top_k must be an integer and at least 1, got {top_k!r}")
-    if top_p is not None and (not isinstance(top_p, _REAL) or not 0 < top_p <= 1):
+    if top_p is not None and (real(top_p) is None or not 0 < top_p <= 1):
         raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-    if integer(seed) is None or not -(2**63) <= seed < 2**63:
-        raise ReflowlensError(f"seed must be an integer from -2**63 to 2**63 - 1, got {seed!r}")
     if integer(max_new_tokens) is None or max_new_tokens < 1:
         raise ReflowlensError(f"max_new_tokens must be an integer and at least 1, got {max_new_tokens}")
 

@@ -13,9 +13,9 @@ it is ``metric.of_logits(model, logits, prompts)``.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
+from reflowlens.models.unwrapping import hooked_model
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel, TextInput
@@ -79,12 +81,13 @@ Score: TypeAlias = "Callable[[Logits, Int[Tensor, ' row']], Float[Tensor, ' row'
 
 @dataclass(frozen=True)
 class Metric:
-    """One number a prompt.
+    """One number a prompt. A value: it can be pickled, and so sent to another process.
 
     Args:
         name: what a result calls it.
         position: which logits it reads: those at one position, at ``"last"`` (each prompt's last token), at ``"all"``.
-        bind: given the model and the prompts, the score: logits of some rows, and each row's prompt, to values.
+        bind: given the model and the prompts, the score: logits of some rows, and each row's prompt, to values. A
+            function of a module, or a partial of one, where the metric is to be pickled.
         normalised: whether the value is restated as the share of the way from the corrupted run to the clean one.
         reads_tokens: whether logits are compared with the prompts themselves.
     """
@@ -109,16 +112,19 @@ class Metric:
         """
         if self.normalised:
             raise ReflowlensError("recovery compares three runs: it has no value for one run's logits")
-        if logits.ndim != 3:
-            raise ReflowlensError(f"logits must be [prompt, pos, d_vocab], got {list(logits.shape)}")
+        hooked = hooked_model(model)
+        d_vocab = hooked.cfg.d_vocab
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[2] != d_vocab or not logits.numel():
+            got = list(logits.shape) if isinstance(logits, Tensor) else repr(logits)
+            raise ReflowlensError(f"logits must be [prompt, pos, d_vocab] with d_vocab={d_vocab}, got {got}")
         if prompts is None and self.reads_tokens:
             raise ReflowlensError(f"{self.name} compares logits with the prompts: give these too")
         tokens, lengths = torch.zeros(logits.shape[:2], dtype=torch.long), [logits.shape[1]] * logits.shape[0]
         if prompts is not None:
-            tokens, lengths = model.tokens_and_lengths(prompts)
+            tokens, lengths = hooked.tokens_and_lengths(prompts)
             if tokens.shape != logits.shape[:2]:
                 raise ReflowlensError(f"prompts of {list(tokens.shape)} tokens, but logits {list(logits.shape)}")
-        score = self.bind(model, Reference(tokens.to(logits.device), lengths))
+        score = self.bind(hooked, Reference(tokens.to(logits.device), lengths))
         rows = torch.arange(logits.shape[0], device=logits.device)
         positions = read_positions(self.position, lengths, logits.shape[1]).to(logits.device)
         return score(WholeLogits(logits[rows[:, None], positions]), rows)
@@ -134,97 +140,105 @@ def read_positions(position: ReadPosition, lengths: Sequence[int], n_positions: 
         return torch.arange(n_positions).repeat(len(lengths), 1)
     if isinstance(position, str) and position == "last":
         return torch.tensor(lengths)[:, None] - 1
-    if isinstance(position, bool) or not isinstance(position, int | np.integer):
+    index = integer(position)
+    if index is None:
         raise ReflowlensError(f"a metric reads one position, 'last' or 'all', got position={position!r}")
-    if not -min(lengths) <= position < min(lengths):
-        raise ReflowlensError(f"the metric reads position {position}, but a prompt has {min(lengths)} tokens")
-    return torch.tensor([[int(position) % length] for length in lengths])
+    if not -min(lengths) <= index < min(lengths):
+        raise ReflowlensError(f"the metric reads position {index}, but a prompt has {min(lengths)} tokens")
+    return torch.tensor([[index % length] for length in lengths])
 
 
 def logit_diff(correct: Target, wrong: Target, *, position: ReadPosition = "last") -> Metric:
     """Logit of ``correct`` minus logit of ``wrong``; each one token, or one for each prompt."""
+    return Metric("logit_diff", position, partial(_logit_diff, correct, wrong))
 
-    def bind(model: HookedModel, reference: Reference) -> Score:
-        pair = torch.stack([_ids(model, correct, reference), _ids(model, wrong, reference)], dim=-1)
 
-        def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-            both = logits.tokens(pair[prompts][:, None])
-            return _mean(both[..., 0] - both[..., 1], prompts, reference)
+def _logit_diff(correct: Target, wrong: Target, model: HookedModel, reference: Reference) -> Score:
+    pair = torch.stack([_ids(model, correct, reference), _ids(model, wrong, reference)], dim=-1)
 
-        return score
+    def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        both = logits.tokens(pair[prompts][:, None])
+        return _mean(both[..., 0] - both[..., 1], prompts, reference)
 
-    return Metric("logit_diff", position, bind)
+    return score
 
 
 def target_prob(target: Target, *, position: ReadPosition = "last") -> Metric:
     """Probability of a token."""
+    return Metric("target_prob", position, partial(_target_prob, target))
 
-    def bind(model: HookedModel, reference: Reference) -> Score:
-        ids = _ids(model, target, reference)
 
-        def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-            log_p = logits.vocabulary().float().log_softmax(dim=-1)
-            return _mean(WholeLogits(log_p).tokens(ids[prompts][:, None, None])[..., 0].exp(), prompts, reference)
+def _target_prob(target: Target, model: HookedModel, reference: Reference) -> Score:
+    ids = _ids(model, target, reference)
 
-        return score
+    def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        log_p = logits.vocabulary().float().log_softmax(dim=-1)
+        return _mean(WholeLogits(log_p).tokens(ids[prompts][:, None, None])[..., 0].exp(), prompts, reference)
 
-    return Metric("target_prob", position, bind)
+    return score
 
 
 def target_rank(target: Target, *, position: ReadPosition = "last") -> Metric:
     """Rank of a token, 1 the most probable: one more than the number of tokens with a larger logit."""
+    return Metric("target_rank", position, partial(_target_rank, target))
 
-    def bind(model: HookedModel, reference: Reference) -> Score:
-        ids = _ids(model, target, reference)
 
-        def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-            whole = logits.vocabulary()
-            own = WholeLogits(whole).tokens(ids[prompts][:, None, None])
-            return 1 + _mean((whole > own).sum(dim=-1).float(), prompts, reference)
+def _target_rank(target: Target, model: HookedModel, reference: Reference) -> Score:
+    ids = _ids(model, target, reference)
 
-        return score
+    def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        whole = logits.vocabulary()
+        own = WholeLogits(whole).tokens(ids[prompts][:, None, None])
+        return 1 + _mean((whole > own).sum(dim=-1).float(), prompts, reference)
 
-    return Metric("target_rank", position, bind)
+    return score
 
 
 def kl(*, position: ReadPosition = "last") -> Metric:
     """KL(clean ‖ patched) of the next-token distributions in nats; 0 when a patch restores the clean run."""
+    return Metric("kl", position, _kl)
 
-    def bind(model: HookedModel, reference: Reference) -> Score:
-        if reference.clean is None:
-            raise ReflowlensError("the metric kl needs a clean run to compare with")
-        clean = reference.clean.vocabulary().float().log_softmax(dim=-1)
 
-        def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-            patched = logits.vocabulary().float().log_softmax(dim=-1)
-            return _mean((clean[prompts].exp() * (clean[prompts] - patched)).sum(dim=-1), prompts, reference)
+def _kl(model: HookedModel, reference: Reference) -> Score:
+    if reference.clean is None:
+        raise ReflowlensError("the metric kl needs a clean run to compare with")
+    clean = reference.clean.vocabulary().float().log_softmax(dim=-1)
 
-        return score
+    def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        patched = logits.vocabulary().float().log_softmax(dim=-1)
+        return _mean((clean[prompts].exp() * (clean[prompts] - patched)).sum(dim=-1), prompts, reference)
 
-    return Metric("kl", position, bind)
+    return score
 
 
 def loss() -> Metric:
     """Mean next-token cross-entropy of each prompt in nats, over all of its positions; a prompt has two at least."""
+    return Metric("loss", "all", _loss, reads_tokens=True)
 
-    def bind(model: HookedModel, reference: Reference) -> Score:
-        if min(reference.lengths) < 2:
-            raise ReflowlensError("the metric loss needs prompts of two tokens at least: the first predicts the second")
-        targets = model.next_tokens(reference.tokens, list(reference.lengths))
 
-        def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-            wanted = targets[prompts]
-            losses = F.cross_entropy(logits.vocabulary().float().mT, wanted, ignore_index=IGNORE, reduction="none")
-            return losses.sum(dim=1) / (wanted != IGNORE).sum(dim=1)
+def _loss(model: HookedModel, reference: Reference) -> Score:
+    if min(reference.lengths) < 2:
+        raise ReflowlensError("the metric loss needs prompts of two tokens at least: the first predicts the second")
+    targets = model.next_tokens(reference.tokens, list(reference.lengths))
 
-        return score
+    def score(logits: Logits, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        wanted = targets[prompts]
+        losses = F.cross_entropy(logits.vocabulary().float().mT, wanted, ignore_index=IGNORE, reduction="none")
+        return losses.sum(dim=1) / (wanted != IGNORE).sum(dim=1)
 
-    return Metric("loss", "all", bind, reads_tokens=True)
+    return score
 
 
 def recovery(metric: Metric) -> Metric:
     """Where a metric lies on the way from the corrupted run (0) to the clean one (1); NaN where these two agree."""
+    check_metric(metric)
     return dataclasses.replace(metric, name=f"recovery of {metric.name}", normalised=True)
+
+
+def check_metric(metric: Any) -> None:
+    """Raise unless it is one of the metrics here, or made like them."""
+    if not isinstance(metric, Metric):
+        raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
 
 
 def target_ids(model: HookedModel, target: Target, n_prompts: int, d_vocab: int) -> Int[Tensor, " prompt"]:
@@ -240,10 +254,9 @@ def target_ids(model: HookedModel, target: Target, n_prompts: int, d_vocab: int)
         raise ReflowlensError(f"{len(words)} target tokens are given for {n_prompts} prompts")
     ids = []
     for word in words:
-        try:
-            token = model.to_single_token(word) if isinstance(word, str) else operator.index(word)
-        except TypeError:
-            raise ReflowlensError(f"a target is the text or the id of a token, got {word!r}") from None
+        token = model.to_single_token(word) if isinstance(word, str) else integer(word)
+        if token is None:
+            raise ReflowlensError(f"a target is the text or the id of a token, got {word!r}")
         if not 0 <= token < d_vocab:
             raise ReflowlensError(f"no token {token}: ids are 0 to {d_vocab - 1}")
         ids.append(token)

@@ -23,6 +23,7 @@ Readout and write coordinates differ unless B Bᵀ = I; each function says which
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
+from reflowlens.arguments import integer, is_one_of, random_seed
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
@@ -82,16 +84,19 @@ class SignalView:
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
         """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x. No hook of the norm runs."""
+        _check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
             return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """R a."""
+        _check_vectors("a readout", signals, "S", self.n_signals)
         with without_autocast(self.recipe):
             return signals @ self.recipe.T
 
     def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
         """Write coordinates: what a recipe adds to the residual stream, r B."""
+        _check_vectors("a recipe", recipe_vector, "S", self.n_signals)
         with without_autocast(self.basis):
             return recipe_vector @ self.basis
 
@@ -101,12 +106,21 @@ class SignalView:
         """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit (up to rounding).
 
         Raises:
-            ReflowlensError: the target is no single token, or there is no such id.
+            ReflowlensError: the target is no single token, there is no such id, or ids do not fit the streams.
         """
-        return self.readout(resid) * self.recipe[self._ids(target)]
+        readout, ids = self.readout(resid), self._ids(target)
+        try:
+            torch.broadcast_shapes(ids.shape, readout.shape[:-1])
+        except RuntimeError:
+            raise ReflowlensError(
+                f"targets {list(ids.shape)} do not fit residual streams {list(resid.shape)}: one, or one for each"
+            ) from None
+        return readout * self.recipe[ids]
 
     def rows(self, words: list[str]) -> Float[Tensor, "word S"]:
         """Recipes of single-token words."""
+        if isinstance(words, str | Tensor) or not isinstance(words, Iterable):
+            raise ReflowlensError(f"rows takes a list of words, got {words!r}")
         return self.recipe[[self.model.to_single_token(word) for word in words]]
 
     def codebook(self, signal: int, k: int = 10) -> pd.DataFrame:
@@ -117,15 +131,18 @@ class SignalView:
             column's mean over real tokens, in its standard deviations), strongest first within each sign.
 
         Raises:
-            ReflowlensError: there is no such signal.
+            ReflowlensError: there is no such signal, or k is no positive integer.
         """
-        if not 0 <= signal < self.n_signals:
-            raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {self.n_signals - 1}")
-        column = self.recipe[: self.n_tokens, signal].float()
+        index, largest = integer(signal), integer(k)
+        if index is None or not 0 <= index < self.n_signals:
+            raise ReflowlensError(f"no signal {signal!r}: this view has signals 0 to {self.n_signals - 1}")
+        if largest is None or largest < 1:
+            raise ReflowlensError(f"k must be an integer and at least 1, got {k!r}")
+        column = self.recipe[: self.n_tokens, index].float()
         z = (column - column.mean()) / column.std()
         frames = []
         for sign in (1, -1):
-            values, ids = (sign * column).topk(min(k, len(column)))
+            values, ids = (sign * column).topk(min(largest, len(column)))
             kept = ids[values > 0].tolist()
             text = self.model.tokenizer.to_str_tokens(kept)
             frame = {"sign": sign, "token": kept, "text": text, "recipe": column[kept].tolist(), "z": z[kept].tolist()}
@@ -135,6 +152,8 @@ class SignalView:
     def _ids(self, target: str | int | Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim == 0:
             return target_ids(self.model, target, 1, len(self.recipe))[0]
+        if not target.numel() or target.is_floating_point() or target.dtype == torch.bool:
+            raise ReflowlensError(f"token ids are integers, got {target!r}")
         for token in map(int, target.aminmax()):
             if not 0 <= token < len(self.recipe):
                 raise ReflowlensError(f"no token {token}: ids are 0 to {len(self.recipe) - 1}")
@@ -178,8 +197,9 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     """
     model = hooked_model(model)
     factored = isinstance(model.W_E, FactoredMatrix)
-    name = name or ("native" if factored else "identity")
-    if name not in VIEWS:
+    if name is None:
+        name = "native" if factored else "identity"
+    if not is_one_of(name, VIEWS):
         raise ReflowlensError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {name!r}")
     if name == "native":
         if not factored:
@@ -217,7 +237,14 @@ def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
-    """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes."""
+    """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes.
+
+    Raises:
+        ReflowlensError: the rotation is no matrix [S, S].
+    """
+    if not isinstance(rotation, Tensor) or rotation.shape != (view.n_signals, view.n_signals):
+        got = list(rotation.shape) if isinstance(rotation, Tensor) else repr(rotation)
+        raise ReflowlensError(f"a rotation of this view is a matrix [S, S], S={view.n_signals}, got {got}")
     A = rotation.to(view.recipe)
     with without_autocast(A):
         return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
@@ -232,12 +259,18 @@ def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
     Example: ``varimax_view(signal_view(model)).codebook(0)``
     """
     with without_autocast(view.recipe):
-        rotation = varimax_rotation(view.recipe[: view.n_tokens], seed=seed)
+        rotation = varimax_rotation(view.recipe[: view.n_tokens], seed=random_seed(seed))
     return dataclasses.replace(rotate(view, rotation), name="varimax")
 
 
 def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:
     """A Haar-distributed orthogonal matrix: QR of a Gaussian one, signs fixed by the diagonal of R (Mezzadri, 2007)."""
-    gaussian = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gaussian = torch.randn(n, n, generator=torch.Generator().manual_seed(random_seed(seed)), dtype=torch.float64)
     Q, R = torch.linalg.qr(gaussian)
     return (Q * R.diagonal().sign()).float()
+
+
+def _check_vectors(what: str, x: Tensor, axis: str, size: int) -> None:
+    if not isinstance(x, Tensor) or not x.ndim or x.shape[-1] != size:
+        got = list(x.shape) if isinstance(x, Tensor) else repr(x)
+        raise ReflowlensError(f"{what} is a tensor [..., {axis}] with {axis}={size}, got {got}")

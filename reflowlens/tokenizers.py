@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reflowlens.arguments import integer
 from reflowlens.config import FILE_TOKENIZER
 from reflowlens.errors import ReflowlensError
 
@@ -89,6 +90,8 @@ class Tokenizer:
         Raises ReflowlensError that shows how the word splits, and names the form that is a single token if with (or
         without) the leading space there is one.
         """
+        if not isinstance(word, str):
+            raise ReflowlensError(f"the text of a token was expected, got {word!r}")
         ids = self._pieces(word)
         if len(ids) == 1:
             return ids[0]
@@ -114,13 +117,13 @@ class Tokenizer:
         raise NotImplementedError
 
     def _checked(self, token: int) -> int:
-        token = int(token)  # a tensor's or an array's element is welcome
-        if not 0 <= token < self.n_vocab:
+        index = integer(token)  # a tensor's or an array's element is welcome
+        if index is None or not 0 <= index < self.n_vocab:
             raise ReflowlensError(
-                f"no token {token} in {self.name}: its ids are 0 to {self.n_vocab - 1} "
+                f"no token {token!r} in {self.name}: its ids are 0 to {self.n_vocab - 1} "
                 "(ids beyond are the padding of a model's vocabulary)"
             )
-        return token
+        return index
 
 
 class RankTokenizer(Tokenizer):

@@ -42,7 +42,7 @@ from tests.reference import bdh as plain
 from tests.runs import measured, records, same_files
 from tests.test_estimate import kept_for_backward
 from tests.test_sweep import whole
-from tests.tiny import assert_close, random_tokens
+from tests.tiny import assert_close, random_model, random_tokens
 
 CONFIG = ModelConfig(
     architecture="bdh",
@@ -265,6 +265,9 @@ def test_what_a_state_cannot_do_is_said() -> None:
     model, tokens = random_bdh(), random_tokens(CONFIG)
     with pytest.raises(ReflowlensError, match="holds a batch of 1, and the input is a batch of 2"):
         model(tokens, past_kv_cache=model.make_cache(1))
+    for reader, other in ((model, random_model("reflow")), (random_model("reflow"), model)):
+        with pytest.raises(ReflowlensError, match=r"past_kv_cache must be what model.make_cache\(batch\) gives"):
+            reader(tokens, past_kv_cache=other.make_cache(2))
     with (
         pytest.raises(ReflowlensError, match="attn_scores exist where the whole text is read at once"),
         model.hooks(fwd_hooks=[("blocks.0.hook_attn_scores", lambda scores, hook: None)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -439,6 +440,23 @@ def test_a_cache_of_another_batch(model: HookedModel, tokens: Tensor) -> None:
         model(tokens, past_kv_cache=past)
     with pytest.raises(ReflowlensError, match="holds a batch of 3, and the input is a batch of 1"):
         model(tokens[:1], past_kv_cache=past)
+
+
+@pytest.mark.parametrize("other", ["same sizes", "a copy", "more layers", "longer", "other heads"])
+@torch.no_grad()
+def test_a_cache_of_another_model(other: str) -> None:
+    model = random_model("reflow_lite")
+    sizes = {"more layers": {"n_layers": 3}, "longer": {"n_ctx": 48}, "other heads": {"n_key_value_heads": 4}}
+    changed = random_model(tiny_config("reflow_lite", **sizes.get(other, {})))
+    reader = copy.deepcopy(model) if other == "a copy" else changed
+    past = reader.make_cache(1)
+    reader("ab", past_kv_cache=past)
+    with pytest.raises(ReflowlensError, match="this key-value cache is another model's"):
+        model("c", past_kv_cache=past)
+    assert past.length == 2
+    expected = reader("abc")[:, -1:]
+    for own in (copy.deepcopy(past), pickle.loads(pickle.dumps(past)), past):
+        assert_close(reader("c", past_kv_cache=own), expected)
 
 
 def test_words_of_several_tokens(model: HookedModel) -> None:

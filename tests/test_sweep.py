@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
+import pickle
 import socket
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +424,25 @@ def test_two_processes_share_the_cells(tmp_path: Path) -> None:
 def test_impossible_sweeps(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ReflowlensError, match=message):
         rl.sweep(MODELS["reflow"], *arguments)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        metrics.logit_diff("a", [98]),
+        metrics.target_prob(torch.tensor([97]), position="all"),
+        metrics.target_rank("a", position=-2),
+        metrics.kl(),
+        metrics.loss(),
+        metrics.recovery(metrics.target_prob("a")),
+    ],
+    ids=lambda metric: metric.name,
+)
+def test_a_metric_in_another_process_is_the_same(metric: metrics.Metric) -> None:
+    sent = pickle.loads(ForkingPickler.dumps(metric))  # what multiprocessing sends
+    assert sent == dataclasses.replace(metric, bind=sent.bind)
+    here, there = (rl.sweep(MODELS["reflow"], "abc", "abd", "resid_pre", each).values for each in (metric, sent))
+    assert here.equal(there)
 
 
 def test_metrics_of_whole_logits(model: HookedModel, tokens: Tensor) -> None:

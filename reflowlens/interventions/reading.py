@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import check_lengths_known
-from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, read_positions
+from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, check_metric, read_positions
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import Readout, ResidualModel
 
@@ -51,8 +51,7 @@ class Reader:
         lengths: Sequence[int],
         clean: Int[Tensor, "prompt pos"] | None,
     ) -> None:
-        if not isinstance(metric, Metric):
-            raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
+        check_metric(metric)
         check_lengths_known(model, lengths)
         self.model = model
         self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)

@@ -27,13 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
 from reflowlens.interventions.runs import PackedRuns
 from reflowlens.interventions.suffixes import Layout
-from reflowlens.interventions.values import integer
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
 from reflowlens.models.residual import Readout, ResidualModel

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import read_once
@@ -301,18 +301,6 @@ def _selector(value: Any, name: str) -> int | slice | list[int] | str | None:
     words = {"layer": ", or 'all'", "position": ", 'last', or the text of a token"}.get(name.rsplit(".", 1)[-1], "")
     ranges = "" if name.endswith(".layer") else ", a slice"
     raise ReflowlensError(f"{name} must be an index{ranges}, or several indices (no mask){words}; got {shown}")
-
-
-def integer(value: Any) -> int | None:
-    """An integer of Python, NumPy or torch as Python's; None where it is none (a truth value is none)."""
-    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
-        return None
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def _check_number(value: Any, name: str) -> None:

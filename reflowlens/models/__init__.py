@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from reflowlens.arguments import random_seed
 from reflowlens.config import ModelConfig, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -67,7 +68,7 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
     if place == "meta":
         return model
     with float32_by_default():
-        model.init_weights(torch.Generator().manual_seed(seed))
+        model.init_weights(torch.Generator().manual_seed(random_seed(seed)))
     return moved(model, device)
 
 

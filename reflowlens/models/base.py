@@ -22,6 +22,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from reflowlens.arguments import integer
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Norm
@@ -155,8 +156,7 @@ class HookedModel(HookedRootModule):
             )
 
     def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
-        # On another device the check would wait for it, and in a compiled graph it would break the graph.
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or not tokens.numel():
+        if not is_cheap_to_read(tokens):
             return
         lowest, highest = map(int, tokens.aminmax())
         if lowest < 0 or highest >= self.cfg.d_vocab:
@@ -164,9 +164,19 @@ class HookedModel(HookedRootModule):
                 f"no token {lowest if lowest < 0 else highest}: this model's ids are 0 to {self.cfg.d_vocab - 1}"
             )
 
+    def _as_ids(self, tokens: Any) -> Int[Tensor, "*tokens"]:
+        """Ids of any shape as a tensor: of a number, a list, an array or a tensor."""
+        try:
+            ids = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.asarray(tokens))
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.tensor(torch.nan)
+        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            raise ReflowlensError(f"token ids are integers, got {tokens!r}")
+        return ids.long()
+
     def to_string(self, tokens: Int[Tensor, "*batch pos"] | Sequence[int]) -> str | list[str]:
         """The text of ids [pos], or a list of texts of ids [batch, pos]."""
-        ids = torch.as_tensor(tokens)
+        ids = self._as_ids(tokens)
         if ids.ndim == 2:
             return [self.tokenizer.decode(row.tolist()) for row in ids]
         return self.tokenizer.decode(ids.reshape(-1).tolist())
@@ -175,11 +185,9 @@ class HookedModel(HookedRootModule):
         self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
     ) -> list[str]:
         """The text of each token of one prompt, for labels; of ids of any shape those in order."""
-        if isinstance(input, str):
-            input = self.to_tokens(input, prepend_bos)
-        elif not isinstance(input, Tensor | np.ndarray) and any(isinstance(text, str) for text in input):
+        if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
             raise ReflowlensError("to_str_tokens takes one text, or ids: call it for each text")
-        ids = input if isinstance(input, Tensor) else torch.as_tensor(np.asarray(input))
+        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
     def to_single_token(self, word: str) -> int:
@@ -200,10 +208,9 @@ class HookedModel(HookedRootModule):
         With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit, rounded;
         where the final norm has a bias b, to the logit less ``b · W_U[:, token]``, which nothing in the stream writes.
         """
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.cfg.device)
-        return self.unembedding_rows(ids) * self.ln_final.w
+        ids = self._as_ids(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        self._check_ids(ids)
+        return self.unembedding_rows(ids.to(self.cfg.device)) * self.ln_final.w
 
     def unembedding_rows(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
         """Columns of W_U as rows, without forming the others of a tied embedding."""
@@ -235,7 +242,13 @@ class HookedModel(HookedRootModule):
         Args:
             mlp_input: count the attention bias of block ``layer`` too.
             include_mlp_biases: False counts those of attention alone.
+
+        Raises:
+            ReflowlensError: the layer is none of 0 to ``n_layers``.
         """
+        n_layers, index = self.cfg.n_layers, integer(layer)
+        if index is None or not 0 <= index <= n_layers:
+            raise ReflowlensError(f"layer must be an integer from 0 to n_layers={n_layers}, got {layer!r}")
         return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=torch.float32)
 
     def tl_parameters(self) -> dict[str, Tensor]:
@@ -482,6 +495,11 @@ def _at_positions(tensor: Tensor, axis: int, positions: Slice, pos_slice: Any) -
     if not found:
         raise ReflowlensError(f"pos_slice={pos_slice} selects nothing: this pass has positions 0 to {n - 1}")
     return positions.apply(tensor, dim=axis).clone()  # a view would keep every position alive
+
+
+def is_cheap_to_read(tokens: Int[Tensor, "*tokens"]) -> bool:
+    """Whether there are values to look at, on no other device, which would be waited for, and in no compiled graph."""
+    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel() > 0
 
 
 def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:

@@ -35,6 +35,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import AXES
 from reflowlens.models.components import Norm, Places, Positions, is_hooked, weighted_sum, wide
+from reflowlens.models.past import ReadPositions
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
 _NEURONS = ("batch", "pos", "head", "neuron")
@@ -71,6 +72,10 @@ class BDH(ResidualModel):
         self.ln_final = cast(Norm, Unnormalised(cfg))
         self.setup()
 
+    @property
+    def past_type(self) -> type[RecurrentState]:
+        return RecurrentState
+
     def build_embedding(self, cfg: ModelConfig) -> None:
         self.embed = Embed(cfg)
         self.unembed = OwnUnembed(self)
@@ -82,9 +87,6 @@ class BDH(ResidualModel):
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
         return normalized(super().embed_tokens(tokens, weights, positions), self.cfg.eps)
-
-    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> RecurrentState:
-        return RecurrentState(self.cfg, batch, dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -222,7 +224,7 @@ class Past(Protocol):
         ...
 
 
-class RecurrentState:
+class RecurrentState(ReadPositions):
     """ρ of every level, Σ_s R_s x_sparse_sᵀ x_s over the positions that were read: its size does not grow with them.
 
     Example: ``past = model.make_cache(1); model("To b", past_kv_cache=past); model("e", past_kv_cache=past)`` gives the
@@ -230,24 +232,21 @@ class RecurrentState:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (batch, cfg.n_heads, cfg.d_head, cfg.d_model)
+        super().__init__(cfg, batch, dtype)
+        shape = (self.batch, cfg.n_heads, cfg.d_head, cfg.d_model)
         self.states: list[Float[Tensor, "batch head neuron d_model"]] = [
             torch.zeros(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
         ]
-        self.length = 0
-        self.ready: Bool[Tensor, " batch"] | None = None  # see `reflowlens.generation.generate`
+
+    @classmethod
+    def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
+        return cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model
 
     def attend(
         self, layer: int, q: Float[Tensor, "batch head pos neuron"], x: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch head pos d_model"]:
-        """Attention of the new positions of a level to all before them; they are read into the state.
-
-        Raises:
-            ReflowlensError: the state was made for another number of rows.
-        """
+        """Attention of the new positions of a level to all before them; they are read into the state."""
         state = self.states[layer]
-        if len(q) != len(state):
-            raise ReflowlensError(f"this state holds a batch of {len(state)}, and the input is a batch of {len(q)}")
         out, self.states[layer] = attend_in_chunks(q, x, chunk=x.shape[2], state=state)
         return out
 

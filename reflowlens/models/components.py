@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig, RotaryScaling
-from reflowlens.errors import ReflowlensError
+from reflowlens.models.past import ReadPositions
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
@@ -189,7 +189,7 @@ class Past(Protocol):
         ...
 
 
-class KeyValueCache:
+class KeyValueCache(ReadPositions):
     """Keys (already rotated) and values of the positions a model has read, one pair a layer.
 
     Example: ``past = KeyValueCache(model.cfg, batch=1); model(tokens[:, :5], past_kv_cache=past);
@@ -197,13 +197,16 @@ class KeyValueCache:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
+        super().__init__(cfg, batch, dtype)
+        shape = (self.batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
         self.keys: list[Float[Tensor, "batch n_ctx kv_head d_head"]] = [
             torch.empty(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
         ]
         self.values = [torch.empty_like(keys) for keys in self.keys]
-        self.length = 0
-        self.ready: Bool[Tensor, " batch"] | None = None  # see `reflowlens.generation.generate`
+
+    @classmethod
+    def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
+        return cfg.n_layers, cfg.n_ctx, cfg.kv_heads, cfg.d_head
 
     def mix(
         self,
@@ -218,16 +221,7 @@ class KeyValueCache:
     def extend(
         self, layer: int, k: Float[Tensor, "batch pos kv_head d_head"], v: Float[Tensor, "batch pos kv_head d_head"]
     ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
-        """Store the new positions of one layer and return all of its positions so far.
-
-        Raises:
-            ReflowlensError: the cache was made for another number of rows.
-        """
-        batch = self.keys[layer].shape[0]
-        if k.shape[0] != batch:
-            raise ReflowlensError(
-                f"this key-value cache holds a batch of {batch}, and the input is a batch of {k.shape[0]}"
-            )
+        """Store the new positions of one layer and return all of its positions so far."""
         end = self.length + k.shape[1]
         if torch.is_grad_enabled() or self.keys[layer].requires_grad:  # a backward pass needs what it saved unchanged
             self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()

@@ -36,8 +36,9 @@ class Decoder(ResidualModel):
         self.ln_final = Norm(cfg)
         self.setup()
 
-    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KeyValueCache:
-        return KeyValueCache(self.cfg, batch, dtype)
+    @property
+    def past_type(self) -> type[KeyValueCache]:
+        return KeyValueCache
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

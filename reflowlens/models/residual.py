@@ -5,7 +5,7 @@ What a block is (attention and an MLP, or a level of BDH) and what it remembers 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
+from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel, TextInput, is_cheap_to_read
 from reflowlens.models.components import Places, Positions, packed_places
 from reflowlens.models.loss import IGNORE, cross_entropy
+from reflowlens.models.past import ReadPositions
 from reflowlens.models.threads import reading_forward
 
 ReturnType = Literal["logits", "loss", "both"] | None
-
-
-class Past(Protocol):
-    """What a family keeps of the positions that were read: ``length`` is how many they are."""
-
-    length: int
 
 
 class Readout(NamedTuple):
@@ -86,6 +82,14 @@ class ResidualModel(HookedModel):
     embed: nn.Module
     unembed: Unembed
 
+    @property
+    def past_type(self) -> type[ReadPositions]:
+        """What the family keeps of positions that were read."""
+        raise NotImplementedError
+
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> ReadPositions:
+        return self.past_type(self.cfg, batch, dtype)
+
     def build_embedding(self, cfg: ModelConfig) -> None:
         """Create the modules at both ends."""
         self.embed = Embed(cfg)
@@ -111,7 +115,7 @@ class ResidualModel(HookedModel):
         targets: Int[Tensor, "batch pos"] | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-        past_kv_cache: Past | None = None,
+        past_kv_cache: ReadPositions | None = None,
         segments: Int[Tensor, "batch pos"] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | None:
         """Read text or tokens and predict the next token at every position.
@@ -135,10 +139,12 @@ class ResidualModel(HookedModel):
             ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
                 does not exist or the first lies behind the last, a loss is asked for without targets, targets or
                 segments do not fit the input, or a cache comes with segments, with a part of the layers or with texts
-                of several lengths, or was made for another batch.
+                of several lengths, or is another model's or made for another batch.
         """
-        if return_type not in ("logits", "loss", "both", None):
+        if not is_one_of(return_type, ("logits", "loss", "both", None)):
             raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+        if past_kv_cache is not None and not isinstance(past_kv_cache, self.past_type):
+            raise ReflowlensError(f"past_kv_cache must be what model.make_cache(batch) gives, got {past_kv_cache!r}")
         offset = past_kv_cache.length if past_kv_cache is not None else 0
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         if past_kv_cache is not None and (start_at_layer is not None or stop < self.cfg.n_layers):
@@ -154,6 +160,8 @@ class ResidualModel(HookedModel):
                     f"texts of one length go with a key-value cache, which would keep the padding of others; got "
                     f"{', '.join(map(str, lengths))} tokens"
                 )
+            if past_kv_cache is not None:
+                past_kv_cache.check(self, len(tokens))
             places = self._places(tokens.shape, segments, past_kv_cache)
             if targets is None and return_type in ("loss", "both"):
                 targets = self.next_tokens(tokens, lengths)
@@ -166,11 +174,14 @@ class ResidualModel(HookedModel):
                 raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
             if input.shape[2] != self.cfg.d_model:
                 raise ReflowlensError(f"this residual stream is {input.shape[2]} wide, but d_model={self.cfg.d_model}")
+            own = self.ln_final.w.dtype
+            if input.dtype != own and not torch.is_autocast_enabled(input.device.type):
+                raise ReflowlensError(f"this residual stream is {input.dtype}, but the model computes in {own}")
             self.check_length(input.shape[1], offset)
             places = self._places(input.shape[:2], segments, past_kv_cache)
             resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
-        if targets is not None and targets.shape != resid.shape[:2]:
-            raise ReflowlensError(f"targets must be [batch, pos] = {list(resid.shape[:2])}, got {list(targets.shape)}")
+        if targets is not None:
+            self._check_targets(targets, resid.shape[:2])
         for block in self.blocks[start:stop]:
             resid = block(resid, places, past_kv_cache)
         if past_kv_cache is not None:
@@ -188,7 +199,15 @@ class ResidualModel(HookedModel):
             return readout.loss(targets)
         return readout.logits(), readout.loss(targets)
 
-    def _places(self, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: Past | None) -> Places:
+    def _check_targets(self, targets: Int[Tensor, "batch pos"], shape: torch.Size) -> None:
+        _check_integers("targets", targets, shape)
+        highest = int(targets.max()) if is_cheap_to_read(targets) else 0
+        if highest >= self.cfg.d_vocab:
+            raise ReflowlensError(f"no token {highest}: this model's ids are 0 to {self.cfg.d_vocab - 1}")
+
+    def _places(
+        self, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: ReadPositions | None
+    ) -> Places:
         if segments is None:
             offset = past.length if past is not None else 0
             return Places(slice(offset, offset + shape[1]))
@@ -196,13 +215,14 @@ class ResidualModel(HookedModel):
             raise ReflowlensError(
                 "segments cannot be read with a key-value cache: pass whole rows and no past_kv_cache"
             )
-        if segments.shape != shape:
-            raise ReflowlensError(f"segments must be [batch, pos] = {list(shape)}, got {list(segments.shape)}")
+        _check_integers("segments", segments, shape)
         return packed_places(segments.to(self.cfg.device))
 
     def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
         n_layers = self.cfg.n_layers
         for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if layer is not None and integer(layer) is None:
+                raise ReflowlensError(f"{name} must be a block's number, 0 to {n_layers - 1}, got {layer!r}")
             if layer is not None and not -n_layers <= layer <= n_layers:
                 raise ReflowlensError(f"{name}={layer} is out of range: this model has blocks 0 to {n_layers - 1}")
         first, last, _ = slice(start, stop).indices(n_layers)
@@ -227,3 +247,11 @@ class ResidualModel(HookedModel):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
         return torch.zeros(self.cfg.d_vocab, device=self.cfg.device, dtype=torch.float32)
+
+
+def _check_integers(name: str, values: Tensor, shape: torch.Size) -> None:
+    if not isinstance(values, Tensor) or values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else repr(values)
+        raise ReflowlensError(f"{name} must be a tensor of integers [batch, pos], got {got}")
+    if values.shape != shape:
+        raise ReflowlensError(f"{name} must be [batch, pos] = {list(shape)}, got {list(values.shape)}")

@@ -1,0 +1,58 @@
+"""What a model keeps of the positions that it has read, so that a later pass reads on from there."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from reflowlens.arguments import integer
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+
+
+class ReadPositions:
+    """Base class of what passes extend, a ``past_kv_cache``; the families say what they keep of a position.
+
+    Attributes:
+        length: how many positions were read.
+        batch: how many rows it is made for.
+        sizes: of what is kept, which a model must share; see :meth:`sizes_for`.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype) -> None:
+        rows = integer(batch)
+        if rows is None or rows < 1:
+            raise ReflowlensError(f"batch must be an integer and at least 1, got {batch!r}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ReflowlensError(f"dtype must be a floating-point type such as torch.float32, got {dtype!r}")
+        self.batch, self.sizes, self.length = rows, self.sizes_for(cfg), 0
+        self._reader: weakref.ref[Any] | None = None
+
+    @classmethod
+    def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
+        """The sizes of what is kept of a row."""
+        raise NotImplementedError
+
+    def check(self, model: Any, batch: int) -> None:
+        """Raise unless ``model`` can read ``batch`` rows on from here: what is kept is its own, or nothing yet.
+
+        Raises:
+            ReflowlensError: it is of other sizes, was read by another model (one of the same sizes too, and a copy,
+                whose weights may differ), or holds another number of rows.
+        """
+        other = self.length and self._reader is not None and self._reader() is not model
+        if other or self.sizes != self.sizes_for(model.cfg):
+            raise ReflowlensError(
+                "this key-value cache is another model's: each model reads on from its own, model.make_cache(batch)"
+            )
+        if batch != self.batch:
+            raise ReflowlensError(
+                f"this key-value cache holds a batch of {self.batch}, and the input is a batch of {batch}"
+            )
+        if self._reader is None or not self.length:
+            self._reader = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}  # a reference of this process

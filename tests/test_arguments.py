@@ -1,0 +1,147 @@
+"""What a caller may get wrong: every argument of another type, or out of range, is one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import reflowlens as rl
+from reflowlens import metrics
+from reflowlens.errors import ReflowlensError
+from reflowlens.signals import rotate
+from tests.tiny import random_model
+
+MODEL = random_model("reflow")
+VIEW = rl.signal_view(MODEL)
+LOGITS = MODEL("abcd")
+STREAM = torch.randn(1, 4, MODEL.cfg.d_model)
+IDS = [np.array([1, 2]), torch.tensor([1, 2])]
+NO_NUMBERS = ["a", "2", None, [], [1], {}, object(), b"x", float("nan"), *IDS]
+NO_INTEGERS = [*NO_NUMBERS, 1.0, 2.5, True, torch.tensor(2.0), torch.tensor(True)]
+NO_TENSORS = ["a", 1, 2.5, [1.0], {}, object(), np.zeros(4)]
+
+
+def but(values: list[Any], *allowed: Any) -> list[Any]:
+    return [value for value in values if repr(value) not in map(repr, allowed)]
+
+
+def generate(name: str) -> Callable[[Any], Any]:
+    return lambda value: MODEL.generate("ab", **{"max_new_tokens": 2, name: value})
+
+
+def forward(name: str, **kwargs: Any) -> Callable[[Any], Any]:
+    return lambda value: MODEL("abcd", **kwargs, **{name: value})
+
+
+CALLS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+    "generate input": (lambda value: MODEL.generate(value, 2), but(NO_INTEGERS, "a", "2")[:4]),
+    "generate max_new_tokens": (generate("max_new_tokens"), [*NO_INTEGERS, 0, -1, 1000]),
+    "generate temperature": (generate("temperature"), [*NO_NUMBERS, True, -1, -0.5, 2**2000]),
+    "generate top_k": (generate("top_k"), [*but(NO_INTEGERS, None), 0, -1]),
+    "generate top_p": (generate("top_p"), [*but(NO_NUMBERS, None), True, 0, 1.5]),
+    "generate seed": (generate("seed"), [*NO_INTEGERS, 2**70, -(2**70)]),
+    "generate stop_token": (generate("stop_token"), [*but(NO_INTEGERS, "a", "2", None), "ab", -1, 288]),
+    "generate return_type": (generate("return_type"), NO_INTEGERS),
+    "forward return_type": (forward("return_type"), but(NO_INTEGERS, None)),
+    "forward targets": (forward("targets"), [*NO_TENSORS, LOGITS[..., 0], torch.zeros(4).long()]),
+    "forward targets beyond": (forward("targets", return_type="loss"), [torch.full((1, 4), 288)]),
+    "forward segments": (forward("segments"), [*NO_TENSORS, LOGITS[..., 0], torch.zeros(4).long()]),
+    "forward stop_at_layer": (forward("stop_at_layer"), [*but(NO_INTEGERS, None), 3, -3]),
+    "forward start_at_layer": (lambda value: MODEL(STREAM, start_at_layer=value), [*but(NO_INTEGERS, None), 3, -3]),
+    "forward stream": (
+        lambda value: MODEL(value, start_at_layer=1),
+        [*NO_TENSORS, STREAM[0], STREAM[..., :3], STREAM[:, :0], STREAM.double(), STREAM.half(), STREAM.long()],
+    ),
+    "forward past_kv_cache": (forward("past_kv_cache"), but(NO_INTEGERS, None)),
+    "make_cache batch": (MODEL.make_cache, [*NO_INTEGERS, 0, -1]),
+    "make_cache dtype": (lambda value: MODEL.make_cache(1, value), ["float32", 1, None, torch.int64]),
+    "to_single_token": (MODEL.to_single_token, [*but(NO_INTEGERS, "a", "2"), 5, "", "ab"]),
+    "to_single_str_token": (MODEL.to_single_str_token, [*NO_INTEGERS, -1, 256]),
+    "to_string": (MODEL.to_string, [*but(NO_INTEGERS, [], [1], *IDS), [1.5], [-1], [2**70]]),
+    "to_str_tokens": (MODEL.to_str_tokens, [*but(NO_INTEGERS, "a", "2", [], [1], *IDS), ["a"], [-1]]),
+    "tokens_to_residual_directions": (
+        MODEL.tokens_to_residual_directions,
+        [*but(NO_INTEGERS, "a", "2", [], [1], *IDS), "ab", -1, 288, torch.tensor([1.0])],
+    ),
+    "accumulated_bias": (MODEL.accumulated_bias, [*NO_INTEGERS, -1, 3]),
+    "build_model seed": (lambda value: rl.build_model(MODEL.cfg, seed=value), [*NO_INTEGERS, 2**70]),
+    "signal_view name": (lambda value: rl.signal_view(MODEL, value), but(NO_INTEGERS, None)),
+    "signal_view seed": (lambda value: rl.signal_view(MODEL, "rotated", seed=value), [*NO_INTEGERS, 2**70]),
+    "signal_view seed of varimax": (lambda value: rl.signal_view(MODEL, "varimax", seed=value), NO_INTEGERS),
+    "rotate": (lambda value: rotate(VIEW, value), [*NO_TENSORS, torch.eye(3), torch.zeros(32)]),
+    "readout": (VIEW.readout, [*NO_TENSORS, STREAM[..., :3], torch.tensor(1.0)]),
+    "logits": (VIEW.logits, [*NO_TENSORS, STREAM[..., :3], torch.tensor(1.0)]),
+    "write": (VIEW.write, [*NO_TENSORS, STREAM[..., :3], torch.tensor(1.0)]),
+    "contributions stream": (lambda value: VIEW.contributions(value, "a"), [*NO_TENSORS, STREAM[..., :3]]),
+    "contributions target": (
+        lambda value: VIEW.contributions(STREAM, value),
+        [1.0, 2.5, True, None, {}, "ab", -1, 288, torch.zeros(3).long(), torch.zeros(0).long(), torch.ones(4)],
+    ),
+    "rows": (VIEW.rows, ["a", 1, None, object(), torch.tensor(2), ["ab"], [1]]),
+    "codebook": (VIEW.codebook, [*NO_INTEGERS, -1, 32]),
+    "codebook k": (lambda value: VIEW.codebook(0, k=value), [*NO_INTEGERS, 0, -1]),
+    "recovery": (metrics.recovery, [*NO_INTEGERS, metrics.kl]),
+    "of_logits model": (lambda value: metrics.target_prob("a").of_logits(value, LOGITS), NO_INTEGERS),
+    "of_logits logits": (
+        lambda value: metrics.target_prob("a").of_logits(MODEL, value),
+        [*NO_TENSORS, LOGITS[0], LOGITS[..., :5], LOGITS[:, :0], LOGITS[:0]],
+    ),
+    "of_logits prompts": (
+        lambda value: metrics.target_prob("a").of_logits(MODEL, LOGITS, value),
+        [*but(NO_INTEGERS, None), "abcde", ["abcd", "ab"]],
+    ),
+    **{
+        f"{name} target": (
+            lambda value, metric=metric: metric(value).of_logits(MODEL, LOGITS),
+            [*but(NO_INTEGERS, "a", "2", [1]), "ab", -1, 288],
+        )
+        for name, metric in {
+            "target_prob": metrics.target_prob,
+            "target_rank": metrics.target_rank,
+            "logit_diff": lambda value: metrics.logit_diff("a", value),
+        }.items()
+    },
+    "metric position": (
+        lambda value: metrics.target_prob("a", position=value).of_logits(MODEL, LOGITS),
+        [*NO_INTEGERS, 4, -5],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_of_another_type_or_out_of_range_is_an_error(name: str) -> None:
+    call, wrong = CALLS[name]
+    for value in wrong:
+        with pytest.raises(ReflowlensError):
+            raise AssertionError(f"{name}: {value!r} was accepted, and gave {call(value)!r}")
+
+
+@pytest.mark.parametrize("number", [np.int64(1), np.int32(1), torch.tensor(1), np.array(1)])
+def test_integers_of_numpy_and_torch_are_integers(number: Any) -> None:
+    options = {"top_k": number, "seed": number, "return_type": "tokens"}
+    assert MODEL.generate("ab", number, **options).equal(MODEL.generate("ab", 1, top_k=1, seed=1, return_type="tokens"))
+    assert MODEL("abcd", stop_at_layer=number).equal(MODEL("abcd", stop_at_layer=1))
+    assert VIEW.codebook(number, k=number).equals(VIEW.codebook(1, k=1))
+    assert MODEL.to_single_str_token(number) == MODEL.to_single_str_token(1)
+    position, last = (metrics.target_prob(number, position=at).of_logits(MODEL, LOGITS[:, :2]) for at in (number, -1))
+    assert position.equal(last)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("forward start_at_layer", 1.0, "start_at_layer must be a block's number, 0 to 1, got 1.0"),
+        ("forward stop_at_layer", "2", "stop_at_layer must be a block's number, 0 to 1, got '2'"),
+        ("forward past_kv_cache", 5, r"past_kv_cache must be what model.make_cache\(batch\) gives, got 5"),
+        ("codebook", 1.0, "no signal 1.0: this view has signals 0 to 31"),
+        ("codebook k", -1, "k must be an integer and at least 1, got -1"),
+        ("to_single_token", 5, "the text of a token was expected, got 5"),
+    ],
+)
+def test_the_message_names_the_argument_and_what_it_may_be(name: str, argument: Any, message: str) -> None:
+    with pytest.raises(ReflowlensError, match=message):
+        CALLS[name][0](argument)
