@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from reflowlens.arguments import integer, is_one_of, random_seed, real
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.passes import growing_text
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
 from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -92,9 +93,8 @@ def generate(
     read, end = 0, min(lengths)
     bar = tqdm(total=total - end, unit="token", disable=not (sys.stderr.isatty() if progress is None else progress))
     while end < total and not ended.all():
-        if past is not None:
-            past.ready = starts <= end  # an intervention at "last" leaves the inside of a prompt alone
-        logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
+        with growing_text(ready=starts <= end):
+            logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
         free = (starts <= end) & ~ended  # rows still inside their prompt draw nothing, so that they stay as if alone
         drawing = free.nonzero().squeeze(1)
         drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])

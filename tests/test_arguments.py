@@ -57,6 +57,15 @@ CALLS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         [*NO_TENSORS, STREAM[0], STREAM[..., :3], STREAM[:, :0], STREAM.double(), STREAM.half(), STREAM.long()],
     ),
     "forward past_kv_cache": (forward("past_kv_cache"), but(NO_INTEGERS, None)),
+    "run past_kv_cache": (
+        lambda value: rl.run(MODEL, "abcd", rl.Ablate("z", layer=0), past_kv_cache=value),
+        but(NO_INTEGERS, None),
+    ),
+    "run stream": (lambda value: rl.run(MODEL, value, rl.Ablate("z", layer=0), start_at_layer=0), NO_TENSORS),
+    "run_with_cache past_kv_cache": (
+        lambda value: MODEL.run_with_cache("abcd", past_kv_cache=value),
+        but(NO_INTEGERS, None),
+    ),
     "make_cache batch": (MODEL.make_cache, [*NO_INTEGERS, 0, -1]),
     "make_cache dtype": (lambda value: MODEL.make_cache(1, value), ["float32", 1, None, torch.int64]),
     "to_single_token": (MODEL.to_single_token, [*but(NO_INTEGERS, "a", "2"), 5, "", "ab"]),

@@ -157,13 +157,32 @@ def test_a_row_is_intervened_on_as_it_is_alone(position, tiny_models):
         assert model.generate(text, 6, temperature=0, return_type="tokens")[0].tolist() != alone.tolist()
 
 
-def test_positions_from_the_end_are_refused(tiny_models):
+@pytest.mark.parametrize(
+    "intervention",
+    [
+        rl.Scale("resid_mid", 3.0, layer=0, position=slice(5, 8)),
+        rl.Scale("resid_mid", 3.0, layer=0, position=7),
+        rl.Scale("resid_mid", 3.0, layer=0, position=[1, 6]),
+        rl.Ablate("pattern", layer=1, index=slice(5, 8)),
+        rl.Ablate("pattern", layer=1, index=6, position=slice(6, 9)),
+    ],
+)
+def test_positions_that_are_not_written_yet_are_waited_for(tiny_models, intervention):
+    model, texts, options = tiny_models["reflow"], ["abcd", "x"], {"temperature": 0, "return_type": "tokens"}
+    with rl.intervene(model, intervention):
+        cached = model.generate(texts, 9, **options)
+        assert torch.equal(model.generate(texts, 9, use_past_kv_cache=False, **options), cached)
+    assert not torch.equal(model.generate(texts, 9, **options), cached)
+
+
+@pytest.mark.parametrize("past", [True, False])
+def test_positions_from_the_end_are_refused(tiny_models, past):
     model = tiny_models["reflow"]
     for position in (-1, slice(None, -1), slice(-2, None), [0, -1]):
         scale = rl.Scale("resid_mid", 0.0, layer=0, position=position)
         error = pytest.raises(ReflowlensError, match="negative positions have no meaning while text is generated")
         with error, rl.intervene(model, scale):
-            model.generate("abcd", 2)
+            model.generate("abcd", 2, use_past_kv_cache=past)
 
 
 INF = float("inf")

@@ -310,6 +310,11 @@ def test_an_intervention_that_no_pass_reaches_is_an_error(tiny_models: dict[str,
         rl.intervene(model, rl.Ablate("resid_pre", layer=1, position=20)),
     ):
         model.generate("abc", 2)
+    with (
+        pytest.raises(ReflowlensError, match=r"index=20 at 'blocks.1.attn.hook_pattern' was never reached"),
+        rl.intervene(model, rl.Ablate("pattern", layer=1, index=20)),
+    ):
+        model.generate("abc", 2)
 
 
 def test_short_names_are_transformer_lens_s(model: HookedModel, tokens: Tensor) -> None:

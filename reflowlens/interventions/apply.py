@@ -79,7 +79,8 @@ def intervene(
             yield hooked
     for b in bound:
         if not b.applied:
-            raise ReflowlensError(f"position={b.intervention.position!r} at {b.name!r} was never reached")
+            selector = "index" if b.intervention.position is None else "position"
+            raise ReflowlensError(f"{selector}={getattr(b.intervention, selector)!r} at {b.name!r} was never reached")
 
 
 def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | Intervention, **kwargs: Any) -> Any:

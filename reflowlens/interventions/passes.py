@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Prompt
 from reflowlens.models.base import HookedModel, read_once
+from reflowlens.models.past import read_before
 from reflowlens.models.threads import reading
 
 
@@ -57,6 +60,7 @@ class _Noted:
     blocks: list[_Block] = field(default_factory=list)
 
 
+_GROWING: ContextVar[Bool[Tensor, " batch"] | None] = ContextVar("growing", default=None)
 _NOTED: WeakKeyDictionary[HookedModel, _Noted] = WeakKeyDictionary()
 
 
@@ -103,6 +107,23 @@ def _noting(model: HookedModel, forward: Callable) -> Callable:
     return noting
 
 
+@contextlib.contextmanager
+def growing_text(ready: Bool[Tensor, " batch"]) -> Iterator[None]:
+    """Passes over the beginning of texts that are still being written, whether a cache holds what was read or not.
+
+    Positions count from the start of the text then, and those that are not there yet belong to later passes.
+
+    Args:
+        ready: rows whose newest token is their last so far: the others are still inside their prompts, which an
+            intervention at ``"last"`` leaves alone.
+    """
+    token = _GROWING.set(ready)
+    try:
+        yield
+    finally:
+        _GROWING.reset(token)
+
+
 def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
     """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
     if len(set(lengths)) > 1 and model in _NOTED:
@@ -113,16 +134,16 @@ def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
 
 
 def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
-    past = kwargs.get("past_kv_cache")
-    offset = past.length if past is not None else 0
+    past, growing = kwargs.get("past_kv_cache"), _GROWING.get()
+    offset = read_before(past)
     tokens, own = None, list[int]()
     if kwargs.get("start_at_layer") is None:
         tokens, own = model.tokens_and_lengths(input, offset=offset)
-    shape = input.shape[:2] if tokens is None else tokens.shape
+    shape = (*getattr(input, "shape", ()), 0, 0)[:2] if tokens is None else tokens.shape  # the model refuses no stream
     if lengths is not None and isinstance(input, Tensor):
         if len(lengths) != shape[0] or not all(1 <= length <= shape[1] for length in lengths):
             raise ReflowlensError(
                 f"lengths {list(lengths)} do not fit an input of {shape[0]} rows and {shape[1]} tokens"
             )
         own = list(lengths)
-    return Prompt(shape[1], tokens, own, offset, past is not None, getattr(past, "ready", None))
+    return Prompt(shape[1], tokens, own, offset, past is not None or growing is not None, growing)

@@ -213,7 +213,12 @@ def select(
         features, counted_keys = _from_own_end("index", intervention.index, prompt)
         uneven += ["key_pos"] * (not bool(counted_keys.all()))
     else:
-        features = _indices("index", intervention.index, size, name)
+        reached = intervention.index
+        if axes[-1] == "key_pos" and prompt.cached and reached is not None and not _counts_from_end(reached):
+            reached = _reached(reached, range(size), model.cfg.n_ctx)
+            if not reached:
+                return None
+        features = _indices("index", reached, size, name)
         if axes[-1] == "key_pos" and prompt.padded:
             counted_keys = torch.arange(size)[features] < torch.tensor(prompt.lengths)[:, None]
     return Selection(axes, positions, heads, features, counted, counted_keys, tuple(uneven))
@@ -244,12 +249,17 @@ def _positions(model: HookedModel, position: int | slice | Sequence[int] | str, 
     # With a key-value cache positions count from the start of the text, and this pass holds a window of them.
     if _counts_from_end(position):
         raise ReflowlensError("negative positions have no meaning while text is generated; use 'last'")
-    if isinstance(position, slice):
-        wanted: Sequence[int] = range(*position.indices(model.cfg.n_ctx))
+    here = _reached(position, range(offset, offset + n), model.cfg.n_ctx)
+    return torch.tensor(here) - offset if here else None
+
+
+def _reached(selector: int | slice | Sequence[int], places: range, n_ctx: int) -> list[int]:
+    """Those of the places that a pass holds of a text which a selector points at, counting from the text's start."""
+    if isinstance(selector, slice):
+        wanted: Sequence[int] = range(*selector.indices(n_ctx))
     else:
-        wanted = [position] if isinstance(position, int) else position
-    here = [p - offset for p in wanted if offset <= p < offset + n]
-    return torch.tensor(here) if here else None
+        wanted = [selector] if isinstance(selector, int) else selector
+    return [place for place in wanted if place in places]
 
 
 def _last(prompt: Prompt) -> Where:

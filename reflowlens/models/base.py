@@ -28,6 +28,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Norm
 from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
+from reflowlens.models.past import read_before
 from reflowlens.models.threads import changing
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
@@ -449,8 +450,7 @@ class HookedModel(HookedRootModule):
         """What a pass reads, where it starts from tokens, and how much of each row is its own."""
         if kwargs.get("start_at_layer") is not None:
             return None, None
-        past = kwargs.get("past_kv_cache")
-        return self.tokens_and_lengths(input, offset=0 if past is None else past.length)
+        return self.tokens_and_lengths(input, offset=read_before(kwargs.get("past_kv_cache")))
 
     def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:
         """Continue a prompt; see :func:`reflowlens.generation.generate`."""

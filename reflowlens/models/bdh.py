@@ -72,10 +72,6 @@ class BDH(ResidualModel):
         self.ln_final = cast(Norm, Unnormalised(cfg))
         self.setup()
 
-    @property
-    def past_type(self) -> type[RecurrentState]:
-        return RecurrentState
-
     def build_embedding(self, cfg: ModelConfig) -> None:
         self.embed = Embed(cfg)
         self.unembed = OwnUnembed(self)
@@ -87,6 +83,9 @@ class BDH(ResidualModel):
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
         return normalized(super().embed_tokens(tokens, weights, positions), self.cfg.eps)
+
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> RecurrentState:
+        return RecurrentState(self.cfg, batch, dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -240,7 +239,7 @@ class RecurrentState(ReadPositions):
 
     @classmethod
     def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
-        return cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model
+        return cfg.n_layers, cfg.n_heads, cfg.d_head, cfg.d_model  # whatever n_ctx is
 
     def attend(
         self, layer: int, q: Float[Tensor, "batch head pos neuron"], x: Float[Tensor, "batch pos d_model"]

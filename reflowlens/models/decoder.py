@@ -36,9 +36,8 @@ class Decoder(ResidualModel):
         self.ln_final = Norm(cfg)
         self.setup()
 
-    @property
-    def past_type(self) -> type[KeyValueCache]:
-        return KeyValueCache
+    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> KeyValueCache:
+        return KeyValueCache(self.cfg, batch, dtype)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

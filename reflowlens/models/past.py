@@ -12,13 +12,26 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 
 
+def read_before(past: Any) -> int:
+    """How many positions a pass with this ``past_kv_cache`` finds read.
+
+    Raises:
+        ReflowlensError: it is none.
+    """
+    if past is None:
+        return 0
+    if not isinstance(past, ReadPositions):
+        raise ReflowlensError(f"past_kv_cache must be what model.make_cache(batch) gives, got {past!r}")
+    return past.length
+
+
 class ReadPositions:
     """Base class of what passes extend, a ``past_kv_cache``; the families say what they keep of a position.
 
     Attributes:
         length: how many positions were read.
         batch: how many rows it is made for.
-        sizes: of what is kept, which a model must share; see :meth:`sizes_for`.
+        sizes: of what is kept of a row, which a model must share.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype) -> None:
@@ -27,7 +40,8 @@ class ReadPositions:
             raise ReflowlensError(f"batch must be an integer and at least 1, got {batch!r}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ReflowlensError(f"dtype must be a floating-point type such as torch.float32, got {dtype!r}")
-        self.batch, self.sizes, self.length = rows, self.sizes_for(cfg), 0
+        self.batch, self.length = rows, 0
+        self.architecture, self.sizes = cfg.architecture, self.sizes_for(cfg)
         self._reader: weakref.ref[Any] | None = None
 
     @classmethod
@@ -43,7 +57,7 @@ class ReadPositions:
                 whose weights may differ), or holds another number of rows.
         """
         other = self.length and self._reader is not None and self._reader() is not model
-        if other or self.sizes != self.sizes_for(model.cfg):
+        if other or (model.cfg.architecture != self.architecture) or self.sizes != self.sizes_for(model.cfg):
             raise ReflowlensError(
                 "this key-value cache is another model's: each model reads on from its own, model.make_cache(batch)"
             )

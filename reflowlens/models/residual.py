@@ -19,7 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel, TextInput, is_cheap_to_read
 from reflowlens.models.components import Places, Positions, packed_places
 from reflowlens.models.loss import IGNORE, cross_entropy
-from reflowlens.models.past import ReadPositions
+from reflowlens.models.past import ReadPositions, read_before
 from reflowlens.models.threads import reading_forward
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -82,14 +82,6 @@ class ResidualModel(HookedModel):
     embed: nn.Module
     unembed: Unembed
 
-    @property
-    def past_type(self) -> type[ReadPositions]:
-        """What the family keeps of positions that were read."""
-        raise NotImplementedError
-
-    def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> ReadPositions:
-        return self.past_type(self.cfg, batch, dtype)
-
     def build_embedding(self, cfg: ModelConfig) -> None:
         """Create the modules at both ends."""
         self.embed = Embed(cfg)
@@ -143,9 +135,7 @@ class ResidualModel(HookedModel):
         """
         if not is_one_of(return_type, ("logits", "loss", "both", None)):
             raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
-        if past_kv_cache is not None and not isinstance(past_kv_cache, self.past_type):
-            raise ReflowlensError(f"past_kv_cache must be what model.make_cache(batch) gives, got {past_kv_cache!r}")
-        offset = past_kv_cache.length if past_kv_cache is not None else 0
+        offset = read_before(past_kv_cache)
         start, stop = self._layer_range(start_at_layer, stop_at_layer)
         if past_kv_cache is not None and (start_at_layer is not None or stop < self.cfg.n_layers):
             raise ReflowlensError(
