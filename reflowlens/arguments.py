@@ -1,4 +1,4 @@
-"""Arguments that callers give as numbers or names, as plain Python values."""
+"""Arguments that callers give as numbers or names, as plain Python values; without importing torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from reflowlens.errors import ReflowlensError
 
 
 def integer(value: Any) -> int | None:
     """An integer of Python, NumPy or torch as Python's; None where it is none (a truth value is none)."""
-    if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
-        return None
-    if isinstance(value, Tensor) and value.dtype == torch.bool:
+    if not _is_scalar(value):
         return None
     try:
         return operator.index(value)
@@ -27,12 +21,18 @@ def integer(value: Any) -> int | None:
 
 def real(value: Any) -> float | None:
     """A number of Python, NumPy or torch as Python's; None where it is none, or beyond the largest float."""
-    if isinstance(value, bool | np.bool_ | str | bytes) or (isinstance(value, Tensor | np.ndarray) and value.ndim):
+    if isinstance(value, str | bytes) or not _is_scalar(value):
         return None
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether it may be a number: no truth value, and no array or tensor with axes."""
+    is_truth_value = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    return not is_truth_value and not getattr(value, "ndim", 0)
 
 
 def is_one_of(value: Any, choices: Sequence[str | None]) -> bool:

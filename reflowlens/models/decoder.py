@@ -12,9 +12,10 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.models.components import Block, KeyValueCache, Norm, is_bias, plus
 from reflowlens.models.residual import ResidualModel
+from reflowlens.models.stacked_weights import SHARED, StackedWeights, per_query_head
 
 
-class Decoder(ResidualModel):
+class Decoder(StackedWeights, ResidualModel):
     """Pre-norm causal decoder, its embedding tied unless the configuration says otherwise.
 
     An architecture overrides what is its own: :meth:`build_embedding`, :meth:`tied_weights` and :meth:`embed_tokens`.
@@ -64,8 +65,7 @@ class Decoder(ResidualModel):
 
     def tl_parameters(self) -> dict[str, Tensor]:
         parameters = super().tl_parameters()
-        group = self.cfg.n_heads // self.cfg.kv_heads
         for name, parameter in parameters.items():
-            if name.endswith(("attn.W_K", "attn.W_V", "attn.b_K", "attn.b_V")):
-                parameters[name] = parameter.repeat_interleave(group, dim=0)
+            if name.endswith(SHARED):
+                parameters[name] = per_query_head(parameter, self.cfg)
         return parameters

@@ -5,6 +5,8 @@ The preset is bias-free, as nanoGPT trains it; OpenAI's weights have a bias ever
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -30,6 +32,16 @@ class GPT2(Decoder):
         super().build_embedding(cfg)
         self.pos_embed = PosEmbed(cfg)
         self.hook_pos_embed = HookPoint()  # [batch, pos, d_model]
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """The learned positions."""
+        return self.pos_embed.W_pos
+
+    @property
+    def W_E_pos(self) -> Float[Tensor, "d_vocab+n_ctx d_model"]:
+        """W_E above W_pos: all that the stream can begin with, a sum of one row of each."""
+        return torch.cat([cast(Tensor, self.W_E), self.W_pos])
 
     def embed_tokens(
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
