@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from analyses.explanations import deciding, glossed
 from analyses.messages import NAMES, recognise, translate
 from analyses.result import Result
 from analyses.statistics import Verdict
@@ -19,6 +20,14 @@ COLUMNS = {
     "Verdict": "judged",
 }
 _SORTED_AS = {"Metric": "text", "Value": "number", "Verdict": "number"}  # by report.js
+_SHAPES = (  # of controls, about their middle
+    "m0-6v12",
+    "m-4 3.5l4-7 4 7z",
+    "m-3.5-3.5h7v7h-7z",
+    "m-4-4l8 8m0-8l-8 8",
+    "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "m-4-3.5l4 7 4-7z",
+)
 _SIGNS = {"supported": "✓", "underpowered": "?", "not supported": "✗"}
 
 
@@ -99,9 +108,11 @@ def _row(result: Result, metric: str) -> str:
     if metric in result.intervals:
         low, high = map(number, result.intervals[metric])
         interval = f' <span class="interval">{translate("{low} to {high}", low=low, high=high)}</span>'
+    decisive = deciding(result, metric)
     controls = "".join(
-        f"<li>{escape(recognise(words(name), *NAMES))} <b>{number(control)}</b></li>"
-        for name, control in result.controls.get(metric, {}).items()
+        f"<li{' class=decides' if name in decisive else ''}><span>{_svg(12, 12, [_control(i, 6, 6)])} "
+        f"{glossed(recognise(words(name), *NAMES))}</span> <b>{number(control)}</b></li>"
+        for i, (name, control) in enumerate(result.controls.get(metric, {}).items())
     )
     published = number(result.published[metric]) if metric in result.published else ""
     verdict = verdict_chip(result.verdicts[metric]) if metric in result.verdicts else ""
@@ -130,12 +141,18 @@ def _drawing(result: Result, metric: str) -> str:
     def at(x: float) -> str:
         return f"{8 + 134 * (x - low) / (high - low):.1f}"
 
-    marks = ['<path class="axis" d="M2 11h146"/>', *(f'<path class="control" d="M{at(x)} 4v14"/>' for x in controls)]
+    marks = ['<path class="axis" d="M2 11h146"/>', *(_control(i, at(x), 11) for i, x in enumerate(controls))]
     if interval:
         marks.append('<path class="interval" d="M{} 11H{}"/>'.format(*map(at, interval)))
     marks.append(f'<circle class="value" cx="{at(value)}" cy="11" r="4.5"/>')
     marks += [f'<path class="published" d="M{at(x)} 3l8 8-8 8-8-8z"/>' for x in published]
     return _svg(150, 22, marks)
+
+
+def _control(i: int, x: float | str, y: float) -> str:
+    """The mark of the i-th control of a metric: a shape and a colour (report.css) of its own."""
+    i %= len(_SHAPES)
+    return f'<path class="control c{i}" d="M{x} {y}{_SHAPES[i]}"/>'
 
 
 def _svg(width: int, height: int, marks: Iterable[str]) -> str:

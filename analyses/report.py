@@ -18,6 +18,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from analyses.crystallisation import BOUNDARY
+from analyses.explanations import figure_explanation, glossary, glossed, reading
 from analyses.figure_code import figure_code
 from analyses.messages import NAMES, in_language, language, plain, recognise, translate, translate_figure
 from analyses.metric_table import (
@@ -82,6 +83,7 @@ def _page(results: Sequence[Result], errors: Mapping[str, str], model_card: Mapp
         card="\n".join(_fact(name, value) for name, value in model_card.items() if name != "name"),
         headline=_headline(results),
         experiments="\n".join([*(_section(r, folder, name) for r in results), *map(_failure, errors, errors.values())]),
+        glossary=_glossary(),
         footer=footer(),
         style=template_text("report.css"),
         script=template_text("report.js"),
@@ -144,7 +146,12 @@ def _headline(results: Sequence[Result]) -> str:
         bodies.append(group_row(link) + metric_rows(result, told or result.metrics))
     note = translate("every row has its own scale; the remaining metrics are with their experiments")
     table = metric_table(bodies, translate("Results at a glance"))
-    return f'{table}<p class="key">{key()}<span>{note}</span></p>'
+    deciding = translate("bold controls decide the verdict, the others are shown for scale")
+    return f'{table}<p class="key">{key()}<span>{deciding}</span><span>{note}</span></p>'
+
+
+def _glossary() -> str:
+    return "\n".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in glossary().items())
 
 
 def footer() -> str:
@@ -176,7 +183,12 @@ def _section(result: Result, folder: Path, model_name: str) -> str:
         question=escape(translate(experiment.question) if experiment else ""),
         tally=_tally(result.verdicts.values()),
         figures="\n".join(
-            figure_html(f"{result.name}-{name}", figure, figure_code(result, name, model_name))
+            figure_html(
+                f"{result.name}-{name}",
+                figure,
+                figure_code(result, name, model_name),
+                figure_explanation(result.name, name),
+            )
             for name, figure in result.figures.items()
         ),
         definitions=_headed("Definitions used", f'<dl class="definitions">{definitions}</dl>') if definitions else "",
@@ -203,14 +215,16 @@ def _failure(name: str, error: str) -> str:
 
 def _definition(result: Result, metric: str) -> str:
     value = number(result.metrics[metric]) if metric in result.metrics else translate("not computed")
-    text = escape(recognise(result.definitions.get(metric, ""), "definitions"))
+    defined = glossed(recognise(result.definitions.get(metric, ""), "definitions"))
+    told = " ".join(map(glossed, reading(result, metric)))
+    text = "".join(f'<p class="{kind}">{part}</p>' for kind, part in (("says", told), ("exact", defined)) if part)
     name = escape(recognise(words(metric), *NAMES))
     return f'<dt id="{definition_id(result.name, metric)}">{name} <b>{value}</b></dt><dd>{text}</dd>'
 
 
-def figure_html(identifier: str, figure: go.Figure, code: str = "") -> str:
+def figure_html(identifier: str, figure: go.Figure, code: str = "", says: str = "") -> str:
     """A place of the figure's size and its data, which report.js draws; its title becomes a caption, which wraps on a
-    narrow screen. `code`: what made it, folded away below."""
+    narrow screen. `code`: what made it, folded away below. `says`: how it is to be read."""
     copy = translate_figure(figure)
     title = plain(copy.layout.title.text or "") or words(identifier.split("-", 1)[1]).capitalize()
     copy.update_layout(title=None, margin_t=None)
@@ -219,7 +233,8 @@ def figure_html(identifier: str, figure: go.Figure, code: str = "") -> str:
     data = copy.to_json().replace("<", "\\u003c")  # no "</script>" and no comment can begin inside
     canvas = f'<div class="canvas" style="height:{height:.0f}px;min-width:{width:.0f}px"></div>'
     script = f'<script type="application/json">{data}</script>'
-    caption = f"<figcaption>{escape(title)}</figcaption>"
+    told = f"<small>{glossed(says)}</small>" if says else ""
+    caption = f"<figcaption>{escape(title)}{told}</figcaption>"
     return f'<figure id="{anchor(identifier)}">{caption}{scroll_box(canvas, title)}{script}{_code(code)}</figure>'
 
 

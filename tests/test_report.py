@@ -12,9 +12,10 @@ import pytest
 import reflowlens as rl
 from analyses.crystallisation import BOUNDARY, crystallisation_boundary
 from analyses.figure_code import figure_code
+from analyses.messages import in_language, translate
 from analyses.metric_table import number
 from analyses.registry import EXPERIMENTS
-from analyses.report import write_report
+from analyses.report import template_text, write_report
 from analyses.result import Result
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import line_with_band
@@ -120,7 +121,7 @@ def test_figures_are_data_that_the_page_draws_later(written):
     (figure,) = Page(html).data
     assert figure["data"][0]["type"] == "scatter"
     assert not figure["layout"].get("title"), "it is the caption"
-    assert "<figcaption>p &lt; 1</figcaption>" in html
+    assert "<figcaption>p &lt; 1<small>" in html
     assert "IntersectionObserver" in html
     assert "showSendToCloud: false" in html
 
@@ -214,7 +215,11 @@ def test_a_report_in_chinese_has_no_english_left_but_data_and_names(tmp_path):
     html = path.read_text(encoding="utf-8")
     (figure,) = Page(html).data
     read = re.sub(r"<pre.*?</pre>", "", html, flags=re.S)  # code is data too
-    shown = re.sub(r"reflowlens[\d. ]*|torch [\d.+a-z]*|plotly|Python|KL|top-k", "", visible(Page(read)))
+    shown = re.sub(
+        r"reflowlens[\d. ]*|torch [\d.+a-z]*|plotly|Python|KL|MLP|logits?|norm|varimax|R_ts|top-k",
+        "",
+        visible(Page(read)),
+    )
     assert re.findall(r"[A-Za-z]{2,}", shown) == []
     assert "1 项实验 · 1 项无结果 · 12 秒" in shown
     assert '<html lang="zh">' in html
@@ -328,3 +333,57 @@ def test_a_metric_leads_to_its_definition(written):
     links = set(re.findall(r'<th scope="row"><a href="#([^"]*)">', html))
     assert len(links) == 3
     assert links <= set(re.findall(r'<dt id="([^"]*)">', html))
+
+
+# -- it explains itself -----------------------------------------------------------------------------------------------
+
+
+def algebra(**changes):
+    fields = {
+        "name": "semantic_algebra",
+        "title": "Semantic Algebra",
+        "metrics": {"accuracy_at_1": 0.41, "own": 1.0},
+        "controls": {"accuracy_at_1": {"c_alone": 0.2, "untrained": 0.0, "rotated_basis": 0.41}},
+        "intervals": {"accuracy_at_1": (0.38, 0.44)},
+        "verdicts": {"accuracy_at_1": "supported"},
+        "definitions": {"accuracy_at_1": "share of questions whose expected word has rank 1"},
+    }
+    return Result(**fields | changes)
+
+
+def test_a_metric_says_what_it_would_mean_and_which_controls_decide(written):
+    html = written([algebra()])
+    text = visible(Page(re.sub(r"</?abbr[^>]*>", "", html)))
+    assert "the rotated basis cannot decide, for turning the signals changes no cosine" in text
+    assert "This is what decides: c alone, untrained." in text
+    assert "Shown beside it, without a part in the verdict: rotated basis." in text
+    assert "The interval covers rotated basis; that takes nothing from “supported”" in text
+    assert len(re.findall(r"<li class=decides>", html)) == 4, "two of them, at a glance and in all metrics"
+    assert visible(Page(written([algebra(intervals={})]))).count("The interval covers") == 0
+    assert "cannot decide" not in visible(Page(written([algebra(name="my_experiment")])))
+
+
+def test_each_control_of_a_metric_has_a_mark_of_its_own(written):
+    html = written([algebra()])
+    row = re.search(r'<tr><th scope="row"><a href="#semantic_algebra-is-accuracy_at_1">.*?</tr>', html, re.S).group(0)
+    drawn, listed = row.split('<td class="controls">')
+    marks = [re.findall(r'class="control (c\d)" d="M[\d. ]*([^"]*)"', part) for part in (drawn, listed)]
+    assert marks[0] == marks[1], "the same beside the name and on the axis"
+    assert len(set(marks[0])) == 3
+
+
+def test_the_glossary_is_there_and_its_terms_tell_themselves_on_hover(written):
+    html = written([algebra()])
+    assert 'href="#glossary"' in html
+    assert "<dt>varimax</dt>" in html
+    (told,) = set(re.findall(r'title="([^"]*)">c alone</abbr>', html))
+    assert "nearest word to c" in told
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
+def test_every_explanation_is_translated(experiment):
+    texts = json.loads(template_text("explanations.json"))["experiments"][experiment.name]
+    english = [*(entry["says"] for entry in texts["metrics"].values()), *texts["figures"].values()]
+    assert len(english) > 5
+    with in_language("zh"):
+        assert [text for text in english if translate(text) == text] == []
