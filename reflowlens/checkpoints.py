@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
-from reflowlens.models import moved, parameter_shapes, unfilled_model
+from reflowlens.models import check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.opening import as_path, open_safetensors, read_json, shown
 
 FORMAT = "reflowlens-1"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 
@@ -51,10 +53,14 @@ def load_model(
     Example: ``model = load_model("reflow-nano")``
     """
     path = find_model(name_or_path)
-    cfg = ModelConfig.from_dict(_read_config(path))
+    file = open_safetensors(path)
+    cfg = ModelConfig.from_dict(_stated_config(path, file.metadata() or {}))
+    _check_fit(path, cfg, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (it is no dictionary)
     _open_tokenizer(path, cfg)
-    weights = _read_weights(path)
-    _check_fit(path, parameter_shapes(cfg), weights)
+    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
     return model_from_weights(cfg, weights, device=device, dtype=dtype)
 
 
@@ -68,8 +74,9 @@ def model_from_weights(
     """A model in evaluation mode with these weights, which are known to fit.
 
     Raises:
-        ReflowlensError: there is no such device.
+        ReflowlensError: there is no such device, or the model is larger than the machine's memory.
     """
+    check_memory(cfg, dtype)
     model = moved(unfilled_model(cfg), "cpu", dtype)  # before they are filled: no weight is rounded twice
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,7 +101,7 @@ def save_model(
         ReflowlensError: a weight is not finite (in ``dtype``) or is pruned, the folder holds something other than a
             checkpoint, the disk is full or the folder cannot be written; then nothing has changed.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, MANIFEST))
     weights = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in all_parameters(model).items()}
@@ -168,10 +175,10 @@ def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
     manifest = path.with_name(MANIFEST)
     if path.name != WEIGHTS or not manifest.is_file():
         return {}
-    try:
-        return dict(json.loads(manifest.read_text(encoding="utf8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise ReflowlensError(f"{manifest} is damaged: {error}") from error
+    found = read_json(manifest)
+    if not isinstance(found, dict):
+        raise ReflowlensError(f"{manifest} is damaged: it holds no JSON object")
+    return found
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -179,7 +186,7 @@ def find_model(name_or_path: str | Path) -> Path:
 
     What lies at a path comes first: a run called as a packaged model is the run.
     """
-    path = Path(name_or_path)
+    path = as_path(name_or_path)
     if path.is_file():
         return path
     packaged = list_models()
@@ -190,7 +197,7 @@ def find_model(name_or_path: str | Path) -> Path:
     if path.exists():
         raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a checkpoint folder")
     raise ReflowlensError(
-        f"no model {str(name_or_path)!r}: neither one of the packaged ({', '.join(packaged) or 'none'}) nor a "
+        f"no model {shown(str(name_or_path))}: neither one of the packaged ({', '.join(packaged) or 'none'}) nor a "
         f"checkpoint folder or safetensors file that exists{nearest(str(name_or_path), packaged)}"
     )
 
@@ -260,27 +267,15 @@ def _write_error(folder: Path, error: BaseException) -> ReflowlensError:
     return ReflowlensError(f"cannot write {folder}: {'the disk is full' if full else error}; nothing was changed")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a safetensors header (an 8-byte length, then JSON), read without the tensors."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("the header is not an object")
-    except (OSError, ValueError, struct.error) as error:
-        raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
-    found = header.get("__metadata__")
-    metadata = found if isinstance(found, dict) else {}
+def _stated_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration that a safetensors header carries."""
     if metadata.get("format") != FORMAT:
         raise ReflowlensError(
             f"{path} was not written by reflowlens (format {metadata.get('format')!r}, expected {FORMAT!r})"
         )
     try:
         config = json.loads(metadata["config"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise ReflowlensError(f"{path} holds no readable configuration")
@@ -296,23 +291,32 @@ def _open_tokenizer(path: Path, cfg: ModelConfig) -> None:
         raise ReflowlensError(f"{path.parent} holds {found!r}, but its model reads {cfg.tokenizer_name!r}")
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def impossible_size(cfg: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> str:
+    """What of a configuration tensors of these shapes cannot make up, told before it is built; "" if nothing.
 
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ReflowlensError(f"{path} is corrupt: {error}") from error
+    Every size of a sound model is the length of a stored axis or a count of them.
+    """
+    if cfg.architecture != "bdh" and cfg.n_layers > len(shapes):  # whose levels share their weights
+        return f"its configuration has n_layers {cfg.n_layers:,}, and the file {len(shapes):,} tensors"
+    held = sum(map(math.prod, shapes.values()))
+    for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_signals"):
+        if (getattr(cfg, name) or 0) > held:
+            return f"its configuration has {name} {getattr(cfg, name):,}, and the file {held:,} numbers in all"
+    return ""
 
 
-def _check_fit(path: Path, expected: Mapping[str, torch.Size], weights: dict[str, Tensor]) -> None:
-    if missing := sorted(set(expected) - set(weights)):
+def _check_fit(path: Path, cfg: ModelConfig, stored: Mapping[str, Any]) -> None:
+    """Raise unless slices of a safetensors file, of which no number was read, are a model's parameters."""
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+    if reason := impossible_size(cfg, shapes):
+        raise ReflowlensError(f"{path}: {reason}")
+    expected = parameter_shapes(cfg)
+    if missing := sorted(set(expected) - set(shapes)):
         raise ReflowlensError(f"{path} lacks {missing[0]!r} ({len(missing)} parameters missing)")
-    if extra := sorted(set(weights) - set(expected)):
-        raise ReflowlensError(f"{path} holds {extra[0]!r}, which its configuration does not have")
+    if extra := sorted(set(shapes) - set(expected)):
+        raise ReflowlensError(f"{path} holds {shown(extra[0])}, which its configuration does not have")
     for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise ReflowlensError(f"{path}: {name} has shape {list(weights[name].shape)}, expected {list(shape)}")
-        if not torch.isfinite(weights[name]).all():
-            raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
+        if shapes[name] != shape:
+            raise ReflowlensError(f"{path}: {name} has shape {list(shapes[name])}, expected {list(shape)}")
+        if stored[name].get_dtype() not in FLOATS:
+            raise ReflowlensError(f"{path}: {name} is of type {stored[name].get_dtype()}, expected {', '.join(FLOATS)}")

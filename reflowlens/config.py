@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -21,6 +22,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "basis_init": ("orthogonal", "gpt2"),
 }
 _OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
+# Far beyond any model: a damaged number is refused before it is built, and no product of sizes overflows.
+LARGEST = {"n_layers": 1 << 14, "d_model": 1 << 20, "n_heads": 1 << 14, "d_head": 1 << 20, "d_mlp": 1 << 24}
+LARGEST |= dict.fromkeys(("d_vocab", "n_ctx", "n_key_value_heads", "n_signals"), 1 << 24)
 FILE_TOKENIZER = "tokenizer.json:"  # begins the name of a tokenizer that is a file; its hash follows
 
 
@@ -140,10 +144,14 @@ class ModelConfig:
                 raise ReflowlensError(
                     f"{field.name} must be True or False (in TOML true or false), got {getattr(self, field.name)!r}"
                 )
-        for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", *_OPTIONAL_SIZES):
+        for name, largest in LARGEST.items():
             value = getattr(self, name)
-            if not (_is_integer(value) and value >= 1) and not (name in _OPTIONAL_SIZES and value is None):
+            if name in _OPTIONAL_SIZES and value is None:
+                continue
+            if not (_is_integer(value) and value >= 1):
                 raise ReflowlensError(f"{name} must be a positive integer, got {value!r}")
+            if value > largest:
+                raise ReflowlensError(f"{name} must be at most {largest:,}, got {value:,}")
         for name in ("eps", "rotary_base", "initializer_range"):
             if not _is_positive(getattr(self, name)):
                 raise ReflowlensError(f"{name} must be a positive number, got {getattr(self, name)!r}")
@@ -290,7 +298,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _is_positive(value: object) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and value > 0
+    return (_is_integer(value) or isinstance(value, float)) and 0 < value <= sys.float_info.max
 
 
 def _rotary_scaling(fields: Mapping[str, Any]) -> RotaryScaling:

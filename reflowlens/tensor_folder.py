@@ -12,6 +12,7 @@ from torch import Tensor
 
 from reflowlens.checkpoints import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
+from reflowlens.opening import as_path, open_safetensors, read_json
 
 _PACKAGES = ("reflowlens", "torch", "transformer-lens", "safetensors")
 
@@ -23,12 +24,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ReflowlensError(f"{path} is corrupt: {error}") from error
+        self._file = open_safetensors(path)
         self._names = frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -55,7 +51,7 @@ def save_tensors(folder: str | Path, kind: str, tensors: Mapping[str, Tensor], m
         ReflowlensError: the folder holds something else, the disk is full or it cannot be written; then nothing has
             changed.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     check_replaceable(folder, (f"{kind}.safetensors",), kind)
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     record = {"format": _format(kind), **manifest, "versions": versions}
@@ -74,15 +70,12 @@ def open_tensors(folder: str | Path, kind: str) -> tuple[dict[str, Any], StoredT
     Raises:
         ReflowlensError: there is no such folder, it holds something else, or a file of it is missing or corrupt.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if not folder.is_dir():
         raise ReflowlensError(f"no folder {str(folder)!r}: expected one with {kind}.safetensors and {MANIFEST}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
-    except FileNotFoundError as error:
-        raise ReflowlensError(f"{folder} has no {MANIFEST}: it holds no {kind}") from error
-    except ValueError as error:
-        raise ReflowlensError(f"{folder / MANIFEST} is corrupt: {error}") from error
+    if not (folder / MANIFEST).is_file():
+        raise ReflowlensError(f"{folder} has no {MANIFEST}: it holds no {kind}")
+    manifest = read_json(folder / MANIFEST)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != _format(kind):
         raise ReflowlensError(f"{folder} holds no {kind} (format {found!r}, expected {_format(kind)!r})")

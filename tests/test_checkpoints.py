@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
+import os
 import struct
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,12 @@ from reflowlens.checkpoints import (
     write_folder,
 )
 from reflowlens.cli import main
+from reflowlens.conversion import import_hf, import_nanogpt
 from reflowlens.errors import ReflowlensError
+from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.tensor_folder import save_tensors
+from reflowlens.tensor_folder import open_tensors, save_tensors
 from tests.tiny import CONFIGS, random_model, random_tokens
 
 
@@ -223,7 +229,8 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, config: str | None, 
 
 
 def rewrite(saved: Path, change: Any) -> None:
-    """Change the stored tensors and leave the configuration."""
+    """Change the stored tensors and leave the configuration; no manifest records what they were."""
+    (saved / "manifest.json").unlink(missing_ok=True)
     path = saved / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -398,3 +405,108 @@ def test_the_manifest_of_another_checkpoint_does_not_stand_for_this_one(saved: P
     assert manifest["weights_sha256"] == listing(again)["model.safetensors"]
     assert manifest["config"] == CONFIGS["gpt2"].to_dict()
     assert manifest["step"] == 7
+
+
+# ---------------------------------------------------------------------------------------------- what comes from outside
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layers": 200_000}, "n_layers must be at most 16,384, got 200,000"),
+        ({"n_layers": 16_000}, r"its configuration has n_layers 16,000, and the file \d+ tensors"),
+        ({"n_ctx": 10**8}, "n_ctx must be at most 16,777,216"),
+        ({"n_signals": 10**18}, "n_signals must be at most"),
+        ({"n_signals": 10**7}, "its configuration has n_signals 10,000,000, and the file"),
+        ({"d_model": 2**64}, "d_model must be at most"),
+        ({"d_model": 2**20, "n_heads": 2**14, "d_head": 2**20}, "its configuration has d_model 1,048,576"),
+        ({"eps": float("inf")}, "eps must be a positive number"),
+        ({"rotary_base": 10**400}, "rotary_base must be a positive number"),
+        ({"n_layers": True}, "n_layers must be a positive integer"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(saved: Path, changes: dict[str, Any], message: str) -> None:
+    path = saved / "model.safetensors"
+    config = json.dumps(CONFIGS["reflow_lite"].to_dict() | changes)
+    save_file(load_file(path), path, metadata={"format": "reflowlens-1", "config": config})
+    began = time.perf_counter()
+    with pytest.raises(ReflowlensError, match=message):
+        load_model(path)
+    assert time.perf_counter() - began < 2
+
+
+def test_a_model_larger_than_the_memory_is_not_begun() -> None:
+    large = dataclasses.replace(CONFIGS["reflow"], d_model=1 << 20, d_mlp=1 << 24)
+    long = dataclasses.replace(CONFIGS["reflow"], n_ctx=1 << 24, n_layers=1 << 10, d_head=1 << 10)
+    with pytest.raises(ReflowlensError, match=r"this model takes [\d,.]+ GiB .*and this machine has [\d,.]+"):
+        build_model(large)
+    with pytest.raises(ReflowlensError, match=r"of them the angles of n_ctx=16,777,216 positions"):
+        build_model(long)
+
+
+def header_alone(path: Path, header: bytes, claimed: int | None = None) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if claimed is None else claimed) + header)
+    return path
+
+
+@pytest.mark.parametrize("nested", [b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", b"[" * 10_000, b'{"a":1}'])
+def test_headers_that_are_no_headers(tmp_path: Path, nested: bytes) -> None:
+    path = header_alone(tmp_path / "model.safetensors", nested)
+    with pytest.raises(ReflowlensError, match="is not a readable safetensors file"):
+        load_model(path)
+    assert inspect_path(path).problems
+
+
+def test_a_header_beyond_the_format_is_not_read(tmp_path: Path) -> None:
+    path = header_alone(tmp_path / "model.safetensors", b"{", claimed=3 << 30)
+    with path.open("r+b") as file:
+        file.truncate((3 << 30) + 100)  # a hole: nothing on the disk
+    tracemalloc.start()
+    with pytest.raises(ReflowlensError, match="is not a readable safetensors file"):
+        load_model(path)
+    assert "beyond the 100,000,000 that the format allows" in "".join(inspect_path(path).problems)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
+
+
+def test_a_configuration_or_manifest_nested_too_deep(saved: Path) -> None:
+    path, deep = saved / "model.safetensors", "[" * 200_000 + "]" * 200_000
+    (saved / "manifest.json").write_text(deep)
+    with pytest.raises(ReflowlensError, match=r"manifest\.json is damaged"):
+        read_manifest(saved)
+    save_file(load_file(path), path, metadata={"format": "reflowlens-1", "config": deep})
+    with pytest.raises(ReflowlensError, match="holds no readable configuration"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_other_types_are_not_converted(saved: Path, dtype: torch.dtype) -> None:
+    rewrite(saved, lambda tensors: tensors.update({"ln_final.w": torch.ones(32).to(dtype)}))
+    with pytest.raises(ReflowlensError, match=r"ln_final\.w is of type \w+, expected F32, F16, BF16, F64"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("name", [None, 7, 2.5, b"reflow-nano", ["reflow-nano"], "x" * 5000, "null\0character"])
+def test_what_is_no_path(name: Any) -> None:
+    for use in (load_model, read_manifest, inspect_path, import_hf, import_nanogpt, lambda at: open_tensors(at, "x")):
+        with pytest.raises(ReflowlensError, match=r"a path or a name was expected, got|cannot look up '") as error:
+            use(name)
+        assert len(str(error.value)) < 300
+    with pytest.raises(ReflowlensError, match=r"a path or a name was expected, got|cannot look up '"):
+        save_model(name, random_model("reflow"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("model.safetensors", "manifest.json", "config.json", "x.safetensors", "tokenizer.json"):
+        os.mkfifo(folder / name)
+    for use in (load_model, import_hf, import_nanogpt, lambda at: open_tensors(at, "x")):
+        with pytest.raises(ReflowlensError):
+            use(folder)
+        with pytest.raises(ReflowlensError):
+            use(folder / "model.safetensors")
+    assert "cannot be read: it is no file" in "".join(inspect_path(folder).problems)
+    with pytest.raises(ReflowlensError, match="is neither a file nor a folder"):
+        inspect_path(folder / "x.safetensors")

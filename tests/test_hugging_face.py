@@ -444,7 +444,7 @@ def test_tensors_that_are_missing_or_odd(saved: Path) -> None:
     save_file(tensors, path)
     refuse(saved, r"lacks 'lm_head.weight' \(1 tensors missing\)")
     path.write_bytes(path.read_bytes()[:1000])
-    refuse(saved, r"model\.safetensors is corrupt")
+    refuse(saved, r"model\.safetensors is not a readable safetensors file")
 
 
 def test_folders_without_what_is_needed(saved: Path) -> None:
@@ -467,7 +467,7 @@ def test_folders_without_what_is_needed(saved: Path) -> None:
     (saved / "config.json").write_text("[1]")
     refuse(saved, r"config\.json is not a configuration")
     (saved / "config.json").write_text("{")
-    refuse(saved, r"config\.json cannot be read")
+    refuse(saved, r"config\.json is damaged")
     (saved / "config.json").unlink()
     refuse(saved, r"holds no config\.json")
 

@@ -178,16 +178,28 @@ def test_signals_of_another_shape_are_told(tmp_path, name, shape):
     assert "signals" not in found.frames
 
 
-@pytest.mark.parametrize("name", ["n_layers", "n_ctx", "d_head", "d_vocab"])
-def test_a_damaged_size_is_not_built(reflow, name):
-    tensors = load_file(reflow / WEIGHTS)
-    with Weights([reflow / WEIGHTS]) as weights:
+def with_size(path, name, size):
+    """A safetensors file of ours, one size of its configuration changed."""
+    tensors = load_file(path)
+    with Weights([path]) as weights:
         header = dict(weights.metadata)
-    config = json.loads(header["config"]) | {name: 10**12}
-    save_file(tensors, reflow / WEIGHTS, metadata=header | {"config": json.dumps(config)})
+    config = json.loads(header["config"]) | {name: size}
+    save_file(tensors, path, metadata=header | {"config": json.dumps(config)})
+
+
+@pytest.mark.parametrize("size", [10**12, 10**4, 10**6])
+@pytest.mark.parametrize("name", ["n_layers", "n_ctx", "d_head", "d_vocab", "n_signals"])
+def test_a_damaged_size_is_not_built(reflow, name, size):
+    with_size(reflow / WEIGHTS, name, size)
     problems = inspect_path(reflow / WEIGHTS).problems
-    assert len(problems) == (name != "n_ctx")  # which no rotary parameter depends on
-    assert all(f"{name} 1,000,000,000,000" in problem for problem in problems)
+    if name == "n_ctx" and size <= 1 << 24:
+        assert not problems  # no rotary parameter depends on it
+    elif size == 10**4 and name not in ("n_layers", "n_ctx"):
+        assert all("asks for" in problem for problem in problems)  # no more than the file holds: shapes are told
+    else:
+        assert len(problems) == 1
+        assert name in problems[0]
+        assert f"{size:,}" in problems[0]
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.model_protocol import TransformerLensModelWithWeights
 
+from reflowlens.config import PRESETS
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import build_model
+from reflowlens.models import build_model, parameter_shapes
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import KeyValueCache
 from reflowlens.models.reflow import forming_is_cheaper
@@ -31,6 +32,17 @@ PIECES = [[7], [1, 6], [3, 3, 1], [1] * 7]
 
 def test_meets_the_protocol_of_transformer_lens(model: HookedModel) -> None:
     assert isinstance(model, TransformerLensModelWithWeights)
+
+
+def test_shapes_are_known_without_building_the_model(model: HookedModel) -> None:
+    assert parameter_shapes(model.cfg) == {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert len(parameter_shapes(dataclasses.replace(model.cfg, n_layers=10_000))) > 50_000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_shapes_of_the_published_models(name: str) -> None:
+    built = build_model(name, device="meta")
+    assert parameter_shapes(built.cfg) == {name: parameter.shape for name, parameter in built.named_parameters()}
 
 
 def test_no_position_sees_a_later_one(model: HookedModel, tokens: Tensor) -> None:

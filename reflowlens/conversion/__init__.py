@@ -15,6 +15,7 @@ from reflowlens.checkpoints import MANIFEST, WEIGHTS, check_replaceable, file_ha
 from reflowlens.conversion.hf import CONFIG, export_hf, import_hf, weight_files
 from reflowlens.conversion.nanogpt import import_nanogpt
 from reflowlens.errors import ReflowlensError
+from reflowlens.opening import as_path
 
 __all__ = ["export_hf", "import_hf", "import_model", "import_nanogpt"]
 
@@ -36,7 +37,7 @@ def import_model(
 
     Example: ``import_model("SmolLM2-135M", "out/smollm", dtype=None)``
     """
-    source, out = Path(source), Path(out)
+    source, out = as_path(source), as_path(out)
     if out.resolve() == source.resolve():
         raise ReflowlensError(f"{out} is what is imported: choose a new folder")
     check_replaceable(out, (WEIGHTS, MANIFEST))

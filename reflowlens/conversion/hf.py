@@ -27,12 +27,14 @@ from reflowlens.checkpoints import (
     write_folder,
     write_tensors,
 )
+from reflowlens.config import LARGEST
 from reflowlens.conversion import hf_gpt2, hf_llama
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
-from reflowlens.conversion.layout import Reader, to_ours, to_theirs
+from reflowlens.conversion.layout import Reader, check_type, same, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.opening import as_path, holds_file, open_safetensors, read_json, shown
 from reflowlens.tokenizers import check_tokenizer_fits
 
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
@@ -62,7 +64,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, CONFIG))
     family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
@@ -118,20 +120,20 @@ def import_hf(
 
     Example: ``model = import_hf("SmolLM2-135M")``
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     fields = _read_config(folder)
     family, hf = _parse_config(folder, fields)
     with _reading(folder / CONFIG):
         cfg = family.model_config(hf)
     learned = cfg.positional_embedding_type == "standard"
     limit = (cfg.n_ctx if learned else min(cfg.n_ctx, DEFAULT_CONTEXT)) if n_ctx is None else n_ctx
-    if not 1 <= limit <= cfg.n_ctx:
+    if not isinstance(limit, int) or not 1 <= limit <= cfg.n_ctx:
         raise ReflowlensError(f"n_ctx must be between 1 and {cfg.n_ctx}, which {folder} was made for, got {n_ctx}")
     if not learned:
         cfg = dataclasses.replace(cfg, n_ctx=limit)
     with _stored_tensors(folder, family) as readers:
         if cfg.tie_word_embeddings:
-            _drop_tied_head(readers, family, folder)
+            _take_tied_head(readers, family, folder)
         weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
     if learned:
         cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
@@ -160,7 +162,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ReflowlensError(f"no folder {str(folder)!r}: expected one that transformers saved, with {CONFIG}")
     if not (folder / CONFIG).is_file():
         raise ReflowlensError(f"{folder} holds no {CONFIG}: expected a folder that transformers saved")
-    fields = _read_json(folder / CONFIG)
+    fields = read_json(folder / CONFIG)
     if not isinstance(fields, dict):
         raise ReflowlensError(f"{folder / CONFIG} is not a configuration: an object was expected")
     return fields
@@ -172,11 +174,15 @@ def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[ModuleType, Any
 
     kind, classes = fields.get("model_type"), fields.get("architectures")
     known = ", ".join(name for name, _ in _FAMILIES.values())
-    if kind not in _FAMILIES or classes not in (None, [_FAMILIES[kind][0]]):
-        named = ", ".join(map(str, classes)) if isinstance(classes, list) else f"model_type {kind!r}"
+    if not isinstance(kind, str) or kind not in _FAMILIES or classes not in (None, [_FAMILIES[kind][0]]):
+        named = ", ".join(map(str, classes)) if isinstance(classes, list) else f"model_type {shown(kind)}"
         raise ReflowlensError(f"{folder} holds an architecture that cannot be read, {named}: {known} can")
     if fields.get("quantization_config"):
         raise ReflowlensError(f"{folder} holds quantised weights: give float32, float16 or bfloat16")
+    for name in ("num_hidden_layers", "n_layer"):  # transformers makes a list of this length
+        layers = fields.get(name)
+        if isinstance(layers, int) and layers > LARGEST["n_layers"]:
+            raise ReflowlensError(f"{folder / CONFIG}: {name} must be at most {LARGEST['n_layers']:,}, got {layers:,}")
     with _reading(folder / CONFIG):
         return _FAMILIES[kind][1], AutoConfig.for_model(**fields)
 
@@ -193,26 +199,27 @@ def _reading(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _stored_tensors(folder: Path, family: ModuleType) -> Iterator[dict[str, Reader]]:
     """How to read each tensor of a folder, under the names of the whole model and without its buffers."""
-    from safetensors import SafetensorError, safe_open
-
     readers: dict[str, Reader] = {}
     with contextlib.ExitStack() as stack:
         for path in weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ReflowlensError(f"{path} is corrupt: {error}") from error
+            file = stack.enter_context(open_safetensors(path))
             for name in file.keys():  # noqa: SIM118 (it is not a mapping)
                 if not re.fullmatch(family.BUFFERS, name):
                     readers[_full_name(name, family)] = partial(file.get_tensor, name)
         yield readers
 
 
-def _drop_tied_head(readers: dict[str, Reader], family: ModuleType, folder: Path) -> None:
-    """Some savers store the readout of a tied model too; it must then be the embedding."""
-    if not {HEAD, family.EMBEDDING} <= set(readers):
+def _take_tied_head(readers: dict[str, Reader], family: ModuleType, folder: Path) -> None:
+    """A tied model's one matrix is stored as the embedding, by some savers as the readout, or as both: equal then."""
+    if HEAD not in readers:
         return
-    if not torch.equal(readers[HEAD](), readers[family.EMBEDDING]()):
+    if family.EMBEDDING not in readers:
+        readers[family.EMBEDDING] = readers.pop(HEAD)
+        return
+    head, embedding = readers[HEAD](), readers[family.EMBEDDING]()
+    check_type(head, f"{folder}: {HEAD}")
+    check_type(embedding, f"{folder}: {family.EMBEDDING}")
+    if not same(head, embedding):
         raise ReflowlensError(
             f"{folder}: {HEAD} differs from {family.EMBEDDING}, but {CONFIG} ties them (tie_word_embeddings is the "
             "default of some models): set it to false if the readout is a matrix of its own"
@@ -234,14 +241,14 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)
-        shards = set(index["weight_map"].values()) if isinstance(index, dict) and "weight_map" in index else set()
-        # Names alone: an index from elsewhere must not make us read files that lie elsewhere.
-        missing = sorted(name for name in shards if Path(name).name != name or not (folder / name).is_file())
-        if missing or not shards:
-            what = f"{missing[0]!r}, which is not there" if missing else "no files"
-            raise ReflowlensError(f"{folder / INDEX} names {what}")
-        return [folder / name for name in sorted(shards)]
+        index = read_json(folder / INDEX)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise ReflowlensError(f"{folder / INDEX} names no files")
+        for name in shards.values():
+            if not holds_file(folder, name):  # nor does an index have files read that lie elsewhere
+                raise ReflowlensError(f"{folder / INDEX} names {shown(name)}, which is not there")
+        return [folder / name for name in sorted(set(shards.values()))]
     pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
     if pickled:
         raise ReflowlensError(
@@ -249,13 +256,6 @@ def weight_files(folder: Path) -> list[Path]:
             "safetensors first"
         )
     raise ReflowlensError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte-order mark in front
-    except (OSError, ValueError) as error:
-        raise ReflowlensError(f"{path} cannot be read: {error}") from error
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

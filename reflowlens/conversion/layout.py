@@ -12,8 +12,9 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import parameter_shapes
+from reflowlens.models import check_memory, parameter_shapes
 from reflowlens.models.components import is_bias
+from reflowlens.opening import shown
 
 Reader: TypeAlias = "Callable[[], Tensor]"
 SAME, TRANSPOSED, VECTOR = "rows columns -> rows columns", "rows columns -> columns rows", "width -> width"
@@ -60,6 +61,21 @@ def entry(theirs: str, ours: str, pattern: str, **sizes: int) -> Entry:
     return Entry(theirs, [Piece(ours, pattern, sizes)])
 
 
+def check_type(tensor: Tensor, what: str) -> None:
+    """Raise unless a tensor holds its numbers as numbers, one by one."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ReflowlensError(
+            f"{what} is {tensor.dtype}; quantised weights cannot be read: give float32, float16 or bfloat16"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        raise ReflowlensError(f"{what} is sparse, nested or without numbers: give a plain tensor")
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in types that may differ."""
+    return one.shape == two.shape and bool((one == two).all())
+
+
 def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Our weights, all of them, under their names; a bias that the model does without is zero."""
     shapes = parameter_shapes(cfg)
@@ -84,12 +100,16 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
     Raises:
         ReflowlensError: a tensor is missing, has no place, has another shape or type, or holds NaN or infinite values.
     """
-    shapes, expected = parameter_shapes(cfg), {item.theirs for item in layout}
+    expected = {item.theirs for item in layout}
     if missing := sorted(expected - set(readers)):
         raise ReflowlensError(f"{where} lacks {missing[0]!r} ({len(missing)} tensors missing)")
     if extra := sorted(set(readers) - expected):
         near = nearest(extra[0], sorted(expected))
-        raise ReflowlensError(f"{where} holds {extra[0]!r}, which has no place in a {cfg.architecture!r} model{near}")
+        raise ReflowlensError(
+            f"{where} holds {shown(extra[0])}, which has no place in a {cfg.architecture!r} model{near}"
+        )
+    check_memory(cfg, torch.float16)  # the least that it takes
+    shapes = parameter_shapes(cfg)  # once it is known that the file has a tensor for every layer
     weights: dict[str, Tensor] = {}
     for item in layout:
         tensor = readers[item.theirs]()
@@ -97,11 +117,7 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
         shape = torch.cat(parts, dim=item.axis).shape
         if tensor.shape != shape:
             raise ReflowlensError(f"{where}: {item.theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise ReflowlensError(
-                f"{where}: {item.theirs} is {tensor.dtype}; quantised weights cannot be read: give float32, float16 or "
-                "bfloat16"
-            )
+        check_type(tensor, f"{where}: {item.theirs}")
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{where}: {item.theirs} holds NaN or infinite values")
         split = tensor.split([part.shape[item.axis] for part in parts], dim=item.axis)

@@ -17,13 +17,26 @@ from torch import Tensor
 
 from reflowlens.checkpoints import model_from_weights
 from reflowlens.config import ModelConfig
-from reflowlens.conversion.layout import SAME, TRANSPOSED, VECTOR, Entry, Piece, Reader, entry, to_ours
-from reflowlens.conversion.nanogpt_names import place
+from reflowlens.conversion.layout import (
+    SAME,
+    TRANSPOSED,
+    VECTOR,
+    Entry,
+    Piece,
+    Reader,
+    check_type,
+    entry,
+    same,
+    to_ours,
+)
+from reflowlens.conversion.nanogpt_names import is_table, place
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.opening import as_path, shown
 from reflowlens.tokenizers import TOKENIZER_NAMES, check_tokenizer_fits, get_tokenizer
 
 DEFAULT_D_HEAD = 64  # nanoGPT's habit
+_STATED = ("n_layer", "n_embd", "vocab_size", "n_head", "topk", "rope_theta", "block_size")
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 # What every such model has, and how nanoGPT names it.
 _EXAMPLES = {
@@ -64,10 +77,11 @@ def import_nanogpt(
 
     Example: ``model = import_nanogpt("out/ckpt.pt")``
     """
+    path = as_path(path)
     where = str(path)
-    state, stated = _read(Path(path))
+    state, stated = _read(path)
     names = place(state, where)
-    if "head" in names and "embedding" in names and torch.equal(state[names["head"]], state[names["embedding"]]):
+    if "head" in names and "embedding" in names and same(state[names["head"]], state[names["embedding"]]):
         del names["head"]  # tied: torch stores the shared matrix under both names
     shapes = {role: tuple(state[name].shape) for role, name in names.items()}
     stated |= {name: value for name, value in (("n_head", n_heads), ("topk", topk)) if value is not None}
@@ -78,7 +92,7 @@ def import_nanogpt(
         n_ctx=_context(shapes, stated, n_ctx, where),
         rotary_base=float(stated.get("rope_theta", 10_000.0)),
         tokenizer_name=_tokenizer_name(tokenizer, sizes["d_vocab"], where),
-        model_name=Path(path).stem,
+        model_name=path.stem,
     )
     readers: dict[str, Reader] = {name: partial(state.__getitem__, name) for name in names.values()}
     weights = to_ours(_layout(cfg, names, shapes), readers, cfg, where)
@@ -95,7 +109,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
             found: Any = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            packed = zipfile.is_zipfile(path)
+            if packed and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
+                raise ValueError("its parts are compressed, which torch.save does not do")  # and could fill the memory
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:  # of many types: the file may be anything
         raise ReflowlensError(
             f"{path} cannot be read as tensors and plain values alone, and nothing else is unpickled; if it is yours, "
@@ -104,10 +121,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     fields = found if isinstance(found, dict) else {}
     inner = [fields[key] for key in ("model", "state_dict", "model_state_dict") if isinstance(fields.get(key), dict)]
     state = inner[0] if inner else fields
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not state or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise ReflowlensError(f"{path} holds no model: expected tensors by name, or such a dictionary under 'model'")
+    for name, tensor in state.items():
+        if not is_table(name, tensor):
+            check_type(tensor, f"{path}: {shown(name)}")
     parts = [fields[key] for key in ("config", "model_args") if isinstance(fields.get(key), dict)]
-    return state, {name: value for part in parts for name, value in part.items()}
+    stated = {name: part[name] for part in parts for name in _STATED if part.get(name) is not None}
+    for name, value in stated.items():
+        if not isinstance(value, int | float) or not abs(value) < 2**63:
+            raise ReflowlensError(f"{path} states {name}={shown(value)}: a number was expected")
+    return state, stated
 
 
 def _sizes(shapes: Shapes, stated: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -125,7 +149,7 @@ def _sizes(shapes: Shapes, stated: Mapping[str, Any], where: str) -> dict[str, A
         if stated.get(name, size) != size:
             raise ReflowlensError(f"{where} states {name}={stated[name]}, but its tensors make it {size}")
     n_heads, kv_width = stated.get("n_head", max(1, width // DEFAULT_D_HEAD)), _kv_width(shapes, width)
-    if n_heads < 1 or width % n_heads or kv_width % (width // n_heads):
+    if not isinstance(n_heads, int) or n_heads < 1 or width < 1 or width % n_heads or kv_width % (width // n_heads):
         raise ReflowlensError(
             f"{where}: {n_heads} heads do not divide {width} query and {kv_width} key channels: choose n_heads"
         )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.opening import shown
 
 _WRAPPERS = r"^(?:_orig_mod\.|module\.|model\.|transformer\.)+"  # torch.compile's, DDP's and nanoGPT's own
 _KIND = r"(?:\.(?P<kind>weight|bias|scale|gamma|g|w))?$"
@@ -25,7 +26,7 @@ _TOP = {
     "final_norm": r"ln_f|norm_f|ln_final|final_norm|final_layernorm|norm",
     "head": r"lm_head",
 }
-_BLOCK = r"(?:h|blocks?|layers?)\.(?P<layer>\d+)\."
+_BLOCK = r"(?:h|blocks?|layers?)\.(?P<layer>\d{1,9})\."
 _ATTENTION, _MLP = r"(?:attn|attention|self_attn)\.", r"(?:mlp|ffn|feed_forward|ff)\."
 _IN_BLOCK = {
     "norm1": r"ln_?1|norm_?1|rms_?1|attn_norm|attention_norm|input_layernorm",
@@ -54,17 +55,22 @@ def place(state: Mapping[str, Tensor], where: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for name, tensor in state.items():
-        plain = re.sub(_WRAPPERS, "", name)
-        if re.match(_ANGLES, plain) or (re.match(_MASK, plain) and tensor.ndim > 1):
+        if is_table(name, tensor):
             continue
-        role = _role(plain)
+        role = _role(re.sub(_WRAPPERS, "", name))
         vector = role is not None and ("norm" in role or role.endswith("bias"))
         if role is None or tensor.ndim != (1 if vector else 2):
-            raise ReflowlensError(f"{where}: no place for {name!r} {list(tensor.shape)} in a GPT-2 or reFlow")
+            raise ReflowlensError(f"{where}: no place for {shown(name)} {list(tensor.shape)} in a GPT-2 or reFlow")
         if role in names:
             raise ReflowlensError(f"{where}: {name!r} and {names[role]!r} want the same place")
         names[role] = name
     return _with_down_last(names, state)
+
+
+def is_table(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is one that a model computes itself: a causal mask or rotary angles."""
+    plain = re.sub(_WRAPPERS, "", name)
+    return bool(re.match(_ANGLES, plain) or (re.match(_MASK, plain) and tensor.ndim > 1))
 
 
 def _role(name: str) -> str | None:

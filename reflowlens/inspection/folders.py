@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from reflowlens.opening import holds_file, shown
+
 METRICS, RUN, INDEX = "metrics.jsonl", "run.json", "model.safetensors.index.json"
 _WINDOWS, _LAST = 12, 50
 # What a transformers configuration calls the sizes of a decoder (GPT-2's names last).
@@ -70,11 +72,13 @@ def missing_shards(folder: Path, read: Set[str]) -> tuple[set[str], list[str]]:
     if not isinstance(where, dict):
         return set(), problems or [f"{INDEX} has no weight_map"]
     named = {str(file) for file in where.values()}
-    shards = {name for name in named if Path(name).name == name}  # an index must not have files elsewhere read
-    problems += [f"{INDEX} names {name}, which is no file of this folder" for name in sorted(named - shards)]
-    problems += [f"shard {shard} is missing" for shard in sorted(shards) if not (folder / shard).is_file()]
-    present = {name for name, file in where.items() if str(file) in shards and (folder / str(file)).is_file()}
-    lost = sorted(present - read)
+    shards = {file for file in named if holds_file(folder, file)}  # an index must not have files elsewhere read
+    for file in sorted(named - shards):
+        if Path(file).name == file:
+            problems.append(f"shard {file[:120]} is missing")
+        else:
+            problems.append(f"{INDEX} names {shown(file)}, which is no file of this folder")
+    lost = sorted({name for name, file in where.items() if isinstance(file, str) and file in shards} - read)
     if lost:
         problems.append(f"{len(lost)} tensors that {INDEX} lists are in no shard, e.g. {lost[0]}")
     return shards, problems

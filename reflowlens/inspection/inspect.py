@@ -26,6 +26,7 @@ from reflowlens.inspection.folders import (
 )
 from reflowlens.inspection.report import Inspection
 from reflowlens.inspection.tensors import comparison, differences_frame, of_weights
+from reflowlens.opening import as_path, shown
 
 
 def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Inspection:
@@ -60,12 +61,12 @@ def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Insp
 
 
 def _find(path: str | Path) -> Path:
-    found = Path(path)
+    found = as_path(path)
     if not found.exists() and (ASSETS / str(path) / WEIGHTS).is_file():
         return ASSETS / str(path)
     if not found.exists():
         raise ReflowlensError(
-            f"no file or folder {str(path)!r}, and no packaged model ({', '.join(list_models()) or 'none'})"
+            f"no file or folder {shown(str(path))}, and no packaged model ({', '.join(list_models()) or 'none'})"
             f"{nearest(str(path), list_models())}"
         )
     if not (found.is_file() or found.is_dir()):

@@ -137,11 +137,14 @@ def _programs(path: Path, kind: str) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield io.BytesIO(file.read(_LARGEST_PICKLE))
         return
+    left = _LARGEST_PICKLE  # of all together: what is packed small can be large
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(".pkl"):
                 with archive.open(name) as member:
-                    yield io.BytesIO(member.read(_LARGEST_PICKLE))
+                    program = member.read(left)
+                left -= len(program)
+                yield io.BytesIO(program)
 
 
 def imported_names(program: BinaryIO) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from reflowlens.checkpoints import FORMAT, WEIGHTS
+from reflowlens.checkpoints import FORMAT, WEIGHTS, impossible_size
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
@@ -78,7 +78,7 @@ def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFra
         return {}, {}, []
     try:
         cfg = ModelConfig.from_dict(json.loads(weights.metadata["config"]))
-    except (ReflowlensError, KeyError, TypeError, ValueError) as error:
+    except (ReflowlensError, KeyError, TypeError, ValueError, RecursionError) as error:
         return {}, {}, [f"its configuration is not readable: {error}"]
     config = {name: value for name, value in cfg.to_dict().items() if value not in (None, "")}
     facts = {"architecture": config.pop("architecture"), "config": config}
@@ -88,15 +88,10 @@ def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFra
 
 
 def _misfits(cfg: ModelConfig, weights: Weights) -> list[str]:
-    # A damaged number must not be built: every size of a sound model is the length of a stored axis or a count of them.
-    if cfg.n_layers > len(weights.tensors):
-        return [f"its configuration has n_layers {cfg.n_layers:,}, and the file {len(weights.tensors):,} tensors"]
-    held = sum(stored.size for stored in weights.tensors.values())
-    for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab"):
-        if getattr(cfg, name) > held:
-            return [f"its configuration has {name} {getattr(cfg, name):,}, and the file {held:,} numbers in all"]
-    shapes = parameter_shapes(cfg)
     found = {name: stored.shape for name, stored in weights.tensors.items()}
+    if reason := impossible_size(cfg, found):
+        return [reason]
+    shapes = parameter_shapes(cfg)
     return [
         *(f"{name} is missing" for name in shapes if name not in found),
         *(f"{name} is not a parameter of its configuration" for name in found if name not in shapes),

@@ -17,6 +17,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from reflowlens.errors import ReflowlensError
+from reflowlens.opening import open_safetensors
+
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors header, by the format
 CHUNK = 1 << 22  # numbers held at a time, as float64: 32 MiB
 # The first name that fits decides: a norm inside an attention layer is a norm.
 _PARTS = (
@@ -64,13 +68,11 @@ class Weights:
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Weights:
-        from safetensors import SafetensorError, safe_open
-
         for path in self.files:
             try:
-                file = self._stack.enter_context(safe_open(path, "pt"))
-            except (SafetensorError, OSError) as error:
-                self.problems.append(f"{path.name} cannot be read: {_diagnosis(path) or error}")
+                file = self._stack.enter_context(open_safetensors(path))
+            except ReflowlensError as error:
+                self.problems.append(f"{path.name} cannot be read: {_diagnosis(path) or error.__cause__}")
                 continue
             self._open[path] = file
             self.metadata |= file.metadata() or {}
@@ -100,17 +102,21 @@ class Weights:
 
 def _diagnosis(path: Path) -> str:
     """What is wrong with a safetensors file, where its size says it."""
+    if not path.is_file():
+        return ""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= size - 8:
             return "it does not begin with a safetensors header (is it another format, or cut short?)"
+        if length > LARGEST_HEADER:
+            return f"its header of {length:,} bytes is beyond the {LARGEST_HEADER:,} that the format allows"
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return ""
     if size == expected:
         return ""

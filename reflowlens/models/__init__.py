@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,8 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "reflow_lite": ReFlowLite,
     "bdh": BDH,
 }
+
+_FIRST_BLOCK = "blocks.0."
 
 
 @contextlib.contextmanager
@@ -57,12 +60,14 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
         device: ``"meta"`` builds the shapes alone and costs no memory.
 
     Raises:
-        ReflowlensError: there is no such preset or device.
+        ReflowlensError: there is no such preset or device, or the model is larger than the machine's memory.
 
     Example: ``build_model("reflow_1", device="meta").n_parameters  # 463,668,224``
     """
     cfg = preset(config) if isinstance(config, str) else config
     place = "meta" if str(device) == "meta" else "cpu"
+    if place == "cpu":
+        check_memory(cfg)
     with torch.device(place):
         model = unfilled_model(dataclasses.replace(cfg, device=place)).eval()
     if place == "meta":
@@ -73,10 +78,33 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Shapes of the parameters of a model, by their names; nothing of its size is allocated."""
-    if cfg.positional_embedding_type == "rotary":
-        cfg = dataclasses.replace(cfg, n_ctx=1)  # angles are no parameters, and would be computed
-    return {name: parameter.shape for name, parameter in build_model(cfg, device="meta").named_parameters()}
+    """Shapes of the parameters of a model, by their names; however large it is, one layer is built, of shapes alone."""
+    # Rotary angles are no parameters, and would be computed.
+    n_ctx = 1 if cfg.positional_embedding_type == "rotary" else cfg.n_ctx
+    built = build_model(dataclasses.replace(cfg, n_layers=1, n_ctx=n_ctx), device="meta")
+    shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+    block = {
+        name.removeprefix(_FIRST_BLOCK): shapes.pop(name) for name in list(shapes) if name.startswith(_FIRST_BLOCK)
+    }
+    layers = range(cfg.n_layers)
+    return shapes | {f"blocks.{layer}.{name}": shape for layer in layers for name, shape in block.items()}
+
+
+def check_memory(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Raise if a model is larger than all the memory of the machine, where the system tells how much there is."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    # Each layer holds a cosine and a sine for every position and channel, but BDH, which computes them.
+    rotary = cfg.positional_embedding_type == "rotary" and cfg.architecture != "bdh"
+    angles = 8 * cfg.n_layers * cfg.n_ctx * cfg.d_head if rotary else 0
+    needed = dtype.itemsize * sum(shape.numel() for shape in parameter_shapes(cfg).values()) + angles
+    if needed > memory:
+        angles_of = f" ({angles / 2**30:,.1f} of them the angles of n_ctx={cfg.n_ctx:,} positions)" if angles else ""
+        raise ReflowlensError(
+            f"this model takes {needed / 2**30:,.1f} GiB{angles_of}, and this machine has {memory / 2**30:,.1f}"
+        )
 
 
 def moved(model: HookedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> HookedModel:

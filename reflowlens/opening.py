@@ -1,0 +1,73 @@
+"""Opening what comes from outside: paths, names, JSON and safetensors files, none of which is trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from reflowlens.errors import ReflowlensError
+
+
+def as_path(value: object) -> Path:
+    """A path that a caller gave.
+
+    Raises:
+        ReflowlensError: it is none, or one that the system cannot look up.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ReflowlensError(f"a path or a name was expected, got {shown(value)}")
+    path = Path(value)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a null character, a folder that may not be entered
+        reason = getattr(error, "strerror", None) or error
+        raise ReflowlensError(f"cannot look up {shown(str(path))}: {reason}") from error
+    return path
+
+
+def holds_file(folder: Path, name: object) -> bool:
+    """Whether a name read from a file is that of a file in the folder itself, and not of anything elsewhere."""
+    try:
+        return isinstance(name, str) and Path(name).name == name and (folder / name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def shown(value: object) -> str:
+    """What came from outside as a message quotes it: of a long text the beginning."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ReflowlensError: it cannot be read, is no JSON, or is nested too deep.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("it is no file")  # reading a pipe would wait for a writer
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReflowlensError(f"{path} is damaged: {error}") from error
+
+
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file as ``safetensors.safe_open`` gives it, its header read and checked, which is at most 100 MB.
+
+    Raises:
+        ReflowlensError: it is no such file, or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not path.is_file():
+            raise OSError("it is no file")  # opening a pipe would wait for a writer
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
