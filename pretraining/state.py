@@ -17,7 +17,7 @@ from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
-from reflowlens.checkpoints import MANIFEST, WEIGHTS, leftovers, save_model, write_folder, write_tensors
+from reflowlens.checkpoints import MANIFEST, WEIGHTS, is_as_written, leftovers, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 from reflowlens.models.base import HookedModel
@@ -155,6 +155,8 @@ def resume_state(
     own = [{p for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     with torch.no_grad(), _readable(folder):
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf8"))
+        if not is_as_written(folder / WEIGHTS):
+            raise ValueError(f"{WEIGHTS} is not the file that {MANIFEST} was written with")
         _check_same_run(folder, cfg, manifest)
         _check_same_data(folder, cfg, data, manifest)
         with safe_open(folder / WEIGHTS, framework="pt") as weights:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,15 +41,24 @@ def list_models() -> list[str]:
 
 
 def load_model(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    verify: bool = True,
 ) -> HookedModel:
     """A trained model: a packaged name, a checkpoint folder, or a safetensors file written by :func:`save_model`.
 
     Weights stored in 16 bits are widened to ``dtype``.
 
+    Args:
+        verify: the weights must be those whose hash the ``manifest.json`` beside them records, if it does; False opens
+            weights that were changed since.
+
     Raises:
-        ReflowlensError: there is no such model, the file is corrupt, was not written by reflowlens, does not fit its
-            own configuration, or holds values that are not finite; or the tokenizer beside it is another than its.
+        ReflowlensError: there is no such model, the file is corrupt or not the one its manifest was written with, was
+            not written by reflowlens, does not fit its own configuration, or holds values that are not finite; or the
+            tokenizer beside it is another than its.
 
     Example: ``model = load_model("reflow-nano")``
     """
@@ -56,12 +66,23 @@ def load_model(
     file = open_safetensors(path)
     cfg = ModelConfig.from_dict(_stated_config(path, file.metadata() or {}))
     _check_fit(path, cfg, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (it is no dictionary)
+    if verify and not is_as_written(path):
+        raise ReflowlensError(
+            f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or take "
+            "it as it is: load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
+        )
     _open_tokenizer(path, cfg)
     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
     return model_from_weights(cfg, weights, device=device, dtype=dtype)
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a weights file has the hash that the manifest beside it records, if one does."""
+    recorded = read_manifest(path).get("weights_sha256")
+    return recorded is None or recorded == file_hash(path)
 
 
 def model_from_weights(
@@ -203,9 +224,16 @@ def find_model(name_or_path: str | Path) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata give equal bytes."""
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path, metadata=metadata)
+    with path.open("r+b") as file:  # the library writes the metadata in an order of its own each time
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:

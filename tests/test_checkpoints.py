@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
 import time
 import tracemalloc
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import prune
 
 from reflowlens import checkpoints
 from reflowlens.checkpoints import (
+    file_hash,
     find_model,
     list_models,
     load_model,
@@ -26,6 +29,7 @@ from reflowlens.checkpoints import (
     read_manifest,
     save_model,
     write_folder,
+    write_tensors,
 )
 from reflowlens.cli import main
 from reflowlens.conversion import import_hf, import_nanogpt
@@ -407,6 +411,73 @@ def test_the_manifest_of_another_checkpoint_does_not_stand_for_this_one(saved: P
     assert manifest["step"] == 7
 
 
+# ----------------------------------------------------------------------------------------------- what is not as written
+
+
+def flip(path: Path, at: float = 0.9) -> None:
+    """One bit of a file, in the last digits of one weight."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data)) // 4 * 4] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_is_another_model_and_is_refused(saved: Path, tmp_path: Path) -> None:
+    weights = saved / "model.safetensors"
+    flip(weights)
+    for path in (saved, weights):
+        with pytest.raises(
+            ReflowlensError, match=r"is not the file that manifest\.json was written with .*verify=False"
+        ):
+            load_model(path)
+    damaged = load_model(saved, verify=False)
+    assert not same_weights(damaged, random_model("reflow_lite"))
+    again = str(tmp_path / "again")
+    assert main(["export", str(saved), again]) == 2
+    assert main(["export", str(saved), again, "--no-verify"]) == 0
+    assert same_weights(load_model(again), damaged)
+
+
+def test_only_a_recorded_hash_is_held_against_a_file(saved: Path, tmp_path: Path) -> None:
+    flip(saved / "model.safetensors")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    for recorded in ("", "0" * 64, 7, {}):
+        (saved / "manifest.json").write_text(json.dumps(manifest | {"weights_sha256": recorded}))
+        with pytest.raises(ReflowlensError, match="its SHA-256 differs"):
+            load_model(saved)
+    del manifest["weights_sha256"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    opened = load_model(saved)
+    alone = shutil.copy(saved / "model.safetensors", tmp_path / "alone.safetensors")
+    assert same_weights(load_model(alone), opened)
+
+
+def test_a_file_is_hashed_a_piece_at_a_time(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20_000  # several pieces
+    (tmp_path / "file").write_bytes(data)
+    tracemalloc.start()
+    assert file_hash(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(data) / 2
+
+
+def test_equal_models_are_saved_as_equal_bytes(tmp_path: Path) -> None:
+    """In processes of their own too: text is hashed by another seed in each."""
+    first = listing(save_model(tmp_path / "0", random_model("reflow")))
+    assert all(listing(save_model(tmp_path / str(i), random_model("reflow"))) == first for i in range(1, 9))
+    header = (tmp_path / "0" / "model.safetensors").read_bytes()[8:]
+    assert header.startswith(b'{"__metadata__":{"config":')
+
+
+def test_metadata_of_any_text_is_written_whole(tmp_path: Path) -> None:
+    metadata = {"z": 'quote " slash \\ / Grüße 世界 \u2028 \x7f \x01\n', "a": "", "ü": "𝄞"}
+    tensors = {"b": torch.arange(3.0), "ä\n": torch.ones(2, dtype=torch.float16)}
+    write_tensors(tmp_path / "x.safetensors", tensors, metadata)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
 # ---------------------------------------------------------------------------------------------- what comes from outside
 
 
@@ -474,7 +545,7 @@ def test_a_configuration_or_manifest_nested_too_deep(saved: Path) -> None:
     path, deep = saved / "model.safetensors", "[" * 200_000 + "]" * 200_000
     (saved / "manifest.json").write_text(deep)
     with pytest.raises(ReflowlensError, match=r"manifest\.json is damaged"):
-        read_manifest(saved)
+        load_model(saved)
     save_file(load_file(path), path, metadata={"format": "reflowlens-1", "config": deep})
     with pytest.raises(ReflowlensError, match="holds no readable configuration"):
         load_model(path)

@@ -25,6 +25,11 @@ def _add_export(commands: Commands) -> None:
         help="hf: a LlamaForCausalLM or GPT2LMHeadModel with its tokenizer, as transformers opens it",
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"], help="of the weights")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="take weights that are not those their manifest was written with; what is written then opens everywhere",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -32,7 +37,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from reflowlens.checkpoints import load_model, read_manifest, save_model
 
-    model, dtype = load_model(options.model), getattr(torch, options.dtype)
+    model, dtype = load_model(options.model, verify=not options.no_verify), getattr(torch, options.dtype)
     if options.format == "hf":
         from reflowlens.conversion import export_hf
 
