@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -214,6 +216,79 @@ def test_a_file_that_cannot_be_written_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("reflowlens.cli._parse", lambda arguments: Namespace(command=full))
     assert main([]) == 2
     assert capsys.readouterr().err == "error: out/table.csv: No space left on device\n"
+
+
+@pytest.fixture
+def console(monkeypatch):
+    """Standard output as a given console takes it; returns what was written."""
+
+    def of(encoding: str, errors: str = "strict"):
+        written = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding, errors))
+        return written
+
+    return of
+
+
+def test_a_console_that_lacks_a_character_shows_its_escape(console, monkeypatch):
+    def inspect(options):
+        print("caf\u00e9 \u2248 \U0001f642")
+
+    monkeypatch.setattr("reflowlens.cli._parse", lambda arguments: Namespace(command=inspect))
+    written = console("cp1252")
+    assert main([]) == 0
+    assert written.getvalue().decode("cp1252").strip() == "caf\u00e9 \\u2248 \\U0001f642"
+    written = console("cp1252", "replace")  # what PYTHONIOENCODING asks for is left as it is
+    assert main([]) == 0
+    assert written.getvalue().decode("cp1252").strip() == "caf\u00e9 ? ?"
+
+
+def test_commands_run_on_a_console_that_lacks_characters(console, checkpoint):
+    written = console("ascii")
+    assert main(["inspect", "reflow-nano"]) == 0
+    assert main(["sample", str(checkpoint), "\U0001f642", "--tokens", "1"]) == 0
+    assert rb"\U0001f642" in written.getvalue()
+
+
+def run_buffered(*arguments: str, stdout: int) -> tuple[int, str]:
+    """Status and errors of a process of its own."""
+    command = [sys.executable, "-m", "reflowlens.cli", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def unread():
+    """A pipe whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+def test_output_that_nobody_reads_ends_a_process_silently(unread):
+    assert run_buffered("--help", stdout=unread) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["models", "inspect CHECKPOINT", "sample CHECKPOINT a --tokens 1", "train reflow_1_small --dry-run", "many lines"],
+)
+def test_output_that_nobody_reads_ends_every_command_silently(arguments, checkpoint, unread, monkeypatch, capsys):
+    if arguments == "many lines":  # more than buffer and pipe take
+        command = Namespace(command=lambda options: print("line\n" * 100_000))
+        monkeypatch.setattr("reflowlens.cli._parse", lambda arguments: command)
+    monkeypatch.setattr("sys.stdout", os.fdopen(unread, "w", encoding="utf8"))
+    assert main(arguments.replace("CHECKPOINT", str(checkpoint)).split()) == 141
+    sys.stdout.close()  # as the interpreter does at its end
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "wb") as full:
+        status = run_buffered("--help", stdout=full.fileno())
+    assert status == (2, "error: cannot read or write: No space left on device\n")
 
 
 @pytest.mark.parametrize("arguments", ["run all", "run reflow-nano", "run --quick 7"])

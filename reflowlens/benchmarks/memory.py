@@ -68,13 +68,13 @@ def _in_own_process(bench: TrainBench, variant: str) -> int | None:
 def _forget_peak() -> None:
     """Have the largest resident size start from the present one, where the system can."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
 
 
 def _peak_resident() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would begin, on Linux, from what the parent had
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        (line,) = (line for line in status.read_text(encoding="utf8").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

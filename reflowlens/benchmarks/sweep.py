@@ -217,5 +217,5 @@ def _flop_ratio(case: Case, grid: str) -> float:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """Without the progress bars that are printed a cell."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w", encoding="utf8") as nowhere, contextlib.redirect_stderr(nowhere):
         yield

@@ -9,19 +9,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from reflowlens.cli import bench, examples, experiments, model_files, models, training, units
+from reflowlens.cli import bench, console, examples, experiments, model_files, models, training, units
 from reflowlens.errors import ReflowlensError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Bad input is one line on stderr, without a traceback."""
-    options = _parse(arguments)
+    console.show_every_character()
     try:
-        return options.command(options) or 0
+        try:
+            options = _parse(arguments)
+            return options.command(options) or 0
+        finally:
+            console.flush()
     except ReflowlensError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        console.drop_unwritten()
+        return console.BROKEN_PIPE
     except OSError as error:  # a full disk, a folder that may not be written
+        console.drop_unwritten()
         print(f"error: {error.filename or 'cannot read or write'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
