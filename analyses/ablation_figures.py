@@ -14,12 +14,12 @@ from reflowlens.figures import bars, histogram_with_control, line_with_band
 _HOVER = ("contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook")
 
 
-def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
-    """``knockout``, ``sufficiency``, ``signals``, ``sites`` and ``single``, from the frames of the experiment."""
+def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str, seed: int) -> dict[str, go.Figure]:
+    """``knockout``, ``sufficiency``, ``signals``, ``sites`` and ``single``; the seed draws the intervals' resamples."""
     signals = frames["signals"]
     strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
     target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
-    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].apply(_mean_with_interval).unstack()
+    sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].apply(_mean_with_interval, seed).unstack()
     prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
     curves = frames["curves"].query("removed > 0")  # nothing is removed, or kept, at 0, which a logarithm cannot show
     kept = curves["order"].str.startswith("keep")
@@ -86,7 +86,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, 
     }
 
 
-def _mean_with_interval(left: pd.Series) -> pd.Series:
+def _mean_with_interval(left: pd.Series, seed: int) -> pd.Series:
     """Over signals, which are the units here; the interval of a single one is not known."""
-    low, high = bootstrap_interval(left) if len(left) > 1 else (math.nan, math.nan)
+    low, high = bootstrap_interval(left, seed=seed) if len(left) > 1 else (math.nan, math.nan)
     return pd.Series({"left": left.mean(), "low": low, "high": high})

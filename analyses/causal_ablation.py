@@ -153,7 +153,7 @@ def causal_ablation(
             "model_hash": hash_of(model),
         },
         frames=frames,
-        figures=ablation_figures(frames, prompt),
+        figures=ablation_figures(frames, prompt, seed),
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
