@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 import reflowlens as rl
+from reflowlens.interventions.circuits import CircuitScore
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import weighted_sum
 from tests.test_bdh import random_bdh
+from tests.tiny import random_model
 
 TEXT = "A cat sat down"
 NAMES = ["reflow", "gpt2_biased", "llama_untied", "bdh"]
@@ -74,6 +78,67 @@ def test_a_weighted_sum_is_the_product_but_for_weights_of_zero(dtype: torch.dtyp
     _assert_same(weighted_sum(weights, values), torch.tensor(expected, dtype=dtype))
     finite = values.nan_to_num(0, 0, 0)
     _assert_same(weighted_sum(weights, finite), weights @ finite)
+
+
+def overflowing(name: str) -> HookedModel:
+    """A model that gives one token infinite activations."""
+    model = random_model(name)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n in ("embed.W_recipe", "embed.W_E"))[ord("z")] = torch.inf
+    return model
+
+
+def score(circuit: CircuitScore) -> Tensor:
+    return torch.tensor([circuit.value, circuit.pvalue, *circuit.null])
+
+
+PATCHES = [rl.Patch("resid_pre", layer=1), rl.Patch("pattern", layer=0), rl.Ablate("k", layer=0)]
+PATCHES += [rl.Patch("attn_scores", layer=0, position=1), rl.Ablate("hook_embed"), rl.Steer("mlp_out", [1.0], layer=1)]
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "EAP": lambda *of: rl.edge_attribution(*of, mode="gradient").values,
+    "EAP-IG": lambda *of: rl.edge_attribution(*of, steps=2).values,
+    "exact edges": lambda *of: rl.exact_edges(*of, edges=[("a0.h1", "a1.h1<q>"), ("m0", "logits")]).values,
+    "gradient": lambda m, a, b, metric: rl.sweep(m, a, b, PATCHES, metric, mode="gradient").values,
+    "integrated": lambda m, a, b, metric: rl.sweep(m, a, b, PATCHES, metric, mode="integrated", steps=2).values,
+    "faithfulness": lambda m, a, b, metric: score(rl.faithfulness(m, a, b, ["m0", "a1.h2"], metric, controls=3)),
+    "completeness": lambda m, a, b, metric: score(rl.completeness(m, a, b, [("a0.h2", "m1")], metric, controls=3)),
+}
+ENDS = [("abcdz", "xbfgz"), ("abcdz", "xbfgk"), ("abcdk", "xbfgz")]
+
+
+@pytest.mark.parametrize("measure", SCORES)
+@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "reflow_lite"])
+def test_scores_of_what_comes_before_an_infinity_are_those_of_the_prompts_without_it(name: str, measure: str) -> None:
+    model, of = overflowing(name), SCORES[measure]
+    for clean, corrupted in ENDS:
+        actual = of(model, clean, corrupted, rl.metrics.logit_diff(5, 9, position=-2))
+        expected = of(model, clean[:-1], corrupted[:-1], rl.metrics.logit_diff(5, 9))
+        assert expected.isfinite().any()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("point", ["blocks.1.hook_resid_pre", "blocks.0.attn.hook_v", "blocks.1.hook_attn_out"])
+@pytest.mark.parametrize("measure", ["EAP", "gradient"])
+def test_estimates_under_an_intervention_that_makes_an_infinity(measure: str, point: str) -> None:
+    model, metric = random_model("reflow"), rl.metrics.logit_diff(5, 9, position=-2)
+    expected = SCORES[measure](model, "abcd", "xbfg", rl.metrics.logit_diff(5, 9))
+    with rl.intervene(model, rl.Replace(point, torch.inf, position=4)):
+        actual = SCORES[measure](model, "abcde", "xbfgh", metric)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("measure", ["EAP", "EAP-IG", "exact edges"])
+@pytest.mark.parametrize("pair", [("abzd", "xbfg"), ("abcd", "xbzg"), ("abzd", "xbzg")])
+def test_an_edge_without_a_right_score_is_an_error_and_no_missing_edge(measure: str, pair: tuple[str, str]) -> None:
+    clean, corrupted = (["abcd", prompt] for prompt in pair)
+    with pytest.raises(rl.ReflowlensError, match=r"prompt 1: the score of the edge from .* activations overflow"):
+        SCORES[measure](overflowing("reflow"), clean, corrupted, rl.metrics.logit_diff(5, 9))
+
+
+@pytest.mark.parametrize("pair", [("abzd", "xbfg"), ("abcd", "xbzg")])
+def test_circuits_of_runs_that_overflow_are_an_error(pair: tuple[str, str]) -> None:
+    with pytest.raises(rl.ReflowlensError, match="prompt 0: the metric of a circuit's run is nan: activations overfl"):
+        rl.faithfulness(overflowing("reflow"), *pair, ["m0"], rl.metrics.logit_diff(5, 9), controls=2)
 
 
 def _assert_same(actual: Tensor, expected: Tensor) -> None:

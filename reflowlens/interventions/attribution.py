@@ -207,23 +207,34 @@ class GradientRuns:
         return totals
 
     def gradients(self, names: Sequence[str], rows: Sequence[Row]) -> dict[str, Float[Tensor, "row *rest"]]:
-        """The gradient of each row's own metric at some points."""
+        """The gradient of each row's own metric at some points.
+
+        Positions behind the last that a metric reads cannot matter, and are zeros here: what overflows there would come
+        back from a norm or a softmax as 0 · inf, and through attention to the positions before it.
+        """
         model, device = self.model, self.tokens.device
         prompts = torch.tensor([prompt for prompt, _ in rows], device=device)
         shares = torch.tensor([share for _, share in rows], device=device, dtype=torch.float32)
-        inputs = self.path.at(prompts, shares).requires_grad_()
+        behind = torch.arange(self.tokens.shape[1], device=device) > self.reader.last_position[prompts, None]
+        inputs = self.path.at(prompts, shares).masked_fill(behind[..., None], 0.0).requires_grad_()
         fired: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def start(activation: Tensor, hook: HookPoint) -> Tensor:
             return inputs
+
+        def finite(stream: Tensor, hook: HookPoint) -> Tensor:
+            return stream.masked_fill(behind[..., None], 0.0)
 
         def keep(activation: Tensor, hook: HookPoint) -> Tensor:
             kept = activation if activation.requires_grad else activation.detach().requires_grad_()
             fired[str(hook.name)].append(kept)
             return kept
 
+        streams = [name for name in model.hook_dict if name.endswith((".hook_resid_pre", ".hook_resid_mid"))]
+        hooks = [(self.path.point, start), *[(name, finite) for name in streams if bool(behind.any())]]
+        hooks += [(name, keep) for name in names]
         shared = [name for name in names if "batch" not in model.hook_axes(name)]
-        with torch.enable_grad(), model.hooks([(self.path.point, start), *[(name, keep) for name in names]]):
+        with torch.enable_grad(), model.hooks(hooks):
             final = model(self.tokens[prompts], stop_at_layer=model.cfg.n_layers)
             reader = copy.copy(self.reader)
             if shared:  # the basis is used at both ends of a run

@@ -116,8 +116,8 @@ def faithfulness(
         ``pvalue`` counts random circuits that are at least as faithful.
 
     Raises:
-        ReflowlensError: a node or edge does not exist, the prompts do not fit together, or the metric is the same with
-            everything replaced.
+        ReflowlensError: a node or edge does not exist, the prompts do not fit together, the metric is the same with
+            everything replaced, or what overflows reaches it.
 
     Example:
         >>> import reflowlens as rl
@@ -296,6 +296,11 @@ def _ends(graph: Graph, nodes: bool) -> tuple[Bool[Tensor, "sender receiver"], B
 
 def _shares(values: Float[Tensor, "circuit prompt"]) -> list[float]:
     """Scores of all but the first two, which are the whole model and the empty circuit."""
+    for circuit, prompt in (~values.isfinite()).nonzero().tolist():
+        raise ReflowlensError(
+            f"prompt {prompt}: the metric of a circuit's run is {values[circuit, prompt]:g}: activations overflow in "
+            "this prompt, clean or replaced; run the model in float32, or leave it out"
+        )
     full, empty, *rest = values.mean(dim=1).double()
     if torch.isclose(full, empty, rtol=1e-5, atol=1e-6):  # up to rounding
         raise ReflowlensError("nothing to explain: the metric is the same when everything is replaced")

@@ -14,7 +14,8 @@ from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
@@ -24,7 +25,7 @@ from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.sweep import paired_tokens
 from reflowlens.metrics import Metric
 from reflowlens.models.base import TextInput
-from reflowlens.models.components import without_autocast
+from reflowlens.models.components import weighted_sum, without_autocast
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -108,7 +109,8 @@ def edge_attribution(
         memory: bytes that the folded runs may take; default: a share of what is free.
 
     Raises:
-        ReflowlensError: the prompts differ in length, or the metric does not fit the model or has no gradient.
+        ReflowlensError: the prompts differ in length, the metric does not fit the model or has no gradient, or what
+            overflows reaches a score.
 
     Example:
         >>> import reflowlens as rl
@@ -129,15 +131,29 @@ def edge_attribution(
 
         def scores(rows: list[Row]) -> Float[Tensor, "sender receiver row"]:
             gradients = by_node(runs.gradients(names, rows), names).float()
+            slopes = rearrange(gradients, "row pos receiver d -> row receiver (pos d)")
+            changed = rearrange(changes[[prompt for prompt, _ in rows]], "row pos sender d -> row (pos d) sender")
             with without_autocast(changes):
-                return torch.einsum("bpsd,bprd->srb", changes[[prompt for prompt, _ in rows]], gradients)
+                return rearrange(weighted_sum(slopes, changed), "row receiver sender -> sender receiver row")
 
         values = changes.new_zeros(*graph.possible.shape, len(tokens))
         todo = runs.rows(steps if mode == "integrated" else None)
         for rows, part in in_batches(todo, scores, changes.device, memory):
             prompts = torch.tensor([prompt for prompt, _ in rows], device=changes.device)
             values.index_add_(2, prompts, part, alpha=len(tokens) / len(todo))
+    check_finite(values, graph, graph.possible)
     return EdgeScores(graph, graph.only_edges(values), runs.baseline)
+
+
+def check_finite(
+    values: Float[Tensor, "sender receiver prompt"], graph: Graph, edges: Bool[Tensor, "sender receiver"]
+) -> None:
+    """Raise where one of some edges has no finite score: NaN would say that there is no edge."""
+    for s, r, prompt in (edges.to(values.device)[..., None] & ~values.isfinite()).nonzero().tolist():
+        raise ReflowlensError(
+            f"prompt {prompt}: the score of the edge from {graph.senders[s]!r} to {graph.receivers[r]!r} is "
+            f"{values[s, r, prompt]:g}: activations overflow in this prompt; run the model in float32, or leave it out"
+        )
 
 
 @torch.no_grad()

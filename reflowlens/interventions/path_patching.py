@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.edges import EdgeScores, sent
+from reflowlens.interventions.circuit_runs import mask_of
+from reflowlens.interventions.edges import EdgeScores, check_finite, sent
 from reflowlens.interventions.graph import Edge, Graph
 from reflowlens.interventions.patching_result import PatchingResult
 from reflowlens.interventions.reading import Reader, attached_points
@@ -121,6 +122,9 @@ def exact_edges(
 
     Returns:
         ``values`` are effects: the metric under the patch less that of the corrupted run.
+
+    Raises:
+        ReflowlensError: as :func:`path_patch`; or what overflows reaches an effect.
     """
     pair = _Pair(model, clean, corrupted, metric)
     wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
@@ -135,6 +139,7 @@ def exact_edges(
                     sender, receiver = names[cell]
                     values[pair.graph.sender(sender), pair.graph.receiver(receiver)] = value
                 bar.update(len(cells))
+    check_finite(values, pair.graph, mask_of(pair.graph, list(wanted)))
     return EdgeScores(pair.graph, values, pair.baseline)
 
 
