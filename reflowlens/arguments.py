@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from reflowlens.errors import ReflowlensError
@@ -50,3 +53,51 @@ def random_seed(value: Any) -> int:
     if seed is None or not -(2**63) <= seed < 2**63:
         raise ReflowlensError(f"seed must be an integer from -2**63 to 2**63 - 1, got {value!r}")
     return seed
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """An argument that counts something.
+
+    Raises:
+        ReflowlensError: it is no integer, or below the least.
+    """
+    number = integer(value)
+    if number is None or number < least:
+        raise ReflowlensError(f"{name} must be an integer and at least {least}, got {value!r}")
+    return number
+
+
+def real_number(value: Any, name: str) -> float:
+    """An argument that measures something.
+
+    Raises:
+        ReflowlensError: it is no number, or NaN.
+    """
+    number = real(value)
+    if number is None or math.isnan(number):
+        raise ReflowlensError(f"{name} must be a number, got {value!r}")
+    return number
+
+
+def names_given(value: Any, name: str) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        ReflowlensError: they are no names.
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1)
+    names = list(value) if several else [value]
+    if not all(isinstance(one, str) for one in names):
+        raise ReflowlensError(f"{name} must be a name or a list of names, got {value!r}")
+    return names
+
+
+def path_given(value: Any, name: str) -> Path:
+    """Where a file or folder is.
+
+    Raises:
+        ReflowlensError: it is no path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise ReflowlensError(f"{name} must be a path, got {value!r}")
+    return Path(value)

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import check_lengths_known
@@ -83,10 +84,10 @@ def collect(
         (3, torch.Size([256, 256]))
     """
     hooked = hooked_model(model)
-    statistics = [statistics] if isinstance(statistics, str) else statistics
     choices = _choices(hooked, names, statistics, k, threshold, positions)
     collected = Collected({}, 0, choices, hooked.cfg.model_name, model_hash(hooked))
-    if results is not None and Path(results).is_dir() and any(Path(results).iterdir()):
+    results = None if results is None else path_given(results, "results")
+    if results is not None and results.is_dir() and any(results.iterdir()):
         collected = Collected.load(results).merge(collected)
     total = int(np.prod(batches.shape)) if isinstance(batches, np.ndarray | Tensor) else None
     show = sys.stderr.isatty() if progress is None else progress
@@ -151,7 +152,7 @@ class Collected:
         return titled(repr(self), "", table(["point"], [(name,) for name in self.points]))
 
     def __getitem__(self, name: str) -> PointStatistics:
-        if name not in self.points:
+        if not isinstance(name, str) or name not in self.points:
             raise ReflowlensError(f"{name!r} was not collected; these were: {', '.join(self.points)}")
         return self.points[name]
 
@@ -167,6 +168,8 @@ class Collected:
         Raises:
             ReflowlensError: they are of other models or choices.
         """
+        if not isinstance(other, Collected):
+            raise ReflowlensError(f"statistics merge with others of rl.collect, got {other!r}")
         self.check_mergeable(other)
         points = dict(self.points)
         for name, point in other.points.items():
@@ -232,31 +235,36 @@ class Collected:
 def _choices(
     model: HookedModel,
     names: str | Sequence[str],
-    statistics: Sequence[Statistic],
+    statistics: Statistic | Sequence[Statistic],
     k: int,
     threshold: float | None,
     positions: slice | Literal["last"] | None,
 ) -> Choices:
-    names = [names] if isinstance(names, str) else list(names)
+    names, statistics = names_given(names, "names"), names_given(statistics, "statistics")  # type: ignore[assignment]
     for name in names:
         if model.hook_axes(name)[:2] != ("batch", "pos"):
             raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: statistics are of [batch, pos, ...]")
     for statistic in statistics:
         if statistic not in STATISTICS:
             raise ReflowlensError(f"statistics are {', '.join(map(repr, STATISTICS))}, got {statistic!r}")
-    if k < 1:
-        raise ReflowlensError(f"k must be at least 1, got {k}")
+    k = whole_number(k, "k", 1)
+    threshold = None if threshold is None else real_number(threshold, "threshold")
     if not names or (not statistics and threshold is None):
         raise ReflowlensError("there is nothing to collect: name a hook point, and a statistic or a threshold")
     chosen = slice(-1, None) if positions == "last" else slice(None) if positions is None else positions
     if not isinstance(chosen, slice):
         raise ReflowlensError(f"positions must be a slice, 'last' or None, got {positions!r}")
-    return Choices(names, sorted(statistics), k, threshold, [chosen.start, chosen.stop, chosen.step])
+    bounds = [None if bound is None else integer(bound) for bound in (chosen.start, chosen.stop, chosen.step)]
+    if slice(*bounds) != chosen or chosen.step == 0:
+        raise ReflowlensError(f"positions must be a slice of integers, got {positions!r}")
+    return Choices(names, sorted(statistics), k, threshold, bounds)
 
 
 def _split(batches: Iterable[TextInput] | Tensor | np.ndarray) -> Iterator[TextInput]:
     if isinstance(batches, str):
         raise ReflowlensError("batches must be a list of texts or of batches, not one text")
+    if not isinstance(batches, Iterable):
+        raise ReflowlensError(f"batches must be a list of texts or of batches, or an array of tokens, got {batches!r}")
     if not isinstance(batches, np.ndarray | Tensor):
         yield from batches
         return

@@ -287,8 +287,10 @@ _OF_FEW_MODELS = {
 }
 
 
-def nearest(name: str, candidates: list[str]) -> str:
+def nearest(name: Any, candidates: list[str]) -> str:
     """A clause such as ``; did you mean 'd_model'?``, or nothing when no candidate is near."""
+    if not isinstance(name, str):  # what was given in its place is in the message
+        return ""
     matches = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

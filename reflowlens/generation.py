@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from reflowlens.arguments import integer, is_one_of, random_seed, real
+from reflowlens.arguments import integer, is_one_of, random_seed, real, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import growing_text
 from reflowlens.models.base import HookedModel, NamesFilter, TextInput
@@ -165,12 +165,11 @@ def _check_finite(logits: Float[Tensor, "batch d_vocab"], why: str) -> None:
 def _check_settings(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int) -> None:
     if real(temperature) is None or not temperature >= 0:
         raise ReflowlensError(f"temperature must be 0 (greedy) or positive, got {temperature!r}")
-    if top_k is not None and (integer(top_k) is None or top_k < 1):
-        raise ReflowlensError(f"top_k must be an integer and at least 1, got {top_k!r}")
+    if top_k is not None:
+        whole_number(top_k, "top_k", 1)
     if top_p is not None and (real(top_p) is None or not 0 < top_p <= 1):
         raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p!r}")
-    if integer(max_new_tokens) is None or max_new_tokens < 1:
-        raise ReflowlensError(f"max_new_tokens must be an integer and at least 1, got {max_new_tokens}")
+    whole_number(max_new_tokens, "max_new_tokens", 1)
 
 
 def _stop_ids(model: HookedModel, stop_at_eos: bool, stop_token: str | int | None) -> Int[Tensor, " stop"]:

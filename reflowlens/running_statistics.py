@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class PointStatistics:
             ReflowlensError: examples were not collected, or there is no such feature.
         """
         top = _collected(self.top, "'top' among the statistics")
-        if not 0 <= feature < len(top.value):
+        if integer(feature) is None or not 0 <= feature < len(top.value):
             raise ReflowlensError(f"no feature {feature}: this point has features 0 to {len(top.value) - 1}")
         frame = pd.DataFrame({name: getattr(top, name)[feature].tolist() for name in ("value", *_PLACES)})
         if model is None:

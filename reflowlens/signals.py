@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from reflowlens.arguments import integer, is_one_of, random_seed
+from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
@@ -133,16 +133,14 @@ class SignalView:
         Raises:
             ReflowlensError: there is no such signal, or k is no positive integer.
         """
-        index, largest = integer(signal), integer(k)
+        index, k = integer(signal), whole_number(k, "k", 1)
         if index is None or not 0 <= index < self.n_signals:
             raise ReflowlensError(f"no signal {signal!r}: this view has signals 0 to {self.n_signals - 1}")
-        if largest is None or largest < 1:
-            raise ReflowlensError(f"k must be an integer and at least 1, got {k!r}")
         column = self.recipe[: self.n_tokens, index].float()
         z = (column - column.mean()) / column.std()
         frames = []
         for sign in (1, -1):
-            values, ids = (sign * column).topk(min(largest, len(column)))
+            values, ids = (sign * column).topk(min(k, len(column)))
             kept = ids[values > 0].tolist()
             text = self.model.tokenizer.to_str_tokens(kept)
             frame = {"sign": sign, "token": kept, "text": text, "recipe": column[kept].tolist(), "z": z[kept].tolist()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,16 +13,22 @@ import torch
 import reflowlens as rl
 from reflowlens import metrics
 from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import kl
 from reflowlens.signals import rotate
 from tests.tiny import random_model
 
 MODEL = random_model("reflow")
 VIEW = rl.signal_view(MODEL)
 LOGITS = MODEL("abcd")
+PAIR = ("the king", "the kind")
 STREAM = torch.randn(1, 4, MODEL.cfg.d_model)
 IDS = [np.array([1, 2]), torch.tensor([1, 2])]
 NO_NUMBERS = ["a", "2", None, [], [1], {}, object(), b"x", float("nan"), *IDS]
 NO_INTEGERS = [*NO_NUMBERS, 1.0, 2.5, True, torch.tensor(2.0), torch.tensor(True)]
+NO_COUNTS = [*NO_INTEGERS, -1, np.float32(2.5)]
+NO_NAMES = [1.5, None, True, [1], {1: 2}, IDS[1], b"x"]
+NO_LISTS = [1.5, "a", True, float("nan")]
+NO_PATHS = [1.5, 0, True, [1], {}, IDS[1], b"x"]
 NO_TENSORS = ["a", 1, 2.5, [1.0], {}, object(), np.zeros(4)]
 
 
@@ -37,7 +44,27 @@ def forward(name: str, **kwargs: Any) -> Callable[[Any], Any]:
     return lambda value: MODEL("abcd", **kwargs, **{name: value})
 
 
-CALLS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+def collect(batches: Any = ("ab",), names: Any = "hook_embed", **arguments: Any) -> rl.Collected:
+    return rl.collect(MODEL, batches, names, **arguments)
+
+
+def growth(scores: Any = None, **arguments: Any) -> Any:
+    found = rl.edge_attribution(MODEL, *PAIR, kl(), mode="gradient") if scores is None else scores
+    return rl.grow_circuit(MODEL, *PAIR, found, kl(), **arguments)
+
+
+def enter(block: Any) -> None:
+    with block:
+        pass
+
+
+def with_lengths(lengths: Any) -> None:
+    with rl.intervene(MODEL, rl.Ablate("z", layer=0), lengths=lengths):
+        MODEL(torch.tensor([[1, 2, 3]]))
+
+
+# A call with the argument, what the argument may not be, and how the message begins where others are near.
+CALLS: dict[str, tuple[Any, ...]] = {
     "generate input": (lambda value: MODEL.generate(value, 2), but(NO_INTEGERS, "a", "2")[:4]),
     "generate max_new_tokens": (generate("max_new_tokens"), [*NO_INTEGERS, 0, -1, 1000]),
     "generate temperature": (generate("temperature"), [*NO_NUMBERS, True, -1, -0.5, 2**2000]),
@@ -118,14 +145,132 @@ CALLS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
         lambda value: metrics.target_prob("a", position=value).of_logits(MODEL, LOGITS),
         [*NO_INTEGERS, 4, -5],
     ),
+    "sweep steps": (
+        lambda x: rl.sweep(MODEL, *PAIR, "tokens", kl(), mode="integrated", steps=x),
+        [0, *NO_COUNTS],
+        "steps of integrated gradients must be an integer and at least 1, got",
+    ),
+    "edge steps": (
+        lambda x: rl.edge_attribution(MODEL, *PAIR, kl(), steps=x),
+        [0, *NO_COUNTS],
+        "steps of integrated gradients must be an integer and at least 1, got",
+    ),
+    "memory": (
+        lambda x: rl.sweep(MODEL, *PAIR, "tokens", kl(), memory=x),
+        [0, -1, math.inf, True, *but(NO_NUMBERS, None)],
+        "memory must be",
+    ),
+    "cells": (lambda x: rl.sweep(MODEL, *PAIR, x, kl()), [1.5, None, True, [1]], "cells must be"),
+    "results": (lambda x: rl.sweep(MODEL, *PAIR, "tokens", kl(), results=x), NO_PATHS, "results must be a path, got"),
+    "top": (
+        lambda x: rl.screen(MODEL, *PAIR, "tokens", kl(), top=x),
+        NO_COUNTS,
+        "top must be an integer and at least 0",
+    ),
+    "agreement top": (lambda x: rl.agreement([1.0], [1.0], top=x), NO_COUNTS, "top must be an integer and at least 0"),
+    "agreement": (lambda x: rl.agreement([1.0], x), ["a", {}, b"x"], "effects must be numbers"),
+    "controls": (
+        lambda x: rl.faithfulness(MODEL, *PAIR, ["m0"], kl(), controls=x),
+        NO_COUNTS,
+        "controls must be an integer and at least 0",
+    ),
+    "circuit seed": (
+        lambda x: rl.completeness(MODEL, *PAIR, ["m0"], kl(), controls=1, seed=x),
+        NO_COUNTS,
+        "seed must be an integer and at least 0",
+    ),
+    "circuit": (
+        lambda x: rl.faithfulness(MODEL, *PAIR, x, kl(), controls=0),
+        [*NO_LISTS, [], [1], b"x", [("m0", "m1"), "m0"]],
+        "a circuit is a list of nodes, or of edges",
+    ),
+    "circuit metric": (
+        lambda x: rl.faithfulness(MODEL, *PAIR, ["m0"], x, controls=0),
+        [None, "kl", 1],
+        "the metric must be one of reflowlens.metrics",
+    ),
+    "sizes": (lambda x: growth(sizes=[x]), NO_COUNTS, "a circuit's size must be an integer and at least 0"),
+    "scores": (lambda x: growth(scores=x), [1.5, "a", [1]], "scores must be those of rl.edge_attribution"),
+    "smallest": (
+        lambda x: growth(sizes=[1]).smallest(x),
+        ["a", None, math.nan, [1], {}],
+        "faithfulness must be a number, got",
+    ),
+    "strongest edges": (
+        lambda x: rl.edge_attribution(MODEL, *PAIR, kl(), mode="gradient").top(x),
+        NO_COUNTS,
+        "n must be an integer and at least 0, got",
+    ),
+    "sender": (lambda x: rl.path_patch(MODEL, *PAIR, x, "m1", kl()), NO_NAMES, "sender must be a name or a list of"),
+    "receiver": (
+        lambda x: rl.path_patch(MODEL, *PAIR, "m0", x, kl()),
+        NO_NAMES,
+        "receiver must be a name or a list of",
+    ),
+    "through": (
+        lambda x: rl.path_patch(MODEL, *PAIR, "embed", "m1", kl(), through=x),
+        NO_NAMES,
+        "through must be a name or a list of names",
+    ),
+    "edges": (lambda x: rl.exact_edges(MODEL, *PAIR, kl(), edges=x), [1.5, True], "edges must be a list of pairs"),
+    "edge": (lambda x: rl.exact_edges(MODEL, *PAIR, kl(), edges=[x]), [1.5, None, "ab", [1]], "an edge is a pair"),
+    "edge of": (lambda x: rl.Graph.of(MODEL).edge((x, "m1")), [1.5, None, "m9"], "no sender"),
+    "reads of": (lambda x: rl.Graph.of(MODEL).reads_of(x), [1.5, None, "m9"], "no sender"),
+    "counts": (
+        lambda x: rl.ablate_progressively(MODEL, "ab", "a", counts=[x]),
+        [*NO_COUNTS, 33],
+        "counts must be between 0 and 32",
+    ),
+    "no counts": (lambda x: rl.ablate_progressively(MODEL, "ab", "a", counts=x), [1.5, True], "counts must be a list"),
+    "ablation seed": (
+        lambda x: rl.ablate_readout(MODEL, "ab", by="resample", reference="cd", seed=x),
+        [2**70, *NO_INTEGERS],
+        "seed must be an integer from",
+    ),
+    "site": (
+        lambda x: rl.ablate_upstream(MODEL, "ab", kl(), x, signals=[1]),
+        [1.5, "a", -1, None, True, torch.tensor([1, 2])],
+        "site must be",
+    ),
+    "k": (lambda x: collect(k=x), [0, *NO_COUNTS], "k must be an integer and at least 1"),
+    "threshold": (
+        lambda x: collect(threshold=x),
+        ["a", math.nan, True, [1], {}, 10**400],
+        "threshold must be a number",
+    ),
+    "positions": (
+        lambda x: collect(positions=slice(x, None)),
+        [1.5, "a", [1], math.inf],
+        "positions must be a slice of integers",
+    ),
+    "step": (lambda x: collect(positions=slice(None, None, x)), [0, 1.5], "positions must be a slice of integ"),
+    "statistics": (lambda x: collect(statistics=x), NO_NAMES, "statistics must be a name or a list of names"),
+    "names": (lambda x: collect(names=x), NO_NAMES, "names must be a name or a list of names"),
+    "batches": (collect, [1.5, None, True], "batches must be a list of texts or of batches, or"),
+    "results folder": (lambda x: collect(results=x), NO_PATHS, "results must be a path, got"),
+    "feature": (
+        lambda x: collect()["hook_embed"].examples(x),
+        [*NO_COUNTS, 32],
+        "no feature .*: this point has features 0 to 31",
+    ),
+    "point": (lambda x: collect()[x], NO_NAMES, "was not collected"),
+    "merge": (lambda x: collect().merge(x), [1.5, None, "a"], "statistics merge with others of rl.collect"),
+    "parameter": (lambda x: enter(rl.edit(MODEL, rl.ScaleWeights(x, 1.0))), NO_NAMES, "no parameter"),
+    "lengths": (with_lengths, [*NO_LISTS, [1.5], ["a"]], "lengths must be a list of numbers of tokens"),
+    "config": (rl.build_model, NO_NAMES, "config must be a ModelConfig or the name of a preset"),
+    "device": (
+        lambda x: rl.build_model(MODEL.cfg, device=x),
+        [1.5, math.nan, True, [1], {}, 2**70],
+        "cannot compute on device",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_argument_of_another_type_or_out_of_range_is_an_error(name: str) -> None:
-    call, wrong = CALLS[name]
+    call, wrong, *message = CALLS[name]
     for value in wrong:
-        with pytest.raises(ReflowlensError):
+        with pytest.raises(ReflowlensError, match=message[0] if message else None):
             raise AssertionError(f"{name}: {value!r} was accepted, and gave {call(value)!r}")
 
 
@@ -138,6 +283,9 @@ def test_integers_of_numpy_and_torch_are_integers(number: Any) -> None:
     assert MODEL.to_single_str_token(number) == MODEL.to_single_str_token(1)
     position, last = (metrics.target_prob(number, position=at).of_logits(MODEL, LOGITS[:, :2]) for at in (number, -1))
     assert position.equal(last)
+    rl.sweep(MODEL, *PAIR, "tokens", kl(), mode="integrated", steps=number, memory=np.float32(1e6))
+    assert collect(k=number, positions=slice(number, None), threshold=torch.tensor(0.5)).choices.positions[0] == 1
+    assert growth(sizes=[number]).frame["size"].tolist() == [1]
 
 
 @pytest.mark.parametrize(

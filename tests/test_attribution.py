@@ -243,7 +243,7 @@ def test_little_memory_changes_nothing() -> None:
     ("clean", "metric", "arguments", "message"),
     [
         (None, metrics.loss(), {"mode": "integrated"}, "give these"),
-        ("abc", metrics.loss(), {"mode": "integrated", "steps": 0}, "1 or more, got 0"),
+        ("abc", metrics.loss(), {"mode": "integrated", "steps": 0}, "must be an integer and at least 1, got 0"),
         ("abc", metrics.target_rank(A), {"mode": "gradient"}, "target_rank has no gradient"),
     ],
 )

@@ -263,7 +263,7 @@ def test_statistics_that_were_not_collected() -> None:
         ("blocks.0.attn.hook_pattern", {}, "statistics are of"),
         ("hook_embed", {"statistics": ["median"]}, "got 'median'"),
         ("hook_embed", {"statistics": []}, "nothing to collect"),
-        ("hook_embed", {"k": 0}, "k must be at least 1"),
+        ("hook_embed", {"k": 0}, "k must be an integer and at least 1"),
         ("hook_embed", {"positions": 3}, "a slice, 'last' or None, got 3"),
         ("hook_embed", {"positions": slice(50, None)}, "no position counts"),
     ],

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.memory import in_batches
 from reflowlens.metrics import Target, target_ids
@@ -198,7 +199,7 @@ class ProgressiveAblations(ReadoutAblations):
             raise ReflowlensError(f"the order has {len(self.order)} rows for {len(self.signals)} prompts")
         if not len(self.counts):
             raise ReflowlensError("there is no number of signals to remove: counts is empty")
-        if not all(0 <= count <= length for count in self.counts):
+        if not all(integer(count) is not None and 0 <= count <= length for count in self.counts):
             raise ReflowlensError(f"counts must be between 0 and {length}, the number of signals in the order")
         if ((self.order < 0) | (self.order >= self.view.n_signals)).any():
             raise ReflowlensError(f"the order must name signals 0 to {self.view.n_signals - 1}")

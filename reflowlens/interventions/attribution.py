@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import Bound, apply, bind_all, resolve
 from reflowlens.interventions.memory import in_batches
@@ -149,6 +150,15 @@ class InputPath:
         return torch.lerp(start, self.clean[prompts], shares.to(start.dtype)[:, None, None])
 
 
+def steps_of(mode: str, steps: int) -> int | None:
+    """How many runs are averaged: those of integrated gradients, none of a gradient.
+
+    Raises:
+        ReflowlensError: they are no positive integer.
+    """
+    return whole_number(steps, "steps of integrated gradients", 1) if mode == "integrated" else None
+
+
 class GradientRuns:
     """Gradients of a metric with respect to activations, at the corrupted run or on the way to the clean one.
 
@@ -181,14 +191,12 @@ class GradientRuns:
         """The runs of every prompt: the corrupted one, or the midpoints of ``steps`` equal parts of the way.
 
         Raises:
-            ReflowlensError: there is no clean run to go to, or no step.
+            ReflowlensError: there is no clean run to go to.
         """
         if steps is None:
             return [(prompt, 0.0) for prompt in range(len(self.tokens))]
         if self.path.clean is None:
             raise ReflowlensError("integrated gradients go from the corrupted prompts to the clean ones: give these")
-        if steps < 1:
-            raise ReflowlensError(f"integrated gradients need steps of 1 or more, got {steps}")
         return [(prompt, (step + 0.5) / steps) for step in range(steps) for prompt in range(len(self.tokens))]
 
     def mean_gradients(

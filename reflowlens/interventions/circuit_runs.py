@@ -51,7 +51,7 @@ class CircuitRuns:
     def __init__(
         self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric, ablation: Ablation = "corrupted"
     ) -> None:
-        if metric.normalised:
+        if isinstance(metric, Metric) and metric.normalised:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
         self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)

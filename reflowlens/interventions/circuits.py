@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from reflowlens.arguments import real_number, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.circuit_runs import Ablation, Circuit, CircuitRuns, mask_of
 from reflowlens.interventions.edges import EdgeScores
@@ -77,6 +78,7 @@ class CircuitGrowth:
         Raises:
             ReflowlensError: none is.
         """
+        faithfulness = real_number(faithfulness, "faithfulness")
         for circuit, value in zip(self.circuits, self.frame.faithfulness, strict=True):
             if value >= faithfulness:
                 return circuit
@@ -179,14 +181,17 @@ def grow_circuit(
     """
     if of not in ("edges", "nodes"):
         raise ReflowlensError(f"a circuit is of 'edges' or of 'nodes', not of {of!r}")
+    if not isinstance(scores, EdgeScores):
+        raise ReflowlensError(f"scores must be those of rl.edge_attribution or rl.exact_edges, got {scores!r}")
     runs = CircuitRuns(model, clean, corrupted, metric, ablation)
     full, empty = _ends(runs.graph, nodes=of == "nodes")
     order: list[Any] = list(strongest_nodes(scores)) if of == "nodes" else greedy_edges(scores)
     if sizes is None:
         some = np.unique(np.geomspace(1, len(order), 20).round().astype(int))
         sizes = range(len(order) + 1) if of == "nodes" else [0, *some.tolist()]
-    if not len(sizes) or min(sizes) < 0:
-        raise ReflowlensError(f"sizes of circuits must be 0 or more, and at least one, got {list(sizes)}")
+    sizes = [whole_number(size, "a circuit's size", 0) for size in (sizes if isinstance(sizes, Iterable) else [sizes])]
+    if not sizes:
+        raise ReflowlensError("sizes of circuits must be at least one")
     circuits = [order[:size] for size in sizes]
     kept = [mask_of(runs.graph, circuit) | empty for circuit in circuits]
     left = [full & ~mask | empty for mask in kept]
@@ -257,15 +262,8 @@ def matched_circuits(graph: Graph, circuit: Circuit, n: int, match: Match = "kin
 def _score(
     runs: CircuitRuns, circuit: Circuit, controls: int, match: Match, seed: int, memory: float | None, removed: bool
 ) -> CircuitScore:
-    if controls < 0:
-        raise ReflowlensError(f"controls must be 0 or more, got {controls}")
-    circuit = [part if isinstance(part, str) else tuple(part) for part in circuit]  # type: ignore[misc]
-    if len({type(part) for part in circuit}) != 1 or not all(
-        isinstance(part, str) or len(part) == 2 for part in circuit
-    ):
-        raise ReflowlensError(
-            "a circuit is a list of nodes, or of edges (sender, receiver): at least one, and not of both"
-        )
+    controls, seed = whole_number(controls, "controls", 0), whole_number(seed, "seed", 0)
+    circuit = _checked(circuit)
     full, empty = _ends(runs.graph, nodes=_of_nodes(circuit))
     masks = [mask_of(runs.graph, circuit)]
     masks += [mask_of(runs.graph, other) for other in matched_circuits(runs.graph, circuit, controls, match, seed)]
@@ -283,6 +281,18 @@ def _score(
         size=len(set(circuit) - {"embed"}),
         total=len(runs.graph.senders) - 1 if _of_nodes(circuit) else len(runs.graph.edges),
     )
+
+
+def _checked(circuit: Any) -> Circuit:
+    """A circuit whose edges, if it has any, are tuples."""
+    parts = [] if isinstance(circuit, str) or not isinstance(circuit, Iterable) else list(circuit)
+    if parts and all(isinstance(part, str) for part in parts):
+        return parts
+    if not parts or any(isinstance(part, str) or not isinstance(part, Sequence) or len(part) != 2 for part in parts):
+        raise ReflowlensError(
+            "a circuit is a list of nodes, or of edges (sender, receiver): at least one, and not of both"
+        )
+    return [(sender, receiver) for sender, receiver in parts]
 
 
 def _of_nodes(circuit: Circuit) -> bool:

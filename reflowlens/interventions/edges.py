@@ -18,8 +18,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.attribution import GradientRuns, Row
+from reflowlens.interventions.attribution import GradientRuns, Row, steps_of
 from reflowlens.interventions.graph import Edge, Graph, by_node
 from reflowlens.interventions.memory import in_batches
 from reflowlens.interventions.sweep import paired_tokens
@@ -75,7 +76,7 @@ class EdgeScores:
 
     def top(self, n: int = 10) -> list[Edge]:
         """The edges with the largest absolute scores, strongest first."""
-        frame = self.frame
+        frame, n = self.frame, whole_number(n, "n", 0)
         strongest = frame.loc[frame.score.abs().sort_values(ascending=False, kind="stable").index[:n]]
         return list(zip(strongest.sender, strongest.receiver, strict=True))
 
@@ -137,7 +138,7 @@ def edge_attribution(
                 return rearrange(weighted_sum(slopes, changed), "row receiver sender -> sender receiver row")
 
         values = changes.new_zeros(*graph.possible.shape, len(tokens))
-        todo = runs.rows(steps if mode == "integrated" else None)
+        todo = runs.rows(steps_of(mode, steps))
         for rows, part in in_batches(todo, scores, changes.device, memory):
             prompts = torch.tensor([prompt for prompt, _ in rows], device=changes.device)
             values.index_add_(2, prompts, part, alpha=len(tokens) / len(todo))

@@ -151,7 +151,7 @@ def _undo(open_blocks: list[_Kept], kept: _Kept) -> int:
 def _place(model: HookedModel, change: WeightEdit) -> tuple[Tensor, tuple[Any, ...]]:
     parameters = dict(model.named_parameters())
     name = change.parameter
-    if name not in parameters:
+    if not isinstance(name, str) or name not in parameters:
         raise ReflowlensError(f"no parameter {name!r}{nearest(name, list(parameters))}")
     parameter = parameters[name]
     words = parameter.shape[0] == model.cfg.d_vocab

@@ -161,7 +161,7 @@ class Graph:
         >>> Graph(n_layers=1, n_heads=4, n_key_value_heads=2).reads_of("a0.h3")
         ['a0.h3<q>', 'a0.h1<k>', 'a0.h1<v>']
         """
-        place = self.sender_places[sender]
+        place = self.sender_places[self.senders[self.sender(sender)]]
         if place.head is None:
             return [] if place.kind == "embed" else [sender]
         shared = place.head * self.n_key_value_heads // self.n_heads
@@ -184,7 +184,7 @@ class Graph:
         Raises:
             ReflowlensError: it is none.
         """
-        if isinstance(pair, str) or len(pair) != 2:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise ReflowlensError(f"an edge is a pair (sender, receiver), got {pair!r}")
         self.check_edge(*pair)
         return pair[0], pair[1]

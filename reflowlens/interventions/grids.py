@@ -7,7 +7,7 @@ grouped-query model have one cell a key/value head.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -81,7 +81,7 @@ def make_cells(model: HookedModel, spec: CellSpec, n_positions: int) -> Cells:
     """
     if isinstance(spec, str):
         return _grid(model, spec, n_positions)
-    items: list[Any] = [spec] if isinstance(spec, Intervention) else list(spec)
+    items: list[Any] = list(spec) if isinstance(spec, Iterable) else [spec]
     if not items:
         raise ReflowlensError("a sweep needs at least one cell")
     if all(isinstance(item, str) for item in items):

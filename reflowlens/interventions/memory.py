@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from reflowlens.arguments import real_number
+from reflowlens.errors import ReflowlensError
+
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 _FIRST_BATCH = 16
@@ -41,6 +44,7 @@ def in_batches(
     Yields:
         A batch, and what ``run`` made of it.
     """
+    check_budget(budget)
     measured, at = size is not None, 0
     size = size or _FIRST_BATCH
     while at < len(items):
@@ -69,7 +73,14 @@ def items_within(budget: float | None, device: torch.device, item_bytes: float) 
     Args:
         budget: default: half a GPU's free memory, or a quarter of the free memory of the machine, at most 64 MiB.
     """
+    check_budget(budget)
     return max(1, int((budget or _default_budget(device)) / max(item_bytes, 1)))
+
+
+def check_budget(budget: float | None) -> None:
+    """Raise unless it is a number of bytes, or None."""
+    if budget is not None and not 0 < real_number(budget, "memory") < float("inf"):
+        raise ReflowlensError(f"memory must be a number of bytes above 0, got {budget!r}")
 
 
 def measure_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

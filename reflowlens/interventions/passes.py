@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Prompt
 from reflowlens.models.base import HookedModel, read_once
@@ -70,6 +71,8 @@ def noting_passes(model: HookedModel, passes: list[Prompt], lengths: Sequence[in
 
     Blocks may be closed in any order: the first changes the model's forward pass, the last restores it.
     """
+    if lengths is not None and (not isinstance(lengths, Sequence) or any(integer(n) is None for n in lengths)):
+        raise ReflowlensError(f"lengths must be a list of numbers of tokens, got {lengths!r}")
     block = _Block(passes, lengths)
     if model not in _NOTED:
         _NOTED[model] = _Noted(model.__dict__.get("forward"))

@@ -10,7 +10,7 @@ sender's, and that of every node on the way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from reflowlens.arguments import names_given
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.circuit_runs import mask_of
 from reflowlens.interventions.edges import EdgeScores, check_finite, sent
@@ -79,7 +80,8 @@ def path_patch(
     """
     pair = _Pair(model, clean, corrupted, metric)
     senders, receivers, through = (
-        [names] if isinstance(names, str) else list(dict.fromkeys(names)) for names in (sender, receiver, through)
+        list(dict.fromkeys(names_given(value, name)))
+        for name, value in (("sender", sender), ("receiver", receiver), ("through", through))
     )
     if not senders or not receivers:
         raise ReflowlensError("a path needs a sender and a receiver")
@@ -127,6 +129,8 @@ def exact_edges(
         ReflowlensError: as :func:`path_patch`; or what overflows reaches an effect.
     """
     pair = _Pair(model, clean, corrupted, metric)
+    if edges is not None and not isinstance(edges, Iterable):
+        raise ReflowlensError(f"edges must be a list of pairs (sender, receiver), got {edges!r}")
     wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
     values = pair.baseline.new_full((*pair.graph.possible.shape, len(pair.tokens)), torch.nan)
     show = sys.stderr.isatty() if progress is None else progress

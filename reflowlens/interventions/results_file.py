@@ -11,6 +11,7 @@ from typing import IO
 
 from torch import Tensor
 
+from reflowlens.arguments import path_given
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
 
@@ -25,7 +26,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: str | Path | None, what: str, batch_size: int, rank: int = 0) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else path_given(path, "results")
         if self.path is not None and rank:
             self.path = self.path.with_suffix(f".{rank}{self.path.suffix}")
         self.key = hashlib.sha256(what.encode()).hexdigest()

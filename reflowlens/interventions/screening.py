@@ -13,8 +13,9 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.attribution import estimate_cells
+from reflowlens.interventions.attribution import estimate_cells, steps_of
 from reflowlens.interventions.grids import CellSpec
 from reflowlens.interventions.sweep import prepare_sweep, sweep
 from reflowlens.metrics import Metric
@@ -53,10 +54,13 @@ def agreement(estimated: ArrayLike, exact: ArrayLike, top: int = 20) -> Agreemen
     >>> result.spearman, result.same_sign, result.top_found
     (1.0, 0.75, 0.5)
     """
-    a, b = pd.Series(np.ravel(estimated), dtype=float), pd.Series(np.ravel(exact), dtype=float)
+    try:
+        a, b = pd.Series(np.ravel(estimated), dtype=float), pd.Series(np.ravel(exact), dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ReflowlensError("effects must be numbers") from error
     if len(a) != len(b):
         raise ReflowlensError(f"{len(a)} estimated effects cannot be compared with {len(b)} exact ones")
-    top = min(top, len(a))
+    top = min(whole_number(top, "top", 0), len(a))
     strongest = [set(x.abs().sort_values(ascending=False, kind="stable").index[:top]) for x in (a, b)]
     effective = b != 0
     return Agreement(
@@ -119,12 +123,11 @@ def screen(
     """
     if mode not in ("gradient", "integrated"):
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
-    if top < 0:
-        raise ReflowlensError(f"top must be 0 or more, got {top}")
+    top = whole_number(top, "top", 0)
     hooked = hooked_model(model)
     clean, corrupted = read_once(clean), read_once(corrupted)
     setup = prepare_sweep(hooked, clean, corrupted, cells)
-    values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)
+    values, baseline = estimate_cells(setup, metric, steps_of(mode, steps), memory)
     estimates = (values - baseline).mean(dim=1).cpu()
     order = estimates.abs().argsort(descending=True, stable=True)
     chosen = order if exhaustive else order[:top]

@@ -16,7 +16,7 @@ removed before the readout see :mod:`reflowlens.interventions.upstream_ablation`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -122,6 +122,8 @@ def ablate_progressively(
         raise ReflowlensError(f"an order of signals is [prompt, k], got {list(order.shape)}: add the axis of prompts")
     if not isinstance(order, Tensor) or order.ndim != 2:
         order = contribution_order(chosen, signals, order)
+    if counts is not None and not isinstance(counts, Iterable):
+        raise ReflowlensError(f"counts must be a list of numbers of signals, got {counts!r}")
     counts = tuple(range(order.shape[1] + 1)) if counts is None else tuple(counts)
     return ProgressiveAblations(chosen, signals, replacement, order, counts, keep, memory)
 

@@ -100,9 +100,9 @@ def sweep(
     if mode == "exact":
         values, baseline = _exact(setup, metric, memory, results, progress)
     else:
-        from reflowlens.interventions.attribution import estimate_cells
+        from reflowlens.interventions.attribution import estimate_cells, steps_of
 
-        values, baseline = estimate_cells(setup, metric, steps if mode == "integrated" else None, memory)
+        values, baseline = estimate_cells(setup, metric, steps_of(mode, steps), memory)
     table = setup.cells
     return PatchingResult(
         values=values.reshape(*table.shape, -1),

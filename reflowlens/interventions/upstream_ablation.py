@@ -206,6 +206,6 @@ def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
             f"site={site!r} needs one embedding at both ends, but this model's unembedding is its own"
         )
     layers = range(hooked.cfg.n_layers + 1)
-    if isinstance(site, bool) or site not in ("embed", "everywhere", *layers):
+    if not isinstance(site, str | int) or isinstance(site, bool) or site not in ("embed", "everywhere", *layers):
         raise ReflowlensError(f"site must be 'embed', 'everywhere' or a layer from 0 to {layers[-1]}, got {site!r}")
     return hooked

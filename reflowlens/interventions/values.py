@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.arguments import integer
+from reflowlens.arguments import integer, random_seed
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import read_once
@@ -134,6 +134,7 @@ class Ablate(Intervention):
         object.__setattr__(self, "reference", read_once(self.reference))
         if self.by not in ("zero", "mean", "resample"):
             raise ReflowlensError(f"Ablate.by must be 'zero', 'mean' or 'resample', got {self.by!r}")
+        random_seed(self.seed)
         if (self.by == "zero") != (self.reference is None):
             raise ReflowlensError(f"Ablate(by={self.by!r}) {'takes no' if self.by == 'zero' else 'needs a'} reference")
 

@@ -64,7 +64,9 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
 
     Example: ``build_model("reflow_1", device="meta").n_parameters  # 463,668,224``
     """
-    cfg = preset(config) if isinstance(config, str) else config
+    cfg, seed = preset(config) if isinstance(config, str) else config, random_seed(seed)
+    if not isinstance(cfg, ModelConfig):
+        raise ReflowlensError(f"config must be a ModelConfig or the name of a preset, got {cfg!r}")
     place = "meta" if str(device) == "meta" else "cpu"
     if place == "cpu":
         check_memory(cfg)
@@ -111,5 +113,5 @@ def moved(model: HookedModel, device: str | torch.device, dtype: torch.dtype | N
     """``model.to(device, dtype)``, where a device that torch does not know or have is a readable error."""
     try:
         return model.to(device=device, dtype=dtype)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ReflowlensError(f"cannot compute on device {str(device)!r}: {str(error).splitlines()[0]}") from error

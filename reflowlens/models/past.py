@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from reflowlens.arguments import integer
+from reflowlens.arguments import whole_number
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 
@@ -35,9 +35,7 @@ class ReadPositions:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype) -> None:
-        rows = integer(batch)
-        if rows is None or rows < 1:
-            raise ReflowlensError(f"batch must be an integer and at least 1, got {batch!r}")
+        rows = whole_number(batch, "batch", 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ReflowlensError(f"dtype must be a floating-point type such as torch.float32, got {dtype!r}")
         self.batch, self.length = rows, 0
