@@ -30,7 +30,8 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     Attributes:
         tokens: what the pass read, [batch, pos]; None if it did not start from tokens.
-        lengths: how many of them are each prompt's own, where texts were given; the rest is padding.
+        lengths: how many positions are each prompt's own, where texts were given, or ``rl.intervene(lengths=...)`` says
+            so; the rest is padding.
 
     Example:
         >>> import reflowlens as rl
@@ -199,7 +200,7 @@ class ActivationCache(transformer_lens.ActivationCache):
             lengths = manifest.get("lengths")  # caches of earlier versions do not say
             lengths = None if lengths is None else [int(length) for length in lengths]
             origin, has_batch_dim = {"model": manifest["model"], "model_hash": hashed}, bool(manifest["has_batch_dim"])
-            if lengths is not None and (tokens is None or len(lengths) != len(tokens)):
+            if lengths is not None and tokens is not None and len(lengths) != len(tokens):
                 raise ValueError(f"{len(lengths)} lengths")
             complete = set(points) == {*stored, *same_as} and set(same_as.values()) <= set(stored)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -93,6 +93,28 @@ def test_a_part_of_a_cache_keeps_its_lengths(tiny):
     )
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_cache_made_under_given_lengths_knows_them(tiny, tmp_path, layer):
+    tokens, lengths = tiny.tokens_and_lengths(CLEAN)
+    inputs = tokens if layer is None else tiny(tokens, stop_at_layer=layer)
+    with rl.intervene(tiny, rl.Scale("resid_pre", 1.0, layer=1), lengths=lengths):
+        _, cache = tiny.run_with_cache(inputs, start_at_layer=layer)
+    assert cache.lengths == lengths
+    cache.save(tmp_path / "cache")
+    assert rl.ActivationCache.load(tmp_path / "cache", tiny).lengths == lengths
+    patch = {"layer": 1, "position": "last", "from_position": "last"}
+    actual, expected = (rl.run(tiny, CORRUPTED, rl.Patch("resid_pre", source, **patch)) for source in (cache, CLEAN))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_give_different_lengths_are_refused(tiny):
+    tokens, change = tiny.to_tokens(CLEAN), rl.Scale("resid_pre", 1.0, layer=1)
+    with rl.intervene(tiny, change, lengths=[18, 9]), rl.intervene(tiny, change, lengths=[18, 8]):
+        with pytest.raises(rl.ReflowlensError, match=r"blocks give different lengths: \(18, 8\) and \(18, 9\)"):
+            tiny.run_with_cache(tokens)
+        tiny(tokens)
+
+
 KEYS = [slice(-2, None), slice(1, -1), -1, [0, -2], slice(3, None), slice(None, None, -2), None]
 SQUARES = {
     **{f"replace{i}": rl.Replace("pattern", 0.2, layer=1, index=index) for i, index in enumerate(KEYS)},

@@ -127,6 +127,19 @@ def growing_text(ready: Bool[Tensor, " batch"]) -> Iterator[None]:
         _GROWING.reset(token)
 
 
+def lengths_given(model: HookedModel, input: Any) -> list[int] | None:
+    """How many tokens are each row's own, where blocks of interventions know it: of tokens and streams they read.
+
+    Raises:
+        ReflowlensError: blocks that are open together disagree.
+    """
+    blocks = _NOTED[model].blocks if model in _NOTED else []
+    given = {tuple(block.lengths) for block in blocks if block.lengths is not None and isinstance(input, Tensor)}
+    if len(given) > 1:
+        raise ReflowlensError(f"rl.intervene blocks give different lengths: {' and '.join(map(str, sorted(given)))}")
+    return list(given.pop()) if given else None
+
+
 def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
     """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
     if len(set(lengths)) > 1 and model in _NOTED:

@@ -447,10 +447,14 @@ class HookedModel(HookedRootModule):
     def _tokens_of_pass(
         self, input: Any, kwargs: dict[str, Any]
     ) -> tuple[Int[Tensor, "batch pos"] | None, list[int] | None]:
-        """What a pass reads, where it starts from tokens, and how much of each row is its own."""
+        """What a pass reads, where it starts from tokens, and how much of each row is its own, where that is known."""
+        from reflowlens.interventions.passes import lengths_given
+
+        given = lengths_given(self, input)
         if kwargs.get("start_at_layer") is not None:
-            return None, None
-        return self.tokens_and_lengths(input, offset=read_before(kwargs.get("past_kv_cache")))
+            return None, given
+        tokens, lengths = self.tokens_and_lengths(input, offset=read_before(kwargs.get("past_kv_cache")))
+        return tokens, given or lengths
 
     def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:
         """Continue a prompt; see :func:`reflowlens.generation.generate`."""
