@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from analyses.result import Result
-from reflowlens.checkpoints import file_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.opening import file_hash
 
 _LIBRARIES = ("torch", "transformer-lens", "numpy", "pandas", "scipy", "scikit-learn", "plotly")
 _PACKAGES = Path(__file__).parent.parent

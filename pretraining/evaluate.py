@@ -12,8 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pretraining.batches import sequential_batches
-from pretraining.data import open_tokens
-from pretraining.token_files import TokenData
+from pretraining.token_files import TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -45,7 +44,7 @@ def evaluate_model(
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: the data were prepared with another tokenizer.
+        ReflowlensError: the data were prepared with another tokenizer, or were changed since.
 
     Example: ``evaluate_model(rl.load_model("reflow-nano"), "data/mix16k").loss``
     """
@@ -61,15 +60,16 @@ def evaluate_model(
 
 
 def tokens_for(model: HookedModel, folder: str | Path, split: str, name: str = "the model") -> TokenData:
-    """A split of prepared data, which the model can read.
+    """A split of prepared data, which the model can read and whose files are as they were prepared.
 
     Args:
         name: what an error calls the model.
 
     Raises:
-        ReflowlensError: the data were prepared with another tokenizer.
+        ReflowlensError: the data were prepared with another tokenizer, or were changed since.
     """
     data = open_tokens(folder, split)
+    check_tokens(folder, split)
     if data.manifest.tokenizer != model.cfg.tokenizer_name:
         raise ReflowlensError(
             f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"

@@ -29,9 +29,9 @@ from jaxtyping import Bool, Int
 
 from pretraining.chat import ChatTemplate, Message, Part, end_token
 from pretraining.readers import TEXT_ENCODING
-from reflowlens.checkpoints import file_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.opening import file_hash
 from reflowlens.tokenizers import Tokenizer
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}

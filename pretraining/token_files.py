@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.opening import file_hash
 
 FORMAT_VERSION = 2  # version 1 knew one file a split and no revisions; it is read as well
 MANIFEST_NAME = "manifest.json"
@@ -153,7 +154,8 @@ class TokenData:
 
 
 def open_tokens(folder: str | Path, split: str) -> TokenData:
-    """Open the "train" or "val" tokens of a folder that `prepare` made. Nothing is read until it is used.
+    """Open the "train" or "val" tokens of a folder that `prepare` made. Nothing is read until it is used;
+    `check_tokens` reads it whole.
 
     Raises ReflowlensError if the folder is not a finished one, or a file is not as long as the manifest says.
 
@@ -166,6 +168,20 @@ def open_tokens(folder: str | Path, split: str) -> TokenData:
     manifest = read_manifest(folder)
     shards = [_open_shard(folder / shard.file, shard, manifest) for shard in manifest.splits[split].shards]
     return TokenData(tokens=shards[0] if len(shards) == 1 else TokenShards(shards), manifest=manifest)
+
+
+def check_tokens(folder: str | Path, split: str) -> None:
+    """Read the files of a split once, and raise ReflowlensError if one is not as it was prepared, by its hash.
+
+    Folders of format version 1 record no hashes.
+    """
+    for shard in read_manifest(folder).splits[split].shards:
+        path = Path(folder) / shard.file
+        if shard.sha256 is not None and file_hash(path) != shard.sha256:
+            raise ReflowlensError(
+                f"{path} is not the file that was prepared (its SHA-256 differs): prepare the data again with "
+                f"--overwrite, or take it as it is: give it the sha256 null in {MANIFEST_NAME}"
+            )
 
 
 def _open_shard(path: Path, shard: Shard, manifest: Manifest) -> NDArray[Any]:

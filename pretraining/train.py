@@ -43,7 +43,7 @@ from pretraining.state import (
     writing,
 )
 from pretraining.stopping import stop_requests
-from pretraining.token_files import TokenData, open_tokens
+from pretraining.token_files import SPLITS, TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import sole_writer
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
@@ -64,8 +64,8 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
         progress: show a bar; by default on a terminal.
 
     Raises:
-        ReflowlensError: the data do not fit the model, ``out`` already holds a run, is in use by another process or
-            cannot be written, there is nothing to resume, or the loss stops being finite.
+        ReflowlensError: the data do not fit the model or are not as they were prepared, ``out`` already holds a run, is
+            in use by another process or cannot be written, there is nothing to resume, or the loss stops being finite.
     """
     with (
         processes(partial(how_to_go_on, Path(cfg.run.out))) as group,
@@ -85,6 +85,8 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
     replica = make_replica(cfg, group)
     start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(out)
+    for split in SPLITS:
+        on_first_process(group, partial(check_tokens, cfg.data.folder, split))
     log = Log(out, start, cfg, enabled=group.is_first)
     validate = partial(_validate, replica, val_tokens, cfg, group, log)
     if resume and awaits_validation(out):

@@ -27,7 +27,7 @@ from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
 from reflowlens.models import check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.opening import as_path, open_safetensors, read_json, shown
+from reflowlens.opening import as_path, file_hash, open_safetensors, read_json, shown
 
 FORMAT = "reflowlens-1"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
@@ -279,15 +279,6 @@ def _replace(folder: Path, new: Path) -> None:
             raise
     finally:
         shutil.rmtree(retired)
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):  # hashlib.file_digest is not in Python 3.10
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_error(folder: Path, error: BaseException) -> ReflowlensError:

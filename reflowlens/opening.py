@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,6 +42,15 @@ def shown(value: object) -> str:
     """What came from outside as a message quotes it: of a long text the beginning."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):  # hashlib.file_digest is not in Python 3.10
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

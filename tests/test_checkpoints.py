@@ -21,7 +21,6 @@ from torch.nn.utils import prune
 
 from reflowlens import checkpoints
 from reflowlens.checkpoints import (
-    file_hash,
     find_model,
     list_models,
     load_model,
@@ -37,6 +36,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.opening import file_hash
 from reflowlens.tensor_folder import open_tensors, save_tensors
 from tests.tiny import CONFIGS, random_model, random_tokens
 

@@ -22,6 +22,7 @@ import reflowlens.checkpoints
 from pretraining import train as train_module
 from pretraining.config import TrainConfig, load_config
 from pretraining.distributed import Processes
+from pretraining.evaluate import evaluate_model
 from pretraining.state import newest_checkpoint
 from pretraining.token_files import open_tokens
 from pretraining.train import evaluate, train
@@ -351,6 +352,41 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(write: Callable
             train(cfg, resume=True)
     shutil.rmtree(folder)
     same_files(train(cfg, resume=True), kept)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_gone_on_from(write: Callable[..., Path]) -> None:
+    flip_last_bit(train(load_config(write(run={"steps": 2}))) / "model.safetensors")
+    with pytest.raises(ReflowlensError, match=r"cannot resume from .*is not the file that manifest\.json was written"):
+        train(load_config(write(run={"steps": 4})), resume=True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tokens_that_were_changed_are_not_trained_on(write: Callable[..., Path], tmp_path: Path, split: str) -> None:
+    """Nor evaluated on; whoever means it takes the hash out of the manifest."""
+    sound = load_config(write()).data.folder
+    folder = Path(shutil.copytree(sound, tmp_path / "changed"))
+    data = {"folder": str(folder)}
+    last = train(load_config(write(run={"steps": 2}, data=data)))
+    flip_last_bit(folder / f"{split}.bin")
+    message = rf"{split}\.bin is not the file that was prepared .*give it the sha256 null in manifest\.json"
+    with pytest.raises(ReflowlensError, match=message):
+        train(load_config(write(run={"steps": 4}, data=data)), resume=True)
+    with pytest.raises(ReflowlensError, match=message):
+        train(load_config(write(run={"steps": 2, "out": str(tmp_path / "new")}, data=data)))
+    assert not (tmp_path / "new").exists()
+    model = load_model(last)
+    with pytest.raises(ReflowlensError, match=message):
+        evaluate_model(model, folder, split=split)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"][split]["shards"][0]["sha256"] = None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert evaluate_model(model, folder, split=split) != evaluate_model(model, sound, split=split)
 
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(write: Callable[..., Path]) -> None:
