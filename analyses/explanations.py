@@ -59,7 +59,7 @@ def reading(result: Result, metric: str) -> list[str]:
     deciding = [name for name in controls if name in explained.decides]
     others = [name for name in controls if name not in explained.decides]
     if deciding:
-        sentences.append(translate("This is what decides: {controls}.", controls=_listed(deciding)))
+        sentences.append(translate("The controls that decide: {controls}.", controls=_listed(deciding)))
     else:
         sentences.append(translate("No control decides; the sentence above says what does."))
     if others:
@@ -94,6 +94,9 @@ def glossed(text: str) -> str:
     'A <abbr tabindex="0" title="A token&#x27;s row of R: how much of each signal it is made of. Recipe times basis is \
 its embedding.">recipe</abbr> &lt; 3'
     """
+    for term, meaning in glossary().items():
+        if term.endswith(f" ({text})"):  # the sign alone, as a control is named
+            return _told(text, meaning)
     meanings = {_bare(term).lower(): meaning for term, meaning in glossary().items()}
     told: set[str] = set()
 
@@ -102,10 +105,15 @@ its embedding.">recipe</abbr> &lt; 3'
         if term in told:
             return match[0]
         told.add(term)
-        return f'<abbr tabindex="0" title="{escape(meanings[term])}">{match[0]}</abbr>'
+        return _told(match[0], meanings[term])
 
     terms = "|".join(re.escape(escape(term)) for term in sorted(meanings, key=len, reverse=True))
     return re.sub(rf"(?<![a-z_])({terms})s?(?![a-z_])", tell, escape(text), flags=re.IGNORECASE)
+
+
+def _told(shown: str, meaning: str) -> str:
+    """A term that tells its meaning when pointed at; with the keyboard or a finger, report.css shows it."""
+    return f'<abbr tabindex="0" title="{escape(meaning)}">{shown}</abbr>'
 
 
 def _listed(controls: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.lens import point_name
 from reflowlens.figures import bars, heatmap, line_with_band
 
 SHOWN = 30
@@ -47,15 +48,16 @@ def flow_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.F
             y_title="contribution to the logit",
         ),
         "positions": heatmap(
-            positions,
+            positions.assign(behind=positions["point"].map(point_name)),
             "position",
             "point",
             "readout",
             x_labels="token",
+            y_labels="behind",
             hover=["contribution"],
             title=f"Signal {positions['signal'].iloc[0]} at every position",
             x_title="position",
-            y_title="residual stream",
+            y_title="residual stream after",
         ),
         "overlap": line_with_band(
             frames["layers"],

@@ -23,7 +23,7 @@ import torch
 from analyses.context_length import DEFINITION, DELAY, add_context_length
 from analyses.controls import untrained_view
 from analyses.draws import derive_generator, derive_seed
-from analyses.lens import LensReading, lens_log_probabilities, read_lens, residual_points, residual_stack
+from analyses.lens import LensReading, lens_log_probabilities, point_name, read_lens, residual_points, residual_stack
 from analyses.lexicon import FactualPrompt, Lexicon, load_lexicon
 from analyses.model_identity import hash_of
 from analyses.result import Result
@@ -305,16 +305,17 @@ def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figur
             x_title="depth (blocks)",
         ),
         "positions": heatmap(
-            frames["positions"],
+            frames["positions"].assign(behind=frames["positions"]["point"].map(point_name)),
             "position",
             "point",
             "probability",
             text="top",
             x_labels="token",
+            y_labels="behind",
             z_range=(0, 1),
             title="Most probable next token at every position",
             x_title="position",
-            y_title="residual stream",
+            y_title="residual stream after",
         ),
         "depth": line_with_band(
             settled,

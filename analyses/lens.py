@@ -41,6 +41,16 @@ def residual_points(n_layers: int) -> list[ResidualPoint]:
     return points
 
 
+def point_name(label: str) -> str:
+    """What the stream has just passed at a point, for people.
+
+    >>> [point_name(point.label) for point in residual_points(1)]
+    ['embedding', 'attention 0', 'MLP 0']
+    """
+    layer, _, place = label.partition("_")
+    return {"pre": "embedding", "mid": f"attention {layer}", "post": f"MLP {layer}"}[place]
+
+
 @torch.no_grad()
 def residual_stack(
     model: HookedModel, input: TextInput, *, last_only: bool = True

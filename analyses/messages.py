@@ -125,6 +125,8 @@ def translate_figure(figure: go.Figure) -> go.Figure:
     for axis in (*copy.select_xaxes(), *copy.select_yaxes()):
         if axis.categoryarray is not None:
             axis.categoryarray = _categories(axis.categoryarray)
+        if axis.ticktext is not None:
+            axis.ticktext = _categories(axis.ticktext)
     return copy
 
 

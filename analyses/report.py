@@ -147,7 +147,9 @@ def _headline(results: Sequence[Result]) -> str:
     note = translate("every row has its own scale; the remaining metrics are with their experiments")
     table = metric_table(bodies, translate("Results at a glance"))
     deciding = translate("bold controls decide the verdict, the others are shown for scale")
-    return f'{table}<p class="key">{key()}<span>{deciding}</span><span>{note}</span></p>'
+    meaning = translate("point at a name, or go to it with the keyboard, for what it means")
+    told = "".join(f"<span>{text}</span>" for text in (deciding, meaning, note))
+    return f'{table}<p class="key">{key()}{told}</p>'
 
 
 def _glossary() -> str:

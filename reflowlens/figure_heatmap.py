@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_style import blank_figure, check_columns, hover_texts, label, words
+from reflowlens.figure_style import blank_figure, check_columns, hover_texts, label, named, words
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -150,4 +150,6 @@ def _ticks(labels: Sequence[str]) -> dict[str, Any]:
 def _axis_labels(frame: pd.DataFrame, column: str, labels: str | None) -> dict[Any, str]:
     """The values of a column in order of appearance, each with what the axis shows for it."""
     first = frame.drop_duplicates(column)
-    return dict(zip(first[column], first[labels or column].map(label), strict=True))
+    # labels of another column are tokens and words, shown as they are
+    shown = first[labels].map(label) if labels else first[column].map(named)
+    return dict(zip(first[column], shown, strict=True))

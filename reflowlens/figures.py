@@ -279,6 +279,8 @@ def histogram_with_control(
         raise ReflowlensError(f"a histogram of {x!r} needs finite numbers; leave out the others first")
     edges = np.histogram_bin_edges(values, bins=bins)
     figure = blank_figure(title, x_title or words(x), "share of rows")
+    margin = (edges[-1] - edges[0]) / 100  # so that the frame does not cut the outermost lines
+    figure.update_xaxes(range=[edges[0] - margin, edges[-1] + margin])
     for series in series_of(frame, color, controls):
         counts, _ = np.histogram(series.rows[x], bins=edges)
         figure.add_scatter(

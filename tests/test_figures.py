@@ -232,3 +232,18 @@ def test_json_round_trip(tmp_path):
 def test_an_unknown_suffix_is_an_error(tmp_path):
     with pytest.raises(ReflowlensError, match=r"'a.gif': a name ending in .html, .json, .png, .svg, .pdf was expected"):
         save_figure(go.Figure(), tmp_path / "a.gif")
+
+
+def test_heatmap_shows_names_in_words_and_tokens_as_they_are():
+    rows = cells().assign(layer=["body_parts", "body_parts", "us_states", "us_states"], token=["a_b", "c"] * 2)
+    figure = heatmap(rows, "position", "layer", "p", x_labels="token")
+    assert list(figure.layout.yaxis.ticktext) == ["body parts", "us states"]
+    assert list(figure.layout.xaxis.ticktext) == ["a_b", "c"]
+
+
+def test_the_frame_of_a_histogram_does_not_cut_its_outermost_lines():
+    frame = pd.DataFrame({"effect": [0.0, 0.5, 1.0], "basis": "trained"})
+    figure = histogram_with_control(frame, "effect", "basis", bins=4)
+    low, high = figure.layout.xaxis.range
+    assert low < min(figure.data[0].x)
+    assert high > max(figure.data[0].x)

@@ -11,14 +11,15 @@ import pytest
 
 import reflowlens as rl
 from analyses.crystallisation import BOUNDARY, crystallisation_boundary
+from analyses.explanations import glossed
 from analyses.figure_code import figure_code
-from analyses.messages import in_language, translate
+from analyses.messages import in_language, translate, translate_figure
 from analyses.metric_table import number
 from analyses.registry import EXPERIMENTS
 from analyses.report import template_text, write_report
 from analyses.result import Result
 from reflowlens.checkpoints import model_hash
-from reflowlens.figures import line_with_band
+from reflowlens.figures import heatmap, line_with_band
 
 NASTY = "</script><script>alert(1)</script><!-- & \" '"
 VOID = {"meta", "br", "link", "img", "path", "circle"}
@@ -355,7 +356,7 @@ def test_a_metric_says_what_it_would_mean_and_which_controls_decide(written):
     html = written([algebra()])
     text = visible(Page(re.sub(r"</?abbr[^>]*>", "", html)))
     assert "the rotated basis cannot decide, for turning the signals changes no cosine" in text
-    assert "This is what decides: c alone, untrained." in text
+    assert "The controls that decide: c alone, untrained." in text
     assert "Shown beside it, without a part in the verdict: rotated basis." in text
     assert "The interval covers rotated basis; that takes nothing from “supported”" in text
     assert len(re.findall(r"<li class=decides>", html)) == 4, "two of them, at a glance and in all metrics"
@@ -387,3 +388,15 @@ def test_every_explanation_is_translated(experiment):
     assert len(english) > 5
     with in_language("zh"):
         assert [text for text in english if translate(text) == text] == []
+
+
+def test_a_control_that_is_named_by_a_sign_tells_what_it_is():
+    assert 'title="E = R B, a token' in glossed("E")
+    assert glossed("Every E") == "Every E"
+
+
+def test_ticks_of_a_heatmap_are_translated():
+    frame = pd.DataFrame({"category": ["kinship", "my own"], "other": ["kinship"] * 2, "cosine": [0.1, 0.2]})
+    with in_language("zh"):
+        figure = translate_figure(heatmap(frame, "category", "other", "cosine"))
+    assert list(figure.layout.xaxis.ticktext) == ["亲属", "my own"]

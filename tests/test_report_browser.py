@@ -163,6 +163,22 @@ def test_the_code_of_a_figure_is_copied(page):
     assert copied.endswith("result.figures['tracks'].show()")
 
 
+def test_a_term_tells_its_meaning_to_the_keyboard_inside_the_window(page):
+    """A title alone shows at the pointer only."""
+    script = """(() => {
+      const term = document.querySelector("#headline .controls abbr");
+      const told = () => getComputedStyle(term, "::after");
+      const before = told().content;
+      term.focus();
+      const { content, position, bottom } = told();
+      return { before, told: JSON.parse(content), title: term.title, place: [position, bottom] };
+    })()"""
+    seen = page.evaluate(script)
+    assert seen["before"] == "none"
+    assert seen["told"] == seen["title"] != ""
+    assert seen["place"] == ["fixed", "16px"]
+
+
 def test_on_paper_figures_fit_and_details_close_again(page):
     closed = page.evaluate('document.querySelectorAll("details:not([open])").length')
     page.evaluate('dispatchEvent(new Event("beforeprint"))')
