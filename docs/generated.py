@@ -47,7 +47,11 @@ def _messages_of(path: Path) -> Iterator[Message]:
     def visit(node: ast.AST, function: str) -> Iterator[Message]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             function = f"{function}.{node.name}".lstrip(".")
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ReflowlensError") and node.args:
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith(("ReflowlensError", "OutOfMemory"))
+            and node.args
+        ):
             yield Message(module, function, tuple(_fixed_parts(node.args[0])))
         for child in ast.iter_child_nodes(node):
             yield from visit(child, function)

@@ -42,7 +42,9 @@ _SAVE_EVERY = 60.0  # seconds
 _BEFORE_BLOCKS = ("hook_recipe", "hook_embed", "hook_pos_embed")
 
 
-@guarded(changing)
+@guarded(
+    changing, "the prompts of a batch or their length (pos), the number of hook points, k, or leave out 'covariance'"
+)
 @torch.no_grad()
 def collect(
     model: Any,
@@ -74,7 +76,7 @@ def collect(
 
     Raises:
         ReflowlensError: a point does not exist or has no positions, no position counts, an activation is not finite, or
-            the results are of another model or of other choices.
+            the results are of another model or of other choices, or the memory does not hold a batch.
 
     Example:
         >>> import reflowlens as rl

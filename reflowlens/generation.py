@@ -19,7 +19,7 @@ from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
 
 
-@guarded(reading)
+@guarded(reading, "max_new_tokens, or the number or the length of the prompts that are given at once")
 @torch.no_grad()
 def generate(
     model: HookedModel,

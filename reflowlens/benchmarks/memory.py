@@ -24,6 +24,7 @@ import torch
 from reflowlens.benchmarks.steps import TrainBench, training_step
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
+from reflowlens.out_of_memory import is_out_of_memory
 
 _STEPS = 2  # the first makes the optimiser's state, the second holds everything
 _OUT_OF_MEMORY = 77
@@ -108,7 +109,7 @@ def main(described: str, variant: str) -> None:
     try:
         _take_steps(bench, variant)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         sys.exit(_OUT_OF_MEMORY)
     print(_peak_resident() - before)

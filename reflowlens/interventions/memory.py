@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from reflowlens.arguments import real_number
 from reflowlens.errors import ReflowlensError
+from reflowlens.out_of_memory import is_out_of_memory
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -59,7 +60,7 @@ def in_batches(
                 values, peak = measure_peak(partial(run, batch), device)
                 size, measured = items_within(budget, device, peak / len(batch)), True
         except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not _out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
             size, measured = len(batch) // 2, True
             continue
@@ -135,7 +136,3 @@ def _default_budget(device: torch.device) -> float:
     except (ValueError, OSError):  # not every system tells
         return _CPU_BUDGET
     return min(free / 4, _CPU_BUDGET)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -82,7 +82,8 @@ def sweep(
         corrupted run. Under torchrun the cells are shared by the processes and every one returns them all.
 
     Raises:
-        ReflowlensError: the prompts differ in length, a cell or the metric does not fit the model.
+        ReflowlensError: the prompts differ in length, a cell or the metric does not fit the model, or the memory does
+            not hold a single cell's run.
 
     Example:
         >>> import reflowlens as rl

@@ -30,6 +30,7 @@ from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import read_before
 from reflowlens.models.threads import changing
+from reflowlens.out_of_memory import lower_if_it_does_not_fit
 from reflowlens.tokenizers import Tokenizer, get_tokenizer
 
 TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
@@ -385,6 +386,9 @@ class HookedModel(HookedRootModule):
             tensor = _at_positions(tensor, axes.index("pos"), positions, pos_slice)
         save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
 
+    @lower_if_it_does_not_fit(
+        "what is kept (names_filter, pos_slice, dtype=torch.bfloat16), or give fewer or shorter prompts at once"
+    )
     def run_with_cache(
         self,
         *args: Any,
@@ -415,8 +419,8 @@ class HookedModel(HookedRootModule):
             What the model returns, and an :class:`reflowlens.cache.ActivationCache`.
 
         Raises:
-            ReflowlensError: a point does not exist or was not reached, ``pos_slice`` selects nothing, or
-                ``remove_batch_dim`` with several prompts.
+            ReflowlensError: a point does not exist or was not reached, ``pos_slice`` selects nothing,
+                ``remove_batch_dim`` with several prompts, or the memory does not hold what is kept.
         """
         from reflowlens.cache import ActivationCache
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.out_of_memory import lower_if_it_does_not_fit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -37,16 +38,24 @@ def hooked_model(model: Any) -> HookedModel:
     raise ReflowlensError(f"expected a hooked model, as rl.load_model and rl.build_model give, got a {kind}")
 
 
-def guarded(hold: Callable[[HookedModel], AbstractContextManager[None]]) -> Callable[[Function], Function]:
+def guarded(
+    hold: Callable[[HookedModel], AbstractContextManager[None]],
+    lower: str = "the number or the length of the prompts that are given at once, the memory= of a batch where it was "
+    "given, or the model's type (load_model(..., dtype=torch.bfloat16))",
+) -> Callable[[Function], Function]:
     """Hold a model, a function's first argument, for a whole call: ``changing`` or ``reading`` (:mod:`.threads`).
 
     For functions that run it several times: what another thread changed in between would be in some of the runs.
+
+    Args:
+        hold: how the model is held.
+        lower: what its caller may lower where the memory does not hold the runs.
     """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def held(model: Any, *args: Any, **kwargs: Any) -> Any:
-            with hold(hooked_model(model)):
+            with hold(hooked_model(model)), lower_if_it_does_not_fit(lower):
                 return function(model, *args, **kwargs)
 
         return held  # type: ignore[return-value]
