@@ -52,6 +52,6 @@ def run(options: argparse.Namespace) -> None:
         return
     from pretraining.train import train
 
-    folder = train(cfg, resume=options.resume)
+    folder = train(cfg, resume=options.resume, progress=True)
     if is_first_process():
         print(folder)

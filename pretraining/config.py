@@ -23,6 +23,7 @@ else:
 
 
 CONFIGS = Path(__file__).parent / "configs"
+AUTO = "auto"
 _POSITIVE = (
     "data.context",
     "run.steps",
@@ -89,7 +90,9 @@ class RunConfig:
         steps: optimiser steps; tokens seen are ``steps * batch_size * context``.
         batch_size: examples a step, over all processes and accumulation steps.
         accumulation: forward passes a step.
-        dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32.
+        dtype: ``bfloat16`` runs matrix products under autocast; weights and optimiser stay float32. ``auto``: bfloat16
+            where the processor has instructions for it, otherwise float32 (:func:`pretraining.machine.decided`).
+        compile: run the model through ``torch.compile``. ``auto``: if the run is long enough to make up for it.
         sharding: what several processes share out: ``none``, ``zero1`` (optimiser state) or ``fsdp`` (optimiser state,
             gradients and weights); see :mod:`pretraining.replicas`. Checkpoints are the same whatever it is.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
@@ -100,8 +103,8 @@ class RunConfig:
     batch_size: int
     accumulation: int = 1
     seed: int = 0
-    dtype: str = "bfloat16"
-    compile: bool = True
+    dtype: str = AUTO
+    compile: bool | str = AUTO
     eval_interval: int = 500
     eval_tokens: int = 131_072
     checkpoint_interval: int = 500
@@ -129,12 +132,14 @@ class TrainConfig:
             "optimizer.name": ("adamw", "muon"),
             "optimizer.matrix_scale": ("narrowing", "widening"),
             "optimizer.schedule": ("constant", "cosine", "wsd"),
-            "run.dtype": ("float32", "bfloat16"),
+            "run.dtype": (AUTO, "float32", "bfloat16"),
             "run.sharding": ("none", "zero1", "fsdp"),
         }
         for path, allowed in choices.items():
             if (value := self._get(path)) not in allowed:
                 raise ReflowlensError(f"{path} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        if not isinstance(self.run.compile, bool) and self.run.compile != AUTO:
+            raise ReflowlensError(f"run.compile must be true, false or {AUTO!r}, got {self.run.compile!r}")
         for path in _POSITIVE:
             if not self._get(path) > 0:
                 raise ReflowlensError(f"{path} must be positive, got {self._get(path)!r}")
@@ -274,11 +279,12 @@ def _model(fields: dict[str, Any]) -> ModelConfig:
 def _section(name: str, kind: type[Section], fields: dict[str, Any]) -> Section:
     known = {f.name: f for f in dataclasses.fields(kind)}
     types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+    types["bool | str"] = (object,)  # checks itself
     for key, value in fields.items():
         if key not in known:
             raise ReflowlensError(f"unknown field {name}.{key}{nearest(key, list(known))}")
         expected = str(known[key].type)
-        if not isinstance(value, types[expected]) or (isinstance(value, bool) and expected != "bool"):
+        if not isinstance(value, types[expected]) or (isinstance(value, bool) and not expected.startswith("bool")):
             raise ReflowlensError(f"{name}.{key} must be a {expected}, got {value!r}")
     missing = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in fields]
     if missing:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from reflowlens.errors import ReflowlensError
 
 _GRACE = 10.0  # seconds that a process waits for the launcher to end it, so that the launcher's report blames another
+Made = TypeVar("Made")
 _groups = itertools.count()  # all processes join their first, second, ... group together
 
 
@@ -115,6 +117,16 @@ def on_first_process(group: Processes, action: Callable[[], object]) -> None:
         raise error
     if failed:
         raise _AnotherFailed
+
+
+def from_first_process(group: Processes, make: Callable[[], Made]) -> Made:
+    """What the first process makes, for all of them; if it fails, all stop."""
+    made: list[Any] = []
+    on_first_process(group, lambda: made.append(make()))
+    made = made or [None]
+    if group.world_size > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def _backend(device: torch.device) -> str:

@@ -5,12 +5,13 @@ reflowlens train CONFIG --dry-run --gpus 4 --flops A100 --mfu 0.4
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 
-from pretraining.config import TrainConfig
+from pretraining.config import AUTO, TrainConfig
 from pretraining.memory import Memory, loss_chunk, memory_per_gpu
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import named_peak_flops, training_flops_per_token
@@ -114,6 +115,8 @@ def estimate(
     """
     if gpus < 1:
         raise ReflowlensError(f"gpus must be positive, got {gpus}")
+    if cfg.run.dtype == AUTO:  # what it is on a GPU
+        cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dtype="bfloat16"))
     rows = cfg.rows_per_process(gpus)
     model = build_model(cfg.model, device="meta")
     flops_per_token = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)

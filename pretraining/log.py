@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretraining.config import TrainConfig
+from pretraining.config import AUTO, TrainConfig
+from pretraining.distributed import Processes
+from pretraining.machine import processor
 from pretraining.state import writing
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import replacing
@@ -86,8 +88,11 @@ def _field(path: Path, text: str, name: str, kind: type[Field]) -> Field:
     return value
 
 
-def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int) -> None:
+def write_run_manifest(out: Path, cfg: TrainConfig, asked: TrainConfig, start: int, group: Processes) -> None:
     """``run.json``: the configuration as it was last started, its overrides, and each start in turn.
+
+    Args:
+        asked: the configuration before its ``auto`` was decided; what became of it is part of the start.
 
     Raises:
         ReflowlensError: it cannot be written, or the one that is there is damaged.
@@ -96,7 +101,16 @@ def write_run_manifest(out: Path, cfg: TrainConfig, start: int, world_size: int)
 
     path = out / "run.json"
     starts = _field(path, _text(path), "starts", list) if path.exists() else []
-    this = {"step": start, "processes": world_size, "torch": torch.__version__, "overrides": dict(cfg.overrides)}
+    this = {
+        "step": start,
+        "processes": group.world_size,
+        "processor": processor(group.device),
+        "torch": torch.__version__,
+        "overrides": dict(cfg.overrides),
+        "decided": {
+            f"run.{name}": getattr(cfg.run, name) for name in ("dtype", "compile") if getattr(asked.run, name) == AUTO
+        },
+    }
     manifest = {"training": cfg.to_dict(), "overrides": dict(cfg.overrides), "starts": [*starts, this]}
     with writing(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf8")

@@ -141,4 +141,4 @@ def loss_chunk() -> int:
 
 
 def _width(cfg: TrainConfig) -> int:
-    return 2 if cfg.run.dtype == "bfloat16" else _WIDE
+    return _WIDE if cfg.run.dtype == "float32" else 2  # a GPU's "auto" is bfloat16

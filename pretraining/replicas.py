@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pretraining.compilation import compiled
 from pretraining.config import TrainConfig
 from pretraining.distributed import Processes
 from pretraining.optimizers import make_optimizers
@@ -39,7 +40,7 @@ class Replica:
 
     Attributes:
         model: the model with this process's parameters.
-        forward: calls the model; compiled if the configuration says so.
+        forward: calls the model; compiled, at its first call, if the configuration says so.
         optimizers: those of the parameters that this process updates.
     """
 
@@ -47,7 +48,7 @@ class Replica:
         self.cfg, self.group = cfg, group
         self.model = self.build()
         module = self.distribute()
-        self.forward: Any = torch.compile(module) if cfg.run.compile else module
+        self.forward: Any = compiled(module) if cfg.run.compile else module
         self.optimizers = make_optimizers(self.model, cfg.optimizer, self.updated())
 
     def build(self) -> HookedModel:

@@ -111,6 +111,17 @@ def awaits_validation(out: Path) -> bool:
     return "val_loss" not in manifest and (step == run["steps"] or step % run["eval_interval"] == 0)
 
 
+def begun_with(out: Path) -> dict[str, Any]:
+    """The ``[run]`` table of the newest checkpoint of a run.
+
+    Raises:
+        ReflowlensError: there is no checkpoint, or it is damaged.
+    """
+    folder = newest_checkpoint(out)
+    with _readable(folder):
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf8"))["training"]["run"])
+
+
 def how_to_go_on(out: Path) -> str:
     """What an error of a run in this folder ends with; empty where no checkpoint was written."""
     try:

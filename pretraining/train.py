@@ -11,7 +11,6 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pretraining.batches import batch_at, spread_batches
-from pretraining.config import TrainConfig
-from pretraining.distributed import Processes, any_rank, on_first_process, processes
+from pretraining.compilation import compiling
+from pretraining.config import AUTO, TrainConfig
+from pretraining.distributed import Processes, any_rank, from_first_process, on_first_process, processes
 from pretraining.evaluate import summed_loss
 from pretraining.log import METRICS, Log, write_run_manifest
+from pretraining.machine import decided, processor
 from pretraining.optimizers import schedule
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
 from pretraining.state import (
     awaits_validation,
+    begun_with,
     how_to_go_on,
     newest_checkpoint,
     record_validation,
@@ -42,12 +44,13 @@ from pretraining.state import (
     training_data,
     writing,
 )
-from pretraining.stopping import stop_requests
+from pretraining.stopping import StopRequests, stop_requests
 from pretraining.token_files import SPLITS, TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import sole_writer
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 
 def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = None) -> Path:
@@ -56,31 +59,35 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
     The data order is a function of the seed and the step, and the state on disk is complete, so a resumed run takes the
     same steps, to the bit, as one that was never stopped; on another processor, another number of processes, or sharded
     otherwise, the same steps up to rounding (but with dropout other processes drop other neurons). Ctrl-C (and
-    SIGTERM) finishes the step, saves and stops. Where a checkpoint and an evaluation are both due, the checkpoint comes
-    first; an evaluation that did not come to its end is made up for on resuming.
+    SIGTERM) finishes the step, saves and stops; before the first step has ended, as when the model is compiled, it
+    stops at once. Where a checkpoint and an evaluation are both due, the checkpoint comes first; an evaluation that did
+    not come to its end is made up for on resuming.
 
     Args:
         resume: continue from the newest checkpoint in ``cfg.run.out``.
-        progress: show a bar; by default on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default only on a terminal.
 
     Raises:
         ReflowlensError: the data do not fit the model or are not as they were prepared, ``out`` already holds a run, is
-            in use by another process or cannot be written, there is nothing to resume, or the loss stops being finite.
+            in use by another process or cannot be written, there is nothing to resume, the model cannot be compiled, or
+            the loss stops being finite.
+        KeyboardInterrupt: asked to stop before the first step had ended.
     """
     with (
         processes(partial(how_to_go_on, Path(cfg.run.out))) as group,
         contextlib.ExitStack() as held,
-        stop_requests() as stop,
+        stop_requests(at_once=True) as stop,
     ):
         on_first_process(group, partial(_hold, Path(cfg.run.out), held))
         return _train(cfg, group, stop, resume, sys.stderr.isatty() if progress is None else progress)
 
 
-def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume: bool, progress: bool) -> Path:
-    run, out = cfg.run, Path(cfg.run.out)
-    rows = cfg.rows_per_process(group.world_size)
-    opened, val_tokens = _open(cfg, "train"), _open(cfg, "val").tokens
+def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: bool, progress: bool) -> Path:
+    out, rows = Path(asked.run.out), asked.rows_per_process(group.world_size)
+    opened, val_tokens = _open(asked, "train"), _open(asked, "val").tokens
     data = training_data(opened.manifest)
+    cfg = from_first_process(group, partial(_decide, asked, group, resume))
+    run = cfg.run
     if group.device.type == "cuda" and run.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
     replica = make_replica(cfg, group)
@@ -91,13 +98,13 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     validate = partial(_validate, replica, val_tokens, cfg, group, log)
     if resume and awaits_validation(out):
         validate(start, saved=True)
-    on_first_process(group, partial(write_run_manifest, out, cfg, start, group.world_size))
+    on_first_process(group, partial(write_run_manifest, out, cfg, asked, start, group))
     flops = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
     peak = peak_flops(group.device, getattr(torch, run.dtype))
     peak_rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in replica.optimizers]
-    bar = tqdm(total=run.steps, initial=start, unit="step", disable=not (progress and group.is_first))
+    shown = bar(show=progress and group.is_first, total=run.steps, initial=start, unit="step")
     done, steps = start, range(start, run.steps)
-    with bar, prefetched(partial(_load, opened.tokens, cfg, group), steps, group.device) as batches:
+    with shown, prefetched(partial(_load, opened.tokens, cfg, group), steps, group.device) as batches:
         for step in steps:
             began = time.perf_counter()
             share = schedule(step, cfg.optimizer, run.steps)
@@ -106,13 +113,16 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
                     param_group["lr"] = rate * share
             if cfg.model.dropout:
                 _seed_dropout(run.seed, step, group.rank)
-            loss, grad_norm = _take_step(replica, next(batches), step)
+            compiles = run.compile and step == start
+            with compiling(stop, say=group.is_first) if compiles else contextlib.nullcontext():
+                loss, grad_norm = _take_step(replica, next(batches), step)
+            stop.at_once = False
             rate = cfg.tokens_per_step / (time.perf_counter() - began)
             record = {"loss": loss, "grad_norm": grad_norm, "lr_share": share, "tokens_per_s": rate}
             if (utilisation := mfu(rate, flops, peak and peak * group.world_size)) is not None:
                 record["mfu"] = utilisation
-            bar.set_postfix(_shown(record), refresh=False)
-            bar.update()
+            shown.set_postfix(_shown(record), refresh=False)
+            shown.update()
             done = step + 1
             log.write(done, record)
             stopping = any_rank(stop(), group)
@@ -127,6 +137,17 @@ def _train(cfg: TrainConfig, group: Processes, stop: Callable[[], bool], resume:
     if done < run.steps and group.is_first:
         print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
     return newest_checkpoint(out)
+
+
+def _decide(asked: TrainConfig, group: Processes, resume: bool) -> TrainConfig:
+    """The configuration with what this machine makes of ``auto``, which is said; a resumed run keeps what it had."""
+    before = begun_with(Path(asked.run.out)) if resume else None
+    cfg = decided(asked, group.device, group.world_size, before)
+    places = [name for name in ("dtype", "compile") if getattr(asked.run, name) == AUTO]
+    if places and not resume:
+        values = ", ".join(f"run.{name}={str(getattr(cfg.run, name)).lower()}" for name in places)
+        print(f"{processor(group.device)}: {values}", file=sys.stderr)
+    return cfg
 
 
 def _hold(out: Path, held: contextlib.ExitStack) -> None:
@@ -254,6 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         run(parser.parse_args(arguments))
     except ReflowlensError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

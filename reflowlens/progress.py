@@ -33,6 +33,9 @@ class _Lines(tqdm):
             self.fp.write(f"{line}\n")
             self.fp.flush()
 
+    def clear(self, nolock: bool = False) -> None:
+        """There is no bar to wipe before another line."""
+
     def close(self) -> None:
         """Write how long it took, once."""
         if not self.disable:
@@ -44,9 +47,11 @@ class _Lines(tqdm):
         elapsed = self.format_dict["elapsed"]
         units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
         parts = [f"{self.n}/{'?' if self.total is None else self.total} {units}", self.desc.rstrip(": ")]
+        parts.append(self.postfix or "")
         parts.append(f"{self.format_interval(elapsed)} elapsed")
-        if self.n and self.total and self.n < self.total:
-            parts.append(f"about {self.format_interval(elapsed * (self.total - self.n) / self.n)} left")
+        done = self.n - self.initial
+        if done and self.total and self.n < self.total:
+            parts.append(f"about {self.format_interval(elapsed * (self.total - self.n) / done)} left")
         return ", ".join(part for part in parts if part)
 
 

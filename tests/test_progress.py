@@ -41,6 +41,15 @@ def test_many_short_units_are_a_line_every_ten_seconds(clock, capsys):
     assert len(lines) == len(set(lines)) == 10
 
 
+def test_the_time_left_of_resumed_work_counts_what_was_done_now(clock, capsys):
+    steps = bar(show=True, unit="step", total=100, initial=90)
+    clock[0] += 20
+    steps.set_postfix(loss=1.5, refresh=False)
+    steps.update(5)
+    assert capsys.readouterr().err == "95/100 steps, loss=1.5, 00:20 elapsed, about 00:20 left\n"
+    steps.close()
+
+
 def test_nothing_is_written_unless_asked_for(capsys):
     assert list(bar(range(3), show=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
