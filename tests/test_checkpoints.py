@@ -500,10 +500,10 @@ def test_absurd_sizes_are_refused_before_anything_is_built(saved: Path, changes:
     path = saved / "model.safetensors"
     config = json.dumps(CONFIGS["reflow_lite"].to_dict() | changes)
     save_file(load_file(path), path, metadata={"format": "reflowlens-1", "config": config})
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ReflowlensError, match=message):
         load_model(path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_model_larger_than_the_memory_is_not_begun() -> None:

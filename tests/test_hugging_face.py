@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from reflowlens.config import RotaryScaling
 from reflowlens.conversion import export_hf, import_hf, import_model
 from reflowlens.conversion.hf_tokenizer import packaged_json
 from reflowlens.errors import ReflowlensError
+from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import scaled
@@ -151,6 +153,7 @@ def test_another_process_without_the_library(tmp_path: Path) -> None:
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     program = """
 import sys
+import time
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, given, found = sys.argv[1:]
@@ -445,6 +448,69 @@ def test_tensors_that_are_missing_or_odd(saved: Path) -> None:
     refuse(saved, r"lacks 'lm_head.weight' \(1 tensors missing\)")
     path.write_bytes(path.read_bytes()[:1000])
     refuse(saved, r"model\.safetensors is not a readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers must be at most 16,384"),
+        ({"num_hidden_layers": 16_000}, "config.json has 16,000 layers, its files 21 tensors"),
+        ({"num_labels": 10**9}, "config.json: num_labels must be at most"),
+        ({"vocab_size": 10**12}, "config.json: d_vocab must be at most"),
+        ({"vocab_size": 2**24, "hidden_size": 2**20, "head_dim": 2**18}, "this model takes .* and this machine has"),
+        ({"max_position_embeddings": 2**70}, "config.json: n_ctx must be at most"),
+        ({"model_type": {}}, "an architecture that cannot be read"),
+        ({"model_type": ["llama"], "architectures": None}, r"that cannot be read, model_type \['llama'\]"),
+        ({"rms_norm_eps": float("inf")}, "config.json: eps must be a positive number"),
+        ({"rope_theta": "x", "rope_parameters": None}, "config.json: could not convert"),
+    ],
+)
+def test_absurd_configurations_build_nothing(saved: Path, fields: dict[str, Any], message: str) -> None:
+    change_config(saved, **fields)
+    began = time.process_time()
+    refuse(saved, message)
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("index", [None, [], [1], 3, "x", {}])
+def test_an_index_that_names_no_files(saved: Path, index: Any) -> None:
+    (saved / "model.safetensors").unlink()
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refuse(saved, "names no files")
+    inspect_path(saved)
+
+
+@pytest.mark.parametrize("name", [3, None, {}, [], True, "", "..", "a\0b", "x" * 5000, "../hf/a.safetensors"])
+def test_an_index_that_names_what_is_no_file_of_the_folder(saved: Path, name: Any) -> None:
+    (saved / "model.safetensors").rename(saved / "a.safetensors")
+    named = {"lm_head.weight": "a.safetensors", "model.norm.weight": name}
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    refuse(saved, "names .*, which is not there")
+    assert inspect_path(saved).problems
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_weights_that_are_no_floats(saved: Path, name: str, dtype: torch.dtype) -> None:
+    path = saved / "model.safetensors"
+    save_file(load_file(path) | {name: load_file(path)[name].to(dtype)}, path)
+    refuse(saved, f"{name} is {dtype}; quantised weights cannot be read")
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_a_tied_readout_under_either_name(tmp_path: Path, stored: str) -> None:
+    """As transformers opens it."""
+    hf = LlamaForCausalLM(LlamaConfig(**_LLAMA | {"tie_word_embeddings": True}))
+    hf.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    matrix = tensors.pop("lm_head.weight", None)
+    matrix = tensors.pop("model.embed_tokens.weight", matrix)
+    names = ("lm_head.weight", "model.embed_tokens.weight") if stored == "both" else (stored,)
+    save_file(tensors | {name: matrix.clone() for name in names}, path, metadata={"format": "pt"})
+    model = import_hf(tmp_path, tokenizer="bytes")
+    same_function(model, hf)
+    assert model.cfg.tie_word_embeddings
 
 
 def test_folders_without_what_is_needed(saved: Path) -> None:

@@ -202,6 +202,22 @@ def test_a_damaged_size_is_not_built(reflow, name, size):
         assert f"{size:,}" in problems[0]
 
 
+def test_names_with_numbers_of_any_length_are_in_order(tmp_path):
+    names = ["1" * 5000, "²", "a.10.b", "a.9.b"]
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "x.safetensors")
+    found = list(inspect_path(tmp_path / "x.safetensors").frames["tensors"]["name"])
+    assert sorted(found) == sorted(names)
+    assert found.index("a.9.b") < found.index("a.10.b")
+
+
+def test_a_file_of_empty_tensors_alone(tmp_path):
+    save_file({f"h.{i}.weight": torch.ones(0, 3) for i in range(3)}, tmp_path / "x.safetensors")
+    found = inspect_path(tmp_path / "x.safetensors").frames["tensors"]
+    assert list(found["dtype"]) == ["float32"] * 3
+    assert list(found["parameters"]) == [0] * 3
+    assert found["mean"].isna().all()
+
+
 # -- comparison -------------------------------------------------------------------------------------------------------
 
 

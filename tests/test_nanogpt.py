@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from reflowlens.checkpoints import load_model, read_manifest
 from reflowlens.conversion import import_model, import_nanogpt
 from reflowlens.errors import ReflowlensError
+from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from tests.reference.nanogpt import GPT, Arguments, random_gpt
 from tests.test_checkpoints import Payload
@@ -259,3 +263,56 @@ def test_statements_that_do_not_hold(
     path = save(tmp_path / "c.pt", random_gpt(KINDS["gpt2"]), **stated)
     with pytest.raises(ReflowlensError, match=message):
         import_nanogpt(path, **({"tokenizer": "bytes"} | options))
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, float("nan"), float("inf"), 10**30, torch.tensor(3)])
+@pytest.mark.parametrize("name", ["vocab_size", "block_size", "n_layer", "n_head", "rope_theta", "topk"])
+def test_what_a_file_states_must_be_numbers(tmp_path: Path, name: str, value: Any) -> None:
+    path = save(tmp_path / "c.pt", random_gpt(KINDS["reflow"]), **{name: value})
+    with pytest.raises(ReflowlensError, match=f"states {name}=.*: a number was expected"):
+        import_nanogpt(path, tokenizer="bytes")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.long(), "is torch.int64; quantised"),
+        (lambda weight: weight.bool(), "is torch.bool; quantised"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "is torch.float8_e4m3fn; quantised"),
+        (Tensor.to_sparse, "is sparse, nested or without numbers"),
+        (lambda weight: weight.to("meta"), "is sparse, nested or without numbers"),
+    ],
+)
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.attn.c_proj.weight"])
+def test_tensors_that_are_no_plain_floats(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    gpt = random_gpt(KINDS["gpt2"])
+    state = gpt.state_dict()
+    state[name] = change(state[name])
+    with pytest.raises(ReflowlensError, match=f"'{name}' {message}"):
+        import_nanogpt(save(tmp_path / "c.pt", gpt, state), tokenizer="bytes")
+
+
+@pytest.mark.parametrize("name", [None, 3, "x" * 5000, f"h.{'9' * 5000}.ln_1.weight"])
+def test_names_that_are_none_of_a_model(tmp_path: Path, name: Any) -> None:
+    gpt = random_gpt(KINDS["reflow"])
+    state = gpt.state_dict() | {name: torch.ones(3)}
+    with pytest.raises(ReflowlensError, match=r"holds no model|no place for") as error:
+        import_nanogpt(save(tmp_path / "c.pt", gpt, state), tokenizer="bytes")
+    assert len(str(error.value)) < 500
+
+
+def test_compressed_parts_are_not_inflated(tmp_path: Path) -> None:
+    path, bomb = save(tmp_path / "c.pt", random_gpt(KINDS["reflow"])), tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as sound, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+        for part in sound.infolist():
+            zeros = bytes(64 << 20) if part.filename.endswith("data/0") else None
+            packed.writestr(part.filename, zeros or sound.read(part))
+    tracemalloc.start()
+    for use in (import_nanogpt, inspect_path):
+        with contextlib.suppress(ReflowlensError):
+            use(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with pytest.raises(ReflowlensError, match="cannot be read as tensors and plain values alone"):
+        import_nanogpt(bomb)
+    assert peak < 16 << 20

@@ -132,6 +132,8 @@ def import_hf(
     if not learned:
         cfg = dataclasses.replace(cfg, n_ctx=limit)
     with _stored_tensors(folder, family) as readers:
+        if cfg.n_layers > len(readers):  # told before there is a list of what each layer needs
+            raise ReflowlensError(f"{folder / CONFIG} has {cfg.n_layers:,} layers, its files {len(readers):,} tensors")
         if cfg.tie_word_embeddings:
             _take_tied_head(readers, family, folder)
         weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
@@ -179,7 +181,7 @@ def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[ModuleType, Any
         raise ReflowlensError(f"{folder} holds an architecture that cannot be read, {named}: {known} can")
     if fields.get("quantization_config"):
         raise ReflowlensError(f"{folder} holds quantised weights: give float32, float16 or bfloat16")
-    for name in ("num_hidden_layers", "n_layer"):  # transformers makes a list of this length
+    for name in ("num_hidden_layers", "n_layer", "num_labels"):  # transformers makes a list of this length
         layers = fields.get(name)
         if isinstance(layers, int) and layers > LARGEST["n_layers"]:
             raise ReflowlensError(f"{folder / CONFIG}: {name} must be at most {LARGEST['n_layers']:,}, got {layers:,}")

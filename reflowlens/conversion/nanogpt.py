@@ -29,7 +29,7 @@ from reflowlens.conversion.layout import (
     same,
     to_ours,
 )
-from reflowlens.conversion.nanogpt_names import is_table, place
+from reflowlens.conversion.nanogpt_names import place
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.opening import as_path, shown
@@ -81,6 +81,8 @@ def import_nanogpt(
     where = str(path)
     state, stated = _read(path)
     names = place(state, where)
+    for name in names.values():
+        check_type(state[name], f"{where}: {shown(name)}")
     if "head" in names and "embedding" in names and same(state[names["head"]], state[names["embedding"]]):
         del names["head"]  # tied: torch stores the shared matrix under both names
     shapes = {role: tuple(state[name].shape) for role, name in names.items()}
@@ -123,9 +125,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = inner[0] if inner else fields
     if not state or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise ReflowlensError(f"{path} holds no model: expected tensors by name, or such a dictionary under 'model'")
-    for name, tensor in state.items():
-        if not is_table(name, tensor):
-            check_type(tensor, f"{path}: {shown(name)}")
     parts = [fields[key] for key in ("config", "model_args") if isinstance(fields.get(key), dict)]
     stated = {name: part[name] for part in parts for name in _STATED if part.get(name) is not None}
     for name, value in stated.items():

@@ -55,9 +55,10 @@ def place(state: Mapping[str, Tensor], where: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for name, tensor in state.items():
-        if is_table(name, tensor):
+        plain = re.sub(_WRAPPERS, "", name)
+        if re.match(_ANGLES, plain) or (re.match(_MASK, plain) and tensor.ndim > 1):
             continue
-        role = _role(re.sub(_WRAPPERS, "", name))
+        role = _role(plain)
         vector = role is not None and ("norm" in role or role.endswith("bias"))
         if role is None or tensor.ndim != (1 if vector else 2):
             raise ReflowlensError(f"{where}: no place for {shown(name)} {list(tensor.shape)} in a GPT-2 or reFlow")
@@ -65,12 +66,6 @@ def place(state: Mapping[str, Tensor], where: str) -> dict[str, str]:
             raise ReflowlensError(f"{where}: {name!r} and {names[role]!r} want the same place")
         names[role] = name
     return _with_down_last(names, state)
-
-
-def is_table(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is one that a model computes itself: a causal mask or rotary angles."""
-    plain = re.sub(_WRAPPERS, "", name)
-    return bool(re.match(_ANGLES, plain) or (re.match(_MASK, plain) and tensor.ndim > 1))
 
 
 def _role(name: str) -> str | None:

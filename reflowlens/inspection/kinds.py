@@ -38,7 +38,8 @@ _MAGIC = {
 _TORCH_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the number that torch.save wrote first until version 1.6
 _PICKLE_SUFFIXES = {".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"}
 _HEAD = 4096
-_LARGEST_PICKLE = 64 << 20  # bytes of instructions that are read; those of a checkpoint are thousands
+_LARGEST_PICKLE = 64 << 20  # bytes that are read where tensors lie among the instructions
+_LARGEST_PROGRAMS = 8 << 20  # and where they lie apart: of a checkpoint thousands, of a bomb any number
 
 # What rebuilding tensors calls; anything else is the pickle's own business.
 _REBUILDS_TENSORS = re.compile(
@@ -137,7 +138,7 @@ def _programs(path: Path, kind: str) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield io.BytesIO(file.read(_LARGEST_PICKLE))
         return
-    left = _LARGEST_PICKLE  # of all together: what is packed small can be large
+    left = _LARGEST_PROGRAMS  # of all together
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(".pkl"):

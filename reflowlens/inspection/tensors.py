@@ -67,9 +67,11 @@ def of_weights(path: Path, kind: str, files: list[Path]) -> Inspection:
     return Inspection(str(path), kind, facts, frames, problems=tuple(problems + misfits))
 
 
-def _layer_order(name: str) -> list[tuple[bool, int, str]]:
+def _layer_order(name: str) -> list[str]:
     """Sorts layer 10 after layer 9."""
-    return [(not word.isdigit(), int(word) if word.isdigit() else 0, word) for word in re.split(r"(\d+)", name)]
+    words = re.split(r"(\d+)", name)  # every second is a number, of any length
+    words[1::2] = [word.zfill(9) for word in words[1::2]]
+    return words
 
 
 def _model_facts(weights: Weights) -> tuple[dict[str, Any], dict[str, pd.DataFrame], list[str]]:

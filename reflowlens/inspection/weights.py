@@ -24,13 +24,13 @@ LARGEST_HEADER = 100_000_000  # bytes of a safetensors header, by the format
 CHUNK = 1 << 22  # numbers held at a time, as float64: 32 MiB
 # The first name that fits decides: a norm inside an attention layer is a norm.
 _PARTS = (
-    ("norms", r"norm|(^|[._])ln(_?\w*)?\.|layer_?scale"),
-    ("readout", r"lm_head|unembed|embed_out|output\.weight"),
-    ("recipe", r"W_recipe"),
-    ("signal basis", r"W_basis"),
-    ("embedding", r"embed|wte|wpe|W_pos"),
-    ("attention", r"att(e)?n"),
-    ("mlp", r"mlp|feed_?forward|ffn|expert"),
+    ("norms", re.compile(r"norm|(^|[._])ln(_?\w*)?\.|layer_?scale", re.IGNORECASE)),
+    ("readout", re.compile(r"lm_head|unembed|embed_out|output\.weight", re.IGNORECASE)),
+    ("recipe", re.compile(r"W_recipe", re.IGNORECASE)),
+    ("signal basis", re.compile(r"W_basis", re.IGNORECASE)),
+    ("embedding", re.compile(r"embed|wte|wpe|W_pos", re.IGNORECASE)),
+    ("attention", re.compile(r"att(e)?n", re.IGNORECASE)),
+    ("mlp", re.compile(r"mlp|feed_?forward|ffn|expert", re.IGNORECASE)),
 )
 
 
@@ -129,7 +129,7 @@ def part_of(name: str) -> str:
     >>> part_of("model.layers.3.self_attn.q_proj.weight"), part_of("blocks.0.ln1.w"), part_of("h.0.adapter")
     ('attention', 'norms', 'other')
     """
-    return next((part for part, pattern in _PARTS if re.search(pattern, name, re.IGNORECASE)), "other")
+    return next((part for part, pattern in _PARTS if pattern.search(name)), "other")
 
 
 def tensor_statistics(weights: Weights, name: str) -> dict[str, Any]:
@@ -145,6 +145,8 @@ def tensor_statistics(weights: Weights, name: str) -> dict[str, Any]:
     dtype = ""
     for chunk in weights.chunks(name):
         dtype = str(chunk.dtype).removeprefix("torch.")
+        if not count:  # a file may hold hundreds of thousands of them
+            break
         values = _wide(chunk)
         nan += int(values.isnan().sum())
         infinite += int(values.isinf().sum())
