@@ -3,6 +3,7 @@ and the rows of a step are the same however many processes share them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,18 @@ def spread_batches(tokens: TokenStream, batch_size: int, context: int, max_token
         return
     n_taken = max(1, max_tokens // context)
     yield from _blocks(tokens, np.arange(n_taken) * n_blocks // n_taken * context, batch_size, context)
+
+
+def count_batches(n_tokens: int, batch_size: int, context: int, max_tokens: int | None = None) -> int:
+    """How many batches `spread_batches` makes of a stream of so many tokens.
+
+    >>> count_batches(101, batch_size=2, context=10, max_tokens=35), count_batches(104, batch_size=2, context=10)
+    (2, 6)
+    """
+    n_blocks, rest = divmod(n_tokens - 1, context)
+    if max_tokens is None or max_tokens >= n_tokens - 1 or n_blocks == 0:
+        return math.ceil(n_blocks / batch_size) + (rest > 0)
+    return math.ceil(max(1, max_tokens // context) / batch_size)
 
 
 def _blocks(tokens: TokenStream, starts: NDArray[np.int64], batch_size: int, context: int) -> Iterator[Batch]:

@@ -80,10 +80,10 @@ def _compilers() -> list[int]:
             pid, _, rest = stat.read_text(encoding="utf8", errors="replace").partition(" (")
             names[int(pid)], _, rest = rest.rpartition(") ")
             parents[int(pid)] = int(rest.split()[1])
-    own, found = {os.getpid()}, True
-    while found:
-        found = {pid for pid, parent in parents.items() if parent in own} - own
-        own |= found
+    own, children = set[int](), {os.getpid()}
+    while children:
+        own |= children
+        children = {pid for pid, parent in parents.items() if parent in own} - own
     tools = {
         Path(os.environ.get("CXX", "g++")).name,
         "g++",

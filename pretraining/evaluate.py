@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
-from pretraining.batches import sequential_batches
+from pretraining.batches import count_batches, sequential_batches
 from pretraining.token_files import TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 if TYPE_CHECKING:
     from pretraining.batches import Batch
@@ -41,7 +42,7 @@ def evaluate_model(
     """Read a whole split in order, in blocks of the model's context; every token but the first is predicted once.
 
     Args:
-        progress: show a bar; by default on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default only on a terminal.
 
     Raises:
         ReflowlensError: the data were prepared with another tokenizer, or were changed since.
@@ -49,12 +50,10 @@ def evaluate_model(
     Example: ``evaluate_model(rl.load_model("reflow-nano"), "data/mix16k").loss``
     """
     data = tokens_for(model, folder, split)
-    n_batches = math.ceil((len(data.tokens) - 1) / (batch_size * model.cfg.n_ctx))
+    n_batches = count_batches(len(data.tokens), batch_size, model.cfg.n_ctx)
     batches = sequential_batches(data.tokens, batch_size, model.cfg.n_ctx)
-    disabled = None if progress is None else not progress
-    total, tokens = summed_loss(
-        model, tqdm(batches, total=n_batches, desc="evaluating", unit="batch", disable=disabled)
-    )
+    show = sys.stderr.isatty() if progress is None else progress
+    total, tokens = summed_loss(model, bar(batches, show=show, total=n_batches, desc="evaluating", unit="batch"))
     loss, text_bytes = total / tokens, data.manifest.splits[split].text_bytes
     return Evaluation(loss, math.exp(loss), total / math.log(2) / text_bytes, tokens)
 

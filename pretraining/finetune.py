@@ -19,19 +19,20 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from pretraining.chat import ChatTemplate
 from pretraining.config import OptimizerConfig
 from pretraining.optimizers import make_optimizers, schedule
 from pretraining.packing import Batch, pack, shuffled_rows, to_batch
 from pretraining.sft import Data, Example, load_data
+from pretraining.state import writing
 from pretraining.stopping import stop_requests
 from reflowlens.checkpoints import load_model, model_hash, read_manifest, save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.files import sole_writer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import IGNORE
+from reflowlens.progress import bar
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def finetune(
         model: a packaged name, a checkpoint folder or a file.
         data: JSON-lines files; :mod:`pretraining.sft` says what a line may be.
         val: files to validate on instead of a share of ``data``.
-        progress: show a bar; by default on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default only on a terminal.
 
     Raises:
         ReflowlensError: a file or line is not as it should be, nothing is left to learn from or to validate on, the
@@ -162,23 +163,25 @@ def finetune(
     tuned.cfg = dataclasses.replace(tuned.cfg, model_name=out.name)
     tokens_before = read_manifest(model).get("tokens_seen", 0)
     losses: list[float] = []
-    bar = tqdm(unit="step", disable=not (sys.stderr.isatty() if progress is None else progress))
+    shown = bar(show=sys.stderr.isatty() if progress is None else progress, unit="step")
     with (
-        bar,
+        shown,
         sole_writer(out, "fine-tuning into"),
         (out / METRICS).open("w", encoding="utf8") as log,
         stop_requests() as stop,
     ):
-        bar.write(_summary(examples, context), file=sys.stderr)
+        shown.write(_summary(examples, context), file=sys.stderr)
         for state in training(tuned, examples, cfg, context):
-            log.write(json.dumps(state.record()) + "\n")
-            log.flush()
-            bar.total = state.steps
-            bar.set_postfix({name: f"{state.metrics[name]:.4g}" for name in ("loss", "tokens_per_s") if state.step})
-            bar.update(state.step - bar.n)
+            with writing(out / METRICS):
+                log.write(json.dumps(state.record()) + "\n")
+                log.flush()
+            shown.total = state.steps
+            metrics = {name: f"{state.metrics[name]:.4g}" for name in ("loss", "tokens_per_s") if state.step}
+            shown.set_postfix(metrics, refresh=False)
+            shown.update(state.step - shown.n)
             if state.val_loss is not None:
                 losses.append(state.val_loss)
-                bar.write(f"step {state.step}: held-out completion loss {state.val_loss:.4f}", file=sys.stderr)
+                shown.write(f"step {state.step}: held-out completion loss {state.val_loss:.4f}", file=sys.stderr)
             stopping = stop() and 0 < state.step < state.steps
             if state.step and (state.val_loss is not None or stopping):
                 record = facts | {
@@ -188,7 +191,9 @@ def finetune(
                     "val_losses": losses,
                 }
                 manifest = {"step": state.step, "tokens_seen": tokens_before + state.tokens, "finetuning": record}
-                folder = save_model(out / f"step_{state.step:07d}", tuned, manifest)
+                folder = out / f"step_{state.step:07d}"
+                with writing(folder):
+                    save_model(folder, tuned, manifest)
                 for old in sorted(out.glob("step_*"))[:-1]:
                     shutil.rmtree(old)
             if stopping:

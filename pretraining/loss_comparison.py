@@ -7,6 +7,7 @@ before that.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats
-from tqdm import tqdm
 
 from pretraining.batches import sequential_batches
 from pretraining.estimate import parameters_outside_embedding
@@ -26,6 +26,7 @@ from pretraining.evaluate import tokens_for
 from pretraining.token_files import TokenStream
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 
 
 def compare_losses(
@@ -46,7 +47,7 @@ def compare_losses(
     Args:
         models: by name; the first is what the others are compared with.
         resamples: of the documents, or of a single document's blocks, with replacement.
-        progress: show a bar; by default on a terminal.
+        progress: show a bar, or lines where there is no terminal; by default only on a terminal.
 
     Returns:
         A row a model: ``model``, ``parameters``, ``outside_embedding`` (those of blocks and norms), ``tokens`` read,
@@ -113,14 +114,13 @@ def token_losses(
     """Cross-entropy in nats of every token but the first, in the order of the stream."""
     losses = []
     total = len(tokens) - 1
-    with tqdm(
-        total=total, desc=name, unit="token", unit_scale=True, disable=None if progress is None else not progress
-    ) as bar:
+    show = sys.stderr.isatty() if progress is None else progress
+    with bar(show=show, total=total, desc=name, unit="token", unit_scale=True) as shown:
         for x, y in sequential_batches(tokens, batch_size, context):
             logits = model(x.to(model.cfg.device))
             loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten().to(logits.device), reduction="none")
             losses.append(loss.double().cpu().numpy())
-            bar.update(y.numel())
+            shown.update(y.numel())
     return np.concatenate(losses)
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from pretraining.batches import batch_at, spread_batches
+from pretraining.batches import batch_at, count_batches, spread_batches
 from pretraining.compilation import compiling
 from pretraining.config import AUTO, TrainConfig
 from pretraining.distributed import Processes, any_rank, from_first_process, on_first_process, processes
@@ -95,7 +95,7 @@ def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: boo
     for split in SPLITS:
         on_first_process(group, partial(check_tokens, cfg.data.folder, split))
     log = Log(out, start, cfg, enabled=group.is_first)
-    validate = partial(_validate, replica, val_tokens, cfg, group, log)
+    validate = partial(_validate, replica, val_tokens, cfg, group, log, progress)
     if resume and awaits_validation(out):
         validate(start, saved=True)
     on_first_process(group, partial(write_run_manifest, out, cfg, asked, start, group))
@@ -157,11 +157,19 @@ def _hold(out: Path, held: contextlib.ExitStack) -> None:
 
 
 def _validate(
-    replica: Replica, tokens: Any, cfg: TrainConfig, group: Processes, log: Log, step: int, *, saved: bool
+    replica: Replica,
+    tokens: Any,
+    cfg: TrainConfig,
+    group: Processes,
+    log: Log,
+    progress: bool,
+    step: int,
+    *,
+    saved: bool,
 ) -> None:
     """Evaluate after a step, and enter the loss in its record and, where there is one, in its checkpoint."""
     max_tokens = None if step == cfg.run.steps else cfg.run.eval_tokens
-    loss = evaluate(replica.model, tokens, cfg, group, max_tokens)
+    loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress=progress)
     log.complete(step, {"val_loss": loss})
     if saved:
         on_first_process(group, partial(record_validation, Path(cfg.run.out), step, loss))
@@ -235,7 +243,13 @@ def _autocast(cfg: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def evaluate(
-    model: HookedModel, tokens: Any, cfg: TrainConfig, group: Processes, max_tokens: int | None = None
+    model: HookedModel,
+    tokens: Any,
+    cfg: TrainConfig,
+    group: Processes,
+    max_tokens: int | None = None,
+    *,
+    progress: bool = False,
 ) -> float:
     """Mean next-token loss in nats over the validation stream, or ``max_tokens`` spread over it; processes share it."""
     rows = max(1, cfg.run.batch_size // cfg.run.accumulation)
@@ -245,7 +259,9 @@ def evaluate(
     training = model.training
     model.eval()
     with _autocast(cfg, group.device):
-        share = summed_loss(model, own)
+        total = math.ceil(count_batches(len(tokens), rows, cfg.data.context, max_tokens) / group.world_size)
+        show = progress and group.is_first
+        share = summed_loss(model, bar(own, show=show, total=total, unit="batch", desc="evaluating", leave=False))
         remainder = next(numbers) % group.world_size
         if cfg.run.sharding == "fsdp" and 0 < remainder <= group.rank:
             # Sliced weights are put together by all processes or by none: take part without a batch to read.

@@ -37,8 +37,8 @@ class _Lines(tqdm):
         """There is no bar to wipe before another line."""
 
     def close(self) -> None:
-        """Write how long it took, once."""
-        if not self.disable:
+        """Write how long it took, once; of work that leaves no bar only if it was long."""
+        if not self.disable and (self.leave or self.written):
             self.display()
         self.leave = False  # tqdm would write its own last line
         super().close()
@@ -47,7 +47,7 @@ class _Lines(tqdm):
         elapsed = self.format_dict["elapsed"]
         units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
         parts = [f"{self.n}/{'?' if self.total is None else self.total} {units}", self.desc.rstrip(": ")]
-        parts.append(self.postfix or "")
+        parts.append(str(self.postfix or ""))
         parts.append(f"{self.format_interval(elapsed)} elapsed")
         done = self.n - self.initial
         if done and self.total and self.n < self.total:

@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounter
 
 from pretraining import machine
+from pretraining.batches import count_batches, spread_batches
 from pretraining.compilation import compiling
 from pretraining.config import load_config
 from pretraining.machine import decided, has_bfloat16
@@ -160,6 +162,13 @@ def test_a_model_that_cannot_be_compiled_is_one_clear_error() -> None:
         raise ZeroDivisionError  # not the compiler's
 
 
+@pytest.mark.parametrize("max_tokens", [None, 1, 100, 450, 10**6])
+@pytest.mark.parametrize("n_tokens", [2, 16, 17, 449, 450, 513])
+def test_batches_are_counted_beforehand(n_tokens: int, max_tokens: int | None) -> None:
+    batches = list(spread_batches(np.arange(n_tokens), 4, 16, max_tokens))
+    assert count_batches(n_tokens, 4, 16, max_tokens) == len(batches)
+
+
 # ------------------------------------------------------------------------------------------------------------- progress
 
 
@@ -170,6 +179,8 @@ def test_off_a_terminal_a_run_writes_lines_with_the_time_left(
     cfg = load_config(write(run={"steps": 3, "checkpoint_interval": 2}))
     train(cfg, progress=True)
     lines = [line for line in capsys.readouterr().err.splitlines() if "validation" not in line]
-    assert len(lines) == 3
-    assert re.fullmatch(r"2/3 steps, loss=\d\.\d+, tokens_per_s=[\d,]+, 00:\d\d elapsed, about 00:\d\d left", lines[1])
-    assert re.fullmatch(r"3/3 steps, loss=.*, 00:\d\d elapsed", lines[2])
+    steps = [line for line in lines if "steps" in line]
+    assert re.fullmatch(r"2/3 steps, loss=\d\.\d+, tokens_per_s=[\d,]+, 00:\d\d elapsed, about 00:\d\d left", steps[1])
+    assert re.fullmatch(r"3/3 steps, loss=.*, 00:\d\d elapsed", steps[-1])
+    evaluations = [line for line in lines if "evaluating" in line]
+    assert [line.split(",")[0] for line in evaluations] == [f"{n}/4 batches" for n in (1, 2, 3, 4)]

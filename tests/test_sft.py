@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import lzma
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -417,3 +419,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(base: Path, tmp_path: Path) -> 
     data = write(tmp_path / "data.jsonl", prompts(20))
     with pytest.raises(ReflowlensError, match="stopped being finite at step"):
         finetune(base, [data], tmp_path / "out", dataclasses.replace(CFG, learning_rate=1e30))
+
+
+def test_a_full_disk_names_what_was_being_written(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    data, out = write(tmp_path / "data.jsonl", prompts(20)), tmp_path / "out"
+    monkeypatch.setattr("reflowlens.checkpoints.write_tensors", full)
+    with pytest.raises(
+        ReflowlensError, match=rf"^cannot write {re.escape(str(out))}/step_\d+: No space left on device$"
+    ):
+        finetune(base, [data], out, CFG)

@@ -119,7 +119,9 @@ def _finetune(options: argparse.Namespace) -> None:
         val_fraction=options.val_fraction,
         dtype=options.dtype,
     )
-    tuned = finetune(options.model, options.data, options.out, cfg, val=options.val, device=options.device)
+    tuned = finetune(
+        options.model, options.data, options.out, cfg, val=options.val, device=options.device, progress=True
+    )
     if tuned.last.step < tuned.last.steps:
         print(f"stopped at step {tuned.last.step} of {tuned.last.steps}; saved in {tuned.folder}", file=sys.stderr)
         return
@@ -150,11 +152,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         from pretraining.loss_comparison import compare_losses
 
         models = {name: load_model(name, device=options.device) for name in [options.model, *options.against]}
-        frame = compare_losses(models, options.data, split=options.split)
+        frame = compare_losses(models, options.data, split=options.split, progress=True)
         counts = dict.fromkeys(["parameters", "outside_embedding", "tokens", "units"], "{:,}".format)
         print(frame.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=counts))
         return
-    result = evaluate_model(load_model(options.model, device=options.device), options.data, split=options.split)
+    model = load_model(options.model, device=options.device)
+    result = evaluate_model(model, options.data, split=options.split, progress=True)
     print(
         f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits a byte, {result.tokens:,} tokens"
