@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import reflowlens as rl
 from reflowlens.errors import ReflowlensError
 from reflowlens.generation import sample
+from tests.test_bdh import random_bdh
 from tests.tiny import NAMES, assert_close, random_model
 
 PROMPTS = ["The cap", "x", "A longer one"]
@@ -220,3 +221,35 @@ def test_gradients_through_the_cache_are_those_of_the_whole_pass(name):
     model(tokens).square().sum().backward()
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(cached[key], parameter.grad, rtol=1e-9, atol=1e-9)  # that of b_K is 0
+
+
+@pytest.mark.parametrize("name", ["gpt2_biased", "reflow_lite", "bdh"])
+def test_a_pass_without_gradients_leaves_what_earlier_ones_saved(name):
+    model = (random_bdh() if name == "bdh" else random_model(name)).double()
+    tokens, past = model.to_tokens("abcdefgh"), model.make_cache(1, torch.float64)
+    parts = [model(tokens[:, here], past_kv_cache=past) for here in (slice(0, 3), slice(3, 5))]
+    with torch.no_grad():
+        rest = [model(tokens[:, here], past_kv_cache=past) for here in (slice(5, 6), slice(6, 8))]
+    torch.testing.assert_close(torch.cat([*parts, *rest], dim=1), model(tokens), rtol=1e-9, atol=1e-9)
+    torch.cat(parts, dim=1).square().sum().backward()
+    cached = {key: parameter.grad for key, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model(tokens[:, :5]).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(cached[key], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_graphs_of_many_passes_keep_no_room_for_positions_to_come():
+    model, saved = random_model("reflow"), []
+    past = model.make_cache(1)
+    room = past.keys[0].untyped_storage().nbytes()
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.untyped_storage().nbytes())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        for token in model.to_tokens("abc").T:
+            model(token[None], past_kv_cache=past)
+    assert saved
+    assert room not in saved

@@ -266,11 +266,13 @@ def attend_in_chunks(
     """
     parts = []
     for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):
-        out = weighted_sum((here @ here.mT).tril(-1), values)
         if state is None:
+            out = weighted_sum((here @ here.mT).tril(-1), values)
             state = x.new_zeros(*q.shape[:2], q.shape[3], x.shape[2])
         else:
-            out = out + here @ state.to(here.dtype)
+            out = here @ state.to(here.dtype)
+            if here.shape[2] > 1:  # one position, as where text is generated, has none of its own chunk before it
+                out = out + weighted_sum((here @ here.mT).tril(-1), values)
         parts.append(out)
         state = remembered(state, here, values.expand(-1, q.shape[1], -1, -1))
     assert state is not None  # a text has one position at least

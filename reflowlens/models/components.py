@@ -199,7 +199,8 @@ class KeyValueCache(ReadPositions):
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(cfg, batch, dtype)
         shape = (self.batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
-        self.keys: list[Float[Tensor, "batch n_ctx kv_head d_head"]] = [
+        # Room for n_ctx positions; once a gradient may be asked for, as many as were read.
+        self.keys: list[Float[Tensor, "batch room kv_head d_head"]] = [
             torch.empty(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
         ]
         self.values = [torch.empty_like(keys) for keys in self.keys]
@@ -222,12 +223,20 @@ class KeyValueCache(ReadPositions):
         self, layer: int, k: Float[Tensor, "batch pos kv_head d_head"], v: Float[Tensor, "batch pos kv_head d_head"]
     ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
         """Store the new positions of one layer and return all of its positions so far."""
+        self.keys[layer] = self._extended(self.keys[layer], k)
+        self.values[layer] = self._extended(self.values[layer], v)
         end = self.length + k.shape[1]
-        if torch.is_grad_enabled() or self.keys[layer].requires_grad:  # a backward pass needs what it saved unchanged
-            self.keys[layer], self.values[layer] = self.keys[layer].clone(), self.values[layer].clone()
-        self.keys[layer][:, self.length : end] = k
-        self.values[layer][:, self.length : end] = v
         return self.keys[layer][:, :end].to(k.dtype), self.values[layer][:, :end].to(v.dtype)
+
+    def _extended(
+        self, kept: Float[Tensor, "batch room kv_head d_head"], new: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> Float[Tensor, "batch room kv_head d_head"]:
+        """In place where there is room and no backward pass needs what it saved unchanged."""
+        end = self.length + new.shape[1]
+        if torch.is_grad_enabled() or kept.requires_grad or kept.shape[1] < end:
+            return torch.cat([kept[:, : self.length], new.to(kept.dtype)], dim=1)
+        kept[:, self.length : end] = new
+        return kept
 
 
 def _head_matrix(n_heads: int, d_model: int, d_head: int) -> nn.Parameter:
