@@ -11,6 +11,8 @@ from typing import Any
 
 from reflowlens.errors import ReflowlensError
 
+MOST_RUNS = 1_000_000
+
 
 def integer(value: Any) -> int | None:
     """An integer of Python, NumPy or torch as Python's; None where it is none (a truth value is none)."""
@@ -55,6 +57,18 @@ def random_seed(value: Any) -> int:
     return seed
 
 
+def number_of_runs(value: Any, name: str, least: int) -> int:
+    """An argument that says how many runs, rows or draws are made: no more than anybody can wait for.
+
+    Raises:
+        ReflowlensError: it is no integer, or out of range.
+    """
+    number = whole_number(value, name, least)
+    if number > MOST_RUNS:
+        raise ReflowlensError(f"{name} must be at most {MOST_RUNS:,}, got {value!r}")
+    return number
+
+
 def whole_number(value: Any, name: str, least: int) -> int:
     """An argument that counts something.
 
@@ -85,7 +99,7 @@ def names_given(value: Any, name: str) -> list[str]:
     Raises:
         ReflowlensError: they are no names.
     """
-    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1)
+    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) != 0
     names = list(value) if several else [value]
     if not all(isinstance(one, str) for one in names):
         raise ReflowlensError(f"{name} must be a name or a list of names, got {value!r}")

@@ -16,7 +16,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figure_metadata import png_chunk
 from reflowlens.figure_style import label
 from reflowlens.html import ID, HtmlView, selectable, table, view
-from reflowlens.token_view import as_array, token_text, token_texts
+from reflowlens.token_view import as_array, shown_names, token_text, token_texts
 
 if TYPE_CHECKING:
     from reflowlens.cache import ActivationCache
@@ -100,9 +100,7 @@ def show_attention(
         raise ReflowlensError("show_attention needs a pattern [head, query, key], or a cache that has one")
     texts = token_texts(tokens, model)
     weights = _checked(pattern, len(texts))
-    shown = [str(i) for i in range(len(weights))] if names is None else [str(name) for name in names]
-    if len(shown) != len(weights):
-        raise ReflowlensError(f"{len(shown)} names were given for {len(weights)} heads")
+    shown = shown_names(names, len(weights), "heads")
     summary = f"AttentionView({len(texts)} tokens, {len(weights)} head{'s' if len(weights) > 1 else ''})"
     notes = []
     if len(texts) > MAX_POSITIONS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from reflowlens.arguments import integer
+from reflowlens.cache_functions import with_checked_arguments
 from reflowlens.checkpoints import model_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
@@ -25,6 +26,7 @@ from reflowlens.tensor_folder import open_tensors, save_tensors
 _KIND = "activations"
 
 
+@with_checked_arguments
 class ActivationCache(transformer_lens.ActivationCache):
     """The activations of one forward pass; everything TransformerLens's cache does, the readout in signals, and files.
 
@@ -49,6 +51,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         tokens: Int[Tensor, "batch pos"] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
+        if not isinstance(cache_dict, MutableMapping):
+            raise ReflowlensError(f"a cache is made of a dict of activations by name, got {cache_dict!r}")
         super().__init__(cache_dict, model, has_batch_dim)
         self.tokens = tokens
         self.lengths = lengths
@@ -128,7 +132,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         Points that are the same in every row, such as ``hook_basis``, stay whole.
 
         Raises:
-            ReflowlensError: the cache has no batch axis.
+            ReflowlensError: the cache has no batch axis, or not these rows.
         """
         rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         if not self.has_batch_dim and rows.mode != "identity":

@@ -170,8 +170,6 @@ class Collected:
         Raises:
             ReflowlensError: they are of other models or choices.
         """
-        if not isinstance(other, Collected):
-            raise ReflowlensError(f"statistics merge with others of rl.collect, got {other!r}")
         self.check_mergeable(other)
         points = dict(self.points)
         for name, point in other.points.items():
@@ -181,6 +179,8 @@ class Collected:
 
     def check_mergeable(self, other: Collected) -> None:
         """Raise unless both are of the same model and choices."""
+        if not isinstance(other, Collected):
+            raise ReflowlensError(f"statistics merge with others of rl.collect, got {other!r}")
         if self.model_hash != other.model_hash:
             raise ReflowlensError("these statistics are of different models, or of one with different weights")
         for name, value in asdict(self.choices).items():

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -248,7 +247,8 @@ def target_ids(model: HookedModel, target: Target, n_prompts: int, d_vocab: int)
         ReflowlensError: it is no single token, there is no such id, or there are not as many as prompts.
     """
     words: Any = target
-    if isinstance(target, str) or np.ndim(target) == 0:
+    is_list = isinstance(target, Sequence) and not isinstance(target, str | bytes)
+    if not getattr(target, "ndim", is_list):
         words = [target] * n_prompts
     if len(words) != n_prompts:
         raise ReflowlensError(f"{len(words)} target tokens are given for {n_prompts} prompts")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
+from reflowlens.arguments import real_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_style import label
 from reflowlens.html import ID, HtmlView, escape, selectable, view
@@ -69,6 +70,8 @@ def show_tokens(
         >>> rl.show_tokens("The capital of France is", cache.signals()[0, :, [3, 17]], names=["3", "17"], model=model)
         TokenView(5 tokens, 2 channels)
     """
+    if limit is not None and not 0 < real_number(limit, "limit") < float("inf"):
+        raise ReflowlensError(f"limit must be a number above 0, got {limit!r}")
     texts = token_texts(tokens, model)
     channels = _channels(values, names, len(texts))
     n_tokens, n_channels = len(texts), len(channels)
@@ -88,6 +91,8 @@ def show_tokens(
 
 def token_texts(tokens: Tokens, model: HookedModel | None) -> list[str]:
     """The texts of tokens that are given as such, or as a text or ids together with a model."""
+    if not hasattr(tokens, "__iter__"):
+        raise ReflowlensError(f"tokens are a text, ids [pos] or the tokens' texts, got {tokens!r}")
     texts = not isinstance(tokens, str) and all(isinstance(token, str) for token in tokens)
     if not texts and model is None:
         what = "a text" if isinstance(tokens, str) else "token ids"
@@ -107,7 +112,24 @@ def as_array(values: Any) -> np.ndarray:
     """Numbers of a tensor of any type and device, or of anything that numpy reads, as float64."""
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
-    return np.asarray(values, dtype=float)
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ReflowlensError(f"values must be numbers, all rows of one length, got {values!r}") from error
+
+
+def shown_names(names: Sequence[str] | None, n: int, what: str) -> list[str]:
+    """The names of channels or heads; default their numbers.
+
+    Raises:
+        ReflowlensError: they are no list, or not as many.
+    """
+    if names is not None and not isinstance(names, Iterable):
+        raise ReflowlensError(f"names must be a list of names, got {names!r}")
+    shown = [str(name) for name in (range(n) if names is None else names)]
+    if len(shown) != n:
+        raise ReflowlensError(f"{len(shown)} names were given for {n} {what}")
+    return shown
 
 
 def token_text(token: str) -> str:
@@ -123,9 +145,7 @@ def _channels(values: Any, names: Sequence[str] | None, n_tokens: int) -> dict[s
         array = array[:, None] if array.ndim == 1 else array
         if array.ndim != 2 or array.shape[1] == 0:
             raise ReflowlensError(f"values must be [pos], [pos, channel] or a mapping, got shape {list(array.shape)}")
-        shown = [str(name) for name in names] if names is not None else [str(i) for i in range(array.shape[1])]
-        if len(shown) != array.shape[1]:
-            raise ReflowlensError(f"{len(shown)} names were given for {array.shape[1]} channels")
+        shown = shown_names(names, array.shape[1], "channels")
         columns = dict(zip(shown, array.T, strict=True))
         if len(columns) < len(shown):
             raise ReflowlensError("the names of channels must differ")
@@ -151,7 +171,7 @@ def _is_diverging(channels: Mapping[str, np.ndarray], scale: Scale | None) -> bo
 
 
 def _panel(texts: Sequence[str], values: Float[np.ndarray, " pos"], diverging: bool, limit: float | None) -> str:
-    full = limit or float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    full = float(limit) if limit else float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     spans = "".join(
         _span(i, text, float(value), full) for i, (text, value) in enumerate(zip(texts, values, strict=True))
     )

@@ -10,13 +10,14 @@ An imported model brings its own, a `tokenizer.json`: `reflowlens.file_tokenizer
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reflowlens.arguments import integer
+from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import FILE_TOKENIZER
 from reflowlens.errors import ReflowlensError
 
@@ -153,17 +154,17 @@ def get_tokenizer(name: str) -> Tokenizer:
     >>> get_tokenizer("gpt2_16k").single_token(" queen")
     16599
     """
-    if name in TOKENIZER_NAMES:
+    if is_one_of(name, TOKENIZER_NAMES):
         return _packaged(name)
     from reflowlens.file_tokenizer import OPENED, open_tokenizer
 
-    if name in OPENED:
+    if isinstance(name, str) and name in OPENED:
         return OPENED[name]
     if str(name).startswith(FILE_TOKENIZER):
         raise ReflowlensError(
             f"tokenizer {name!r} is not open: load the model from the folder that holds its tokenizer.json"
         )
-    if Path(name).exists():
+    if isinstance(name, str | os.PathLike) and Path(name).exists():
         return open_tokenizer(name)
     raise ReflowlensError(f"no tokenizer {name!r}: there are {', '.join(TOKENIZER_NAMES)}, or give a tokenizer.json")
 

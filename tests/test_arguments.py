@@ -263,6 +263,57 @@ CALLS: dict[str, tuple[Any, ...]] = {
         [1.5, math.nan, True, [1], {}, 2**70],
         "cannot compute on device",
     ),
+    "many steps": (
+        lambda x: rl.sweep(MODEL, *PAIR, "tokens", kl(), mode="integrated", steps=x),
+        [2**70],
+        "at most 1,0",
+    ),
+    "many controls": (lambda x: rl.faithfulness(MODEL, *PAIR, ["m0"], kl(), controls=x), [2**70], "at most 1,000,000"),
+    "many rows": (MODEL.make_cache, [2**70], "batch must be at most 1,000,000"),
+    "tokenizer": (rl.get_tokenizer, NO_NAMES, "no tokenizer"),
+    "ragged targets": (lambda x: rl.ablate_readout(MODEL, "ab").probability(x), [[[1, 2], [3]]], "target"),
+    "factor": (lambda x: rl.Scale("z", x, layer=0), [10**400, "a", None, [1.0], True], "factor must be a number"),
+    "shown tokens": (
+        lambda x: rl.show_tokens(x, [1.0], model=MODEL),
+        [None, 1, 1.5, True, object()],
+        "tokens are a text",
+    ),
+    "shown values": (
+        lambda x: rl.show_tokens("no", x, model=MODEL),
+        ["a", object(), [[1, 2], [3]]],
+        "values must be num",
+    ),
+    "shown limit": (
+        lambda x: rl.show_tokens("no", [1.0, 2.0], limit=x, model=MODEL),
+        [0, -1, "a", []],
+        "limit must be",
+    ),
+    "shown names": (
+        lambda x: rl.show_tokens("no", [1.0, 2.0], names=x, model=MODEL),
+        [1, 1.5, True],
+        "names must be a l",
+    ),
+    "shown heads": (
+        lambda x: rl.show_attention("no", torch.ones(1, 2, 2) / 2, names=x, model=MODEL),
+        [1, 1.5, True, object()],
+        "names must be a list",
+    ),
+    "shown pattern": (lambda x: rl.show_attention("no", x, model=MODEL), ["a", object(), {}], "values must be numbers"),
+    "names_filter": (
+        lambda x: MODEL.run_with_cache("ab", names_filter=x),
+        but(NO_NAMES, None),
+        "named by its text",
+    ),
+    "cached device": (lambda x: MODEL.run_with_cache("ab", device=x), [[], {}, "x", object()], "no device"),
+    "cached dtype": (lambda x: MODEL.run_with_cache("ab", dtype=x), [1, "float32", [], torch.int64], "dtype must be"),
+    "fwd_hooks": (
+        lambda x: MODEL.run_with_hooks("ab", fwd_hooks=x),
+        [1, None, "x", [1], [("hook_embed", 1)]],
+        "fwd_hooks",
+    ),
+    "hook": (lambda x: MODEL.add_hook(x, print), [None, 1, [], object()], "a hook goes with"),
+    "cache": (lambda x: rl.ActivationCache(x, MODEL), [None, 1, "x", []], "a cache is made of a dict"),
+    "edge's places": (lambda x: rl.Graph.of(MODEL).places(x), [None, 1, "x", ("a", "b")], "sender"),
 }
 
 

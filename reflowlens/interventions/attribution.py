@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.arguments import whole_number
+from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import Bound, apply, bind_all, resolve
 from reflowlens.interventions.memory import in_batches
@@ -156,7 +156,7 @@ def steps_of(mode: str, steps: int) -> int | None:
     Raises:
         ReflowlensError: they are no positive integer.
     """
-    return whole_number(steps, "steps of integrated gradients", 1) if mode == "integrated" else None
+    return number_of_runs(steps, "steps of integrated gradients", 1) if mode == "integrated" else None
 
 
 class GradientRuns:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reflowlens.arguments import real_number, whole_number
+from reflowlens.arguments import number_of_runs, real_number, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.circuit_runs import Ablation, Circuit, CircuitRuns, mask_of
 from reflowlens.interventions.edges import EdgeScores
@@ -262,7 +262,7 @@ def matched_circuits(graph: Graph, circuit: Circuit, n: int, match: Match = "kin
 def _score(
     runs: CircuitRuns, circuit: Circuit, controls: int, match: Match, seed: int, memory: float | None, removed: bool
 ) -> CircuitScore:
-    controls, seed = whole_number(controls, "controls", 0), whole_number(seed, "seed", 0)
+    controls, seed = number_of_runs(controls, "controls", 0), whole_number(seed, "seed", 0)
     circuit = _checked(circuit)
     full, empty = _ends(runs.graph, nodes=_of_nodes(circuit))
     masks = [mask_of(runs.graph, circuit)]

@@ -151,6 +151,8 @@ class Graph:
 
     def only_edges(self, values: Float[Tensor, "sender receiver *rest"]) -> Float[Tensor, "sender receiver *rest"]:
         """With NaN where there is no edge."""
+        if not isinstance(values, Tensor) or values.shape[:2] != self.possible.shape:
+            raise ReflowlensError(f"values must be a tensor [sender, receiver, ...] = {list(self.possible.shape)}")
         values = values.clone()
         values[~self.possible.to(values.device)] = torch.nan
         return values
@@ -168,7 +170,8 @@ class Graph:
         return [f"{sender}<q>", *(f"a{place.layer}.h{shared}<{kind}>" for kind in "kv")]
 
     def places(self, edge: Edge) -> tuple[Place, Place]:
-        return self.sender_places[edge[0]], self.receiver_places[edge[1]]
+        sender, receiver = self.edge(edge)
+        return self.sender_places[sender], self.receiver_places[receiver]
 
     def sender(self, name: str) -> int:
         """Index of a sender."""

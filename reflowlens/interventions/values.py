@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.arguments import integer, random_seed
+from reflowlens.arguments import integer, random_seed, real
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import read_once
@@ -206,7 +206,7 @@ class Steer(Intervention):
         return np.shape(self.direction)
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return part + self.alpha * fit(self.direction, part, "Steer.direction")
+        return part + _factor(self.alpha) * fit(self.direction, part, "Steer.direction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +236,7 @@ class Scale(Intervention):
         _check_number(self.factor, "Scale.factor")
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return part * self.factor
+        return part * _factor(self.factor)
 
 
 KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (Ablate, Patch, Steer, Replace, Scale)}
@@ -305,8 +305,14 @@ def _selector(value: Any, name: str) -> int | slice | list[int] | str | None:
 
 
 def _check_number(value: Any, name: str) -> None:
-    if isinstance(value, bool | str) or not (isinstance(value, int | float | np.number) or _is_scalar(value)):
+    is_number = isinstance(value, int | float) and real(value) is not None
+    if not (is_number or isinstance(value, np.number) or _is_scalar(value)):
         raise ReflowlensError(f"{name} must be a number, got {value!r}")
+
+
+def _factor(number: float | Tensor) -> float | Tensor:
+    """A tensor as it is, for its gradient; torch takes no Python integer of more than 64 bits."""
+    return float(number) if isinstance(number, int) else number
 
 
 def _is_scalar(value: Any) -> bool:

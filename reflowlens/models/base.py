@@ -302,6 +302,8 @@ class HookedModel(HookedRootModule):
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str):
             self.check_hook_name(name)
+        elif not callable(name):
+            raise ReflowlensError(f"a hook goes with a point's name or a predicate of names, got {name!r}")
         super().add_hook(name, hook, *args, **kwargs)
 
     @property
@@ -313,7 +315,7 @@ class HookedModel(HookedRootModule):
     def _attached(
         self, fwd_hooks: Hooks, bwd_hooks: Hooks, reset_hooks_end: bool, clear_contexts: bool
     ) -> Iterator[HookedModel]:
-        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)  # they may be iterators, and are read more than once
+        fwd_hooks, bwd_hooks = _hooks(fwd_hooks, "fwd_hooks"), _hooks(bwd_hooks, "bwd_hooks")
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
                 self.check_hook_name(name)
@@ -365,12 +367,16 @@ class HookedModel(HookedRootModule):
         if callable(names_filter):
             matches = names_filter
         elif names_filter is not None:
-            names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+            is_one = isinstance(names_filter, str) or not isinstance(names_filter, Iterable)
+            names = [names_filter] if is_one else list(names_filter)  # type: ignore[list-item]
             matches = names.__contains__
         for name in names:
             self.check_hook_name(name)
         if not any(map(matches, self.hook_dict)):
             raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+            raise ReflowlensError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype!r}")
+        _check_device(device)
         cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
         _position_slice(pos_slice)
         fwd, bwd = (
@@ -483,6 +489,23 @@ class HookedModel(HookedRootModule):
         hooks = folded(f"{len(self.hook_dict)} hook points", table(["point", "how many", "axes"], points))
         kind, _, facts = repr(self).rstrip(")").partition("(")
         return titled(kind, facts, self.cfg._repr_html_(), hooks)
+
+
+def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable]]:
+    """Pairs of a name and a function, which may come from an iterator, as a list."""
+    pairs = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+    for pair in pairs:
+        name, hook = pair if isinstance(pair, Sequence) and len(pair) == 2 else (None, None)
+        if not (isinstance(name, str) or callable(name)) or not callable(hook):
+            raise ReflowlensError(f"{what} must be a list of pairs (hook point, function), got {pair!r}")
+    return pairs
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"no device {device!r}: 'cpu' and 'cuda' are devices, if the machine has them") from error
 
 
 def _position_slice(pos_slice: Any) -> Slice:

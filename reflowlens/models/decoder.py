@@ -56,7 +56,7 @@ class Decoder(StackedWeights, ResidualModel):
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        total = super().accumulated_bias(layer, mlp_input, include_mlp_biases)
+        total, mlp_input = super().accumulated_bias(layer, mlp_input, include_mlp_biases), bool(mlp_input)
         for i, block in enumerate(cast("list[Block]", self.blocks[: layer + mlp_input])):
             total = plus(total, block.attn.b_O)
             if include_mlp_biases and i < layer:

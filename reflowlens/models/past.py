@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from reflowlens.arguments import whole_number
+from reflowlens.arguments import number_of_runs
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 
@@ -35,7 +35,7 @@ class ReadPositions:
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype) -> None:
-        rows = whole_number(batch, "batch", 1)
+        rows = number_of_runs(batch, "batch", 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ReflowlensError(f"dtype must be a floating-point type such as torch.float32, got {dtype!r}")
         self.batch, self.length = rows, 0
