@@ -18,26 +18,26 @@ from typing import TYPE_CHECKING, Any
 from analyses.registry import EXPERIMENTS as EXPERIMENTS
 
 if TYPE_CHECKING:
-    from analyses.basis_geometry import basis_geometry as basis_geometry
-    from analyses.causal_ablation import causal_ablation as causal_ablation
-    from analyses.comparison import compare_models as compare_models
-    from analyses.concept_inception import concept_inception as concept_inception
-    from analyses.crystallisation import crystallisation_boundary as crystallisation_boundary
-    from analyses.emotion_surgery import emotion_surgery as emotion_surgery
-    from analyses.genetic_hijack import genetic_hijack as genetic_hijack
-    from analyses.layer_evolution import layer_evolution as layer_evolution
-    from analyses.lexicon import load_lexicon as load_lexicon
-    from analyses.monosemanticity import monosemanticity as monosemanticity
-    from analyses.recipe_atlas import recipe_atlas as recipe_atlas
-    from analyses.report import write_report as write_report
-    from analyses.result import Result as Result
-    from analyses.semantic_algebra import semantic_algebra as semantic_algebra
-    from analyses.semantic_galaxy import semantic_galaxy as semantic_galaxy
-    from analyses.signal_flow import signal_flow as signal_flow
-    from analyses.sparsity_profile import sparsity_profile as sparsity_profile
-    from analyses.suite import run_suite as run_suite
-    from analyses.typo_resilience import typo_resilience as typo_resilience
-    from analyses.unit_statistics import unit_statistics as unit_statistics
+    from analyses.experiments.basis_geometry.experiment import basis_geometry as basis_geometry
+    from analyses.experiments.causal_ablation.experiment import causal_ablation as causal_ablation
+    from analyses.experiments.concept_inception.experiment import concept_inception as concept_inception
+    from analyses.experiments.crystallisation_boundary import crystallisation_boundary as crystallisation_boundary
+    from analyses.experiments.emotion_surgery.experiment import emotion_surgery as emotion_surgery
+    from analyses.experiments.genetic_hijack.experiment import genetic_hijack as genetic_hijack
+    from analyses.experiments.layer_evolution.experiment import layer_evolution as layer_evolution
+    from analyses.experiments.recipe_atlas.experiment import recipe_atlas as recipe_atlas
+    from analyses.experiments.semantic_algebra.experiment import semantic_algebra as semantic_algebra
+    from analyses.experiments.semantic_galaxy.experiment import semantic_galaxy as semantic_galaxy
+    from analyses.experiments.signal_flow.experiment import signal_flow as signal_flow
+    from analyses.experiments.sparsity_profile.experiment import sparsity_profile as sparsity_profile
+    from analyses.experiments.typo_resilience.experiment import typo_resilience as typo_resilience
+    from analyses.report.page import write_report as write_report
+    from analyses.result.result import Result as Result
+    from analyses.runner.comparison import compare_models as compare_models
+    from analyses.runner.suite import run_suite as run_suite
+    from analyses.units.firing import unit_statistics as unit_statistics
+    from analyses.units.monosemanticity import monosemanticity as monosemanticity
+    from analyses.words.lexicon import load_lexicon as load_lexicon
 
 _FUNCTIONS = {experiment.name for experiment in EXPERIMENTS.values()} | {"monosemanticity", "unit_statistics"}
 _HOMES = {name: name for name in _FUNCTIONS} | {

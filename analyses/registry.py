@@ -11,7 +11,7 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
-    from analyses.result import Result
+    from analyses.result.result import Result
 
 IDENTITY = "A. Signal identity"
 SEMANTIC = "B. Semantic properties"

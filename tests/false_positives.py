@@ -26,7 +26,7 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
-from analyses.result import Result
+from analyses.result.result import Result
 from reflowlens.models.base import HookedModel
 from tests.planted import empty_model, turning_model
 

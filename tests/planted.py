@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from analyses.lexicon import Analogy, FactualPrompt, Lexicon, load_lexicon
+from analyses.words.lexicon import Analogy, FactualPrompt, Lexicon, load_lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel

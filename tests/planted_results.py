@@ -18,20 +18,20 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from analyses.basis_geometry import basis_geometry
-from analyses.causal_ablation import causal_ablation
-from analyses.concept_inception import concept_inception
-from analyses.emotion_surgery import emotion_surgery
-from analyses.genetic_hijack import genetic_hijack
-from analyses.layer_evolution import layer_evolution
-from analyses.recipe_atlas import recipe_atlas
+from analyses.experiments.basis_geometry.experiment import basis_geometry
+from analyses.experiments.causal_ablation.experiment import causal_ablation
+from analyses.experiments.concept_inception.experiment import concept_inception
+from analyses.experiments.emotion_surgery.experiment import emotion_surgery
+from analyses.experiments.genetic_hijack.experiment import genetic_hijack
+from analyses.experiments.layer_evolution.experiment import layer_evolution
+from analyses.experiments.recipe_atlas.experiment import recipe_atlas
+from analyses.experiments.semantic_algebra.experiment import semantic_algebra
+from analyses.experiments.semantic_galaxy.experiment import semantic_galaxy
+from analyses.experiments.signal_flow.experiment import signal_flow
+from analyses.experiments.sparsity_profile.experiment import sparsity_profile
+from analyses.experiments.typo_resilience.experiment import typo_resilience
 from analyses.registry import EXPERIMENTS
-from analyses.result import Result
-from analyses.semantic_algebra import semantic_algebra
-from analyses.semantic_galaxy import semantic_galaxy
-from analyses.signal_flow import signal_flow
-from analyses.sparsity_profile import sparsity_profile
-from analyses.typo_resilience import typo_resilience
+from analyses.result.result import Result
 from reflowlens.models.base import HookedModel
 from tests import planted
 

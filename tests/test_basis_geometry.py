@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from analyses.basis_geometry import basis_geometry
-from analyses.coherence import measure_coherence, welch_bound
-from analyses.spectra import (
+from analyses.experiments.basis_geometry.coherence import measure_coherence, welch_bound
+from analyses.experiments.basis_geometry.experiment import basis_geometry
+from analyses.experiments.basis_geometry.spectra import (
     condition_number,
     effective_rank,
     factored_singular_values,

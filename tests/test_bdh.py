@@ -18,8 +18,8 @@ from transformer_lens import patching
 
 import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
-from analyses.lexicon import load_lexicon
-from analyses.steering import Injections, steer
+from analyses.measures.steering import Injections, steer
+from analyses.words.lexicon import load_lexicon
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import prepare
 from pretraining.memory import activation_bytes

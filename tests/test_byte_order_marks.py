@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from analyses.lexicon import load_lexicon, read_questions_words
+from analyses.words.lexicon import load_lexicon, read_questions_words
 from pretraining.chat import ChatTemplate
 from pretraining.config import CONFIGS, load_config
 from pretraining.sft import read_examples

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.causal_ablation import causal_ablation
-from analyses.controls import untrained_model, untrained_view
-from analyses.lexicon import FactualPrompt, Lexicon
+from analyses.controls.nulls import untrained_model, untrained_view
+from analyses.experiments.causal_ablation.experiment import causal_ablation
+from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model

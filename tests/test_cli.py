@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from analyses.registry import EXPERIMENTS, Experiment
-from analyses.result import Result
-from analyses.suite import SuiteRun
+from analyses.result.result import Result
+from analyses.runner.suite import SuiteRun
 from reflowlens.checkpoints import save_model
 from reflowlens.cli import main
 from tests.tiny import random_model
@@ -140,7 +140,7 @@ def runs(monkeypatch):
         calls.append((options["model_name"], experiments, options["quick"]))
         return SuiteRun(Path("out"), errors={"layer_evolution": "too few prompts"})
 
-    monkeypatch.setattr("analyses.suite.run_suite", record)
+    monkeypatch.setattr("analyses.runner.suite.run_suite", record)
     monkeypatch.setattr("reflowlens.checkpoints.load_model", lambda *_, **__: None)
     return calls
 

@@ -6,11 +6,11 @@ import re
 import pandas as pd
 import pytest
 
-from analyses.comparison import compare_models, side_by_side, write_comparison
-from analyses.controls import untrained_view
-from analyses.crystallisation import compared_boundaries
+from analyses.controls.nulls import untrained_view
+from analyses.experiments.crystallisation_boundary import compared_boundaries
 from analyses.registry import Experiment
-from analyses.result import Result
+from analyses.result.result import Result
+from analyses.runner.comparison import compare_models, side_by_side, write_comparison
 from reflowlens.checkpoints import model_hash, save_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError

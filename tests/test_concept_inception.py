@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import reflowlens as rl
-from analyses.concept_inception import closing_verdict, concept_inception, delay_verdict
-from analyses.controls import untrained_model
-from analyses.lexicon import Lexicon
-from analyses.steering import Injections, critical_strength, steer
+from analyses.controls.nulls import untrained_model
+from analyses.experiments.concept_inception.experiment import closing_verdict, concept_inception, delay_verdict
+from analyses.measures.steering import Injections, critical_strength, steer
+from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import closing_model, concept_lexicon, concepts, heavy_model, of_architecture, turning_model

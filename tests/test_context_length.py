@@ -4,10 +4,16 @@ import dataclasses
 
 import torch
 
-from analyses.context_length import DELAY, clauses, context_prompts, crystallisation_shares, delays
-from analyses.layer_evolution import layer_evolution
-from analyses.lens import read_lens, residual_stack
-from analyses.lexicon import load_lexicon
+from analyses.experiments.layer_evolution.context_length import (
+    DELAY,
+    clauses,
+    context_prompts,
+    crystallisation_shares,
+    delays,
+)
+from analyses.experiments.layer_evolution.experiment import layer_evolution
+from analyses.measures.lens import read_lens, residual_stack
+from analyses.words.lexicon import load_lexicon
 from reflowlens.models import build_model
 from reflowlens.signals import signal_view
 from tests.planted import CONFIG, LEXICON, deciding_model, silent_blocks

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from analyses.contributions import (
+from analyses.experiments.signal_flow.contributions import (
     component_outputs,
     leading_share,
     leading_signals,

@@ -178,9 +178,9 @@ def test_every_experiment_says_how_its_metrics_are_defined():
 
 
 def test_rules_of_verdicts_are_those_in_the_code():
-    from analyses.layer_evolution import crystallisation_verdict
+    from analyses.experiments.layer_evolution.experiment import crystallisation_verdict
 
-    assert "`analyses.layer_evolution.crystallisation_verdict`" in verdict_rules()
+    assert "`analyses.experiments.layer_evolution.experiment.crystallisation_verdict`" in verdict_rules()
     assert (crystallisation_verdict.__doc__ or "").split(".")[0] in verdict_rules()
 
 

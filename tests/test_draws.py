@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformer_lens.utilities.statistics import derive_generator
 
-from analyses.draws import derive_rng, derive_seed
 from analyses.registry import EXPERIMENTS
-from analyses.suite import run_experiment
+from analyses.runner.suite import run_experiment
+from analyses.statistics.draws import derive_rng, derive_seed
 from reflowlens.models import build_model
 from tests.planted import CONFIG, of_architecture
 
@@ -126,7 +126,7 @@ def test_generators_are_those_of_their_labels() -> None:
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_untrained_models_have_numbers_and_seeds_of_their_own(seed: int) -> None:
-    from analyses.controls import untrained_model
+    from analyses.controls.nulls import untrained_model
 
     model = build_model(CONFIG)
     one, two, other = (

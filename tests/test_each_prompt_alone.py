@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import reflowlens as rl
-from analyses.contributions import component_outputs
-from analyses.damage import NeutralTexts
-from analyses.lens import residual_stack
+from analyses.experiments.signal_flow.contributions import component_outputs
+from analyses.measures.damage import NeutralTexts
+from analyses.measures.lens import residual_stack
 from reflowlens.interventions.circuits import CircuitScore
 from reflowlens.models.base import HookedModel
 from tests.test_bdh import random_bdh

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import reflowlens as rl
-from analyses.carriers import SteeredTexts, affordable_strength
-from analyses.controls import untrained_model
-from analyses.damage import NeutralTexts, continuation_losses
-from analyses.emotion_surgery import boundary_verdict, emotion_surgery, flip_verdict
-from analyses.lexicon import load_lexicon
-from analyses.sentiment import Poles, distinct_ngrams, sentiment_poles, text_valence, word_valences
-from analyses.steering import steer
+from analyses.controls.nulls import untrained_model
+from analyses.experiments.emotion_surgery.carriers import SteeredTexts, affordable_strength
+from analyses.experiments.emotion_surgery.experiment import boundary_verdict, emotion_surgery, flip_verdict
+from analyses.measures.damage import NeutralTexts, continuation_losses
+from analyses.measures.sentiment import Poles, distinct_ngrams, sentiment_poles, text_valence, word_valences
+from analyses.measures.steering import steer
+from analyses.words.lexicon import load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import FEELING, empty_model, feeling_lexicon, feeling_model, of_architecture
@@ -177,7 +177,9 @@ def test_the_verdicts_follow_their_rules():
 
 
 def test_what_turns_nothing_has_no_boundary(monkeypatch):
-    module = importlib.import_module("analyses.emotion_surgery")  # analyses.emotion_surgery is the function
+    module = importlib.import_module(
+        "analyses.experiments.emotion_surgery.experiment"
+    )  # analyses.experiments.emotion_surgery.experiment is the function
     monkeypatch.setattr(module, "flip_verdict", lambda *_: "not supported")
     result = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=STRENGTHS, quick=True)
     assert "last_effective_share" in result.metrics

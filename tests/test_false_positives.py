@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from analyses.registry import EXPERIMENTS, Experiment
-from analyses.result import Result
+from analyses.result.result import Result
 from tests import false_positives
 from tests.false_positives import table_of, verdicts_on
 

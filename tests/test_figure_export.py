@@ -11,8 +11,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from analyses.figure_files import export_figures
-from analyses.result import Result
+from analyses.result.result import Result
+from analyses.runner.figure_files import export_figures
 from reflowlens import browser, cli
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_export import INCHES, provenance, read_figure, save_figure, save_figures, sheet_of, stamp

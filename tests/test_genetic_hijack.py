@@ -8,11 +8,17 @@ import pytest
 import torch
 
 import reflowlens as rl
-from analyses.genetic_hijack import WRITTEN_DRAWS, genetic_hijack, shift_verdict, signal_verdict
-from analyses.hijack import Probe
-from analyses.recipe_edits import RecipeEdits, random_recipes, random_replacement, random_swap, replacements
-from analyses.sentiment import sentiment_poles
-from analyses.statistics import predictive_pvalue
+from analyses.experiments.genetic_hijack.edits import (
+    RecipeEdits,
+    random_recipes,
+    random_replacement,
+    random_swap,
+    replacements,
+)
+from analyses.experiments.genetic_hijack.experiment import WRITTEN_DRAWS, genetic_hijack, shift_verdict, signal_verdict
+from analyses.experiments.genetic_hijack.measure import Probe
+from analyses.measures.sentiment import sentiment_poles
+from analyses.statistics.tests import predictive_pvalue
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_table import table
 from reflowlens.models import build_model

@@ -8,14 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses.knockout import (
-    curve_area,
-    curve_counts,
-    matched_order,
-    random_order,
-    real_tokens,
-    write_norms,
-)
+from analyses.measures.knockout import curve_area, curve_counts, matched_order, random_order, real_tokens, write_norms
 from reflowlens.signals import signal_view
 from tests.tiny import assert_close, random_model
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from analyses.layer_evolution import crystallisation_verdict, layer_evolution
-from analyses.lexicon import FactualPrompt, Lexicon
+from analyses.experiments.layer_evolution.experiment import crystallisation_verdict, layer_evolution
+from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.errors import ReflowlensError
 from tests.planted import CONFIG, LEXICON, deciding_model, empty_model
 from tests.planted_results import decision, missed

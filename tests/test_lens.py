@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analyses.lens import first_settled, read_lens, residual_points, residual_stack
+from analyses.measures.lens import first_settled, read_lens, residual_points, residual_stack
 from reflowlens.signals import VIEWS, signal_view
 from tests.tiny import assert_close, random_model
 

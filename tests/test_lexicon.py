@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from analyses.lexicon import (
+from analyses.words.lexicon import (
     TYPO_KINDS,
     Analogy,
     FactualPrompt,

@@ -13,8 +13,8 @@ import plotly.graph_objects as go
 import pytest
 
 import reflowlens as rl
-from analyses import suite
-from analyses.messages import (
+from analyses.registry import EXPERIMENTS
+from analyses.report.messages import (
     FIGURE_TEXTS,
     LANGUAGES,
     NAMES,
@@ -26,9 +26,9 @@ from analyses.messages import (
     translate,
     translate_figure,
 )
-from analyses.metric_table import COLUMNS, words
-from analyses.registry import EXPERIMENTS
-from analyses.suite import model_card
+from analyses.report.metric_table import COLUMNS, words
+from analyses.runner import suite
+from analyses.runner.suite import model_card
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import read_figure, save_figure
 from tests.tiny import random_model

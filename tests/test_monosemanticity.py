@@ -16,11 +16,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from analyses import monosemanticity
-from analyses.held_out import as_stream
-from analyses.monosemanticity import Text, score_units
-from analyses.text_concepts import CONCEPTS, label_characters, label_tokens
-from analyses.unit_ablation import ablate_concepts, matched, row_losses
-from analyses.unit_scores import auroc, best_thresholds, f1_at, mean_ranks, shifted_auroc, token_entropy
+from analyses.units.concepts import CONCEPTS, label_characters, label_tokens
+from analyses.units.held_out import as_stream
+from analyses.units.monosemanticity import Text, score_units
+from analyses.units.scores import auroc, best_thresholds, f1_at, mean_ranks, shifted_auroc, token_entropy
+from analyses.units.silencing import ablate_concepts, matched, row_losses
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers import get_tokenizer

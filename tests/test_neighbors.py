@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses import neighbors
-from analyses.neighbors import cosine_neighbors, rank_among, shuffle_columns, unit_rows, word_tokens
+from analyses.measures import neighbors
+from analyses.measures.neighbors import cosine_neighbors, rank_among, shuffle_columns, unit_rows, word_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers import get_tokenizer
 from tests.reference.analogies import cosine

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analyses.registry import EXPERIMENTS
-from analyses.result import Result
+from analyses.result.result import Result
 from tests.planted_results import CASES, DECISION, Case, metric, missed, shown, table_of, verdict
 
 # Checks of exactness, and places at which other metrics are measured.

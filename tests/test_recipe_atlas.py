@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from analyses.lexicon import Lexicon
-from analyses.neighbors import word_tokens
-from analyses.recipe_atlas import recipe_atlas
-from analyses.similar_words import label_cosines, top_pairs
-from analyses.words import frequency_matched
+from analyses.experiments.recipe_atlas.experiment import recipe_atlas
+from analyses.experiments.recipe_atlas.pairs import label_cosines, top_pairs
+from analyses.measures.neighbors import word_tokens
+from analyses.words.lexicon import Lexicon
+from analyses.words.tokens import frequency_matched
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.tokenizers import get_tokenizer

@@ -10,14 +10,14 @@ import plotly.graph_objects as go
 import pytest
 
 import reflowlens as rl
-from analyses.crystallisation import BOUNDARY, crystallisation_boundary
-from analyses.explanations import glossed
-from analyses.figure_code import figure_code
-from analyses.messages import in_language, translate, translate_figure
-from analyses.metric_table import number
+from analyses.experiments.crystallisation_boundary import BOUNDARY, crystallisation_boundary
 from analyses.registry import EXPERIMENTS
-from analyses.report import template_text, write_report
-from analyses.result import Result
+from analyses.report.explanations import glossed
+from analyses.report.figure_code import figure_code
+from analyses.report.messages import in_language, translate, translate_figure
+from analyses.report.metric_table import number
+from analyses.report.page import template_text, write_report
+from analyses.result.result import Result
 from reflowlens.checkpoints import model_hash
 from reflowlens.figures import heatmap, line_with_band
 

@@ -7,9 +7,9 @@ import json
 import pytest
 
 import reflowlens as rl
-from analyses.report import write_report
-from analyses.result import Result
-from analyses.suite import model_card, run_suite
+from analyses.report.page import write_report
+from analyses.result.result import Result
+from analyses.runner.suite import model_card, run_suite
 from reflowlens.browser import browser_page, find_browser
 from reflowlens.errors import ReflowlensError
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses.result import Result
+from analyses.result.result import Result
 from reflowlens.errors import ReflowlensError
 
 

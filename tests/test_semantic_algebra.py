@@ -11,11 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses.analogies import analogy_ranks, candidate_sets, usable_analogies
-from analyses.lexicon import Analogy, Lexicon, load_lexicon
-from analyses.result import Result
-from analyses.semantic_algebra import NULLS, carries_analogies, paired_hits_pvalue, semantic_algebra
-from analyses.statistics import paired_permutation_pvalue
+from analyses.experiments.semantic_algebra.experiment import (
+    NULLS,
+    carries_analogies,
+    paired_hits_pvalue,
+    semantic_algebra,
+)
+from analyses.experiments.semantic_algebra.measure import analogy_ranks, candidate_sets, usable_analogies
+from analyses.result.result import Result
+from analyses.statistics.tests import paired_permutation_pvalue
+from analyses.words.lexicon import Analogy, Lexicon, load_lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_samples
 
-from analyses.clusters import euclidean_distances, silhouettes, voted_labels
-from analyses.lexicon import Lexicon
-from analyses.semantic_galaxy import JUDGED, semantic_galaxy
+from analyses.experiments.semantic_galaxy.clusters import euclidean_distances, silhouettes, voted_labels
+from analyses.experiments.semantic_galaxy.experiment import JUDGED, semantic_galaxy
+from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import category_model, empty_model, of_architecture

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.lexicon import Lexicon
-from analyses.signal_flow import signal_flow
+from analyses.experiments.signal_flow.experiment import signal_flow
+from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.signals import signal_view

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reflowlens as rl
-from analyses.sparsity_profile import sparsity_profile
+from analyses.experiments.sparsity_profile.experiment import sparsity_profile
 from reflowlens.errors import ReflowlensError
 from reflowlens.signals import VIEWS, random_rotation, rotate, signal_view, view_of
 from tests.tiny import FACTORED, NAMES, assert_close, random_model

@@ -6,9 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from analyses.lexicon import Lexicon, load_lexicon
-from analyses.resampling import percentile_interval, resampled_means
-from analyses.sparsity import (
+from analyses.experiments.sparsity_profile.experiment import PRIVILEGED, sparsity_profile
+from analyses.measures.sparsity import (
     active_signals,
     check_rule,
     column_kurtosis,
@@ -20,8 +19,9 @@ from analyses.sparsity import (
     participation_ratio,
     support_size,
 )
-from analyses.sparsity_profile import PRIVILEGED, sparsity_profile
-from analyses.statistics import bootstrap_interval
+from analyses.statistics.resampling import percentile_interval, resampled_means
+from analyses.statistics.tests import bootstrap_interval
+from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import empty_model, of_architecture, sparse_model

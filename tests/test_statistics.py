@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analyses.statistics import (
+from analyses.statistics.tests import (
     Interval,
     bootstrap_band,
     bootstrap_interval,

@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses import result_cache, suite
-from analyses.comparison import compare_models
-from analyses.crystallisation import boundary_figure, crystallisation_boundary
+from analyses.experiments.crystallisation_boundary import boundary_figure, crystallisation_boundary
 from analyses.registry import EXPERIMENTS, Experiment
-from analyses.result import Result
-from analyses.suite import model_card, parse_selection, run_suite
+from analyses.result import kept as result_cache
+from analyses.result.result import Result
+from analyses.runner import suite
+from analyses.runner.comparison import compare_models
+from analyses.runner.suite import model_card, parse_selection, run_suite
 from reflowlens import checkpoints
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
@@ -577,11 +578,11 @@ def check(code):
     "before",
     [
         "",
-        "import analyses.layer_evolution",
-        "analyses.layer_evolution",
-        "from analyses.layer_evolution import DEFINITIONS",
-        "import analyses.suite; from analyses.registry import EXPERIMENTS; EXPERIMENTS[7].load()",
-        "import importlib; module = importlib.import_module('analyses.layer_evolution'); assert module.DEFINITIONS",
+        "import analyses.experiments.layer_evolution.experiment",
+        "analyses.experiments.layer_evolution.experiment",
+        "from analyses.experiments.layer_evolution.experiment import DEFINITIONS",
+        "import analyses.runner.suite; from analyses.registry import EXPERIMENTS; EXPERIMENTS[7].load()",
+        "import importlib; module = importlib.import_module('analyses.experiments.layer_evolution.experiment'); assert module.DEFINITIONS",
     ],
 )
 def test_an_experiments_name_is_its_function_whatever_was_imported_first(before, tmp_path):
@@ -593,9 +594,9 @@ def test_an_experiments_name_is_its_function_whatever_was_imported_first(before,
         from analyses import layer_evolution
         import inspect
         assert inspect.isfunction(layer_evolution)
-        assert analyses.layer_evolution is layer_evolution
-        import analyses.layer_evolution
-        assert analyses.layer_evolution is layer_evolution
+        assert analyses.experiments.layer_evolution.experiment is layer_evolution
+        import analyses.experiments.layer_evolution.experiment
+        assert analyses.experiments.layer_evolution.experiment is layer_evolution
         from analyses.layer_evolution import layer_evolution as again
         assert again is layer_evolution
     """)

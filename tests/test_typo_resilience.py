@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analyses.lexicon import Lexicon, Typo, load_lexicon
-from analyses.statistics import bootstrap_interval
-from analyses.typo_resilience import CARRIERS, resilience_verdict, typo_resilience
+from analyses.experiments.typo_resilience.experiment import CARRIERS, resilience_verdict, typo_resilience
+from analyses.statistics.tests import bootstrap_interval
+from analyses.words.lexicon import Lexicon, Typo, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted import CONFIG, correcting_model, deciding_model, empty_model, of_architecture, typo_lexicon

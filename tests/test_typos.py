@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analyses import typos
-from analyses.typos import compare_words, others_of_same_length
+from analyses.experiments.typo_resilience import measure as typos
+from analyses.experiments.typo_resilience.measure import compare_words, others_of_same_length
 from reflowlens.signals import random_rotation, rotate, signal_view
 from tests.tiny import random_model
 

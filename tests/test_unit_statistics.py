@@ -13,17 +13,17 @@ from transformer_lens.hook_points import HookPoint
 
 import reflowlens as rl
 from analyses import unit_statistics
-from analyses.controls import untrained_model
-from analyses.held_out import as_stream, shuffled, tiles, windows
-from analyses.resampling import moving_block_weights
-from analyses.result import Result
-from analyses.unit_comparison import compare_units
-from analyses.unit_counts import SHARES, count_units, firing_overlap
-from analyses.unit_figures import firing_by_level
-from analyses.unit_intervals import mean_interval, near_silent_interval, unit_rate_intervals
-from analyses.unit_points import default_points, kind_of, points_named
-from analyses.unit_report import unit_report
-from analyses.unit_tables import context_of
+from analyses.controls.nulls import untrained_model
+from analyses.result.result import Result
+from analyses.statistics.resampling import moving_block_weights
+from analyses.units.comparison import compare_units
+from analyses.units.counts import SHARES, count_units, firing_overlap
+from analyses.units.figures import firing_by_level
+from analyses.units.frames import context_of
+from analyses.units.held_out import as_stream, shuffled, tiles, windows
+from analyses.units.intervals import mean_interval, near_silent_interval, unit_rate_intervals
+from analyses.units.points import default_points, kind_of, points_named
+from analyses.units.terminal import unit_report
 from pretraining.data import prepare
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError

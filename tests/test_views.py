@@ -15,7 +15,7 @@ import torch
 from transformer_lens import patching
 
 import reflowlens as rl
-from analyses.result import Result
+from analyses.result.result import Result
 from reflowlens.browser import browser_page, find_browser
 from reflowlens.config import PRESETS, ModelConfig, RotaryScaling
 from reflowlens.errors import ReflowlensError

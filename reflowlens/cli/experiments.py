@@ -60,7 +60,7 @@ def _add_run(commands: Commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from analyses.suite import run_suite
+    from analyses.runner.suite import run_suite
     from reflowlens.checkpoints import load_model, read_manifest
 
     model, selection = _chosen(options)
@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> int:
-    from analyses.comparison import compare_models, write_comparison
-    from analyses.suite import make_folder
+    from analyses.runner.comparison import compare_models, write_comparison
+    from analyses.runner.suite import make_folder
 
     if options.analogies:
         raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
@@ -118,13 +118,13 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> i
 
 def _chosen(options: argparse.Namespace) -> tuple[str, list[int]]:
     """The model and the numbers of the experiments, asked for where a terminal is told neither."""
-    from analyses.messages import in_language
     from analyses.registry import EXPERIMENTS, parse_selection
+    from analyses.report.messages import in_language
     from reflowlens.checkpoints import find_model, list_models
 
     model, experiments = options.model, options.experiments
     if model is None and not experiments and sys.stdin.isatty() and sys.stdout.isatty():
-        from analyses.menu import choose
+        from analyses.runner.menu import choose
 
         with in_language(options.lang):
             return choose(DEFAULT_MODEL, list_models(), find_model)
@@ -158,7 +158,7 @@ def _add_figures(commands: Commands) -> None:
 
 
 def _figures(options: argparse.Namespace) -> None:
-    from analyses.figure_files import export_figures
+    from analyses.runner.figure_files import export_figures
 
     formats = list(dict.fromkeys(options.format))
     paths = export_figures(options.folder, formats, out=options.out, width=options.width, progress=True)

@@ -78,7 +78,7 @@ def _units(options: argparse.Namespace) -> None:
 
 def _describe(options: argparse.Namespace, model: HookedModel, text: Any, settings: dict[str, Any]) -> None:
     from analyses import unit_statistics
-    from analyses.unit_report import unit_report
+    from analyses.units.terminal import unit_report
 
     result = unit_statistics(
         model,
@@ -95,10 +95,10 @@ def _describe(options: argparse.Namespace, model: HookedModel, text: Any, settin
 
 
 def _compare(options: argparse.Namespace, model: HookedModel, text: Any, settings: dict[str, Any]) -> None:
-    from analyses.controls import untrained_model
-    from analyses.spreadsheets import guarded
-    from analyses.unit_comparison import compare_units
-    from analyses.unit_report import table
+    from analyses.controls.nulls import untrained_model
+    from analyses.result.spreadsheets import guarded
+    from analyses.units.comparison import compare_units
+    from analyses.units.terminal import table
     from reflowlens.checkpoints import load_model
 
     for name in ("quick", "no_controls"):

@@ -1,4 +1,4 @@
-"""Ranks of analogies' answers by plain loops over candidates: the oracle of `analyses.semantic_algebra`."""
+"""Ranks of analogies' answers by plain loops over candidates: the oracle of `analyses.experiments.semantic_algebra.experiment`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,297 @@
+"""Experiment 3, Basis Geometry: how many directions does the signal basis use, and are they those of the residuals?
+
+A spectrum says nothing alone. A Gaussian matrix spreads its singular values between Marchenko and Pastur's edges, and
+an orthogonal one, with which the training of a reFlow begins (``untrained``), has them all alike. ``gaussian`` is a
+Gaussian matrix of the same shape and variance. Singular values do not change when the signals are rotated; how alike
+single signals are (coherence) does, and stands beside ``rotated_basis``, the floor, and ``varimax``, the ceiling. The
+identity view has no basis of its own, only the embedding E = R B, which is measured in every view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from analyses.controls.bases import (
+    QUICK_ROTATIONS,
+    ROTATIONS,
+    add_basis_controls,
+    add_basis_verdicts,
+    other_bases,
+    rotated_values,
+)
+from analyses.controls.nulls import untrained_view
+from analyses.experiments.basis_geometry.alignment import Alignment, measure_alignment, read_residuals
+from analyses.experiments.basis_geometry.coherence import Coherence, measure_coherence, welch_bound
+from analyses.experiments.basis_geometry.figures import geometry_figures, geometry_frames
+from analyses.experiments.basis_geometry.spectra import (
+    SPECTRAL_MEASURES,
+    Spectrum,
+    above_upper_edge,
+    compare_spectrum,
+    condition_number,
+    factored_singular_values,
+    gaussian_matrix,
+)
+from analyses.measures.knockout import real_tokens
+from analyses.result.model_identity import hash_of
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_seed
+from analyses.statistics.tests import Verdict, bootstrap_interval, holm, predictive_pvalue, verdict
+from analyses.words.lexicon import Lexicon, load_lexicon
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, view_of
+
+MINIMUM_UNITS = 20
+GAUSSIANS = 20
+QUICK_GAUSSIANS = 8
+ALIKE = 1.001  # a basis with a smaller condition number has no direction that is stronger than another
+ORTHOGONAL = 1e-5  # cosines below are rounding
+
+
+def definitions(k: int) -> dict[str, str]:
+    """What each metric means, with the number of directions that residuals are held against."""
+    of_basis = {
+        "effective_rank": "exp of the entropy of the energies σ² / Σσ² of B's singular values σ",
+        "stable_rank": "Σσ² / max σ² of B",
+        "participation_ratio": "(Σσ²)² / Σσ⁴ of B",
+        "condition_number": "max σ / min σ of B",
+    }
+    share = f"share of the residual variance within the {k} strongest directions (right singular vectors) of B"
+    how = "positions of running text scaled to length 1 and centred; mean over texts"
+    others = {
+        "above_edge": "singular values of B above Marchenko and Pastur's upper edge for its shape and variance",
+        "coherence_max": "mutual coherence: the largest |cos| between two signals' rows of B",
+        "coherence_mean": "mean |cos| of a signal's row of B to the others, mean over signals",
+        "alignment_first": f"{share} at the input of the first block; {how}",
+        "alignment_last": f"{share} in the stream that is unembedded; {how}",
+        "alignment_mean": f"{share}, mean over the inputs of all blocks and the end; {how}",
+    }
+    return of_basis | {f"{name}_E": text.replace(" B", " E") for name, text in of_basis.items()} | others
+
+
+@torch.no_grad()
+def basis_geometry(
+    model: HookedModel,
+    *,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    texts: Sequence[str] | None = None,
+    directions: int | None = None,
+    rotations: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Spectra of the basis and the embedding, coherence of the signals, and alignment with the residual stream.
+
+    Args:
+        view: whose basis; default the model's native one. The identity view has the spectrum of E alone.
+        texts: running text whose residuals are read; default the lexicon's neutral texts and long prompts.
+        directions: how many singular vectors residuals are held against; default a quarter of d_model.
+        rotations: random rotations beside the coherence, at least 2; default 10, of a quick run 4.
+        seed: of Gaussian matrices, rotations, random directions, untrained model and bootstrap.
+        quick: also 8 Gaussian matrices and random subspaces instead of 20.
+
+    Returns:
+        A Result with frames ``spectrum`` (singular values of B and E beside the nulls), ``signals`` (coherence and
+        nearest signal of each), ``cosines`` (their distribution in every basis), ``gram`` (cosines of the most alike
+        signals) and ``alignment`` (a row a layer and series), and figures ``scree_B``, ``scree_E``, ``cosines``,
+        ``gram``, ``alignment``.
+
+    Raises:
+        ReflowlensError: ``directions`` or ``rotations`` is out of range.
+
+    Example: ``basis_geometry(model).frames["spectrum"].query("matrix == 'B'")``
+    """
+    d_model = model.cfg.d_model
+    k = max(1, d_model // 4) if directions is None else directions
+    if not 1 <= k < d_model:
+        raise ReflowlensError(f"directions must be between 1 and {d_model - 1}, one less than d_model, got {k}")
+    chosen = real_tokens(view_of(model, view, seed=seed))
+    untrained = real_tokens(untrained_view(chosen, seed))
+    lexicon = lexicon or load_lexicon()
+    if texts is None:  # texts are the units of replication: a long prompt holds its short one, which is none of its own
+        texts = [*lexicon.neutral_texts, *(lexicon.long_prompts or lexicon.short_prompts)]
+    rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
+    draws = QUICK_GAUSSIANS if quick else GAUSSIANS
+    spectra = {"E": _embedding_spectrum(chosen, untrained, draws, seed)}
+    coherences: dict[str, Coherence] = {}
+    alignments: dict[str, Alignment] = {}
+    notes = []
+    if chosen.name == "identity":
+        notes.append("only E is measured: the basis of the identity view is the identity, which has no geometry")
+    else:
+        spectra = {"B": _basis_spectrum(chosen, untrained, draws, seed)} | spectra
+        bases = _bases(chosen, untrained, rotations, seed)
+        bar = tqdm(bases, total=rotations + 4, desc="basis geometry", disable=not progress)
+        coherences = {name: measure_coherence(basis) for name, basis in bar}
+        alignments, why = _alignments(chosen, untrained, texts, k, draws, seed)
+        notes += why
+    frames = geometry_frames(chosen, spectra, coherences, alignments, seed)
+    result = Result(
+        name="basis_geometry",
+        title="Basis Geometry",
+        params={
+            "view": chosen.name,
+            "texts": len(texts),
+            "directions": k,
+            "rotations": rotations,
+            "gaussians": draws,
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": hash_of(model),
+        },
+        frames=frames,
+        figures=geometry_figures(frames),
+        definitions=definitions(k),
+        notes=notes,
+    )
+    _add_spectra(result, spectra)
+    if coherences:
+        _add_coherence(result, coherences, chosen, seed)
+    if alignments:
+        _add_alignment(result, alignments, seed)
+    return result
+
+
+def concentrated_verdict(value: float, gaussian: Sequence[float], p: float) -> Verdict:
+    """Claim: the matrix uses fewer directions than a Gaussian one, that is, its effective rank is smaller.
+
+    Supported if p of the effective rank as that of one more Gaussian matrix, Holm-adjusted over B and E, is below 0.05
+    and it lies below their mean. There is one matrix and nothing to resample, so that the value is its own interval.
+    """
+    return verdict((-value, -value), -float(np.mean(gaussian)), p, minimum_units=1, units=1)
+
+
+def aligned_verdict(interval: tuple[float, float], random: float, p: float, texts: int) -> Verdict:
+    """Claim: residuals vary along the strongest directions of the basis, more than along as many random ones.
+
+    Supported if p of the share as that of one more random subspace, Holm-adjusted over layers where it is that of one
+    layer, is below 0.05 and the interval over texts lies above the random share; underpowered with fewer than 20 texts.
+    """
+    return verdict(interval, random, p, minimum_units=MINIMUM_UNITS, units=texts)
+
+
+def _basis_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
+    own, fresh = (np.asarray(torch.linalg.svdvals(each.basis.double()).cpu()) for each in (view, untrained))
+    return compare_spectrum(own, fresh, max(view.basis.shape), draws, derive_seed(seed, "basis_geometry", "B"))
+
+
+def _embedding_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
+    own, fresh = (factored_singular_values(each.recipe, each.basis) for each in (view, untrained))
+    return compare_spectrum(own, fresh, len(view.recipe), draws, derive_seed(seed, "basis_geometry", "E"))
+
+
+def _bases(
+    view: SignalView, untrained: SignalView, rotations: int, seed: int
+) -> Iterator[tuple[str, Float[Tensor, "S d_model"]]]:
+    """The basis, its nulls, the floor and the ceiling."""
+    yield "trained", view.basis
+    n_signals, d_model = view.basis.shape
+    yield "gaussian", gaussian_matrix(n_signals, d_model, 1.0, derive_seed(seed, "basis_geometry"))
+    yield "untrained", untrained.basis
+    for name, other in other_bases(view, rotations, seed, "basis_geometry"):
+        yield name, other.basis
+
+
+def _alignments(
+    view: SignalView, untrained: SignalView, texts: Sequence[str], k: int, draws: int, seed: int
+) -> tuple[dict[str, Alignment], list[str]]:
+    """``trained`` and ``untrained``, and notes on why one is missing."""
+    if len(texts) < 2:
+        return {}, [f"alignment is absent: it needs at least two texts, got {len(texts)}"]
+    found, notes = {}, []
+    for name, each in {"trained": view, "untrained": untrained}.items():
+        if condition_number(torch.linalg.svdvals(each.basis.double()).cpu()) < ALIKE:
+            notes.append(
+                f"no alignment of the {name} basis: its singular values are all alike, and no direction is strongest"
+            )
+        else:
+            own = derive_seed(seed, "basis_geometry", name)
+            found[name] = measure_alignment(read_residuals(each.model, texts), each.basis, k, draws, own)
+    return (found, notes) if "trained" in found else ({}, notes)
+
+
+def _add_spectra(result: Result, spectra: dict[str, Spectrum]) -> None:
+    ranks = {}
+    for matrix, spectrum in spectra.items():
+        suffix = "" if matrix == "B" else "_E"
+        for name, measure in SPECTRAL_MEASURES.items():
+            value, fresh = measure(spectrum.own), measure(spectrum.untrained)
+            gaussian = [measure(draw) for draw in spectrum.gaussian]
+            if not np.isfinite(value):
+                result.notes.append(f"{name}{suffix} is absent: {matrix} loses a dimension")
+                continue
+            result.metrics[name + suffix] = value
+            # The median: the condition number of a square Gaussian matrix has no mean (Edelman, 1988).
+            controls = {"gaussian": float(np.median(gaussian)), "untrained": fresh}
+            result.controls[name + suffix] = {key: each for key, each in controls.items() if np.isfinite(each)}
+            if name == "effective_rank":
+                ranks[name + suffix] = gaussian
+    raw = [predictive_pvalue(result.metrics[metric], gaussian, "less") for metric, gaussian in ranks.items()]
+    for (metric, gaussian), p, adjusted in zip(ranks.items(), raw, holm(raw).tolist(), strict=True):
+        result.verdicts[metric] = concentrated_verdict(result.metrics[metric], gaussian, adjusted)
+        result.notes.append(
+            f"{metric}: as that of one more Gaussian matrix p = {p:.2g}, Holm-adjusted {adjusted:.2g}; Gaussian "
+            f"matrices {min(gaussian):.4g} to {max(gaussian):.4g}"
+        )
+    if "B" in spectra:
+        found, rows = spectra["B"], spectra["B"].rows
+        result.metrics["above_edge"] = float(above_upper_edge(found.own, rows))
+        result.controls["above_edge"] = {
+            "gaussian": float(np.mean([above_upper_edge(draw, rows) for draw in found.gaussian])),
+            "untrained": float(above_upper_edge(found.untrained, rows)),
+        }
+
+
+def _add_coherence(result: Result, coherences: dict[str, Coherence], view: SignalView, seed: int) -> None:
+    headlines = {name: coherence.headline() for name, coherence in coherences.items()}
+    for metric in headlines["trained"]:
+        values = {name: headline[metric] for name, headline in headlines.items()}
+        result.metrics[metric] = values["trained"]
+        result.controls[metric] = {name: values[name] for name in ("gaussian", "untrained")}
+        add_basis_controls(result, metric, values)
+    result.controls["coherence_max"]["welch_bound"] = welch_bound(*view.basis.shape)
+    own = coherences["trained"].mean
+    result.intervals["coherence_mean"] = bootstrap_interval(own, seed=seed)
+    if headlines["trained"]["coherence_max"] < ORTHOGONAL:  # to the rotations it would be less by their rounding
+        result.notes.append("no verdict on coherence_mean: the signals of this basis are orthogonal by making")
+        return
+    nulls = {"coherence_mean": rotated_values({name: each["coherence_mean"] for name, each in headlines.items()})}
+    add_basis_verdicts(
+        result, nulls, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
+    )
+
+
+def _add_alignment(result: Result, alignments: dict[str, Alignment], seed: int) -> None:
+    found = alignments["trained"]
+    mean_p = predictive_pvalue(found.captured.mean(), found.random.mean(axis=0))
+    adjusted = holm(found.pvalues())
+    n_layers = len(adjusted)
+    judged = {
+        "alignment_first": ([0], adjusted[0]),
+        "alignment_last": ([n_layers - 1], adjusted[-1]),
+        "alignment_mean": (list(range(n_layers)), mean_p),
+    }
+    for metric, (layers, p) in judged.items():
+        own = found.captured[layers].mean(axis=0)
+        result.metrics[metric] = float(own.mean())
+        result.intervals[metric] = bootstrap_interval(own, seed=seed)
+        result.controls[metric] = {
+            "random_direction": float(found.random[layers].mean()),
+            "best_directions": float(found.best[layers].mean()),
+        }
+        if "untrained" in alignments:
+            result.controls[metric]["untrained"] = float(alignments["untrained"].captured[layers].mean())
+        result.verdicts[metric] = aligned_verdict(
+            result.intervals[metric], result.controls[metric]["random_direction"], p, len(own)
+        )
+        result.notes.append(f"{metric}: against random subspaces p = {p:.2g}")

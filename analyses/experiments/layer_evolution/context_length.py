@@ -1,0 +1,171 @@
+"""How the depth at which a prediction is settled depends on the length of what stands before it.
+
+The lexicon's long prompts are its short ones behind a subordinate clause. Each is read with the last 0, 1, 2, 4, 8 and
+16 words of its clause before the sentence, and the lens says from which depth on the final token is the most probable
+one. The sentence, and so the place where the prediction is made, stays the same.
+
+Two controls stand beside it. ``shuffled_clause``: the same words before the sentence, the clause's order lost: what
+length alone does. ``untrained``: the same architecture at initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from numpy.typing import NDArray
+
+from analyses.measures.lens import first_settled, residual_stack
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_rng
+from analyses.statistics.tests import bootstrap_interval, paired_permutation_pvalue, verdict
+from analyses.words.lexicon import Lexicon
+from reflowlens.figures import line_with_band
+from reflowlens.signals import SignalView
+
+CLAUSE_WORDS = (0, 1, 2, 4, 8, 16)
+MINIMUM_PROMPTS = 20
+DELAY = "crystallisation_delay"
+CONTROLS = ("shuffled_clause", "untrained")
+DEFINITION = (
+    "crystallisation share behind the most words of a subordinate clause that all prompts have and the model can read, "
+    "less that of the same sentence alone; mean over prompts. Published: as late as layer 28 of 36 behind long "
+    "clauses, against 18"
+)
+
+
+def add_context_length(result: Result, view: SignalView, untrained: SignalView, lexicon: Lexicon, seed: int) -> Result:
+    """The result with frame ``context`` (a row a series, number of words before the sentence and sentence:
+    ``crystallisation_share``), figure ``context`` and metric ``crystallisation_delay``, which has this verdict:
+
+    Claim: a long clause settles predictions later, more than as many words in no order do. Supported if the interval of
+    the delay lies above those of ``shuffled_clause`` and ``untrained``, and the sign-flip tests of its difference from
+    either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger 1982);
+    underpowered with fewer than 20 prompts (`analyses.statistics.tests.verdict`).
+
+    Without two pairs of a sentence and its clause that fit into the model's context it only says so in a note.
+
+    Example: `add_context_length(result, view, untrained_view(view, 0), load_lexicon(), seed=0).figures["context"]`
+    """
+    pairs = clauses(lexicon.short_prompts, lexicon.long_prompts)
+    longest = min((len(clause) for clause, _ in pairs), default=0)
+    prompts = context_prompts(pairs, [count for count in CLAUSE_WORDS if count <= longest], seed)
+    prompts = {count: series for count, series in prompts.items() if _fit(view, series)}
+    if len(pairs) < 2 or len(prompts) < 2:
+        result.notes.append(f"{DELAY} is absent: the model cannot read two of the lexicon's sentences behind a clause")
+        return result
+    frame = context_frame(view, untrained, prompts)
+    values = delays(frame)
+    interval = bootstrap_interval(values["model"], seed=seed)
+    pvalues = {name: paired_permutation_pvalue(values["model"] - values[name], seed=seed) for name in CONTROLS}
+    result.frames["context"] = frame
+    result.figures["context"] = context_figure(frame, seed)
+    result.metrics[DELAY] = float(values["model"].mean())
+    result.intervals[DELAY] = interval
+    result.controls[DELAY] = {name: float(values[name].mean()) for name in CONTROLS}
+    result.verdicts[DELAY] = verdict(
+        interval,
+        max(result.controls[DELAY].values()),
+        max(pvalues.values()),
+        minimum_units=MINIMUM_PROMPTS,
+        units=len(pairs),
+    )
+    told = ", ".join(f"{p:.2g} against {name}" for name, p in pvalues.items())
+    result.notes.append(f"{DELAY}: sign-flip p = {told}; {len(pairs)} prompts")
+    return result
+
+
+def clauses(short_prompts: Sequence[str], long_prompts: Sequence[str]) -> list[tuple[list[str], str]]:
+    """Each short prompt with the words that its long one has before it; a pair that does not end alike is left out.
+
+    >>> clauses(["He saw a"], ["When it rained, he saw a"])
+    [(['When', 'it', 'rained,'], 'he saw a')]
+    """
+    found = []
+    for short, long in zip(short_prompts, long_prompts, strict=False):
+        clause, sentence = long[: len(long) - len(short)], long[len(long) - len(short) :]
+        if sentence.lower() == short.lower() and clause.strip():
+            found.append((clause.split(), sentence))
+    return found
+
+
+def context_prompts(
+    pairs: Sequence[tuple[list[str], str]], counts: Sequence[int], seed: int
+) -> dict[int, dict[str, list[str]]]:
+    """Number of words -> the sentences behind that many last words of their clauses: "model" in the clause's order,
+    "shuffled_clause" in a random one."""
+    order = derive_rng(seed, "shuffled_clause")
+    prompts = {}
+    for count in counts:
+        words = [(clause[len(clause) - count :], sentence) for clause, sentence in pairs]
+        prompts[count] = {
+            "model": [" ".join([*shown, sentence]) for shown, sentence in words],
+            "shuffled_clause": [" ".join([*order.permutation(shown).tolist(), sentence]) for shown, sentence in words],
+        }
+    return prompts
+
+
+def context_frame(
+    view: SignalView, untrained: SignalView, prompts: Mapping[int, Mapping[str, Sequence[str]]]
+) -> pd.DataFrame:
+    """A row a series ("model" and the controls), number of words and sentence: ``crystallisation_share``."""
+    sources = {
+        "model": (view, "model"),
+        "shuffled_clause": (view, "shuffled_clause"),
+        "untrained": (untrained, "model"),
+    }
+    frames = []
+    for name, (through, kind) in sources.items():
+        for count, series in prompts.items():
+            shares = crystallisation_shares(through, series[kind])
+            columns = {"prompt": series[kind], "sentence": range(len(shares)), "crystallisation_share": shares}
+            frames.append(pd.DataFrame({"series": name, "words": count, **columns}))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.no_grad()
+def crystallisation_shares(view: SignalView, prompts: Sequence[str]) -> NDArray[np.float64]:
+    """For each prompt the first point from which the final top-1 token stays top-1, as a share of the depth."""
+    stack = residual_stack(view.model, list(prompts))
+    top = torch.stack([view.logits(view.readout(point))[:, : view.n_tokens].argmax(dim=-1) for point in stack])
+    return first_settled((top == top[-1]).cpu().numpy()) / (len(stack) - 1)
+
+
+def delays(frame: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
+    """Series -> for each sentence its share behind the most words less that behind none."""
+    found = {}
+    for name, part in frame.groupby("series", sort=False):
+        table = part.pivot(index="sentence", columns="words", values="crystallisation_share")
+        found[str(name)] = (table.iloc[:, -1] - table.iloc[:, 0]).to_numpy()
+    return found
+
+
+def context_figure(frame: pd.DataFrame, seed: int) -> go.Figure:
+    """Means over sentences with bootstrap intervals against the number of words before them."""
+    rows = []
+    for (name, count), part in frame.groupby(["series", "words"], sort=False):
+        low, high = bootstrap_interval(part["crystallisation_share"], seed=seed)
+        mean = part["crystallisation_share"].mean()
+        rows.append({"series": name, "words": count, "share": mean, "low": low, "high": high})
+    return line_with_band(
+        pd.DataFrame(rows),
+        "words",
+        "share",
+        "low",
+        "high",
+        color="series",
+        controls=CONTROLS,
+        title="Where predictions crystallise, by what stands before the sentence",
+        x_title="words of a clause before the sentence",
+        y_title="share of the depth",
+    )
+
+
+def _fit(view: SignalView, series: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the model's context has room for all of the prompts."""
+    model = view.model
+    room = model.cfg.n_ctx - len(model.text_start())
+    return all(len(model.tokenizer.encode(prompt)) <= room for prompts in series.values() for prompt in prompts)

@@ -1,0 +1,122 @@
+"""Analogies asked of a space: how many candidate words complete a - b + c better than the expected one?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analyses.measures.neighbors import BLOCK, rank_among, unit_rows, word_tokens
+from analyses.words.lexicon import Analogy, Lexicon, single_token_analogies
+from reflowlens.errors import ReflowlensError
+from reflowlens.tokenizers import Tokenizer
+
+MINIMUM_ANALOGIES = 10
+EPSILON = 1e-3  # of 3CosMul, as Levy and Goldberg (2014) set it
+
+RANKINGS = {
+    "add": "3CosAdd on raw rows: candidates x by cos(x, r_a - r_b + r_c); candidates are the tokens that begin with a "
+    "space and a letter; a, b and c excluded; ties count against the expected word",
+    "add_unit": "as add, with rows scaled to length 1 before they are added (Levy and Goldberg 2014)",
+    "mul": "as add, by 3CosMul (Levy and Goldberg 2014): s(x, a) s(x, c) / (s(x, b) + 0.001) with s = (1 + cos) / 2",
+    "c_alone": "as add, by cos(x, r_c)",
+    "a_plus_c": "as add, by cos(x, r_a + r_c)",
+    "with_inputs": "as add, with a, b and c among the candidates",
+    "all_tokens": "as add, over all real tokens; the vocabulary's padding rows are never candidates",
+    "lexicon": "as add, over the words of the lexicon's categories and of the analogies asked",
+}
+
+
+def usable_analogies(analogies: Sequence[Analogy], tokenizer: Tokenizer) -> tuple[list[Analogy], list[str]]:
+    """The analogies that can be asked, and notes on the others.
+
+    Four single tokens are needed, and an expected word other than a, b and c, which are excluded as answers.
+    Raises ReflowlensError if fewer than 10 are left.
+    """
+    single, split = single_token_analogies(analogies, tokenizer)
+    kept = [item for item in single if item.expected not in (item.a, item.b, item.c)]
+    trivial = [str(item) for item in single if item.expected in (item.a, item.b, item.c)]
+    notes = [
+        f"{len(skipped)} of {len(analogies)} analogies skipped, {why}: {'; '.join(skipped[:5])}"
+        for why, skipped in (("not single tokens", split), ("the answer is one of the inputs", trivial))
+        if skipped
+    ]
+    if len(kept) < MINIMUM_ANALOGIES:
+        raise ReflowlensError(
+            f"semantic algebra needs at least {MINIMUM_ANALOGIES} analogies of single tokens of {tokenizer.name!r}, "
+            f"got {len(kept)}" + "".join(f" ({note})" for note in notes)
+        )
+    return kept, notes
+
+
+def candidate_sets(tokenizer: Tokenizer, lexicon: Lexicon, ids: Int[Tensor, "quadruple 4"]) -> Bool[Tensor, "3 token"]:
+    """Which real tokens are words (a space, then a letter), which are tokens (all), which the lexicon or `ids` hold."""
+    listed = {f" {word}" for words in lexicon.categories.values() for word in words}
+    candidates = torch.zeros(3, tokenizer.n_vocab, dtype=torch.bool)
+    candidates[0, word_tokens(tokenizer)] = True
+    candidates[1] = True
+    candidates[2, [tokenizer.single_token(word) for word in listed if tokenizer.is_single_token(word)]] = True
+    candidates[2, ids.flatten()] = True
+    return candidates
+
+
+def analogy_ranks(
+    rows: Float[Tensor, "token S"], ids: Int[Tensor, "quadruple 4"], candidates: Bool[Tensor, "3 token"]
+) -> dict[str, NDArray[np.int64]]:
+    """Rank of the expected word of each quadruple (a, b, c, expected) by every rule of `RANKINGS`.
+
+    Args:
+        rows: the space, a row a token.
+        candidates: words, all tokens and the lexicon's, as `candidate_sets` makes them.
+
+    Returns:
+        ``rank_<ranking>`` and ``predicted`` (id of the nearest word by ``add``), each [quadruple].
+
+    Example: ``analogy_ranks(view.recipe[: view.n_tokens], ids, candidates)["rank_add"]``
+    """
+    words, places = ids[:, :3].unique(return_inverse=True)
+    unit = unit_rows(rows)
+    # Every rule combines the cosines of a, b and c, so that one matrix product over the distinct words serves them all.
+    cosines = unit[words] @ unit.T
+    lengths = rows[words].to(unit).norm(dim=1)
+    blocks = [
+        _block_ranks(cosines, lengths, places[start : start + BLOCK], ids[start : start + BLOCK], candidates)
+        for start in range(0, len(ids), BLOCK)
+    ]
+    return {name: torch.cat([block[name] for block in blocks]).cpu().numpy() for name in blocks[0]}
+
+
+def _block_ranks(
+    cosines: Float[Tensor, "word token"],
+    lengths: Float[Tensor, " word"],
+    places: Int[Tensor, "quadruple 3"],
+    ids: Int[Tensor, "quadruple 4"],
+    candidates: Bool[Tensor, "3 token"],
+) -> dict[str, Tensor]:
+    inputs, expected, words = ids[:, :3], ids[:, 3], candidates[:1]
+    cos_a, cos_b, cos_c = (cosines.index_select(0, place) for place in places.unbind(1))
+    length_a, length_b, length_c = lengths[places][:, :, None].unbind(1)
+    # Scores are those of `RANKINGS` but for a positive factor that is the same for all x, which moves no rank.
+    a_plus_c = length_a * cos_a + length_c * cos_c
+    add = a_plus_c - length_b * cos_b
+    scores = {
+        "add_unit": cos_a + cos_c - cos_b,
+        "mul": (1 + cos_a).mul_(1 + cos_c).div_(1 + 2 * EPSILON + cos_b),
+        "c_alone": cos_c,
+        "a_plus_c": a_plus_c,
+    }
+    ranks = {f"rank_{name}": rank_among(score, expected, words, inputs)[:, 0] for name, score in scores.items()}
+    barred = torch.zeros_like(add[:1]).masked_fill_(~words, -torch.inf)
+    among_words, among_tokens, among_lexicon = rank_among(add, expected, candidates, inputs).unbind(1)
+    return {
+        "rank_add": among_words,
+        **ranks,
+        "rank_with_inputs": rank_among(add, expected, words)[:, 0],
+        "rank_all_tokens": among_tokens,
+        "rank_lexicon": among_lexicon,
+        "predicted": (add + barred).scatter_(1, inputs, -torch.inf).argmax(dim=1),
+    }

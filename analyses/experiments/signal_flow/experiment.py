@@ -1,0 +1,303 @@
+"""Experiment 8, Signal Flow: which signals make a prediction, from where on, and who writes them?
+
+A signal contributes a_s R_target,s to the target's logit, at any depth, and all of them sum to the logit that the lens
+reads there. The k largest are the *leading* signals: how much of the logit they hold, whether the next layer has the
+same ones, and since when the final ones have led says how a prediction is put together. What a layer changes is split
+into its attention, head by head, and its MLP, with the final norm's divisor frozen (`analyses.experiments.signal_flow.contributions`).
+
+That the contributions sum to the logit is arithmetic, true of every basis, and ships as ``sum_error``. A statement
+about leading signals is one about a basis: ``rotated_basis``, the same in random rotations of it, is its floor,
+``varimax``, the rotation with the sparsest recipes, its ceiling. ``random_signal`` is what k signals drawn at random
+give, and ``untrained`` the same architecture at initialisation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from analyses.controls.bases import (
+    ROTATIONS,
+    add_basis_controls,
+    add_basis_verdicts,
+    check_rotations,
+    random_rotations,
+    rotated_values,
+)
+from analyses.controls.nulls import untrained_view
+from analyses.experiments.signal_flow.contributions import (
+    Reading,
+    leading_share,
+    leading_signals,
+    mean_lead_since,
+    neighbour_overlap,
+    random_overlap,
+    read_contributions,
+)
+from analyses.experiments.signal_flow.figures import flow_figures
+from analyses.experiments.signal_flow.frames import detail_frames
+from analyses.result.model_identity import hash_of
+from analyses.result.result import Result
+from analyses.statistics.tests import Alternative, bootstrap_band, bootstrap_interval
+from analyses.words.lexicon import Lexicon, load_lexicon
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.varimax import varimax_rotation
+
+MINIMUM_PROMPTS = 20
+LEADING = 10
+PRIVILEGED: dict[str, Alternative] = {
+    "leading_share": "greater",
+    "neighbour_overlap": "greater",
+    "leading_since": "less",
+}
+
+
+def definitions(k: int) -> dict[str, str]:
+    """What each metric means, with the number of leading signals that was used."""
+    lead = f"the {k} leading signals (the largest positive contributions a_s R_target,s to the top-1 token's logit)"
+    return {
+        "leading_share": f"share of all positive contributions at the end that {lead} hold; mean over prompts",
+        "neighbour_overlap": f"Jaccard index of {lead} before and after a block, mean over blocks and prompts. "
+        "random_signal: of two random sets of as many",
+        "leading_since": f"depth from which on each of {lead} of the end has led, as a share of the depth (0: the "
+        "embedding, 1: the end); mean over them and prompts",
+        "attention_share": "what attention adds to or takes from the top-1 token's logit, in absolute value summed "
+        "over layers, as a share of what attention and MLPs do, with the final norm's divisor frozen at its value for "
+        "the last residual; mean over prompts",
+        "sum_error": "largest |Σ_s contribution - the model's own logit| over prompts and residual points, as a share "
+        "of Σ_s |contribution|. rotated_basis: the largest of all rotations",
+        "split_error": "the same of the sum over embedding, attention, MLPs, the norm's bias and signals at the end",
+    }
+
+
+@torch.no_grad()
+def signal_flow(
+    model: HookedModel,
+    prompt: str | None = None,
+    target: str | None = None,
+    *,
+    position: int = -1,
+    signal: int | None = None,
+    k: int = LEADING,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    rotations: int = ROTATIONS,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Follow the signals that contribute most to a prediction from the embedding to the end.
+
+    Args:
+        prompt: shown in detail; default the lexicon's first factual prompt.
+        target: the token whose logit is taken apart there; default the model's top-1. Over the prompts it is each
+            prompt's top-1.
+        position: of the prompt in detail, negative from its end; default its last token.
+        signal: the one shown at every position; default the one that contributes most at the end.
+        k: how many signals lead.
+        view: whose signals; default the model's own, or the residual axes of a model without any.
+        rotations: random rotations in the ``rotated_basis`` null; at least 2.
+        quick: a third of the prompts.
+
+    Returns:
+        A Result with frames of the prompt in detail, ``signals`` (a row a point and signal that leads at any),
+        ``tracks`` (a row such a signal: since when it leads, until when, codebook), ``changes`` (a row such a signal,
+        layer and part of it) and ``positions`` (one signal at every point and position), and over the prompts
+        ``prompts`` (a row a prompt and basis), ``layers`` (overlap, births and deaths a block and basis), ``split``
+        (what each part adds to the logit) and ``heads``; figures ``signals``, ``tracks``, ``positions``, ``overlap``,
+        ``split``, ``heads``.
+
+    Raises:
+        ReflowlensError: the prompt is empty or too long, the target several tokens, there is no such position or
+            signal, k is not between 1 and the number of signals, or the lexicon has fewer than two prompts.
+
+    Example: ``signal_flow(model, "The capital of France is", target=" Paris").frames["tracks"]``
+    """
+    chosen = view_of(model, view, seed=seed)
+    lexicon = lexicon or load_lexicon()
+    prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
+    if len(prompts) < 2:
+        raise ReflowlensError("signal_flow needs at least two factual prompts in the lexicon")
+    if not 1 <= k <= chosen.n_signals:
+        raise ReflowlensError(f"k must be between 1 and the view's {chosen.n_signals} signals, got {k}")
+    check_rotations(rotations)
+    prompt = prompt if prompt is not None else prompts[0]
+    frames = detail_frames(chosen, prompt, target, position, signal, k)
+    bar = tqdm(total=3 + rotations, desc="signal flow", disable=not progress)
+    reading = read_contributions(chosen, prompts)
+    untrained = read_contributions(untrained_view(chosen, seed), prompts)
+    flows = {"model": Flow.of(reading, k), "untrained": Flow.of(untrained, k)}
+    bar.update(2)
+    turned = reading.rotated(varimax_rotation(chosen.recipe[: chosen.n_tokens], seed=seed))
+    flows["varimax"] = Flow.of(turned, k)
+    bar.update()
+    rotation_error = 0.0
+    for name, rotation in random_rotations(chosen.n_signals, rotations, seed, "signal_flow"):
+        turned = reading.rotated(rotation)
+        flows[name] = Flow.of(turned, k)
+        rotation_error = max(rotation_error, turned.sum_error())
+        bar.update()
+    bar.close()
+    readings = {"model": reading, "untrained": untrained}
+    frames |= {
+        "prompts": _prompt_frame(flows, prompts),
+        "layers": _layer_frame(flows, seed),
+        "split": _split_frame(readings, seed),
+        "heads": _head_frame(readings, seed),
+    }
+    result = Result(
+        name="signal_flow",
+        title="Signal Flow",
+        params={
+            "prompt": prompt,
+            "target": frames["tracks"]["target"].iloc[0],
+            "position": position,
+            "signal": int(frames["positions"]["signal"].iloc[0]),
+            "k": k,
+            "view": chosen.name,
+            "rotations": rotations,
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": hash_of(model),
+        },
+        frames=frames,
+        figures=flow_figures(frames, prompt),
+        definitions=definitions(k),
+    )
+    _enter_leading(result, flows, chosen.n_signals, k, seed)
+    _enter_attention_share(result, readings, seed)
+    result.metrics |= {"sum_error": reading.sum_error(), "split_error": reading.split_error()}
+    result.controls["sum_error"] = {"rotated_basis": rotation_error, "untrained": untrained.sum_error()}
+    result.controls["split_error"] = {"untrained": untrained.split_error()}
+    return result
+
+
+class Flow(NamedTuple):
+    """The leading signals of every prompt in one basis; arrays are [prompt], those of blocks [block, prompt]."""
+
+    share: NDArray[np.float64]
+    since: NDArray[np.float64]
+    overlap: NDArray[np.float64]
+    births: NDArray[np.float64]
+    deaths: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, reading: Reading, k: int) -> Flow:
+        """The k leading signals at the embedding and behind each block."""
+        contributions = reading.contributions()[::2]
+        leading = leading_signals(contributions, k)
+        before, after = leading[:-1], leading[1:]
+        return cls(
+            *(
+                each.double().cpu().numpy()
+                for each in (
+                    leading_share(contributions[-1], k),
+                    mean_lead_since(leading),
+                    neighbour_overlap(leading),
+                    (after & ~before).sum(dim=-1),
+                    (before & ~after).sum(dim=-1),
+                )
+            )
+        )
+
+    def headline(self) -> dict[str, NDArray[np.float64]]:
+        """The metrics with a rotation null, one value a prompt."""
+        return {
+            "leading_share": self.share,
+            "neighbour_overlap": self.overlap.mean(axis=0),
+            "leading_since": self.since,
+        }
+
+
+def _enter_leading(result: Result, flows: dict[str, Flow], n_signals: int, k: int, seed: int) -> None:
+    """The metrics that speak of single signals, between their floor and their ceiling."""
+    nulls = {}
+    for metric, per_prompt in flows["model"].headline().items():
+        means = {name: float(flow.headline()[metric].mean()) for name, flow in flows.items()}
+        nulls[metric] = rotated_values(means)
+        result.metrics[metric] = means["model"]
+        result.intervals[metric] = bootstrap_interval(per_prompt, seed=seed)
+        add_basis_controls(result, metric, means)
+        result.controls[metric]["untrained"] = means["untrained"]
+    units = dict.fromkeys(nulls, len(flows["model"].share))
+    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
+    result.controls["leading_share"]["random_signal"] = k / n_signals
+    result.controls["neighbour_overlap"]["random_signal"] = random_overlap(n_signals, k)
+
+
+def _enter_attention_share(result: Result, readings: dict[str, Reading], seed: int) -> None:
+    """Who writes: the share of attention, where the blocks write anything."""
+    shares = {}
+    for name, reading in readings.items():
+        attention, mlp = (
+            part.sum(dim=-1).abs().sum(dim=0).double().cpu().numpy()
+            for part in (reading.split.attention, reading.split.mlp)
+        )
+        shares[name] = attention[attention + mlp > 0] / (attention + mlp)[attention + mlp > 0]
+    if len(shares["model"]) < 2:
+        result.notes.append("attention_share: absent, for neither attention nor MLPs write anything")
+        return
+    result.metrics["attention_share"] = float(shares["model"].mean())
+    result.intervals["attention_share"] = bootstrap_interval(shares["model"], seed=seed)
+    result.controls["attention_share"] = {"untrained": float(shares["untrained"].mean())}
+
+
+def _prompt_frame(flows: dict[str, Flow], prompts: list[str]) -> pd.DataFrame:
+    frames = [pd.DataFrame({"basis": name, "prompt": prompts, **flow.headline()}) for name, flow in flows.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _layer_frame(flows: dict[str, Flow], seed: int) -> pd.DataFrame:
+    """What a block does to the leading signals: means over prompts, of the rotations together one row a block."""
+    rotated = [flow for name, flow in flows.items() if name.startswith("rotated")]
+    mean = Flow(*(np.mean(values, axis=0) for values in zip(*rotated, strict=True)))
+    shown = {name: flow for name, flow in flows.items() if not name.startswith("rotated")} | {"rotated_basis": mean}
+    frames = []
+    for name, flow in shown.items():
+        low, high = bootstrap_band(flow.overlap.T, seed=seed)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "basis": name,
+                    "block": range(len(flow.overlap)),
+                    "overlap": flow.overlap.mean(axis=1),
+                    "low": low,
+                    "high": high,
+                    "births": flow.births.mean(axis=1),
+                    "deaths": flow.deaths.mean(axis=1),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _split_frame(readings: dict[str, Reading], seed: int) -> pd.DataFrame:
+    """What each part of the model adds to the top-1 token's logit: means over prompts with intervals."""
+    frames = []
+    for name, reading in readings.items():
+        for part, contributions in reading.split.parts().items():
+            logits = contributions.sum(dim=-1).double().cpu().numpy()
+            low, high = bootstrap_band(logits.T, seed=seed)
+            table = {"part": part, "block": range(len(logits)), "logit": logits.mean(axis=1), "low": low, "high": high}
+            frames.append(pd.DataFrame({"model": name, **table}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _head_frame(readings: dict[str, Reading], seed: int) -> pd.DataFrame:
+    """The same of every head."""
+    frames = []
+    for name, reading in readings.items():
+        heads = reading.split.heads.double().cpu().numpy()
+        low, high = bootstrap_band(np.moveaxis(heads, -1, 0), seed=seed)
+        layer, head = np.indices(heads.shape[:2])
+        columns = {"layer": layer, "head": head, "logit": heads.mean(axis=-1), "low": low, "high": high}
+        frames.append(pd.DataFrame({"model": name, **{key: value.ravel() for key, value in columns.items()}}))
+    return pd.concat(frames, ignore_index=True)

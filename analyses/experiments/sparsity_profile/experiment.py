@@ -1,0 +1,191 @@
+"""Experiment 2, Sparsity Profile: how many signals does a token use, and are all signals used?
+
+The published figures, 11.38% of the signals active and a Gini coefficient of usage of 0.085, are what a dense Gaussian
+recipe gives as well. So everything stands beside ``gaussian``, a recipe of independent normal entries; beside
+``rotated_basis``, the same model in random rotations of its signals, whose mean is the floor of any claim that the
+trained signals are sparse; beside ``varimax``, the sparsest rotation of them and so the ceiling; and beside
+``untrained``. Of a reFlow-TopK ``topk`` is the share that its architecture allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm import tqdm
+
+from analyses.controls.bases import (
+    QUICK_ROTATIONS,
+    ROTATIONS,
+    add_basis_controls,
+    add_basis_verdicts,
+    other_bases,
+    rotated_values,
+)
+from analyses.controls.nulls import gaussian_view, untrained_view
+from analyses.experiments.sparsity_profile.figures import sparsity_figures, sparsity_frames
+from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profile, measure_profile, support_tokens
+from analyses.measures.knockout import real_tokens
+from analyses.measures.sparsity import Rule, active_signals, check_rule, gini
+from analyses.result.model_identity import hash_of
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_seed
+from analyses.statistics.resampling import percentile_interval, resampled_means
+from analyses.statistics.tests import Alternative, Interval, bootstrap_interval
+from analyses.words.lexicon import Lexicon, load_lexicon
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, view_of
+
+MINIMUM_UNITS = 20
+PUBLISHED = {"active_signals": 116.6, "active_share": 0.1138, "usage_gini": 0.085}
+PRIVILEGED: dict[str, Alternative] = {
+    "active_share": "less",
+    "usage_gini": "less",
+    "hoyer": "greater",
+    "participation": "less",
+    "signal_kurtosis": "greater",
+    "support_share": "less",
+}
+"""On which side of a random rotation the published claims lie: recipes are sparse, and all signals are used evenly."""
+
+
+def definitions(rule: str) -> dict[str, str]:
+    """What each metric means, with the rule of activity that was used."""
+    usage = "Gini coefficient over signals of the number of tokens for which each is active"
+    return {
+        "active_signals": f"active signals of a token, mean over the vocabulary; active where {rule}",
+        "active_share": "the same as a share of S",
+        "active_share_text": "the same over running text: over a text's tokens, then over texts",
+        "usage_gini": f"{usage}, over the vocabulary",
+        "usage_gini_text": f"{usage}, over the tokens of the texts. Few tokens make it large by chance: see gaussian",
+        "hoyer": "(√S - ‖x‖₁ / ‖x‖₂) / (√S - 1) of a token's recipe, mean over the vocabulary",
+        "participation": "(Σx²)² / Σx⁴ / S of a token's recipe, mean over the vocabulary; of a Gaussian 1/3",
+        "signal_kurtosis": "kurtosis of a signal over the vocabulary, median over signals; of a Gaussian 3. A basis "
+        "chosen for it, varimax, has about S² / V more by chance: a signal can point at one token",
+        "support_share": "smallest share of signals, largest |R_vs| ‖B_s‖ first, that mixes 90% of ‖R_v B‖² from there "
+        f"on; mean over {SUPPORT_TOKENS} tokens drawn from the vocabulary",
+        "dead_signals": "signals that are active for no token",
+    }
+
+
+@torch.no_grad()
+def sparsity_profile(
+    model: HookedModel,
+    rule: Rule = "abs_gt_2mean",
+    threshold: float | None = None,
+    *,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    texts: Sequence[str] | None = None,
+    rotations: int | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Count active signals by a rule, and measure sparsity without one.
+
+    Args:
+        rule: when a signal is active for a token, one of `analyses.measures.sparsity.RULES`.
+        threshold: of the rule; default `analyses.measures.sparsity.DEFAULT_THRESHOLDS`.
+        view: whose recipe; default the model's native one, or its embedding where it has none.
+        texts: running text, whose tokens weigh by how often they occur; default the lexicon's neutral texts.
+        rotations: random rotations in the ``rotated_basis`` null, at least 2; default 10, of a quick run 4.
+        seed: of draws, rotations, untrained model and bootstrap.
+
+    Returns:
+        A Result with frames ``tokens`` (a row a token), ``signals`` (a row a signal with its codebook), ``counts``,
+        ``usage`` and ``density`` (distributions in every basis) and ``recipes`` (recipes of the lexicon's words), and
+        figures ``active``, ``usage``, ``lorenz``, ``density``, ``recipes``.
+
+    Raises:
+        ReflowlensError: the rule, its threshold or the number of rotations is out of range.
+
+    Example: ``sparsity_profile(model, "std", 1.5).metrics["active_share"]``
+    """
+    rule, threshold, rule_text = check_rule(rule, threshold)
+    chosen = real_tokens(view_of(model, view, seed=seed))
+    lexicon = lexicon or load_lexicon()
+    rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
+    read = [model.tokenizer.encode(text) for text in (lexicon.neutral_texts if texts is None else texts)]
+    read = [ids for ids in read if ids]
+    own = derive_seed(seed, "sparsity_profile")
+    bases = itertools.chain(
+        [("trained", chosen), ("gaussian", gaussian_view(chosen, own))],
+        [("untrained", real_tokens(untrained_view(chosen, seed)))],
+        other_bases(chosen, rotations, seed, "sparsity_profile"),
+    )
+    bar = tqdm(bases, total=rotations + 4, desc="sparsity profile", disable=not progress)
+    drawn = support_tokens(len(chosen.recipe), own)
+    profiles = {name: measure_profile(basis, rule, threshold, read, drawn=drawn) for name, basis in bar}
+    frames, notes = sparsity_frames(chosen, profiles, read, lexicon)
+    result = Result(
+        name="sparsity_profile",
+        title="Sparsity Profile",
+        params={
+            "rule": rule,
+            "threshold": threshold,
+            "view": chosen.name,
+            "texts": len(read),
+            "text_tokens": sum(map(len, read)),
+            "rotations": rotations,
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": hash_of(model),
+        },
+        frames=frames,
+        figures=sparsity_figures(frames),
+        definitions=definitions(rule_text),
+        published=PUBLISHED,
+        notes=notes,
+    )
+    result.metrics |= profiles["trained"].headline()
+    result.intervals |= _intervals(profiles["trained"], active_signals(chosen.recipe.float(), rule, threshold), seed)
+    if not read:
+        result.notes.append("active_share_text and usage_gini_text are absent: there is no running text")
+    return _with_controls(result, profiles, model.cfg.topk)
+
+
+def _with_controls(result: Result, profiles: dict[str, Profile], topk: int | None) -> Result:
+    """Every metric's value in the other bases, and the verdicts of `PRIVILEGED`."""
+    headlines = {name: profile.headline() for name, profile in profiles.items()}
+    nulls = {}
+    for metric in result.metrics:
+        values = {name: headline[metric] for name, headline in headlines.items()}
+        result.controls[metric] = {name: values[name] for name in ("gaussian", "untrained")}
+        add_basis_controls(result, metric, values)
+        if metric in PRIVILEGED:
+            nulls[metric] = rotated_values(values)
+    trained = profiles["trained"]
+    units = dict.fromkeys(PRIVILEGED, len(trained.active)) | {
+        "signal_kurtosis": int(np.isfinite(trained.kurtosis).sum()),
+        "support_share": len(trained.support),
+    }
+    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
+    if topk is not None:
+        result.controls["active_signals"]["topk"] = float(topk)
+        result.controls["active_share"]["topk"] = topk / len(trained.usage)
+    return result
+
+
+def _intervals(profile: Profile, active: Bool[Tensor, "token S"], seed: int) -> dict[str, Interval]:
+    """Over tokens, signals or texts, whichever the metric is a mean of."""
+    S = len(profile.usage)
+    over_tokens = {"active_share": profile.active / S, "hoyer": profile.hoyer, "participation": profile.participation}
+    found = {
+        metric: percentile_interval(resampled_means(values[np.isfinite(values)][:, None], seed=seed))
+        for metric, values in over_tokens.items()
+    }
+    low, high = found["active_share"]
+    found["active_signals"] = Interval(low * S, high * S)
+    found["usage_gini"] = percentile_interval(gini(resampled_means(active.cpu().numpy(), seed=seed)))
+    kurtosis = profile.kurtosis[np.isfinite(profile.kurtosis)]
+    found["signal_kurtosis"] = bootstrap_interval(kurtosis, np.median, seed=seed)
+    found["support_share"] = bootstrap_interval(profile.support / S, seed=seed)
+    if len(profile.text_shares) > 1:
+        found["active_share_text"] = bootstrap_interval(profile.text_shares, seed=seed)
+    return found

@@ -1,0 +1,348 @@
+"""Experiment 6, Typo Resilience: is a misspelling read like the word that was meant?
+
+A word and a misspelling of it stand at the end of the same carrier and are read there, at the last token of each: a
+misspelling is often several tokens, none of which is the word, so that likeness has to be made by the blocks. A pair
+has *recovered* at the first point from which the cosine of the readouts stays at or above a threshold.
+
+All prompts of a carrier have much in common, and cosines are high for that alone. Two controls say how high, each in
+the same carrier: ``unrelated_word``, the clean word against another of the same length, and ``unrelated_misspelling``,
+the clean word against the misspelling of another, which is split into as many tokens as misspellings are. A third,
+``untrained``, is the same pairs in the same architecture at initialisation. A rotation of the signals moves none of
+these numbers, so that ``rotated_basis`` is no control here.
+
+Several misspellings of one word are no independent observations of how the model reads it: the word is the unit, its
+value the mean over its misspellings, and means, intervals and tests are over words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from analyses.controls.nulls import untrained_view
+from analyses.experiments.typo_resilience.figures import typo_figures
+from analyses.experiments.typo_resilience.measure import Likeness, compare_words, others_of_same_length
+from analyses.measures.lens import first_settled, residual_points
+from analyses.result.model_identity import hash_of
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_seed
+from analyses.statistics.tests import (
+    Interval,
+    Verdict,
+    bootstrap_band,
+    bootstrap_interval,
+    holm,
+    paired_permutation_pvalue,
+    rate_interval,
+    verdict,
+)
+from analyses.words.lexicon import TYPO_KINDS, Lexicon, Typo, load_lexicon
+from analyses.words.tokens import listed
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, ViewName, view_of
+
+MINIMUM_WORDS = 20
+THRESHOLD = 0.8
+CARRIERS = ("She wrote down the word", "The next word on the page was")
+UNRELATED = ("unrelated_word", "unrelated_misspelling")
+CONTROLS = (*UNRELATED, "untrained")
+QUANTITIES = ("cosine_readout", "cosine_resid", "kl")
+JUDGED = ("final_cosine_readout", "final_cosine_resid", "final_kl", "recovered_share")
+Values: TypeAlias = "dict[str, pd.DataFrame]"  # comparison -> a row a pair or a word, a column a metric
+
+_RECOVERY = "first point from which the cosine of the readouts stays at or above the threshold"
+
+
+def definitions(threshold: float) -> dict[str, str]:
+    """What each metric means, with the threshold of recovery that was used."""
+    pairs = "of a clean word and its misspelling at the last token of each; mean over a word's misspellings, then words"
+    return {
+        "final_cosine_readout": f"cosine of the readouts a = B norm(x) at the end {pairs}",
+        "final_cosine_resid": f"cosine of the last residual streams {pairs}",
+        "final_kl": f"KL(clean ‖ misspelt) of the next-token distributions in nats {pairs}",
+        "recovered_share": f"share of a word's misspellings that recover, mean over words: {_RECOVERY}, {threshold:g}",
+        "recovery_layer": f"{_RECOVERY}, {threshold:g}, in blocks (0: the embedding); mean over a "
+        "word's misspellings that recover, then over words with any",
+    }
+
+
+@torch.no_grad()
+def typo_resilience(
+    model: HookedModel,
+    *,
+    view: SignalView | ViewName | None = None,
+    lexicon: Lexicon | None = None,
+    carriers: Sequence[str] = CARRIERS,
+    threshold: float = THRESHOLD,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Compare words with their misspellings at every residual point.
+
+    Args:
+        view: whose readouts are compared; default the model's own, or the residual axes of a model without any.
+        lexicon: its ``typos`` are the pairs; those whose clean word is several tokens are skipped.
+        carriers: beginnings of sentences in front of the words; a pair's value is its mean over carriers.
+        threshold: of the cosine of the readouts, from which on a pair has recovered.
+        seed: of the unrelated words, the untrained model, the bootstrap and the permutations.
+        quick: a third of the pairs.
+
+    Returns:
+        A Result with frames ``layers`` (a row a comparison, quantity and point: means over words with intervals),
+        ``cells`` (a row a pair and point), ``pairs`` (a row a comparison and pair) and ``kinds`` (the end, by kind of
+        misspelling, p against both unrelated controls raw and Holm-adjusted), and figures ``readout``, ``residual``,
+        ``kl``, ``kinds``, ``pairs``.
+
+    Raises:
+        ReflowlensError: the lexicon has fewer than two pairs whose clean word is one token, there is no carrier, or the
+            threshold is no cosine.
+
+    Example: ``typo_resilience(model, threshold=0.9).frames["pairs"]``
+    """
+    carriers = listed(carriers, "carriers")
+    if not carriers:
+        raise ReflowlensError("carriers: one beginning of a sentence was expected at least, got none")
+    if not -1 <= threshold <= 1:
+        raise ReflowlensError(f"threshold: a cosine between -1 and 1 was expected, got {threshold}")
+    chosen = view_of(model, view, seed=seed)
+    lexicon = lexicon or load_lexicon()
+    pairs, skipped = _usable_pairs(model, lexicon, quick)
+    clean, misspelt = [pair.clean for pair in pairs], [pair.misspelt for pair in pairs]
+    words = [word for category in lexicon.categories.values() for word in category]
+    pool = [word for word in [*clean, *words] if model.tokenizer.is_single_token(f" {word}")]
+    own = derive_seed(seed, "typo_resilience")
+    unrelated = others_of_same_length(clean, pool, derive_seed(own, "unrelated_word"))
+    misspelling_of = {pair.clean: pair.misspelt for pair in pairs}
+    others_of_clean = others_of_same_length(clean, clean, derive_seed(own, "unrelated_misspelling"))
+    elsewhere = [misspelling_of[word] for word in others_of_clean]
+    bar = tqdm(total=2, desc="typo resilience", disable=not progress)
+    others = dict(zip(("misspelt", *UNRELATED), (misspelt, unrelated, elsewhere), strict=True))
+    compared = compare_words(chosen, clean, others, carriers)
+    bar.update()
+    untrained = untrained_view(chosen, seed)
+    compared["untrained"] = compare_words(untrained, clean, {"misspelt": misspelt}, carriers)["misspelt"]
+    bar.update()
+    bar.close()
+    others["untrained"] = misspelt
+    frames = {
+        "layers": _layer_frame(clean, compared, model.cfg.n_layers, seed),
+        "cells": _cell_frame(pairs, compared["misspelt"], model.cfg.n_layers),
+        "pairs": _pair_frame(model, pairs, others, compared, threshold),
+    }
+    result = Result(
+        name="typo_resilience",
+        title="Typo Resilience",
+        params={
+            "view": chosen.name,
+            "carriers": list(carriers),
+            "threshold": threshold,
+            "pairs": len(pairs),
+            "words": len(set(clean)),
+            "seed": seed,
+            "quick": quick,
+            "lexicon": lexicon.version,
+            "model_hash": hash_of(model),
+        },
+        definitions=definitions(threshold),
+        notes=[f"skipped, for the word is several tokens: {', '.join(skipped)}"] if skipped else [],
+    )
+    values = {name: _values(likeness, threshold) for name, likeness in compared.items()}
+    frames["kinds"] = _kind_frame(pairs, values, seed)
+    result.frames, result.figures = frames, typo_figures(frames, threshold)
+    return _with_metrics(result, _by_word(clean, values), seed)
+
+
+def resilience_verdict(
+    metric: str, interval: tuple[float, float], controls: dict[str, float], p: float, units: int
+) -> Verdict:
+    """Claim: a misspelling is read like the word that was meant.
+
+    Supported if the mean over words beats both unrelated controls (larger, for the KL smaller): the Holm-adjusted p,
+    itself the larger of those of the paired sign-flip tests against each, is below 0.05, and the interval is clear of
+    the nearer control; underpowered with fewer than 20 words.
+    """
+    sign = _sign(metric)
+    low, high = sorted(sign * end for end in interval)
+    nearer = max(sign * controls[name] for name in UNRELATED)
+    return verdict((low, high), nearer, p, minimum_units=MINIMUM_WORDS, units=units)
+
+
+def _sign(metric: str) -> int:
+    """Whether more (+1) or less (-1) of a metric says that two words are read alike."""
+    return -1 if metric == "final_kl" else 1
+
+
+def _usable_pairs(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[Typo], list[str]]:
+    """The pairs whose clean word is one token, and the clean words of the others."""
+    usable = [pair for pair in lexicon.typos if model.tokenizer.is_single_token(f" {pair.clean}")]
+    skipped = [pair.clean for pair in lexicon.typos if pair not in usable]
+    usable = usable[::3] if quick else usable
+    if len({pair.clean for pair in usable}) < 2:
+        raise ReflowlensError(
+            "typo_resilience needs misspellings of at least two words that are single tokens, "
+            f"got {len(usable)} of the lexicon's {len(lexicon.typos)}"
+        )
+    return usable, skipped
+
+
+def _values(likeness: Likeness, threshold: float) -> pd.DataFrame:
+    """The headline of each pair; the recovery layer of one that never recovers is NaN."""
+    settled = first_settled(likeness.cosine_readout >= threshold)
+    recovered = settled < len(likeness.cosine_readout)
+    return pd.DataFrame(
+        {
+            "final_cosine_readout": likeness.cosine_readout[-1],
+            "final_cosine_resid": likeness.cosine_resid[-1],
+            "final_kl": likeness.kl[-1],
+            "recovered_share": recovered.astype(float),
+            "recovery_layer": np.where(recovered, settled / 2, np.nan),
+        }
+    )
+
+
+def _by_word(words: Sequence[str], values: Values) -> Values:
+    """Means over the pairs of each word, the unit of replication; NaN where all of them are."""
+    return {name: each.groupby(np.array(words), sort=False).mean() for name, each in values.items()}
+
+
+def _pvalues(values: Values, metric: str, seed: int) -> dict[str, float]:
+    """p of the paired test over words against each unrelated control."""
+    differences = {name: _sign(metric) * (values["misspelt"][metric] - values[name][metric]) for name in UNRELATED}
+    return {name: paired_permutation_pvalue(difference, seed=seed) for name, difference in differences.items()}
+
+
+def _with_metrics(result: Result, values: Values, seed: int) -> Result:
+    units = len(values["misspelt"]["final_kl"])
+    raw = {metric: _pvalues(values, metric, seed) for metric in JUDGED}
+    adjusted = holm([max(each.values()) for each in raw.values()]).tolist()
+    for metric, p in zip(JUDGED, adjusted, strict=True):
+        ours = values["misspelt"][metric]
+        result.metrics[metric] = float(ours.mean())
+        interval_of = rate_interval if metric == "recovered_share" else bootstrap_interval
+        result.intervals[metric] = interval_of(ours, seed=seed)
+        result.controls[metric] = {name: float(values[name][metric].mean()) for name in CONTROLS}
+        result.verdicts[metric] = resilience_verdict(
+            metric, result.intervals[metric], result.controls[metric], p, units
+        )
+        against = ", ".join(f"{name.replace('_', ' ')} p = {each:.2g}" for name, each in raw[metric].items())
+        result.notes.append(
+            f"{metric}, {units} words, sign-flip tests against {against}; larger, Holm-adjusted {p:.2g}"
+        )
+    layers = {name: each["recovery_layer"].dropna() for name, each in values.items()}
+    if len(layers["misspelt"]) < 2:
+        result.notes.append("recovery_layer: absent, for misspellings of fewer than 2 words recover")
+        return result
+    result.metrics["recovery_layer"] = float(layers["misspelt"].mean())
+    result.intervals["recovery_layer"] = bootstrap_interval(layers["misspelt"], seed=seed)
+    result.controls["recovery_layer"] = {name: float(layers[name].mean()) for name in CONTROLS if len(layers[name])}
+    if never := [name for name in CONTROLS if not len(layers[name])]:
+        result.notes.append(f"recovery_layer: without {', '.join(never)}, of which no pair passes the threshold")
+    return result
+
+
+def _layer_frame(words: Sequence[str], compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.DataFrame:
+    """Means over words at every point, with pointwise bootstrap bands."""
+    points = residual_points(n_layers)
+    frames = []
+    for name, likeness in compared.items():
+        for quantity in QUANTITIES:
+            pairs = pd.DataFrame(getattr(likeness, quantity).T)
+            curves = pairs.groupby(np.array(words), sort=False).mean().to_numpy()
+            low, high = bootstrap_band(curves, seed=seed)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "comparison": name,
+                        "quantity": quantity,
+                        "depth": [point.depth for point in points],
+                        "point": [point.label for point in points],
+                        "mean": curves.mean(axis=0),
+                        "low": low,
+                        "high": high,
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _cell_frame(pairs: list[Typo], likeness: Likeness, n_layers: int) -> pd.DataFrame:
+    """Every pair at every point."""
+    points = residual_points(n_layers)
+    return pd.DataFrame(
+        {
+            "kind": [pair.kind for pair in pairs for _ in points],
+            "pair": [f"{pair.clean} → {pair.misspelt}" for pair in pairs for _ in points],
+            "depth": [point.depth for _ in pairs for point in points],
+            "point": [point.label for _ in pairs for point in points],
+            **{quantity: getattr(likeness, quantity).T.ravel() for quantity in QUANTITIES},
+        }
+    )
+
+
+def _pair_frame(
+    model: HookedModel,
+    pairs: list[Typo],
+    others: dict[str, list[str]],
+    compared: dict[str, Likeness],
+    threshold: float,
+) -> pd.DataFrame:
+    """The end of every pair and of its controls."""
+    frames = []
+    for name, likeness in compared.items():
+        values = _values(likeness, threshold)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "comparison": name,
+                    "kind": [pair.kind for pair in pairs],
+                    "clean": [pair.clean for pair in pairs],
+                    "other": others[name],
+                    "other_tokens": [len(model.tokenizer.encode(f" {other}")) for other in others[name]],
+                    "start_cosine_readout": likeness.cosine_readout[0],
+                    **{metric: values[metric] for metric in ("final_cosine_readout", "final_cosine_resid", "final_kl")},
+                    "recovered": values["recovered_share"] > 0,
+                    "recovery_layer": values["recovery_layer"],
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _kind_frame(pairs: list[Typo], values: Values, seed: int) -> pd.DataFrame:
+    """The cosine of the readouts at the end by kind of misspelling; a kind of one word has neither interval nor p."""
+    metric = "final_cosine_readout"
+    words, kinds = np.array([pair.clean for pair in pairs]), np.array([pair.kind for pair in pairs])
+    by_kind = {
+        kind: _by_word(words[kinds == kind], {name: each[kinds == kind] for name, each in values.items()})
+        for kind in TYPO_KINDS
+        if kind in kinds
+    }
+    units = {kind: len(own["misspelt"]) for kind, own in by_kind.items()}
+    raw = {kind: max(_pvalues(own, metric, seed).values()) for kind, own in by_kind.items() if units[kind] > 1}
+    adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+    table = []
+    for kind, own in by_kind.items():
+        for name, each in own.items():
+            sample, ours = each[metric], name == "misspelt"
+            low, high = bootstrap_interval(sample, seed=seed) if kind in raw else Interval(np.nan, np.nan)
+            table.append(
+                {
+                    "kind": kind,
+                    "comparison": name,
+                    "pairs": int((kinds == kind).sum()),
+                    "words": units[kind],
+                    metric: sample.mean(),
+                    "low": low,
+                    "high": high,
+                    "p": raw.get(kind, np.nan) if ours else np.nan,
+                    "p_holm": adjusted.get(kind, np.nan) if ours else np.nan,
+                }
+            )
+    return pd.DataFrame(table)

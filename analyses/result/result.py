@@ -1,0 +1,345 @@
+"""What every experiment returns: headline metrics with their controls, tidy frames, figures; saved to a folder.
+
+A saved result is `result.json` (everything but frames and figures), `frames/NAME.csv`, and for each figure
+`figures/NAME.json` (plotly's form, which `Result.load` reads) and `figures/NAME.html`, which opens offline beside the
+`plotly.min.js` that all figures of the folder share.
+
+Frames hold columns of whole numbers, floats, booleans or text, and their dtypes are kept. In a float column a missing
+value is NaN, an empty field in the CSV. A text column has no missing values: what a row does not have is the empty
+string, and spaces (" king"), "NA" and line breaks are text like any other. Text is quoted in the CSV. A token
+may look like a formula: `save(..., spreadsheet=True)` writes a CSV that Excel and its kind show and do not compute.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from analyses.result.spreadsheets import guarded, unguarded
+from analyses.statistics.tests import Interval, Verdict
+from reflowlens.errors import ReflowlensError
+from reflowlens.figures import read_figure, save_figure, save_figures, stamp
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from reflowlens.figure_export import Width
+
+_MANIFEST = "result.json"
+_TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
+
+
+@dataclass(eq=False)
+class Result:
+    """The outcome of one experiment.
+
+    `name`: file-safe ("layer_evolution"); `title`: for people ("Layer Evolution").
+    `params`: every argument, the seed and the model's hash; anything JSON can hold (tuples become lists).
+    `metrics`: the headline, finite floats. One that could not be computed is absent, with a note that says why.
+    `controls`: metric -> control's name -> its value. `intervals`: metric -> 95% interval. `verdicts`: metric ->
+    "supported", "not supported" or "underpowered" (`analyses.statistics.tests.verdict`). All three only of metrics above.
+    `published` and `definitions`: metric -> value in the reFlow documents, and the definition used here; both may also
+    speak of a metric that is absent.
+    `frames`, `figures`: by file-safe names. Frames are copied on the way in, numbered anew from 0.
+    `notes`: what was skipped and why. `seconds`: how long it took, if it was timed.
+
+    Raises ReflowlensError for a metric that is not finite, a control, interval or verdict of no metric, params that are
+    not JSON, and frames that a CSV cannot keep.
+
+    >>> result = Result("algebra", "Semantic Algebra", metrics={"accuracy": 0.34}, controls={"accuracy": {"c": 0.1}})
+    >>> Result.load(result.save("out/algebra")).metrics
+    {'accuracy': 0.34}
+    """
+
+    name: str
+    title: str
+    params: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    controls: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+    figures: dict[str, go.Figure] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    definitions: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.frames, *self.figures):
+            _check_file_name(name)
+        self.params = {key: _json_value(value, f"params[{key!r}]") for key, value in self.params.items()}
+        self.metrics = _finite_floats(self.metrics, "metrics")
+        self.published = _finite_floats(self.published, "published")
+        for table in ("controls", "intervals", "verdicts"):
+            for metric in getattr(self, table):
+                if metric not in self.metrics:
+                    known = ", ".join(self.metrics) or "none"
+                    raise ReflowlensError(f"{table}[{metric!r}]: no such metric; the metrics are {known}")
+        self.controls = {
+            metric: _finite_floats(values, f"controls[{metric!r}]") for metric, values in self.controls.items()
+        }
+        self.intervals = {metric: _interval(ends, metric) for metric, ends in self.intervals.items()}
+        for metric, judgement in self.verdicts.items():
+            if judgement not in get_args(Verdict):
+                allowed = ", ".join(get_args(Verdict))
+                raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {judgement!r}; there are {allowed}")
+        self.frames = {name: _tidy(frame, name) for name, frame in self.frames.items()}
+        for name, figure in self.figures.items():
+            stamp(figure, experiment=self.name, title=self.title, figure=name, params=self.params)
+
+    def __repr__(self) -> str:
+        metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
+        return f"Result({self.name!r}, {metrics or 'no metrics'}, frames={[*self.frames]}, figures={[*self.figures]})"
+
+    def to_json_metrics(self) -> dict[str, dict[str, Any]]:
+        """{metric: {"value", "interval", "controls", "published", "verdict"}}, with None (controls: {}) for none."""
+        return {
+            metric: {
+                "value": value,
+                "interval": list(self.intervals[metric]) if metric in self.intervals else None,
+                "controls": self.controls.get(metric, {}),
+                "published": self.published.get(metric),
+                "verdict": self.verdicts.get(metric),
+            }
+            for metric, value in self.metrics.items()
+        }
+
+    def summary(self) -> pd.DataFrame:
+        """One row a metric and control: metric, value, low, high, control, control_value, published, verdict.
+
+        A metric without controls has one row with control "". Numbers there are none of are NaN, a verdict is "".
+        """
+        rows = [
+            {
+                "metric": metric,
+                "value": value,
+                "low": self.intervals.get(metric, (math.nan, math.nan))[0],
+                "high": self.intervals.get(metric, (math.nan, math.nan))[1],
+                "control": control,
+                "control_value": control_value,
+                "published": self.published.get(metric, math.nan),
+                "verdict": self.verdicts.get(metric, ""),
+            }
+            for metric, value in self.metrics.items()
+            for control, control_value in (self.controls.get(metric) or {"": math.nan}).items()
+        ]
+        columns = ["metric", "value", "low", "high", "control", "control_value", "published", "verdict"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _repr_html_(self) -> str:
+        """The headline for a notebook: one row a metric, its controls beside it, and the notes."""
+        from reflowlens.html import escape, table, titled
+
+        rows = [
+            (
+                metric,
+                entry["value"],
+                "" if entry["interval"] is None else "{:.4g} to {:.4g}".format(*entry["interval"]),
+                ", ".join(f"{name} {value:.4g}" for name, value in entry["controls"].items()),
+                "" if entry["published"] is None else f"{entry['published']:.4g}",
+                entry["verdict"] or "",
+            )
+            for metric, entry in self.to_json_metrics().items()
+        ]
+        columns = ["metric", "value", "95% interval", "controls", "published", "verdict"]
+        holds = f"frames: {', '.join(self.frames) or 'none'}; figures: {', '.join(self.figures) or 'none'}"
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        parts = [table(columns, rows) if rows else "<p>no metrics</p>", f"<ul>{notes}</ul>" if notes else ""]
+        return titled(self.title, "", *parts, f"<small>{escape(holds)}</small>")
+
+    def save(self, folder: str | Path, *, pages: bool = True, spreadsheet: bool = False) -> Path:
+        """Write the result into `folder` (made if need be) and return it; `pages=False` leaves out the figures' HTML.
+
+        A frame's text may be a token such as "=1+2" or "@x", which Excel and its kind compute when they open the CSV.
+        `spreadsheet=True` puts an apostrophe before text that begins so (`analyses.result.spreadsheets.guarded`); `load` takes
+        it away again, any other reader of the CSV has to.
+
+        An earlier result there is replaced; other files are left alone. Everything is written aside first and
+        `result.json` moves in last, so that a folder that has one is complete.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
+        try:
+            # a copy, so that what was added since __init__ is checked too
+            dataclasses.replace(self)._write(staging, pages, spreadsheet)
+            for path in _listed_files(folder):
+                path.unlink(missing_ok=True)
+            written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+            for path in sorted(written, key=lambda path: path.name == _MANIFEST):
+                (folder / path).parent.mkdir(exist_ok=True)
+                os.replace(staging / path, folder / path)
+        finally:
+            shutil.rmtree(staging)
+        return folder
+
+    def _write(self, folder: Path, pages: bool, spreadsheet: bool) -> None:
+        manifest: dict[str, Any] = {"name": self.name, "title": self.title, "params": self.params}
+        manifest |= {table: getattr(self, table) for table in _TABLES}
+        manifest |= {"notes": self.notes, "seconds": self.seconds}
+        dtypes = {name: {column: str(frame[column].dtype) for column in frame} for name, frame in self.frames.items()}
+        manifest |= {"frames": dtypes, "figures": list(self.figures)}
+        manifest |= {"spreadsheet": True} if spreadsheet else {}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+        for name, frame in self.frames.items():
+            path = _frame_path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            shown = guarded(frame) if spreadsheet else frame
+            shown.to_csv(path, index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+        for name, figure in self.figures.items():
+            path = _figure_path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            figure.write_json(path)
+            if pages:
+                save_figure(figure, path.with_suffix(".html"), share_plotlyjs=True)
+
+    def save_figures(self, folder: str | Path, format: str = "pdf", *, width: Width = "screen") -> list[Path]:
+        """Write every figure as `folder/NAME.FORMAT`, with one start of the browser, and return the paths.
+
+        `format`: html, json, png, svg or pdf; `width`: "screen", or "one" or "two" columns of a journal. Raises
+        ReflowlensError as `reflowlens.figures.save_figure`.
+
+        Example: `layer_evolution(model).save_figures("paper/figures", "pdf", width="one")`
+        """
+        return save_figures({Path(folder) / f"{name}.{format}": f for name, f in self.figures.items()}, width=width)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Result:
+        """The result that `save` wrote into `folder`. Raises ReflowlensError if there is none or a file is damaged."""
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise ReflowlensError(f"no result in {folder}: a folder that holds {_MANIFEST} was expected")
+        try:
+            is_guarded = manifest.pop("spreadsheet", False)
+            manifest["frames"] = {
+                name: _read_frame(_frame_path(folder, name), dtypes, is_guarded)
+                for name, dtypes in manifest["frames"].items()
+            }
+            manifest["figures"] = {name: read_figure(_figure_path(folder, name)) for name in manifest["figures"]}
+            return cls(**manifest)
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ReflowlensError(f"the result in {folder} is damaged: {error}") from error
+
+
+def _frame_path(folder: Path, name: str) -> Path:
+    return folder / "frames" / f"{_check_file_name(name)}.csv"
+
+
+def _figure_path(folder: Path, name: str) -> Path:
+    return folder / "figures" / f"{_check_file_name(name)}.json"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReflowlensError(f"the result in {folder} is damaged: {_MANIFEST}: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ReflowlensError(f"the result in {folder} is damaged: {_MANIFEST} is no JSON object")
+    return manifest
+
+
+def _listed_files(folder: Path) -> list[Path]:
+    """The files of the result in `folder`, its manifest first; of a damaged one the manifest only."""
+    try:
+        manifest = _read_manifest(folder) or {}
+        frames = [_frame_path(folder, name) for name in manifest.get("frames", {})]
+        figures = [_figure_path(folder, name) for name in manifest.get("figures", [])]
+    except ReflowlensError:
+        frames = figures = []
+    return [folder / _MANIFEST, *frames, *figures, *(path.with_suffix(".html") for path in figures)]
+
+
+def _read_frame(path: Path, dtypes: Mapping[str, str], is_guarded: bool) -> pd.DataFrame:
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False)
+    cells = unguarded(cells) if is_guarded else cells
+    if list(cells.columns) != list(dtypes):
+        raise ReflowlensError(f"{path.name}: the columns {list(dtypes)} were expected, got {list(cells.columns)}")
+    return pd.DataFrame({column: _parse(cells[column], dtype) for column, dtype in dtypes.items()})
+
+
+def _parse(cells: pd.Series, dtype: str) -> pd.Series:
+    """Text to the dtype it was written from: through Python's parser, since not every pandas reads floats exactly."""
+    text = cells.to_numpy(dtype=object)
+    if dtype == "bool":
+        return pd.Series(text == "True")
+    if dtype.startswith("float"):
+        return pd.Series(np.where(text == "", "nan", text).astype(dtype))
+    if "int" in dtype:
+        return pd.Series(text.astype(dtype))
+    return cells
+
+
+def _tidy(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A copy whose rows are numbered from 0 and whose columns a CSV can keep."""
+    if not isinstance(frame, pd.DataFrame):
+        raise ReflowlensError(f"frames[{name!r}]: a DataFrame was expected, got {type(frame).__name__}")
+    if frame.index.nlevels > 1 or frame.index.name is not None or not pd.api.types.is_integer_dtype(frame.index):
+        raise ReflowlensError(f"frames[{name!r}]: the index holds data; make it a column with reset_index()")
+    columns = list(frame.columns)
+    readable = all(isinstance(column, str) and column and column.isprintable() for column in columns)
+    if not readable or not 0 < len(columns) == len(set(columns)):
+        raise ReflowlensError(f"frames[{name!r}]: distinct, printable column names were expected, got {columns}")
+    return pd.DataFrame({column: _tidy_column(frame[column], f"frames[{name!r}][{column!r}]") for column in columns})
+
+
+def _tidy_column(values: pd.Series, where: str) -> pd.Series:
+    values = values.reset_index(drop=True)
+    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "biuf":
+        return values
+    if values.isna().any():
+        raise ReflowlensError(f"{where}: a value is missing; write '' for text there is none of, NaN in a float column")
+    kind = pd.api.types.infer_dtype(values)
+    if isinstance(values.dtype, pd.CategoricalDtype) or kind not in ("string", "empty"):
+        raise ReflowlensError(f"{where} holds {kind}: whole numbers, floats, booleans or text were expected")
+    return values.astype(str)
+
+
+def _check_file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ReflowlensError(f"{name!r} is used as a file name: letters, digits, '_' and '-' were expected")
+    return name
+
+
+def _json_value(value: Any, where: str) -> Any:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ReflowlensError(f"{where}: a value that JSON can hold was expected, got {value!r} ({error})") from None
+
+
+def _finite_floats(values: Mapping[str, float], where: str) -> dict[str, float]:
+    numbers = {name: float(value) for name, value in values.items()}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ReflowlensError(
+                f"{where}[{name!r}] is {number}: leave out what could not be computed, and say why in the notes"
+            )
+    return numbers
+
+
+def _interval(ends: tuple[float, float], metric: str) -> Interval:
+    interval = Interval(*(float(end) for end in ends))
+    if not (math.isfinite(interval.low) and math.isfinite(interval.high) and interval.low <= interval.high):
+        raise ReflowlensError(
+            f"intervals[{metric!r}]: finite ends with low ≤ high were expected, got {tuple(interval)}"
+        )
+    return interval

@@ -1,0 +1,294 @@
+"""What single units do over a long text, counted as it streams by: memory is a few numbers a unit, however long it is.
+
+A unit is a coordinate of a hook point: a neuron of BDH, of an MLP, a signal of reFlow. An *event* is a position where
+it is above 0; of units that can be negative the positive part is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from analyses.measures.sparsity import gini, hoyer, participation_ratio
+from reflowlens.collection import first_unneeded_block
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
+
+SHARES = (0.01, 0.1)  # thresholds, as shares of a unit's 99.9th percentile
+PERCENTILE = 99.9
+SPARSITY = ("gini", "hoyer", "participation")
+_TAIL = 1 - PERCENTILE / 100
+STRETCHES = 128  # into which the text is divided for intervals: memory is so many counts a unit, however long it is
+_AT_ONCE = 2**22  # entries of a point, 16 MB: memory of larger ones is handed back and asked for anew each time
+_EVERY = 17  # positions of which one is taken for sparsity, which has to sort: no divisor of a usual row
+
+
+@dataclass(frozen=True, eq=False)
+class UnitCounts:
+    """Counts of one hook point over ``n`` positions, by unit; its axes behind the position are flattened to units.
+
+    Args:
+        unit_shape: those axes: ``events.reshape(unit_shape)`` has them again.
+        events: positions above 0.
+        total, square: sums over positions of the positive part and of its square.
+        largest, where: its largest value and the position in the text read row after row, of equal ones the first.
+        percentile: the 99.9th over all positions, zeros included, interpolated as ``numpy.percentile`` does.
+        above: positions above each of ``SHARES`` times the percentile.
+        row_rates: of each row of the text, the mean firing rate of the units.
+        active: how many units fire at a position, summed over positions and squared.
+        stretch_events: events in each of at most ``STRETCHES`` runs of consecutive rows.
+        stretch_positions: how many positions each of them has.
+        sparsity: of the values of all units at a position, mean over every 17th position where one fires: ``gini``,
+            ``hoyer`` and ``participation`` (`analyses.measures.sparsity`), the last of what the units write, value times norm
+            of the write direction, NaN where they write nothing by themselves.
+    """
+
+    n: int
+    unit_shape: tuple[int, ...]
+    events: Int[Tensor, " unit"]
+    total: Float[Tensor, " unit"]
+    square: Float[Tensor, " unit"]
+    largest: Float[Tensor, " unit"]
+    where: Int[Tensor, " unit"]
+    percentile: Float[Tensor, " unit"]
+    above: Int[Tensor, "share unit"]
+    row_rates: Float[Tensor, " row"]
+    active: tuple[float, float]
+    stretch_events: Int[Tensor, "stretch unit"]
+    stretch_positions: Int[Tensor, " stretch"]
+    sparsity: dict[str, float]
+
+    @property
+    def rate(self) -> Float[Tensor, " unit"]:
+        """f, the share of positions at which a unit fires."""
+        return self.events.double() / self.n
+
+    @property
+    def selectivity(self) -> Float[Tensor, " unit"]:
+        """s = max / mean over all positions, zeros included: at most n, which one single event reaches; NaN of none."""
+        return self.largest.double() / (self.total / self.n)
+
+    @property
+    def max_over_active(self) -> Float[Tensor, " unit"]:
+        """max / mean over the events: selectivity times the firing rate; NaN of none."""
+        return self.selectivity * self.rate
+
+    @property
+    def active_mean(self) -> float:
+        """Units that fire at a position, mean over positions."""
+        return self.active[0] / self.n
+
+    @property
+    def active_cv(self) -> float:
+        """Their standard deviation over positions, in means; NaN where no unit fires."""
+        mean = self.active_mean
+        return math.sqrt(max(self.active[1] / self.n - mean**2, 0.0)) / mean if mean else math.nan
+
+
+class _Running:
+    """The sums of :class:`UnitCounts` so far."""
+
+    def __init__(self, tokens: Int[Tensor, "row pos"], write_norms: Float[Tensor, " unit"] | None) -> None:
+        # enough of the largest to interpolate the percentile
+        self.kept = math.floor(_TAIL * (tokens.numel() - 1)) + 2
+        self.write_norms = write_norms
+        self.stretch = torch.arange(len(tokens), device=tokens.device) // -(-len(tokens) // STRETCHES)  # of each row
+        self.stretch_positions = self.stretch.bincount() * tokens.shape[1]
+        self.rows = 0
+        self.measured: list[Tensor] = []
+        self.n, self.active = 0, (0.0, 0.0)
+        self.row_rates: list[Tensor] = []
+        self.shape: tuple[int, ...] = ()
+
+    def add(self, activation: Float[Tensor, "batch pos *unit"], name: str) -> None:
+        rows = activation.detach().flatten(2).float().clamp(min=0)
+        values, fires = rows.flatten(0, 1), (rows > 0).float()  # sums of floats are several times as fast as of bools
+        total, events = rows.sum(dim=1).double(), fires.sum(dim=1).long()
+        if not total.isfinite().all():
+            raise ReflowlensError(f"{name!r} holds NaN or infinite values")
+        largest, where = values.max(dim=0)
+        top = values.topk(min(self.kept, len(values)), dim=0).values
+        if not self.n:
+            self.shape = tuple(activation.shape[2:])
+            zero = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+            self.events, self.total, self.square = zero.long(), zero, zero
+            self.largest, self.where, self.top = largest, where, top
+            self.stretch_events = zero.int().repeat(len(self.stretch_positions), 1)
+        else:
+            later = largest > self.largest
+            self.where = torch.where(later, where + self.n, self.where)
+            self.largest = torch.where(later, largest, self.largest)
+            joined = torch.cat([self.top, top])
+            self.top = joined.topk(min(self.kept, len(joined)), dim=0).values
+        self.events = self.events + events.sum(dim=0)
+        self.total = self.total + total.sum(dim=0)
+        self.square = self.square + rows.square().sum(dim=1).double().sum(dim=0)
+        per_position = fires.sum(dim=2).double()
+        self.active = self.active[0] + float(per_position.sum()), self.active[1] + float(per_position.square().sum())
+        self.row_rates.append(per_position.mean(dim=1) / values.shape[1])
+        stretch = self.stretch[self.rows : self.rows + len(rows)]
+        self.stretch_events.index_add_(0, stretch, events.int())
+        self.measured.append(self._sparsity(values[-self.n % _EVERY :: _EVERY]))
+        self.rows += len(rows)
+        self.n += len(values)
+
+    def _sparsity(self, values: Float[Tensor, "pos unit"]) -> Float[Tensor, "pos measure"]:
+        """Gini, Hoyer and the participation ratio of the writes at each position where a unit fires."""
+        values = values[(values > 0).any(dim=1)].double()
+        norms = torch.nan if self.write_norms is None else self.write_norms
+        ginis = torch.from_numpy(gini(values.cpu().numpy())).to(values.device)
+        return torch.stack([ginis, hoyer(values), participation_ratio(values * norms)], dim=1)
+
+    @property
+    def mean_sparsity(self) -> dict[str, float]:
+        """NaN where no unit fires."""
+        return dict(zip(SPARSITY, torch.cat(self.measured).mean(dim=0).tolist(), strict=True))
+
+    def percentile(self) -> Float[Tensor, " unit"]:
+        """Between the two values around it, counted from the largest."""
+        place = _TAIL * (self.n - 1)
+        below, share = math.ceil(place), math.ceil(place) - place
+        lower, upper = self.top[below], self.top[max(below - 1, 0)]
+        return lower + (upper - lower) * share
+
+
+@torch.no_grad()
+def count_units(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    points: Sequence[str],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, UnitCounts]:
+    """Count the units of some hook points over a text, in two passes: the second counts above shares of percentiles.
+
+    Args:
+        tokens: the text, row after row; a unit sees nothing of other rows.
+        points: [batch, pos, ...], as `analyses.units.points.points_named` gives them.
+        batch_size: rows that are read at once, at most.
+
+    Raises:
+        ReflowlensError: a point does not exist, or an activation is not finite.
+
+    Example: ``count_units(model, tokens, ["blocks.0.mlp.hook_post"])["blocks.0.mlp.hook_post"].rate``
+    """
+    batch_size = _rows_at_once(model, tokens, points, batch_size)
+    running = {name: _Running(tokens, write_norms(model, name)) for name in points}
+    with _watching(model, points, lambda name, activation: running[name].add(activation, name)):
+        _read(model, tokens, points, batch_size, "counting units", progress)
+    percentiles = {name: part.percentile() for name, part in running.items()}
+    above = {name: torch.zeros(len(SHARES), len(q), dtype=torch.long) for name, q in percentiles.items()}
+
+    def count(name: str, activation: Tensor) -> None:
+        values = activation.flatten(2).flatten(0, 1)
+        for i, share in enumerate(SHARES):
+            above[name][i] += (values > (share * percentiles[name]).clamp(min=0)).float().sum(dim=0).long().cpu()
+
+    with _watching(model, points, count):
+        _read(model, tokens, points, batch_size, "above thresholds", progress)
+    return {
+        name: UnitCounts(
+            part.n,
+            part.shape,
+            part.events.cpu(),
+            part.total.cpu(),
+            part.square.cpu(),
+            part.largest.cpu(),
+            part.where.cpu(),
+            percentiles[name].cpu(),
+            above[name],
+            torch.cat(part.row_rates).cpu(),
+            part.active,
+            part.stretch_events.cpu(),
+            part.stretch_positions.cpu(),
+            part.mean_sparsity,
+        )
+        for name, part in running.items()
+    }
+
+
+def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
+    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing.
+
+    Those of BDH's product and of an MLP's neurons write, each in a direction of its own.
+    """
+    if point.endswith(".hook_xy_sparse"):
+        weight = "neurons.W_out"  # the same at every level
+    elif point.endswith(".mlp.hook_post"):
+        weight = point.replace("hook_post", "W_out")
+    else:
+        return None
+    return dict(model.named_parameters())[weight].detach().norm(dim=-1).flatten()
+
+
+@torch.no_grad()
+def firing_overlap(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[tuple[str, str], Float[Tensor, " unit"]]:
+    """Jaccard's index of the positions at which a unit fires at two points: |both| / |either|; NaN if at neither.
+
+    Args:
+        pairs: hook points with as many units; unit i of one is held against unit i of the other.
+
+    Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
+    """
+    points = list(dict.fromkeys(name for pair in pairs for name in pair))
+    batch_size = _rows_at_once(model, tokens, points, batch_size)
+    both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
+    events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
+    fires: dict[str, Tensor] = {}
+
+    def see(name: str, activation: Tensor) -> None:
+        fires[name] = (activation.flatten(2).flatten(0, 1) > 0).float()
+        events[name] = events[name] + fires[name].sum(dim=0).long()
+        if len(fires) == len(points):
+            for first, second in pairs:
+                both[first, second] = both[first, second] + (fires[first] * fires[second]).sum(dim=0).long()
+            fires.clear()
+
+    with _watching(model, points, see):
+        _read(model, tokens, points, batch_size, "comparing levels", progress)
+    shared = {pair: torch.as_tensor(both[pair]).double() for pair in pairs}
+    return {pair: (n / (events[pair[0]] + events[pair[1]] - n)).cpu() for pair, n in shared.items()}
+
+
+@contextmanager
+def _watching(model: HookedModel, points: Sequence[str], see: Any) -> Iterator[None]:
+    """Show every activation of the points to ``see(name, activation)`` when it exists: none is kept."""
+
+    def watch(name: str, activation: Tensor, hook: HookPoint) -> None:
+        see(name, activation)
+
+    with model.hooks(fwd_hooks=[(name, partial(watch, name)) for name in points]):
+        yield
+
+
+def _rows_at_once(model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], at_most: int) -> int:
+    """As many rows as keep every activation small."""
+    _, one = model.run_with_cache(tokens[:1, :1], names_filter=list(points), return_type=None)
+    largest = max(one[name].numel() for name in points) * tokens.shape[1]
+    return max(1, min(at_most, _AT_ONCE // largest))
+
+
+def _read(
+    model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], batch_size: int, what: str, show: bool
+) -> None:
+    stop = first_unneeded_block(points)
+    for rows in bar(tokens.split(batch_size), show=show, desc=what, unit="batch", leave=False):
+        model(rows, return_type=None, stop_at_layer=stop)

@@ -1,0 +1,209 @@
+"""How sparsely single units fire, and how selective they are: of any hook point, beside the untrained model.
+
+    text = Path("val.txt").read_text()
+    result = unit_statistics(rl.load_model("out/bdh_nano"), text)
+    print(unit_report(result))      # of analyses.units.terminal; or: reflowlens units out/bdh_nano --data val.txt
+
+Of BDH the claims are that about 3% of the gated neurons fire at a byte, that 40% of them fire on less than 1% of bytes,
+and that single neurons mean something. Three numbers do not mean what they seem to. An untrained BDH already fires at
+one gated neuron in four, each of two gates being open half the time. Selectivity, max / mean, is max / mean-when-active
+divided by the firing rate, so that it rises when units get rarer, whatever they fire for; and a unit that fires once in
+P positions has selectivity P, the largest there is. So everything stands beside the untrained model, units are ranked
+among those with enough events, and max / mean-when-active is told too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from analyses.controls.nulls import untrained_model
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_seed
+from analyses.statistics.tests import paired_permutation_pvalue, verdict
+from analyses.units.counts import UnitCounts, count_units
+from analyses.units.figures import unit_figures
+from analyses.units.frames import NEAR_SILENT, levels_alike, levels_frame, rates_frame, top_units
+from analyses.units.held_out import Sampling, Stream, as_stream, sampled_rows, shuffled
+from analyses.units.intervals import mean_interval, near_silent_interval
+from analyses.units.points import default_points, kind_of, points_named
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
+
+MINIMUM_EVENTS = 20
+MINIMUM_ROWS = 20
+SHOWN = ("model", "untrained", "shuffled_text")  # in figures
+PUBLISHED = {"xy_sparse_firing_rate": 0.03, "xy_sparse_near_silent": 0.40}
+
+
+def definitions(kind: str) -> dict[str, str]:
+    """What the metrics of a kind of units mean."""
+    return {
+        f"{kind}_firing_rate": "share of positions at which a unit is above 0, mean over units and levels",
+        f"{kind}_near_silent": f"share of the units that fire at less than {NEAR_SILENT:.0%} of positions",
+        f"{kind}_never": "share of the units that never fire",
+        f"{kind}_selectivity": "max / mean over all positions, median over units with at least the floor of events",
+        f"{kind}_max_over_active": "max / mean over the positions where the unit fires, median over the same units",
+    }
+
+
+@torch.no_grad()
+def unit_statistics(
+    model: HookedModel,
+    text: Stream,
+    points: str | Sequence[str] | None = None,
+    *,
+    sampling: Sampling = "windows",
+    n_batches: int = 10,
+    batch_size: int = 8,
+    context: int = 256,
+    minimum_events: int = MINIMUM_EVENTS,
+    top: int = 20,
+    controls: bool = True,
+    untrained: int = 3,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Firing rates, selectivity and the strongest contexts of units, beside an untrained model.
+
+    Args:
+        text: held-out text, or its token ids.
+        points: hook points [batch, pos, ...], or kinds as ``"xy_sparse"`` or ``"mlp_post"`` (`points_named`), one or
+            several; default x, y and their product of every level of a BDH, the MLP neurons of a transformer, the
+            readout signals of a reFlow.
+        sampling: ``"windows"``, ``n_batches * batch_size`` random ones, as published; ``"tiles"``, all of the text.
+        context: tokens of a window or tile.
+        minimum_events: positions at which a unit must fire to be ranked.
+        top: units of each kind whose strongest context is shown.
+        controls: count ``untrained``, the same architecture with fresh weights, and ``shuffled_text``,
+            the model on the same tokens in a random order, too.
+        untrained: how many untrained models; the control is their mean, and the frame ``levels`` has each.
+        quick: two batches, one untrained model.
+
+    Returns:
+        A Result with frames ``levels`` (a row a point and model), ``rates`` (the distribution over units), ``alike``
+        (of a BDH: is a unit the same at two levels, `levels_alike`) and ``top_units``, and figures ``firing``,
+        ``rates_<kind>`` and ``selectivity_<kind>``. Metrics are of each kind of units, over levels. Claim
+        ``<kind>_firing_rate``: training makes units fire less; supported if its interval lies below the untrained
+        rate and the sign-flip test of their difference over rows has p < 0.05. Intervals are of moving blocks of rows
+        (`analyses.units.intervals`).
+
+    Raises:
+        ReflowlensError: a point does not exist or has no positions, the text is shorter than a row, or ``untrained`` is
+            below 1.
+
+    Example: ``unit_statistics(model, text, sampling="tiles").frames["levels"]``
+    """
+    if controls and untrained < 1:
+        raise ReflowlensError(f"untrained must be at least 1, got {untrained}: controls=False leaves them out")
+    untrained = 1 if quick else untrained
+    points = default_points(model) if points is None else points_named(model, points)
+    stream = as_stream(model, text)
+    n_rows = (2 if quick else n_batches) * batch_size
+    tokens = sampled_rows(stream, sampling, n_rows, context, seed)
+    tokens = tokens[:n_rows] if quick else tokens
+    runs = {"model": (model, tokens)}
+    if controls:
+        for number, name in enumerate(untrained_names(untrained), start=1):
+            runs[name] = untrained_model(model, seed, number), tokens
+        mixed = shuffled(tokens.flatten(), derive_seed(seed, "unit_statistics"))
+        runs["shuffled_text"] = model, mixed.reshape(tokens.shape)
+    counts: dict[str, dict[str, UnitCounts]] = {}
+    steps = bar(runs.items(), show=progress, named=True, unit="model")
+    for name, (each, read) in steps:
+        steps.set_description(name.replace("_", " "))
+        counts[name] = count_units(each, read, points, batch_size=batch_size, progress=progress)
+    result = Result(
+        name="unit_statistics",
+        title="Unit Statistics",
+        params={
+            "points": points,
+            "sampling": sampling,
+            "positions": tokens.numel(),
+            "context": context,
+            "minimum_events": minimum_events,
+            "top": top,
+            "controls": controls,
+            "untrained": untrained,
+            "seed": seed,
+            "quick": quick,
+            "model_hash": model_hash(model),
+        },
+        frames={
+            "levels": pd.concat([levels_frame(part, name, minimum_events) for name, part in counts.items()]),
+            "rates": pd.concat([rates_frame(part, name) for name, part in counts.items()]),
+        },
+    )
+    result.frames["top_units"] = top_units(model, counts["model"], tokens, top, minimum_events, seed)
+    if not (alike := levels_alike(model, counts["model"], tokens, batch_size, progress)).empty:
+        result.frames["alike"] = alike
+    shown = {name: counts[name] for name in counts if name in SHOWN}
+    result.figures |= unit_figures(shown, kind_of, minimum_events, seed)
+    _add_metrics(result, counts, minimum_events, seed)
+    result.notes += [
+        f"{tokens.numel():,} positions in {len(tokens)} rows of {context}; position 0 of a row sees nothing before it: "
+        "a BDH's y, and with it xy, is silent there",
+        "intervals draw runs of consecutive rows; windows that overlap are not independent, tiles nearly so",
+    ]
+    return result
+
+
+def _add_metrics(result: Result, counts: dict[str, dict[str, UnitCounts]], minimum_events: int, seed: int) -> None:
+    """Metrics of each kind of units over its levels, with the untrained model's and the verdict of the firing rate."""
+    for kind in dict.fromkeys(map(kind_of, counts["model"])):
+        parts = {name: [p for point, p in each.items() if kind_of(point) == kind] for name, each in counts.items()}
+        values = {name: headline(each, kind, minimum_events) for name, each in parts.items()}
+        metric = f"{kind}_firing_rate"
+        result.metrics |= values["model"]
+        result.definitions |= definitions(kind)
+        result.published |= {name: value for name, value in PUBLISHED.items() if name in values["model"]}
+        per_row = {name: torch.stack([p.row_rates for p in each]).mean(dim=0).numpy() for name, each in parts.items()}
+        rows = per_row["model"]
+        fresh = [name for name in values if name.startswith("untrained")]
+        if len(rows) > 1:
+            result.intervals[metric] = mean_interval(rows, seed)
+            result.intervals[f"{kind}_near_silent"] = near_silent_interval(parts["model"], NEAR_SILENT, seed)
+        for name in values["model"]:
+            beside: dict[str, float] = {}
+            if ours := [values[each][name] for each in fresh if name in values[each]]:
+                beside["untrained"] = float(np.mean(ours))
+            if name in values.get("shuffled_text", {}):
+                beside["shuffled_text"] = values["shuffled_text"][name]
+            if beside:
+                result.controls[name] = beside
+        if len(rows) > 1 and fresh:
+            p = paired_permutation_pvalue(np.mean([per_row[each] for each in fresh], axis=0) - rows, seed=seed)
+            low, high = result.intervals[metric]
+            control = result.controls[metric]["untrained"]
+            result.verdicts[metric] = verdict((-high, -low), -control, p, minimum_units=MINIMUM_ROWS, units=len(rows))
+
+
+def headline(parts: list[UnitCounts], kind: str, minimum_events: int) -> dict[str, float]:
+    """The metrics of a kind of units over its levels; selectivity only where a unit has enough events."""
+    rate = torch.cat([part.rate for part in parts])
+    ranked = torch.cat([part.events for part in parts]) >= minimum_events
+    found: dict[str, Any] = {
+        f"{kind}_firing_rate": rate.mean(),
+        f"{kind}_near_silent": (rate < NEAR_SILENT).double().mean(),
+        f"{kind}_never": (rate == 0).double().mean(),
+    }
+    if ranked.any():
+        found[f"{kind}_selectivity"] = torch.cat([part.selectivity for part in parts])[ranked].median()
+        found[f"{kind}_max_over_active"] = torch.cat([part.max_over_active for part in parts])[ranked].median()
+    return {name: float(value) for name, value in found.items()}
+
+
+def untrained_names(n: int) -> list[str]:
+    """What the untrained models are called: the first without a number.
+
+    >>> untrained_names(3)
+    ['untrained', 'untrained 2', 'untrained 3']
+    """
+    return ["untrained", *(f"untrained {i}" for i in range(2, n + 1))]
