@@ -21,7 +21,7 @@ CONTROL = "D. Control and steering"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: the function `name` of the module `analyses.<name>`, and what a report says of it."""
+    """One experiment: the function `name` of `analyses.experiments.<name>`, and what a report says of it."""
 
     number: int
     name: str
@@ -31,7 +31,7 @@ class Experiment:
 
     def load(self) -> Callable[..., Result]:
         """The function, imported now: called as `function(model, seed=, quick=, progress=)` it returns a `Result`."""
-        return getattr(importlib.import_module(f"analyses.{self.name}"), self.name)
+        return getattr(importlib.import_module(f"analyses.experiments.{self.name}"), self.name)
 
 
 _LISTED = (

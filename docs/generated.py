@@ -79,7 +79,7 @@ def _fixed_parts(text: ast.expr) -> list[str]:
 
 def metric_definitions(name: str) -> dict[str, str]:
     """What an experiment says of its metrics, with its arguments at their defaults."""
-    module = importlib.import_module(f"analyses.{name}")
+    module = importlib.import_module(f"analyses.experiments.{name}.experiment")
     if hasattr(module, "definitions"):
         return module.definitions(*_defaults(module, name))
     found = dict(module.DEFINITIONS)
@@ -115,11 +115,12 @@ def metrics_table() -> str:
 def verdict_rules() -> str:
     """The docstrings of the functions that judge, by module: the rule as it stands beside the claim."""
     lines = []
-    for path in sorted((ROOT / "analyses").glob("*.py")):
+    for path in sorted((ROOT / "analyses").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.parse(path.read_text(encoding="utf8")).body:
             if isinstance(node, ast.FunctionDef) and re.fullmatch(r"\w*_verdicts?", node.name):
                 text = (ast.get_docstring(node) or "").split("\n\nArgs:")[0].replace("``", "`")
-                lines += [f"**`analyses.{path.stem}.{node.name}`**", "", text, ""] if text else []
+                lines += [f"**`{module}.{node.name}`**", "", text, ""] if text else []
     return "\n".join(lines)
 
 

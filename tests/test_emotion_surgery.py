@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import numpy as np
 import pandas as pd
@@ -177,10 +176,7 @@ def test_the_verdicts_follow_their_rules():
 
 
 def test_what_turns_nothing_has_no_boundary(monkeypatch):
-    module = importlib.import_module(
-        "analyses.experiments.emotion_surgery.experiment"
-    )  # analyses.experiments.emotion_surgery.experiment is the function
-    monkeypatch.setattr(module, "flip_verdict", lambda *_: "not supported")
+    monkeypatch.setattr("analyses.experiments.emotion_surgery.experiment.flip_verdict", lambda *_: "not supported")
     result = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=STRENGTHS, quick=True)
     assert "last_effective_share" in result.metrics
     assert "last_effective_share" not in result.verdicts

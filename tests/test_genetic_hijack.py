@@ -18,7 +18,7 @@ from analyses.experiments.genetic_hijack.edits import (
 from analyses.experiments.genetic_hijack.experiment import WRITTEN_DRAWS, genetic_hijack, shift_verdict, signal_verdict
 from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import sentiment_poles
-from analyses.statistics.tests import predictive_pvalue
+from analyses.statistics.pvalues import predictive_pvalue
 from reflowlens.errors import ReflowlensError
 from reflowlens.figure_table import table
 from reflowlens.models import build_model

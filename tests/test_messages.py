@@ -34,7 +34,10 @@ from reflowlens.figures import read_figure, save_figure
 from tests.tiny import random_model
 
 ANALYSES = Path(__file__).parent.parent / "analyses"
-TREES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ANALYSES.glob("*.py"))}
+TREES = {
+    ".".join(path.relative_to(ANALYSES.parent).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(ANALYSES.rglob("*.py"))
+}
 TITLES = ("title", "x_title", "y_title", "z_title")
 # Their legends are tokens, not names.
 TOKENS = {("layer_evolution", "probability")}
@@ -74,7 +77,7 @@ def shown_by_the_code():
                 for node in ast.walk(call.args[0])
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             )
-    for path in (ANALYSES / "templates").iterdir():
+    for path in (ANALYSES / "report" / "templates").iterdir():
         if path.suffix != ".json":
             yield from re.findall(r"\{\{(.+?)\}\}", path.read_text(encoding="utf-8"))
     for experiment in EXPERIMENTS.values():
@@ -106,13 +109,16 @@ def titles(tree):
 
 def modules_of(experiment):
     """The experiment's module and those of this package that it imports."""
-    tree = TREES[f"{experiment}.py"]
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    return [f"{experiment}.py", *(f"{name[9:]}.py" for name in sorted(imported) if name.startswith("analyses."))]
+    home = f"analyses.experiments.{experiment}"
+    own = home if home in TREES else f"{home}.experiment"
+    imported = {node.module for node in ast.walk(TREES[own]) if isinstance(node, ast.ImportFrom) and node.module}
+    return [own, *sorted(imported & TREES.keys())]
 
 
 @pytest.mark.parametrize("language", FOREIGN)
-@pytest.mark.parametrize("experiment", [*(experiment.name for experiment in EXPERIMENTS.values()), "crystallisation"])
+@pytest.mark.parametrize(
+    "experiment", [*(experiment.name for experiment in EXPERIMENTS.values()), "crystallisation_boundary"]
+)
 def test_every_title_in_an_experiments_code_has_a_translation(experiment, language):
     found = {text for module in modules_of(experiment) for text in titles(TREES[module])}
     assert found, "an experiment draws something"

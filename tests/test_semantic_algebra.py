@@ -19,7 +19,7 @@ from analyses.experiments.semantic_algebra.experiment import (
 )
 from analyses.experiments.semantic_algebra.measure import analogy_ranks, candidate_sets, usable_analogies
 from analyses.result.result import Result
-from analyses.statistics.tests import paired_permutation_pvalue
+from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.words.lexicon import Analogy, Lexicon, load_lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError

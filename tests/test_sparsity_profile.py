@@ -19,8 +19,8 @@ from analyses.measures.sparsity import (
     participation_ratio,
     support_size,
 )
+from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.resampling import percentile_interval, resampled_means
-from analyses.statistics.tests import bootstrap_interval
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model

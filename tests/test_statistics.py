@@ -8,18 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analyses.statistics.tests import (
-    Interval,
-    bootstrap_band,
-    bootstrap_interval,
-    holm,
-    paired_permutation_pvalue,
-    permutation_pvalue,
-    predictive_pvalue,
-    rate_band,
-    rate_interval,
-    verdict,
-)
+from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval, rate_band, rate_interval
+from analyses.statistics.pvalues import holm, paired_permutation_pvalue, permutation_pvalue, predictive_pvalue
+from analyses.statistics.verdicts import verdict
 from reflowlens.errors import ReflowlensError
 from tests.reference.holm import closed_bonferroni
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analyses.experiments.typo_resilience.experiment import CARRIERS, resilience_verdict, typo_resilience
-from analyses.statistics.tests import bootstrap_interval
+from analyses.statistics.intervals import bootstrap_interval
 from analyses.words.lexicon import Lexicon, Typo, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import Alternative, holm, predictive_pvalue, verdict
+from analyses.statistics.pvalues import Alternative, holm, predictive_pvalue
+from analyses.statistics.verdicts import verdict
 from reflowlens.errors import ReflowlensError
 from reflowlens.signals import SignalView, random_rotation, rotate, varimax_view
 

@@ -54,8 +54,8 @@ def crystallisation_boundary(results: Mapping[str, Result]) -> Result | None:
 
 
 def compared_boundaries(comparison: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Of each model in a table of `analyses.runner.comparison.compare_models` a frame as `boundaries` above, through its
-    native view; models without any boundary are left out.
+    """Of each model in a table of `analyses.compare_models` a frame as `boundaries` above, through its native view;
+    models without any boundary are left out.
 
     Example: `boundary_figure(compared_boundaries(compare_models(["reflow-nano", "untrained"], experiments=[7, 8])))`
     """

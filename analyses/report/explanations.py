@@ -127,5 +127,5 @@ def _bare(term: str) -> str:
 
 @cache
 def _texts() -> dict[str, Any]:
-    file = resources.files("analyses") / "templates" / "explanations.json"
+    file = resources.files("analyses.report") / "templates" / "explanations.json"
     return json.loads(file.read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ def read_catalogue(language: str) -> dict[str, dict[str, str]]:
     """section -> English text -> translation; of English, which needs none, empty."""
     if language == "en":
         return {}
-    file = resources.files("analyses") / "templates" / f"messages_{language}.json"
+    file = resources.files("analyses.report") / "templates" / f"messages_{language}.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -10,7 +10,7 @@ from html import escape
 from analyses.report.explanations import deciding, glossed
 from analyses.report.messages import NAMES, recognise, translate
 from analyses.result.result import Result
-from analyses.statistics.tests import Verdict
+from analyses.statistics.verdicts import Verdict
 
 COLUMNS = {
     "Metric": "metric",

@@ -35,7 +35,7 @@ from analyses.report.metric_table import (
     words,
 )
 from analyses.result.result import Result
-from analyses.statistics.tests import Verdict
+from analyses.statistics.verdicts import Verdict
 from reflowlens.files import replacing
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def write_report(
     """Write one self-contained HTML file and return its path.
 
     `results` appear in the order given. `errors`: experiment's name -> why it has no result. `model_card`: facts about
-    the model by their names for people, "name" among them (`analyses.runner.suite.model_card`). Frames are linked to their CSV
-    files where `Result.save` put them beside the report, in a folder of the experiment's name. `lang`: "en" or "zh";
-    what the catalogue (`analyses.report.messages`) does not have stays in English, and so do the saved results.
+    the model by their names for people, "name" among them (`analyses.runner.suite.model_card`). Frames are linked to
+    their CSV files where `Result.save` put them beside the report, in a folder of the experiment's name. `lang`: "en"
+    or "zh"; what the catalogue (`analyses.report.messages`) does not have stays in English, and so do the saved results.
 
     Example: `write_report([layer_evolution(model)], {}, {"name": "reflow-nano"}, "out/report.html")`
     """
@@ -318,5 +318,5 @@ def template(name: str) -> Template:
 
 def template_text(name: str) -> str:
     """A file of the report, its {{messages}} in the language of now."""
-    text = (resources.files("analyses") / "templates" / name).read_text(encoding="utf-8")
+    text = (resources.files("analyses.report") / "templates" / name).read_text(encoding="utf-8")
     return _MESSAGE.sub(lambda match: escape(translate(match[1])), text)

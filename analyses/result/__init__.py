@@ -1,0 +1,3 @@
+"""What an experiment returns, and how it is kept."""
+
+from analyses.result.result import Result as Result

@@ -24,7 +24,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.opening import file_hash
 
 _LIBRARIES = ("torch", "transformer-lens", "numpy", "pandas", "scipy", "scikit-learn", "plotly")
-_PACKAGES = Path(__file__).parent.parent
+_PACKAGES = Path(__file__).parent.parent.parent
 _SOURCES = ("analyses/**/*.py", "reflowlens/**/*.py", "reflowlens/assets/*.json", "reflowlens/assets/*/*.[bt]*")
 
 

@@ -29,7 +29,8 @@ import numpy as np
 import pandas as pd
 
 from analyses.result.spreadsheets import guarded, unguarded
-from analyses.statistics.tests import Interval, Verdict
+from analyses.statistics.intervals import Interval
+from analyses.statistics.verdicts import Verdict
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import read_figure, save_figure, save_figures, stamp
 
@@ -50,7 +51,7 @@ class Result:
     `params`: every argument, the seed and the model's hash; anything JSON can hold (tuples become lists).
     `metrics`: the headline, finite floats. One that could not be computed is absent, with a note that says why.
     `controls`: metric -> control's name -> its value. `intervals`: metric -> 95% interval. `verdicts`: metric ->
-    "supported", "not supported" or "underpowered" (`analyses.statistics.tests.verdict`). All three only of metrics above.
+    "supported", "not supported" or "underpowered" (`analyses.statistics.verdict`). All three only of metrics above.
     `published` and `definitions`: metric -> value in the reFlow documents, and the definition used here; both may also
     speak of a metric that is absent.
     `frames`, `figures`: by file-safe names. Frames are copied on the way in, numbered anew from 0.
@@ -165,8 +166,8 @@ class Result:
         """Write the result into `folder` (made if need be) and return it; `pages=False` leaves out the figures' HTML.
 
         A frame's text may be a token such as "=1+2" or "@x", which Excel and its kind compute when they open the CSV.
-        `spreadsheet=True` puts an apostrophe before text that begins so (`analyses.result.spreadsheets.guarded`); `load` takes
-        it away again, any other reader of the CSV has to.
+        `spreadsheet=True` puts an apostrophe before text that begins so (`analyses.result.spreadsheets.guarded`);
+        `load` takes it away again, any other reader of the CSV has to.
 
         An earlier result there is replaced; other files are left alone. Everything is written aside first and
         `result.json` moves in last, so that a folder that has one is complete.

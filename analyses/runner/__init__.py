@@ -1,0 +1,1 @@
+"""Running several experiments, of one model or of several."""

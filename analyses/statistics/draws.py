@@ -8,7 +8,7 @@ an experiment adds its name first, and who calls such a function twice adds what
     random_swap(view, pairs, derive_seed(own, "swap"))
 
 Two kinds of draws are shared on purpose. The untrained model is one for all experiments (`analyses.controls.nulls`), and
-bootstraps and sign flips (`analyses.statistics.tests`, `analyses.statistics.resampling`) resample units by the seed itself, the same
+bootstraps and sign flips (`intervals`, `pvalues` and `resampling` beside) resample units by the seed itself, the same
 ones for every metric over the same units: they are no controls, and no generator of this module gives their numbers.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analyses.statistics.tests import Interval
+from analyses.statistics.intervals import Interval
 from reflowlens.errors import ReflowlensError
 
 _BATCH = 50
@@ -18,7 +18,7 @@ _BATCH = 50
 def resampled_means(values: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> NDArray[np.float32]:
     """Means of every column of ``values`` [unit, column] over resamples of its rows with replacement.
 
-    What `analyses.statistics.tests.bootstrap_band` draws, but as weights times values, [resample, unit] by [unit, column], in
+    What `analyses.statistics.bootstrap_band` draws, but as weights times values, [resample, unit] by [unit, column], in
     float32: for statistics of all columns together, such as the Gini coefficient of column means, and for units so many
     that gathering every resample would be slow. Raises ReflowlensError for fewer than 2 units.
 

@@ -1,0 +1,1 @@
+"""Single units: when they fire, what they tell, and whether that is used."""

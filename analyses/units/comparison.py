@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from analyses.statistics.tests import paired_permutation_pvalue
+from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.units.counts import count_units
 from analyses.units.firing import MINIMUM_EVENTS, headline
 from analyses.units.held_out import Sampling, Stream, as_stream, sampled_rows

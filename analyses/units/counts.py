@@ -49,8 +49,8 @@ class UnitCounts:
         stretch_events: events in each of at most ``STRETCHES`` runs of consecutive rows.
         stretch_positions: how many positions each of them has.
         sparsity: of the values of all units at a position, mean over every 17th position where one fires: ``gini``,
-            ``hoyer`` and ``participation`` (`analyses.measures.sparsity`), the last of what the units write, value times norm
-            of the write direction, NaN where they write nothing by themselves.
+            ``hoyer`` and ``participation`` (`analyses.measures.sparsity`), the last of what the units write, value
+            times norm of the write direction, NaN where they write nothing by themselves.
     """
 
     n: int

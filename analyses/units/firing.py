@@ -24,7 +24,8 @@ import torch
 from analyses.controls.nulls import untrained_model
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import paired_permutation_pvalue, verdict
+from analyses.statistics.pvalues import paired_permutation_pvalue
+from analyses.statistics.verdicts import verdict
 from analyses.units.counts import UnitCounts, count_units
 from analyses.units.figures import unit_figures
 from analyses.units.frames import NEAR_SILENT, levels_alike, levels_frame, rates_frame, top_units

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from analyses.statistics.intervals import Interval
 from analyses.statistics.resampling import moving_block_weights, percentile_interval
-from analyses.statistics.tests import Interval
 from analyses.units.counts import UnitCounts
 
 _AT_ONCE = 50  # resamples

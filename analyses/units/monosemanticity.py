@@ -31,7 +31,7 @@ from tqdm import tqdm
 from analyses.controls.nulls import untrained_model
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
-from analyses.statistics.tests import bootstrap_interval, rate_interval
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.units.concepts import CONCEPTS, label_tokens
 from analyses.units.held_out import Stream, as_stream, shuffled, tiles
 from analyses.units.points import default_points, kind_of, level_of, points_named

@@ -51,7 +51,7 @@ class Shifted(NamedTuple):
     shifts: int
 
     def pvalues(self, observed: Float[Tensor, "unit concept"]) -> NDArray[np.float64]:
-        """One-sided p of each observation as one more draw (`analyses.statistics.tests.predictive_pvalue`)."""
+        """One-sided p of each observation as one more draw (`analyses.statistics.predictive_pvalue`)."""
         spread = (self.std * (1 + 1 / self.shifts) ** 0.5).clamp(min=1e-12)
         p = stats.t(self.shifts - 1).sf(((observed - self.mean) / spread).double().numpy())
         return np.asarray(p, dtype=np.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from analyses.statistics.draws import derive_rng
-from analyses.statistics.tests import permutation_pvalue
+from analyses.statistics.pvalues import permutation_pvalue
 from analyses.units.concepts import CONCEPTS
 from reflowlens.models.base import HookedModel
 

@@ -1,4 +1,4 @@
-"""Ranks of analogies' answers by plain loops over candidates: the oracle of `analyses.experiments.semantic_algebra.experiment`."""
+"""Ranks of analogies' answers by plain loops over candidates: the oracle of `analyses.semantic_algebra`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from analyses.experiments.basis_geometry.spectra import random_subspace
 from analyses.measures.lens import residual_points, residual_stack
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import predictive_pvalue
+from analyses.statistics.pvalues import predictive_pvalue
 from reflowlens.models.base import HookedModel
 
 _TEXTS = 8  # a time: the residuals of every point and position are held

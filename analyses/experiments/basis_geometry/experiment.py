@@ -42,7 +42,9 @@ from analyses.measures.knockout import real_tokens
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import Verdict, bootstrap_interval, holm, predictive_pvalue, verdict
+from analyses.statistics.intervals import bootstrap_interval
+from analyses.statistics.pvalues import holm, predictive_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel

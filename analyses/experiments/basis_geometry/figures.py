@@ -14,7 +14,8 @@ from analyses.experiments.basis_geometry.alignment import Alignment
 from analyses.experiments.basis_geometry.coherence import CENTRES, Coherence, cosine_matrix
 from analyses.experiments.basis_geometry.spectra import Spectrum
 from analyses.measures.knockout import codebook_texts
-from analyses.statistics.tests import bootstrap_band, holm
+from analyses.statistics.intervals import bootstrap_band
+from analyses.statistics.pvalues import holm
 from reflowlens.figures import heatmap, line_with_band
 from reflowlens.signals import SignalView
 

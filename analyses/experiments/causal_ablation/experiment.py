@@ -36,7 +36,8 @@ from analyses.measures.lens import first_settled, lens_log_probabilities, residu
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
-from analyses.statistics.tests import Alternative, bootstrap_band, bootstrap_interval
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
+from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations

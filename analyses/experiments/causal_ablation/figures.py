@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.statistics.tests import bootstrap_interval
+from analyses.statistics.intervals import bootstrap_interval
 from reflowlens.figure_style import COUNTS_ON_A_LOGARITHM
 from reflowlens.figures import bars, histogram_with_control, line_with_band
 

@@ -32,7 +32,9 @@ from analyses.measures.steering import Critical, Injections, critical_strength, 
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
-from analyses.statistics.tests import Verdict, bootstrap_interval, paired_permutation_pvalue, rate_interval, verdict
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import paired_permutation_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import listed
 from reflowlens.errors import ReflowlensError

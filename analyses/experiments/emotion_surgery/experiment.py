@@ -41,14 +41,9 @@ from analyses.measures.steering import Where, random_directions, rms
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import (
-    SIGNIFICANCE,
-    Verdict,
-    bootstrap_interval,
-    permutation_pvalue,
-    rate_interval,
-    verdict,
-)
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import permutation_pvalue
+from analyses.statistics.verdicts import SIGNIFICANCE, Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import listed
 from reflowlens.errors import ReflowlensError

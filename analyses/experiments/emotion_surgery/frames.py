@@ -1,4 +1,4 @@
-"""The tables of `analyses.experiments.emotion_surgery.experiment`: what steering does at every layer and strength, and at equal cost."""
+"""The tables of `analyses.emotion_surgery`: what steering does at every layer and strength, and at equal cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from analyses.experiments.emotion_surgery.carriers import Carriers, Steered, Ste
 from analyses.measures.damage import Damage
 from analyses.measures.sentiment import text_valence
 from analyses.measures.steering import Where, steer
-from analyses.statistics.tests import holm, permutation_pvalue, rate_band
+from analyses.statistics.intervals import rate_band
+from analyses.statistics.pvalues import holm, permutation_pvalue
 from reflowlens.interventions.apply import intervene
 from reflowlens.models.base import HookedModel
 

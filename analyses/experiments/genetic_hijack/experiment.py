@@ -39,7 +39,9 @@ from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import Poles, sentiment_poles
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import Verdict, bootstrap_interval, holm, predictive_pvalue, verdict
+from analyses.statistics.intervals import bootstrap_interval
+from analyses.statistics.pvalues import holm, predictive_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import listed
 from reflowlens.checkpoints import model_hash

@@ -1,4 +1,4 @@
-"""The tables of `analyses.experiments.genetic_hijack.experiment`: its edits, what carriers become under them, and single signals."""
+"""The tables of `analyses.genetic_hijack`: its edits, what carriers become under them, and single signals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from analyses.controls.bases import random_rotations
 from analyses.experiments.genetic_hijack.edits import RecipeEdits, replacements, strongest_signal
 from analyses.experiments.genetic_hijack.measure import Outcome, Probe, Written
 from analyses.measures.sentiment import Poles
-from analyses.statistics.tests import bootstrap_band
+from analyses.statistics.intervals import bootstrap_band
 from reflowlens.models.reflow_topk import ReFlowTopK
 from reflowlens.signals import SignalView, rotate
 

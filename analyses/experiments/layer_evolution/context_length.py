@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from analyses.measures.lens import first_settled, residual_stack
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
-from analyses.statistics.tests import bootstrap_interval, paired_permutation_pvalue, verdict
+from analyses.statistics.intervals import bootstrap_interval
+from analyses.statistics.pvalues import paired_permutation_pvalue
+from analyses.statistics.verdicts import verdict
 from analyses.words.lexicon import Lexicon
 from reflowlens.figures import line_with_band
 from reflowlens.signals import SignalView
@@ -44,7 +46,7 @@ def add_context_length(result: Result, view: SignalView, untrained: SignalView, 
     Claim: a long clause settles predictions later, more than as many words in no order do. Supported if the interval of
     the delay lies above those of ``shuffled_clause`` and ``untrained``, and the sign-flip tests of its difference from
     either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger 1982);
-    underpowered with fewer than 20 prompts (`analyses.statistics.tests.verdict`).
+    underpowered with fewer than 20 prompts (`analyses.statistics.verdict`).
 
     Without two pairs of a sentence and its clause that fit into the model's context it only says so in a note.
 

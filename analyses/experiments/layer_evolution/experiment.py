@@ -33,14 +33,9 @@ from analyses.measures.lens import (
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
-from analyses.statistics.tests import (
-    Verdict,
-    bootstrap_band,
-    bootstrap_interval,
-    paired_permutation_pvalue,
-    rate_band,
-    rate_interval,
-)
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval, rate_band, rate_interval
+from analyses.statistics.pvalues import paired_permutation_pvalue
+from analyses.statistics.verdicts import Verdict
 from analyses.words.lexicon import FactualPrompt, Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import heatmap, histogram_with_control, line_with_band

@@ -53,7 +53,9 @@ from analyses.measures.neighbors import word_tokens
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng, derive_seed
-from analyses.statistics.tests import Verdict, bootstrap_interval, holm, permutation_pvalue, rate_interval, verdict
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import holm, permutation_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import LabelledWords, frequency_matched, labelled_words
 from reflowlens.errors import ReflowlensError

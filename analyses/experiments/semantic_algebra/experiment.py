@@ -31,7 +31,8 @@ from analyses.measures.neighbors import shuffle_columns
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng, derive_seed
-from analyses.statistics.tests import Verdict, bootstrap_interval, rate_band, verdict
+from analyses.statistics.intervals import bootstrap_interval, rate_band
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
 from reflowlens.figures import bars, dots
 from reflowlens.models.base import HookedModel
@@ -85,9 +86,9 @@ def semantic_algebra(
     Returns:
         A Result. Headline: ``accuracy_at_1``, ``accuracy_at_5``, ``mean_reciprocal_rank`` of R, and with ``_E`` of E;
         ``recipe_minus_E``; ``rank_queen``, ``rank_ran`` and ``rank_Beijing``.
-        Frames: ``quadruples`` (a row a question, space and kind of weights; a column a ranking of
-        `analyses.experiments.semantic_algebra.measure.RANKINGS`), ``published`` (the same of published ones), ``overall`` (a row a space and
-        series: the rankings, then ``add`` with other weights), ``sections`` (a row a relation and series).
+        Frames: ``quadruples`` (a row a question, space and kind of weights; a column a ranking of ``RANKINGS``),
+        ``published`` (the same of published ones), ``overall`` (a row a space and series: the rankings, then ``add``
+        with other weights), ``sections`` (a row a relation and series).
 
     Raises:
         ReflowlensError: fewer than 10 questions consist of single tokens of the model's tokenizer.

@@ -38,15 +38,9 @@ from analyses.experiments.semantic_galaxy.clusters import (
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import (
-    Verdict,
-    bootstrap_band,
-    bootstrap_interval,
-    holm,
-    permutation_pvalue,
-    rate_interval,
-    verdict,
-)
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import holm, permutation_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import LabelledWords, labelled_words
 from reflowlens.errors import ReflowlensError

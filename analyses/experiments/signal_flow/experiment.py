@@ -3,7 +3,8 @@
 A signal contributes a_s R_target,s to the target's logit, at any depth, and all of them sum to the logit that the lens
 reads there. The k largest are the *leading* signals: how much of the logit they hold, whether the next layer has the
 same ones, and since when the final ones have led says how a prediction is put together. What a layer changes is split
-into its attention, head by head, and its MLP, with the final norm's divisor frozen (`analyses.experiments.signal_flow.contributions`).
+into its attention, head by head, and its MLP, with the final norm's divisor frozen
+(`contributions.py` beside).
 
 That the contributions sum to the logit is arithmetic, true of every basis, and ships as ``sum_error``. A statement
 about leading signals is one about a basis: ``rotated_basis``, the same in random rotations of it, is its floor,
@@ -43,7 +44,8 @@ from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
-from analyses.statistics.tests import Alternative, bootstrap_band, bootstrap_interval
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
+from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel

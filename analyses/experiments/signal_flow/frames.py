@@ -25,7 +25,7 @@ from reflowlens.signals import SignalView
 def detail_frames(
     view: SignalView, prompt: str, target: str | None, position: int, signal: int | None, k: int
 ) -> dict[str, pd.DataFrame]:
-    """The frames ``signals``, ``tracks``, ``changes`` and ``positions`` of :func:`analyses.experiments.signal_flow.experiment`.
+    """The frames ``signals``, ``tracks``, ``changes`` and ``positions`` of `analyses.signal_flow`.
 
     Raises:
         ReflowlensError: the prompt has no such position, or the view no such signal.

@@ -34,8 +34,9 @@ from analyses.measures.sparsity import Rule, active_signals, check_rule, gini
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
+from analyses.statistics.intervals import Interval, bootstrap_interval
+from analyses.statistics.pvalues import Alternative
 from analyses.statistics.resampling import percentile_interval, resampled_means
-from analyses.statistics.tests import Alternative, Interval, bootstrap_interval
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of

@@ -31,16 +31,9 @@ from analyses.measures.lens import first_settled, residual_points
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.tests import (
-    Interval,
-    Verdict,
-    bootstrap_band,
-    bootstrap_interval,
-    holm,
-    paired_permutation_pvalue,
-    rate_interval,
-    verdict,
-)
+from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import holm, paired_permutation_pvalue
+from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import TYPO_KINDS, Lexicon, Typo, load_lexicon
 from analyses.words.tokens import listed
 from reflowlens.errors import ReflowlensError
