@@ -24,9 +24,9 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from reflowlens.figure_type import Figure
-from reflowlens.figures import save_figures
-from reflowlens.files import replacing
+from reflowlens.figures.builders import save_figures
+from reflowlens.figures.figure import Figure
+from reflowlens.storage.atomic import replacing
 
 FOLDER = Path(__file__).parent
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))

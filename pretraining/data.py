@@ -43,8 +43,8 @@ from pretraining.token_files import (
     read_manifest,
 )
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import sole_writer
-from reflowlens.tokenizers import END_OF_TEXT, get_tokenizer
+from reflowlens.storage.atomic import sole_writer
+from reflowlens.tokenizers.ranks import END_OF_TEXT, get_tokenizer
 
 __all__ = [
     "Manifest",

@@ -29,10 +29,10 @@ from pretraining.state import writing
 from pretraining.stopping import stop_requests
 from reflowlens.checkpoints import load_model, model_hash, read_manifest, save_model
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import sole_writer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import IGNORE
 from reflowlens.progress import bar
+from reflowlens.storage.atomic import sole_writer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pretraining.distributed import Processes
 from pretraining.machine import processor
 from pretraining.state import writing
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
+from reflowlens.storage.atomic import replacing
 
 METRICS = "metrics.jsonl"
 Field = TypeVar("Field")

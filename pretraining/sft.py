@@ -31,8 +31,8 @@ from pretraining.chat import ChatTemplate, Message, Part, end_token
 from pretraining.readers import TEXT_ENCODING
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.opening import file_hash
-from reflowlens.tokenizers import Tokenizer
+from reflowlens.storage.opening import file_hash
+from reflowlens.tokenizers.ranks import Tokenizer
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 

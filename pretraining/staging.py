@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pretraining.token_files import MANIFEST_NAME, SPLITS, Manifest, Shard, open_tokens, read_manifest
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
+from reflowlens.storage.atomic import replacing
 
 _PROGRESS_NAME = "progress.json"  # a manifest too: its counts are those of the tokens that are safe on the disk
 

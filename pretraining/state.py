@@ -19,8 +19,8 @@ from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
 from reflowlens.checkpoints import MANIFEST, WEIGHTS, is_as_written, leftovers, save_model, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
 from reflowlens.models.base import HookedModel
+from reflowlens.storage.atomic import replacing
 
 STATE = "training_state.safetensors"
 

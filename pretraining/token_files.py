@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.opening import file_hash
+from reflowlens.storage.opening import file_hash
 
 FORMAT_VERSION = 2  # version 1 knew one file a split and no revisions; it is read as well
 MANIFEST_NAME = "manifest.json"

@@ -47,10 +47,10 @@ from pretraining.state import (
 from pretraining.stopping import StopRequests, stop_requests
 from pretraining.token_files import SPLITS, TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import sole_writer
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
+from reflowlens.storage.atomic import sole_writer
 
 
 def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = None) -> Path:

@@ -14,48 +14,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reflowlens import metrics as metrics
-    from reflowlens.attention_view import show_attention as show_attention
-    from reflowlens.cache import ActivationCache as ActivationCache
+    from reflowlens.ablations.readout import ablate_progressively as ablate_progressively
+    from reflowlens.ablations.readout import ablate_readout as ablate_readout
+    from reflowlens.ablations.upstream import ablate_upstream as ablate_upstream
+    from reflowlens.activations.cache import ActivationCache as ActivationCache
+    from reflowlens.activations.collect import Collected as Collected
+    from reflowlens.activations.collect import collect as collect
     from reflowlens.checkpoints import list_models as list_models
     from reflowlens.checkpoints import load_model as load_model
     from reflowlens.checkpoints import model_hash as model_hash
     from reflowlens.checkpoints import save_model as save_model
-    from reflowlens.collection import Collected as Collected
-    from reflowlens.collection import collect as collect
+    from reflowlens.circuits.circuits import completeness as completeness
+    from reflowlens.circuits.circuits import faithfulness as faithfulness
+    from reflowlens.circuits.circuits import grow_circuit as grow_circuit
+    from reflowlens.circuits.edges import edge_attribution as edge_attribution
+    from reflowlens.circuits.graph import Graph as Graph
+    from reflowlens.circuits.path_patching import exact_edges as exact_edges
+    from reflowlens.circuits.path_patching import path_patch as path_patch
+    from reflowlens.circuits.screening import agreement as agreement
+    from reflowlens.circuits.screening import screen as screen
     from reflowlens.config import PRESETS as PRESETS
     from reflowlens.config import ModelConfig as ModelConfig
     from reflowlens.errors import ReflowlensError as ReflowlensError
     from reflowlens.generation import generate as generate
     from reflowlens.interventions.apply import intervene as intervene
     from reflowlens.interventions.apply import run as run
-    from reflowlens.interventions.circuits import completeness as completeness
-    from reflowlens.interventions.circuits import faithfulness as faithfulness
-    from reflowlens.interventions.circuits import grow_circuit as grow_circuit
-    from reflowlens.interventions.edges import edge_attribution as edge_attribution
     from reflowlens.interventions.edit import AddWeights as AddWeights
     from reflowlens.interventions.edit import ScaleWeights as ScaleWeights
     from reflowlens.interventions.edit import SetWeights as SetWeights
     from reflowlens.interventions.edit import SwapWeights as SwapWeights
     from reflowlens.interventions.edit import edit as edit
-    from reflowlens.interventions.graph import Graph as Graph
-    from reflowlens.interventions.path_patching import exact_edges as exact_edges
-    from reflowlens.interventions.path_patching import path_patch as path_patch
-    from reflowlens.interventions.screening import agreement as agreement
-    from reflowlens.interventions.screening import screen as screen
-    from reflowlens.interventions.signal_ablation import ablate_progressively as ablate_progressively
-    from reflowlens.interventions.signal_ablation import ablate_readout as ablate_readout
-    from reflowlens.interventions.sweep import sweep as sweep
-    from reflowlens.interventions.upstream_ablation import ablate_upstream as ablate_upstream
     from reflowlens.interventions.values import Ablate as Ablate
     from reflowlens.interventions.values import Patch as Patch
     from reflowlens.interventions.values import Replace as Replace
     from reflowlens.interventions.values import Scale as Scale
     from reflowlens.interventions.values import Steer as Steer
     from reflowlens.models import build_model as build_model
+    from reflowlens.notebook.attention import show_attention as show_attention
+    from reflowlens.notebook.tokens import show_tokens as show_tokens
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
-    from reflowlens.token_view import show_tokens as show_tokens
-    from reflowlens.tokenizers import get_tokenizer as get_tokenizer
+    from reflowlens.sweeps.sweep import sweep as sweep
+    from reflowlens.tokenizers.ranks import get_tokenizer as get_tokenizer
 
 _HOMES = {
     "Ablate": "interventions.values",

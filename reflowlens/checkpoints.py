@@ -23,11 +23,11 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.file_tokenizer import OPENED, TOKENIZER, open_tokenizer
 from reflowlens.models import check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.opening import as_path, file_hash, open_safetensors, read_json, shown
+from reflowlens.storage.opening import as_path, file_hash, open_safetensors, read_json, shown
+from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
 
 FORMAT = "reflowlens-1"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"

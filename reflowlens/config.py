@@ -77,7 +77,7 @@ class ModelConfig:
         tie_word_embeddings: logits are read through the embedding; False gives the model a matrix ``unembed.W_U``.
         dropout: share of the neurons that training silences at random (``bdh`` only).
         tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
-            weights (:func:`reflowlens.tokenizers.open_tokenizer`).
+            weights (:func:`reflowlens.tokenizers.ranks.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
             ``gpt2`` draws the basis like every other matrix.
@@ -263,7 +263,7 @@ class ModelConfig:
         return [name for name, value in usual.items() if getattr(self, name) != value]
 
     def _repr_html_(self) -> str:
-        from reflowlens.html import folded, table, titled
+        from reflowlens.notebook.html import folded, table, titled
 
         every = self.to_dict()
         given = {name: every[name] for name in self._given() if name in every}

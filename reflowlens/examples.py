@@ -6,7 +6,7 @@ import lzma
 from pathlib import Path
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
+from reflowlens.storage.atomic import replacing
 
 ASSETS = Path(__file__).parent / "assets" / "examples"
 TRAIN_BYTES = 1_003_854  # of the text; the rest validates, as for the packaged bdh-nano

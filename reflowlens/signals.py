@@ -167,7 +167,7 @@ class SignalView:
 
     def _repr_html_(self) -> str:
         """The strongest signals, by the norm of their recipe column, with the tokens they speak for."""
-        from reflowlens.html import table, titled
+        from reflowlens.notebook.html import table, titled
 
         norms = torch.linalg.vector_norm(self.recipe[: self.n_tokens].float(), dim=0)
         rows = []

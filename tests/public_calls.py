@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import reflowlens as rl
+from reflowlens.activations.moments import PointStatistics, TopExamples
 from reflowlens.conversion.hf import export_hf
 from reflowlens.metrics import kl, logit_diff
-from reflowlens.running_statistics import PointStatistics, TopExamples
 
 CLEAN, CORRUPTED = "the king", "the kind"
 Call: TypeAlias = "Callable[[Any, Path], Any]"

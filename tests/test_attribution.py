@@ -16,10 +16,10 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 import reflowlens as rl
 from reflowlens import metrics
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.grids import GRIDS, make_cells
-from reflowlens.interventions.sweep import prepare_sweep
 from reflowlens.interventions.values import Intervention
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.grids import GRIDS, make_cells
+from reflowlens.sweeps.sweep import prepare_sweep
 from tests.reference.graph import Written, edge_of, everything, graph_run
 from tests.tiny import NAMES, assert_close, random_model, random_tokens
 

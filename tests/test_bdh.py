@@ -27,17 +27,17 @@ from pretraining.optimizers import make_optimizers
 from pretraining.state import resume_state, training_data
 from pretraining.token_files import open_tokens
 from pretraining.train import train
+from reflowlens.ablations.upstream import ablate_upstream
 from reflowlens.cli import main
 from reflowlens.config import ModelConfig, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import forward_flops_by_part
-from reflowlens.interventions.reading import Reader
-from reflowlens.interventions.runs import PackedRuns
-from reflowlens.interventions.sweep import prepare_sweep
-from reflowlens.interventions.upstream_ablation import ablate_upstream
 from reflowlens.interventions.values import Intervention
 from reflowlens.models import bdh, build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.reading import Reader
+from reflowlens.sweeps.runs import PackedRuns
+from reflowlens.sweeps.sweep import prepare_sweep
 from tests.reference import bdh as plain
 from tests.runs import measured, records, same_files
 from tests.test_estimate import kept_for_backward

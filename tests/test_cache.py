@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reflowlens as rl
-from reflowlens.cache import ActivationCache
+from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import KeyValueCache

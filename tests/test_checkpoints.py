@@ -36,8 +36,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.opening import file_hash
-from reflowlens.tensor_folder import open_tensors, save_tensors
+from reflowlens.storage.opening import file_hash
+from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 from tests.tiny import CONFIGS, random_model, random_tokens
 
 

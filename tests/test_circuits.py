@@ -15,10 +15,10 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 
 import reflowlens as rl
 from reflowlens import metrics
+from reflowlens.circuits.circuits import Match, greedy_edges, matched_circuits
+from reflowlens.circuits.graph import Edge, Graph
+from reflowlens.circuits.runs import Ablation, CircuitRuns, mask_of
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.circuit_runs import Ablation, CircuitRuns, mask_of
-from reflowlens.interventions.circuits import Match, greedy_edges, matched_circuits
-from reflowlens.interventions.graph import Edge, Graph
 from reflowlens.models.base import HookedModel
 from tests.reference.graph import Written, edge_of, everything, graph_run
 from tests.tiny import assert_close, random_tokens

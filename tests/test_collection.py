@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reflowlens as rl
-from reflowlens import collection
+from reflowlens.activations import collect as collection
+from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.running_statistics import Moments, PointStatistics, TopExamples
 from tests.tiny import random_model, random_tokens
 
 TEXTS = ["The king of France", "A stone", "Water runs down", "x", "Of all the days"]

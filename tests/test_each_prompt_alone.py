@@ -14,7 +14,7 @@ import reflowlens as rl
 from analyses.experiments.signal_flow.contributions import component_outputs
 from analyses.measures.damage import NeutralTexts
 from analyses.measures.lens import residual_stack
-from reflowlens.interventions.circuits import CircuitScore
+from reflowlens.circuits.circuits import CircuitScore
 from reflowlens.models.base import HookedModel
 from tests.test_bdh import random_bdh
 

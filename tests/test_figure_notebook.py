@@ -8,11 +8,11 @@ import pandas as pd
 import plotly.io as pio
 import pytest
 
-from reflowlens import browser
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_notebook import add_renderer
-from reflowlens.figure_type import Figure
-from reflowlens.figures import line_with_band
+from reflowlens.figures import browser
+from reflowlens.figures.builders import line_with_band
+from reflowlens.figures.figure import Figure
+from reflowlens.figures.notebook import add_renderer
 
 PLOTLY = "application/vnd.plotly.v1+json"
 

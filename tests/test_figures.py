@@ -11,8 +11,8 @@ import plotly.io as pio
 import pytest
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_style import CONTROL_GREYS, INK, PALETTE, label, register_template
-from reflowlens.figures import bars, dots, heatmap, histogram_with_control, line_with_band, save_figure
+from reflowlens.figures.builders import bars, dots, heatmap, histogram_with_control, line_with_band, save_figure
+from reflowlens.figures.style import CONTROL_GREYS, INK, PALETTE, label, register_template
 
 
 def curves():
@@ -32,7 +32,7 @@ def contrast(one, other):
 
 
 def test_importing_the_module_does_not_import_plotly():
-    code = "import sys, reflowlens.figures; sys.exit('plotly' in sys.modules)"
+    code = "import sys, reflowlens.figures.builders; sys.exit('plotly' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

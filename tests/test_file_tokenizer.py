@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.conversion.hf_tokenizer import packaged_json
 from reflowlens.errors import ReflowlensError
-from reflowlens.file_tokenizer import OPENED, FileTokenizer, open_tokenizer
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import KeyValueCache
-from reflowlens.tokenizers import get_tokenizer
+from reflowlens.tokenizers.file import OPENED, FileTokenizer, open_tokenizer
+from reflowlens.tokenizers.ranks import get_tokenizer
 from tests.test_tokenizers import TEXT
 from tests.tiny import random_model, tiny_config
 

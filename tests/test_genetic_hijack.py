@@ -20,7 +20,7 @@ from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import sentiment_poles
 from analyses.statistics.pvalues import predictive_pvalue
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_table import table
+from reflowlens.figures.table import table
 from reflowlens.models import build_model
 from reflowlens.signals import random_rotation, rotate
 from tests.planted import empty_model, feeling_lexicon, feeling_model, of_architecture

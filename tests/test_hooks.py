@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.cache import ActivationCache
+from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from tests.tiny import FACTORED, assert_close, bias, random_model, random_tokens

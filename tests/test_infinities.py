@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reflowlens as rl
-from reflowlens.interventions.circuits import CircuitScore
+from reflowlens.circuits.circuits import CircuitScore
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import weighted_sum
 from tests.test_bdh import random_bdh

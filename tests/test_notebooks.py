@@ -27,8 +27,8 @@ from notebooks.execute import (
     texts,
     without_traces,
 )
-from reflowlens.browser import find_browser
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures.browser import find_browser
 
 NAMES = [path.stem for path in NOTEBOOKS]
 LARGEST = 1_500_000

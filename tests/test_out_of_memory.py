@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reflowlens as rl
-from reflowlens.interventions.runs import PackedRuns
 from reflowlens.metrics import kl
 from reflowlens.models.base import HookedModel
 from reflowlens.out_of_memory import is_out_of_memory
+from reflowlens.sweeps.runs import PackedRuns
 from tests.tiny import random_model
 
 PAIR = ("the king", "the kind")

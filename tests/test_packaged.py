@@ -8,7 +8,7 @@ import torch
 import reflowlens as rl
 from analyses import load_lexicon
 from reflowlens.checkpoints import ASSETS, WEIGHTS, read_manifest
-from reflowlens.opening import file_hash
+from reflowlens.storage.opening import file_hash
 
 
 @pytest.mark.parametrize("name", rl.list_models())

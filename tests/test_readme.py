@@ -9,11 +9,11 @@ import warnings
 
 import pytest
 
-from reflowlens.browser import find_browser
 from reflowlens.cli import build_parser
 from reflowlens.config import PRESETS
 from reflowlens.errors import ReflowlensError
 from reflowlens.examples import ASSETS, write_examples
+from reflowlens.figures.browser import find_browser
 from reflowlens.models import build_model
 from tests.readme import README, blocks
 

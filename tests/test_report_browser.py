@@ -10,8 +10,8 @@ import reflowlens as rl
 from analyses.report.page import write_report
 from analyses.result.result import Result
 from analyses.runner.suite import model_card, run_suite
-from reflowlens.browser import browser_page, find_browser
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures.browser import browser_page, find_browser
 
 LANGUAGES = ("en", "zh")
 WIDTHS = (1280, 390)

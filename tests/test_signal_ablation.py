@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reflowlens as rl
+from reflowlens.ablations import closed_form as ablated_readout
+from reflowlens.ablations.closed_form import ProgressiveAblations, SingleAblations, contribution_order
+from reflowlens.ablations.upstream import Site
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions import ablated_readout
-from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations, contribution_order
-from reflowlens.interventions.stages import DecoderStages
-from reflowlens.interventions.upstream_ablation import Site
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import signal_view
+from reflowlens.sweeps.stages import DecoderStages
 from tests.tiny import FACTORED, NAMES, assert_close, random_model
 
 PROMPTS = ["The capital", "Of all the days"]

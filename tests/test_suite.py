@@ -25,8 +25,8 @@ from analyses.runner.suite import model_card, parse_selection, run_suite
 from reflowlens import checkpoints
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import sole_writer
 from reflowlens.models import build_model
+from reflowlens.storage.atomic import sole_writer
 from tests.planted import empty_model
 from tests.tiny import tiny_config
 

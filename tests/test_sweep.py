@@ -24,15 +24,15 @@ from transformer_lens import patching
 import reflowlens as rl
 from reflowlens import metrics
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions import sweep as sweep_module
-from reflowlens.interventions.grids import GRIDS, make_cells
-from reflowlens.interventions.memory import in_batches, measure_peak
-from reflowlens.interventions.reading import Reader
-from reflowlens.interventions.runs import PackedRuns, WholeRuns
-from reflowlens.interventions.suffixes import Layout
 from reflowlens.interventions.values import Intervention
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps import sweep as sweep_module
+from reflowlens.sweeps.batching import in_batches, measure_peak
+from reflowlens.sweeps.grids import GRIDS, make_cells
+from reflowlens.sweeps.reading import Reader
+from reflowlens.sweeps.runs import PackedRuns, WholeRuns
+from reflowlens.sweeps.suffixes import Layout
 from tests.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens
 
 A, B = 65, 66

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers import TOKENIZER_NAMES, get_tokenizer
+from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, get_tokenizer
 from tests.reference.bpe import ReferenceBPE
 
 VOCAB = Path(str(importlib.resources.files("reflowlens"))) / "assets/gpt2_bpe/vocab.bpe"
@@ -122,7 +122,7 @@ def test_unknown_name_lists_the_known() -> None:
 
 
 def test_the_module_imports_nothing_heavy_and_tokenizers_are_shared() -> None:
-    code = "import sys, reflowlens.tokenizers; print(sorted({'tiktoken', 'numpy', 'torch'} & set(sys.modules)))"
+    code = "import sys, reflowlens.tokenizers.ranks; print(sorted({'tiktoken', 'numpy', 'torch'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
     assert get_tokenizer("gpt2") is get_tokenizer("gpt2")

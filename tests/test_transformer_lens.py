@@ -15,7 +15,7 @@ from transformer_lens.tools.analysis import logit_lens as logit_lens_tool
 from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, FaithfulnessConfig
 from transformer_lens.tools.analysis.logit_lens import logit_readout
 
-from reflowlens.cache import ActivationCache
+from reflowlens.activations.cache import ActivationCache
 from reflowlens.models.base import HookedModel
 from tests.tiny import assert_close, bias, random_tokens
 

@@ -16,12 +16,12 @@ from transformer_lens import patching
 
 import reflowlens as rl
 from analyses.result.result import Result
-from reflowlens.browser import browser_page, find_browser
 from reflowlens.config import PRESETS, ModelConfig, RotaryScaling
 from reflowlens.errors import ReflowlensError
-from reflowlens.html import table
+from reflowlens.figures.browser import browser_page, find_browser
 from reflowlens.models.base import HookedModel
-from reflowlens.token_view import MAX_CELLS, MAX_TOKENS
+from reflowlens.notebook.html import table
+from reflowlens.notebook.tokens import MAX_CELLS, MAX_TOKENS
 from tests.tiny import CONFIGS, random_model
 
 VOID = {"input", "meta", "br", "link"}

@@ -15,8 +15,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.result.result import Result
-from reflowlens.figure_style import label
-from reflowlens.figures import dots
+from reflowlens.figures.builders import dots
+from reflowlens.figures.style import label
 
 BOUNDARY = "crystallisation_boundary"
 UNTRAINED = "untrained"

@@ -1,6 +1,6 @@
 """What a prediction owes to single signals: orders to remove them in, their controls, and curves.
 
-The removals themselves are :mod:`reflowlens.interventions.signal_ablation` and ``upstream_ablation``; a probability
+The removals themselves are :mod:`reflowlens.ablations.readout` and ``upstream_ablation``; a probability
 here is that of a token among the real ones (:func:`real_tokens`).
 """
 

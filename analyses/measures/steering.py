@@ -1,7 +1,7 @@
 """Steering: what a direction added to the residual stream does from its layer on, for many strengths at once.
 
 Prompts are read once. An injection into layer l changes nothing before l, nor at earlier positions, so each of many
-injections runs only its own positions through the blocks from l on (:mod:`reflowlens.interventions.suffixes`); the
+injections runs only its own positions through the blocks from l on (:mod:`reflowlens.sweeps.suffixes`); the
 numbers are those of one whole pass with :func:`steer` each. Layer ``n_layers`` is the end: the stream that is
 unembedded.
 
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from analyses.statistics.draws import derive_generator
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.stages import stages_of
-from reflowlens.interventions.suffixes import Layout
 from reflowlens.interventions.values import Position, Steer
 from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.sweeps.stages import stages_of
+from reflowlens.sweeps.suffixes import Layout
 
 Where: TypeAlias = "Literal['last', 'all'] | str"
 Reached: TypeAlias = "Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.bool_]]"

@@ -36,7 +36,7 @@ from analyses.report.metric_table import (
 )
 from analyses.result.result import Result
 from analyses.statistics.verdicts import Verdict
-from reflowlens.files import replacing
+from reflowlens.storage.atomic import replacing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

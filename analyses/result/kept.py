@@ -21,7 +21,7 @@ from typing import Any
 from analyses.result.result import Result
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.opening import file_hash
+from reflowlens.storage.opening import file_hash
 
 _LIBRARIES = ("torch", "transformer-lens", "numpy", "pandas", "scipy", "scikit-learn", "plotly")
 _PACKAGES = Path(__file__).parent.parent.parent

@@ -32,12 +32,12 @@ from analyses.result.spreadsheets import guarded, unguarded
 from analyses.statistics.intervals import Interval
 from analyses.statistics.verdicts import Verdict
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures import read_figure, save_figure, save_figures, stamp
+from reflowlens.figures.builders import read_figure, save_figure, save_figures, stamp
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from reflowlens.figure_export import Width
+    from reflowlens.figures.export import Width
 
 _MANIFEST = "result.json"
 _TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
@@ -143,7 +143,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """The headline for a notebook: one row a metric, its controls beside it, and the notes."""
-        from reflowlens.html import escape, table, titled
+        from reflowlens.notebook.html import escape, table, titled
 
         rows = [
             (
@@ -213,7 +213,7 @@ class Result:
         """Write every figure as `folder/NAME.FORMAT`, with one start of the browser, and return the paths.
 
         `format`: html, json, png, svg or pdf; `width`: "screen", or "one" or "two" columns of a journal. Raises
-        ReflowlensError as `reflowlens.figures.save_figure`.
+        ReflowlensError as `reflowlens.figures.builders.save_figure`.
 
         Example: `layer_evolution(model).save_figures("paper/figures", "pdf", width="one")`
         """

@@ -18,8 +18,8 @@ from analyses.report.page import figure_html, footer, plotly_script, template, t
 from analyses.result.spreadsheets import guarded
 from analyses.runner.suite import check_seed, failure_message, run_experiment
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing
 from reflowlens.progress import bar
+from reflowlens.storage.atomic import replacing
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel

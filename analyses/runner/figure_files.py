@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from analyses.result.result import Result
 from analyses.runner.suite import ERROR_FILE
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_export import Width, save_figures
+from reflowlens.figures.export import Width, save_figures
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -29,7 +29,7 @@ def export_figures(
         folder: what `run_suite` or `Result.save` has written.
         formats: of html, json, png, svg and pdf.
         out: where `EXPERIMENT-FIGURE.FORMAT` is written; default `folder/figures`.
-        width: "screen", or "one" or "two" columns of a journal (`reflowlens.figure_export.save_figure`).
+        width: "screen", or "one" or "two" columns of a journal (`reflowlens.figures.export.save_figure`).
 
     Raises ReflowlensError if there is no result, one is damaged, or there is no browser to draw with.
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from analyses.report.messages import check_language, in_language, translate
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import replacing, sole_writer
 from reflowlens.progress import bar
+from reflowlens.storage.atomic import replacing, sole_writer
 
 if TYPE_CHECKING:
     from analyses.result.result import Result

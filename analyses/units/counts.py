@@ -19,7 +19,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from analyses.measures.sparsity import gini, hoyer, participation_ratio
-from reflowlens.collection import first_unneeded_block
+from reflowlens.activations.collect import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from analyses.units.counts import UnitCounts
 from analyses.units.intervals import mean_interval
-from reflowlens.figures import histogram_with_control, line_with_band
+from reflowlens.figures.builders import histogram_with_control, line_with_band
 
 CONTROLS = ("untrained", "shuffled_text")
 

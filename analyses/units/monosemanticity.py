@@ -45,10 +45,10 @@ from analyses.units.scores import (
     token_entropy,
 )
 from analyses.units.silencing import ablate_concepts
+from reflowlens.activations.collect import first_unneeded_block
 from reflowlens.checkpoints import model_hash
-from reflowlens.collection import first_unneeded_block
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures import bars, histogram_with_control
+from reflowlens.figures.builders import bars, histogram_with_control
 from reflowlens.models.base import HookedModel
 
 MINIMUM_EVENTS = 20  # of a unit on each split, and of a concept and of its absence

@@ -17,17 +17,17 @@ from tqdm import tqdm
 from transformer_lens import patching
 from transformer_lens.patching import PatchingResult
 
+from reflowlens.ablations.readout import ablate_readout
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.checkpoints import load_model
 from reflowlens.config import ModelConfig
 from reflowlens.flops import forward_flops_by_part
-from reflowlens.interventions.signal_ablation import ablate_readout
-from reflowlens.interventions.sweep import sweep
 from reflowlens.interventions.values import Patch
 from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
+from reflowlens.sweeps.sweep import sweep
 
 _SECONDS = 60  # of a comparison, after which it takes no further round
 RIGHT, WRONG = 64, 118  # any two tokens: the cost is the same

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reflowlens.cli.arguments import Commands, add_command, add_device, add_spreadsheet
 from reflowlens.errors import ReflowlensError
-from reflowlens.files import sole_writer
+from reflowlens.storage.atomic import sole_writer
 
 DEFAULT_MODEL = "reflow-nano"
 

@@ -15,7 +15,7 @@ from reflowlens.checkpoints import MANIFEST, WEIGHTS, check_replaceable, save_mo
 from reflowlens.conversion.hf import CONFIG, export_hf, import_hf, weight_files
 from reflowlens.conversion.nanogpt import import_nanogpt
 from reflowlens.errors import ReflowlensError
-from reflowlens.opening import as_path, file_hash
+from reflowlens.storage.opening import as_path, file_hash
 
 __all__ = ["export_hf", "import_hf", "import_model", "import_nanogpt"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.file_tokenizer import TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
-from reflowlens.tokenizers import (
+from reflowlens.tokenizers.file import TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
+from reflowlens.tokenizers.ranks import (
     END_OF_TEXT,
     TOKENIZER_NAMES,
     Tokenizer,

@@ -14,7 +14,7 @@ from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import check_memory, parameter_shapes
 from reflowlens.models.components import is_bias
-from reflowlens.opening import shown
+from reflowlens.storage.opening import shown
 
 Reader: TypeAlias = "Callable[[], Tensor]"
 SAME, TRANSPOSED, VECTOR = "rows columns -> rows columns", "rows columns -> columns rows", "width -> width"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.opening import shown
+from reflowlens.storage.opening import shown
 
 _WRAPPERS = r"^(?:_orig_mod\.|module\.|model\.|transformer\.)+"  # torch.compile's, DDP's and nanoGPT's own
 _KIND = r"(?:\.(?P<kind>weight|bias|scale|gamma|g|w))?$"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from reflowlens.opening import holds_file, shown
+from reflowlens.storage.opening import holds_file, shown
 
 METRICS, RUN, INDEX = "metrics.jsonl", "run.json", "model.safetensors.index.json"
 _WINDOWS, _LAST = 12, 50

@@ -26,7 +26,7 @@ from reflowlens.inspection.folders import (
 )
 from reflowlens.inspection.report import Inspection
 from reflowlens.inspection.tensors import comparison, differences_frame, of_weights
-from reflowlens.opening import as_path, file_hash, shown
+from reflowlens.storage.opening import as_path, file_hash, shown
 
 
 def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Inspection:

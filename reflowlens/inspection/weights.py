@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.opening import open_safetensors
+from reflowlens.storage.opening import open_safetensors
 
 LARGEST_HEADER = 100_000_000  # bytes of a safetensors header, by the format
 CHUNK = 1 << 22  # numbers held at a time, as float64: 32 MiB

@@ -31,7 +31,7 @@ from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import read_before
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
-from reflowlens.tokenizers import Tokenizer, get_tokenizer
+from reflowlens.tokenizers.ranks import Tokenizer, get_tokenizer
 
 TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
 NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
@@ -422,13 +422,13 @@ class HookedModel(HookedRootModule):
             remove_batch_dim, reset_hooks_end, clear_contexts: as in TransformerLens.
 
         Returns:
-            What the model returns, and an :class:`reflowlens.cache.ActivationCache`.
+            What the model returns, and an :class:`reflowlens.activations.cache.ActivationCache`.
 
         Raises:
             ReflowlensError: a point does not exist or was not reached, ``pos_slice`` selects nothing,
                 ``remove_batch_dim`` with several prompts, or the memory does not hold what is kept.
         """
-        from reflowlens.cache import ActivationCache
+        from reflowlens.activations.cache import ActivationCache
 
         if args:
             args = (read_once(args[0]), *args[1:])
@@ -480,7 +480,7 @@ class HookedModel(HookedRootModule):
         return f"{type(self).__name__}({cfg.model_name or cfg.architecture}: {sizes})"
 
     def _repr_html_(self) -> str:
-        from reflowlens.html import folded, table, titled
+        from reflowlens.notebook.html import folded, table, titled
 
         rows: dict[str, list[str]] = {}
         for name in self.hook_dict:

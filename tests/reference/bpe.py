@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding written plainly from its description: the oracle of `reflowlens.tokenizers`.
+"""GPT-2's byte-pair encoding written plainly from its description: the oracle of `reflowlens.tokenizers.ranks`.
 
 Words are found with GPT-2's own pattern; each is a list of one-character symbols, of which the neighbouring pair that
 was merged earliest in training is merged everywhere, until no pair was ever merged.

@@ -39,9 +39,9 @@ from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
+from reflowlens.ablations.closed_form import ProgressiveAblations, SingleAblations
+from reflowlens.ablations.upstream import Site, ablate_upstream
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.ablated_readout import ProgressiveAblations, SingleAblations
-from reflowlens.interventions.upstream_ablation import Site, ablate_upstream
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder

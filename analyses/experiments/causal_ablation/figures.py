@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.statistics.intervals import bootstrap_interval
-from reflowlens.figure_style import COUNTS_ON_A_LOGARITHM
-from reflowlens.figures import bars, histogram_with_control, line_with_band
+from reflowlens.figures.builders import bars, histogram_with_control, line_with_band
+from reflowlens.figures.style import COUNTS_ON_A_LOGARITHM
 
 _HOVER = ("contribution", "readout", "after_mean", "after_embed", "after_everywhere", "codebook")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reflowlens.figures import line_with_band
+from reflowlens.figures.builders import line_with_band
 
 _CONTROLS = ("untrained", "untrained_long", "random_recipe")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from reflowlens.figure_table import table
-from reflowlens.figures import heatmap, line_with_band
+from reflowlens.figures.builders import heatmap, line_with_band
+from reflowlens.figures.table import table
 
 _CONTROLS = ("shuffled_labels", "random_direction", "untrained")
 _LEAST_COST = 1e-3  # what a logarithmic axis shows of a cost at or below it

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from reflowlens.figure_table import table
-from reflowlens.figures import dots, line_with_band
+from reflowlens.figures.builders import dots, line_with_band
+from reflowlens.figures.table import table
 
 _EXAMPLES = 3  # carriers in the table
 

@@ -25,7 +25,7 @@ from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
 from analyses.words.lexicon import Lexicon
-from reflowlens.figures import line_with_band
+from reflowlens.figures.builders import line_with_band
 from reflowlens.signals import SignalView
 
 CLAUSE_WORDS = (0, 1, 2, 4, 8, 16)

@@ -34,7 +34,7 @@ from analyses.statistics.draws import derive_rng, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_band
 from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Analogy, Lexicon, load_lexicon, read_questions_words, single_token_analogies
-from reflowlens.figures import bars, dots
+from reflowlens.figures.builders import bars, dots
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, rotate, view_of
 

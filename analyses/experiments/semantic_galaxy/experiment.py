@@ -44,8 +44,8 @@ from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import LabelledWords, labelled_words
 from reflowlens.errors import ReflowlensError
-from reflowlens.figure_scatter import scatter
-from reflowlens.figures import bars, histogram_with_control
+from reflowlens.figures.builders import bars, histogram_with_control
+from reflowlens.figures.scatter import scatter
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 

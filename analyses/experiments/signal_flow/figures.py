@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.measures.lens import point_name
-from reflowlens.figures import bars, heatmap, line_with_band
+from reflowlens.figures.builders import bars, heatmap, line_with_band
 
 SHOWN = 30
 _DEPTH = "depth (blocks)"

@@ -1,0 +1,263 @@
+"""The readout with some of its signals replaced, in closed form.
+
+Logits are linear in the readout signals, ``logits = R a``, so replacing signal s moves them by ``d_s R_:s`` with
+``d = a' - a``. What that does to a prediction needs no further run of the model, whichever signals are replaced: each
+alone (:class:`SingleAblations`), or the first k of an order for each k (:class:`ProgressiveAblations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.arguments import integer
+from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import Target, target_ids
+from reflowlens.models.components import without_autocast
+from reflowlens.signals import SignalView
+from reflowlens.sweeps.batching import in_batches
+
+_BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a processor's cache
+
+
+def contribution_order(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, "prompt S"]:
+    """Signals by the size of what they add to a token's logit, ``|a_s R_target,s|``, largest first."""
+    rows = view.recipe[_target_ids(view, signals, target)]
+    return (signals * rows).abs().argsort(dim=-1, descending=True, stable=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadoutAblations:
+    """What the readout says of each prompt under several replacements of its signals, the *cells*.
+
+    A target is a token (text or id), or one for each prompt. Probabilities are over every row of the view's recipe.
+
+    Args:
+        view: whose signals.
+        signals: ``view.readout`` of each prompt's last residual stream at the position that is read.
+        replacement: what a removed signal becomes.
+    """
+
+    view: SignalView
+    signals: Float[Tensor, "prompt S"]
+    replacement: Float[Tensor, "#prompt S"] | float
+
+    @property
+    def cells(self) -> tuple[str, Sequence[int]]:
+        """What the cells are, and which."""
+        raise NotImplementedError
+
+    def logit(self, target: Target) -> Float[Tensor, "prompt cell"]:
+        """Logit of a token."""
+        raise NotImplementedError
+
+    def probability(self, target: Target) -> Float[Tensor, "prompt cell"]:
+        """Probability of a token."""
+        raise NotImplementedError
+
+    def rank(self, target: Target) -> Int[Tensor, "prompt cell"]:
+        """Rank of a token, 1 the most probable: one more than the number of tokens with a larger logit."""
+        raise NotImplementedError
+
+    def kl(self) -> Float[Tensor, "prompt cell"]:
+        """KL(before ‖ after) of the next-token distributions in nats."""
+        raise NotImplementedError
+
+    def logit_diff(self, correct: Target, wrong: Target) -> Float[Tensor, "prompt cell"]:
+        """Logit of ``correct`` minus logit of ``wrong``."""
+        return self.logit(correct) - self.logit(wrong)
+
+    def before(self) -> ProgressiveAblations:
+        """The prompts with nothing removed, as one cell."""
+        nothing = torch.empty(len(self.signals), 0, dtype=torch.long)
+        return ProgressiveAblations(self.view, self.signals, 0.0, nothing, (0,))
+
+    def frame(self, target: Target, against: Target | None = None) -> pd.DataFrame:
+        """Everything said of a target: one row a prompt and cell.
+
+        Returns:
+            Columns ``prompt``, ``signal`` or ``count``, ``logit``, ``probability``, ``rank``, ``kl``, and where
+            ``against`` names another token ``logit_diff``.
+        """
+        name, cells = self.cells
+        values = {"logit": self.logit(target), "probability": self.probability(target), "rank": self.rank(target)}
+        values["kl"] = self.kl()
+        if against is not None:
+            values["logit_diff"] = self.logit_diff(target, against)
+        index = pd.MultiIndex.from_product([range(len(self.signals)), cells], names=["prompt", name])
+        return pd.DataFrame({key: value.flatten().cpu().numpy() for key, value in values.items()}, index).reset_index()
+
+    @cached_property
+    def _replacement(self) -> Float[Tensor, "prompt S"]:
+        replacement = torch.as_tensor(self.replacement, dtype=self.signals.dtype, device=self.signals.device)
+        return replacement.expand_as(self.signals)
+
+    def _logits(self, signals: Float[Tensor, "row S"]) -> Float[Tensor, "row d_vocab"]:
+        return self.view.logits(signals)
+
+
+class SingleAblations(ReadoutAblations):
+    """Each signal replaced alone; the cells are the signals.
+
+    With p the distribution before and ``m = Rᵀ p``, the KL divergence of replacing signal s is a cumulant generating
+    function, ``log Σ_v p_v exp(d_s (R_vs - m_s))``, and ``log p'_v = log p_v + d_s (R_vs - m_s) - KL_s``.
+    """
+
+    @property
+    def cells(self) -> tuple[str, Sequence[int]]:
+        return "signal", range(self.view.n_signals)
+
+    def logit(self, target: Target) -> Float[Tensor, "prompt S"]:
+        rows = self._rows(target)
+        return (self.signals * rows).sum(dim=-1, keepdim=True) + self._change * rows
+
+    def probability(self, target: Target) -> Float[Tensor, "prompt S"]:
+        kl, mean, log_normaliser = self._divergence
+        rows = self._rows(target)
+        before = (self.signals * rows).sum(dim=-1, keepdim=True) - log_normaliser[:, None]
+        return (before + self._change * (rows - mean) - kl).exp()
+
+    def kl(self) -> Float[Tensor, "prompt S"]:
+        return self._divergence[0]
+
+    @torch.no_grad()
+    def rank(self, target: Target) -> Int[Tensor, "prompt S"]:
+        ranks = []
+        for a, d, token in zip(self.signals, self._change, _target_ids(self.view, self.signals, target), strict=True):
+            before = self._logits(a[None])[0]
+            larger = torch.ones_like(d, dtype=torch.long)
+            for recipe, ahead in self._pieces(before - before[token]):  # all logits relative to the token's
+                larger += (torch.addcmul(ahead[:, None], recipe - self.view.recipe[token], d) > 0).sum(dim=0)
+            ranks.append(larger)
+        return torch.stack(ranks)
+
+    @cached_property
+    @torch.no_grad()
+    def _divergence(self) -> tuple[Float[Tensor, "prompt S"], Float[Tensor, "prompt S"], Float[Tensor, " prompt"]]:
+        """KL, ``m``, and the logarithm of the sum of exponentials of the logits before."""
+        with without_autocast(self.signals):
+            found = [self._divergence_of(a, d) for a, d in zip(self.signals, self._change, strict=True)]
+        kl, mean, log_normaliser = (torch.stack(values) for values in zip(*found, strict=True))
+        return kl, mean, log_normaliser
+
+    def _divergence_of(
+        self, a: Float[Tensor, " S"], d: Float[Tensor, " S"]
+    ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, ""]]:
+        logits = self._logits(a[None])[0]
+        log_normaliser = logits.logsumexp(dim=-1)
+        p = (logits - log_normaliser).exp()
+        mean = p @ self.view.recipe
+        growth, off = torch.zeros_like(d), torch.zeros_like(d)
+        for recipe, p_piece in self._pieces(p):
+            centered = recipe - mean
+            off += p_piece @ centered  # what rounding has left of the mean
+            growth += p_piece @ centered.mul_(d).expm1_()  # most divergences are far below 1
+        kl = growth.log1p() - d * off
+        for s in (~kl.isfinite()).nonzero()[:, 0].tolist():  # too large for an exponential
+            kl[s] = (logits - log_normaliser + d[s] * (self.view.recipe[:, s] - mean[s])).logsumexp(dim=-1)
+        return kl.clamp(min=0), mean + off, log_normaliser
+
+    @cached_property
+    def _change(self) -> Float[Tensor, "prompt S"]:
+        return self._replacement - self.signals
+
+    def _rows(self, target: Target) -> Float[Tensor, "prompt S"]:
+        return self.view.recipe[_target_ids(self.view, self.signals, target)]
+
+    def _pieces(self, values: Float[Tensor, " d_vocab"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of the recipe, and their values, at a time."""
+        rows = max(1, _BLOCK // self.view.n_signals)
+        return zip(self.view.recipe.split(rows), values.split(rows), strict=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ProgressiveAblations(ReadoutAblations):
+    """The first k signals of each prompt's order replaced, or all others; the cells are the values of k.
+
+    Args:
+        order: signals, each once; it may leave some out.
+        counts: the values of k.
+        keep: replace all but the first k.
+        memory: bytes that logits may take at once; default: a share of what is free.
+    """
+
+    order: Int[Tensor, "prompt k"]
+    counts: Sequence[int]
+    keep: bool = False
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        length = self.order.shape[1]
+        if len(self.order) != len(self.signals):
+            raise ReflowlensError(f"the order has {len(self.order)} rows for {len(self.signals)} prompts")
+        if not len(self.counts):
+            raise ReflowlensError("there is no number of signals to remove: counts is empty")
+        if not all(integer(count) is not None and 0 <= count <= length for count in self.counts):
+            raise ReflowlensError(f"counts must be between 0 and {length}, the number of signals in the order")
+        if ((self.order < 0) | (self.order >= self.view.n_signals)).any():
+            raise ReflowlensError(f"the order must name signals 0 to {self.view.n_signals - 1}")
+        if (self.order.sort(dim=-1).values.diff(dim=-1) == 0).any():
+            raise ReflowlensError("the order names a signal twice")
+
+    @property
+    def cells(self) -> tuple[str, Sequence[int]]:
+        return "count", self.counts
+
+    def logit(self, target: Target) -> Float[Tensor, "prompt count"]:
+        rows = self.view.recipe[_target_ids(self.view, self.signals, target)]
+        return self._of_cells(lambda signals, prompts: (signals * rows[prompts]).sum(dim=-1))
+
+    def probability(self, target: Target) -> Float[Tensor, "prompt count"]:
+        ids = _target_ids(self.view, self.signals, target)[:, None]
+
+        def probability(signals: Tensor, prompts: Tensor) -> Tensor:
+            logits = self._logits(signals)
+            return (logits.gather(1, ids[prompts])[:, 0] - logits.logsumexp(dim=-1)).exp()
+
+        return self._of_cells(probability)
+
+    def rank(self, target: Target) -> Int[Tensor, "prompt count"]:
+        ids = _target_ids(self.view, self.signals, target)[:, None]
+
+        def rank(signals: Tensor, prompts: Tensor) -> Tensor:
+            logits = self._logits(signals)
+            return 1 + (logits > logits.gather(1, ids[prompts])).sum(dim=-1)
+
+        return self._of_cells(rank)
+
+    def kl(self) -> Float[Tensor, "prompt count"]:
+        def divergence(signals: Tensor, prompts: Tensor) -> Tensor:
+            before, after = (self._logits(a).log_softmax(dim=-1) for a in (self.signals, signals))
+            return F.kl_div(after, before[prompts], log_target=True, reduction="none").sum(dim=-1).clamp(min=0)
+
+        return self._of_cells(divergence)
+
+    @torch.no_grad()
+    def _of_cells(self, of_signals: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A function of the signals that are left in some cells and of the cells' prompts, for all, [prompt, count]."""
+        device = self.signals.device
+        place = torch.full(self.signals.shape, self.view.n_signals, device=device)
+        place.scatter_(1, self.order.to(device), torch.arange(self.order.shape[1], device=device).expand_as(self.order))
+        cuts = torch.tensor(self.counts, device=device)
+
+        def run(cells: list[int]) -> Tensor:
+            index = torch.tensor(cells, device=device)
+            prompts, cut = index // len(cuts), cuts[index % len(cuts)]
+            replaced = (place[prompts] < cut[:, None]) != self.keep
+            left = torch.where(replaced, self._replacement[prompts], self.signals[prompts])
+            return of_signals(left, prompts)
+
+        every = range(len(self.signals) * len(cuts))
+        values = torch.cat([part for _, part in in_batches(every, run, device, self.memory)])
+        return values.reshape(len(self.signals), len(cuts))
+
+
+def _target_ids(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, " prompt"]:
+    return target_ids(view.model, target, len(signals), len(view.recipe)).to(signals.device)

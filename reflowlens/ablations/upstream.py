@@ -1,0 +1,211 @@
+"""Removing signals before the readout: many at once, each run only as much of itself as differs.
+
+=================  ====================================================================================================
+site               what is removed of signal s, at every position
+=================  ====================================================================================================
+``"embed"``        its part of the embedding: a token with recipe r enters without ``r_s B_s``
+a layer            the component along ``B_s`` of the residual stream that this block reads (``n_layers``: the readout)
+``"everywhere"``   its basis row for the whole pass, at both ends: ``embed``, and ``a_s = 0`` at the readout
+=================  ====================================================================================================
+
+What every removal takes from the stream is known from the unablated run. So a row, one signal of one prompt, enters at
+the site's layer and at the first position where something is removed (a sparse recipe leaves most positions alone), and
+the rows go through the blocks together (:mod:`reflowlens.sweeps.suffixes`). For removals at the readout alone,
+which need no run, see :mod:`reflowlens.ablations.readout`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from reflowlens.arguments import integer
+from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import Metric
+from reflowlens.models.base import TextInput
+from reflowlens.models.residual import Readout, ResidualModel
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.patching_result import PatchingResult
+from reflowlens.sweeps.reading import Reader, attached_points
+from reflowlens.sweeps.runs import PackedRuns
+from reflowlens.sweeps.suffixes import Layout
+
+Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
+
+
+@guarded(changing)
+@torch.no_grad()
+def ablate_upstream(
+    model: Any,
+    prompt: TextInput,
+    metric: Metric,
+    site: Site,
+    *,
+    signals: int | Sequence[int] | None = None,
+    view: SignalView | ViewName | None = None,
+    memory: float | None = None,
+    progress: bool | None = None,
+) -> PatchingResult:
+    """A metric after removing each signal alone at a site before the readout.
+
+    Of a reFlow's own signals ``"embed"`` is ``rl.Ablate("hook_recipe", index=s)``, and ``"everywhere"`` a row of zeros
+    in ``hook_basis``.
+
+    Args:
+        model: a hooked model.
+        metric: one of :mod:`reflowlens.metrics`, of logits read through the view; ``kl`` compares with the unablated
+            run.
+        site: ``"embed"``, ``"everywhere"``, or a layer (module docstring).
+        signals: which, one or several; default every one.
+        view: whose signals; default the model's own, or the residual axes of a model without any.
+        memory: bytes that the rows may take; default: a share of what is free. Halved when memory runs out.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        TransformerLens's ``PatchingResult``: ``values`` [signal, prompt], ``baseline`` [prompt].
+
+    Raises:
+        ReflowlensError: there is no such site or signal, the embedding at the input is not the one that the view is of,
+            the metric compares with a clean run, or hooks are attached to the model.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> rl.ablate_upstream(model, "The king", rl.metrics.kl(), "everywhere", signals=[3, 17]).values.shape
+        torch.Size([2, 1])
+    """
+    site = site if isinstance(site, str) or (layer := integer(site)) is None else layer
+    hooked = _checked(model, metric, site)
+    chosen = view_of(hooked, view)
+    wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
+    tokens, lengths = hooked.tokens_and_lengths(prompt)
+    runs = _Removals(chosen, tokens, ViewReader(chosen, metric, tokens, lengths), lengths, site)
+    show = sys.stderr.isatty() if progress is None else progress
+    parts = []
+    with tqdm(total=len(wanted), unit="signal", disable=not show) as bar:
+        for some, part in in_batches(wanted, runs.values, tokens.device, memory):
+            parts.append(part)
+            bar.update(len(some))
+    return PatchingResult(
+        values=torch.cat(parts),
+        axis_names=["signal"],
+        index_df=pd.DataFrame({"signal": wanted}),
+        metric_names=[metric.name],
+        reduced=False,
+        baseline=runs.base.baseline,
+    )
+
+
+class ViewReader(Reader):
+    """Reads logits through a view instead of the model's own unembedding; the clean run is the unablated one."""
+
+    def __init__(
+        self, view: SignalView, metric: Metric, tokens: Int[Tensor, "prompt pos"], lengths: Sequence[int]
+    ) -> None:
+        self.view = view
+        super().__init__(cast(ResidualModel, view.model), metric, tokens, lengths, tokens)
+
+    def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
+        return Readout(self.view.readout(resid), self.view.recipe)
+
+    def without_signal(
+        self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"], signals: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """The metric of rows that end in these streams, each with one signal zeroed at the readout."""
+        features, recipe = self._readout(resid)
+        features[torch.arange(len(signals), device=signals.device), :, signals] = 0.0
+        return self._of_readout(Readout(features, recipe), prompts)
+
+
+class _Removals:
+    """The unablated run, and what a site removes from it."""
+
+    def __init__(
+        self,
+        view: SignalView,
+        tokens: Int[Tensor, "prompt pos"],
+        reader: ViewReader,
+        lengths: Sequence[int],
+        site: Site,
+    ) -> None:
+        self.reader, self.at_readout = reader, site == "everywhere"
+        self.base = PackedRuns(reader.model, tokens, lengths, [], reader)
+        self.first = site if isinstance(site, int) else 0
+        n_layers = reader.model.cfg.n_layers
+        stream = self.base.final if self.first == n_layers else self.base.cache[f"blocks.{self.first}.hook_resid_pre"]
+        self.stream = stream.to(view.basis.dtype)
+        # The stream loses ``amount[..., s] * directions[s]``.
+        self.directions = F.normalize(view.basis, dim=-1) if isinstance(site, int) else view.basis
+        self.amount = self.stream @ self.directions.T if isinstance(site, int) else view.recipe[tokens]
+
+    def values(self, signals: list[int]) -> Float[Tensor, "signal prompt"]:
+        """The metric after removing each of some signals."""
+        n_prompts, n_positions = self.amount.shape[:2]
+        device = self.stream.device
+        signal = torch.tensor(signals, device=device).repeat_interleave(n_prompts)
+        prompt = torch.arange(n_prompts, device=device).repeat(len(signals))
+        removed = self.amount[prompt, :, signal]
+        start = torch.where((removed != 0).any(dim=1), (removed != 0).int().argmax(dim=1), n_positions)
+        start = start.masked_fill(start > self.reader.last_position[prompt], n_positions)
+        layout = Layout.of_suffixes(prompt, start, n_positions)
+        row, position = layout.row, layout.position
+        resid = self.stream[prompt[row], position] - removed[row, position, None] * self.directions[signal[row]]
+        layout, resid = self._through_blocks(layout, resid.to(self.base.final.dtype)[None])
+        final = layout.over(self.base.final, resid)
+        read = final[torch.arange(len(prompt), device=device)[:, None], self.reader.positions[prompt]]
+        if self.at_readout:
+            return self.reader.without_signal(read, prompt, signal).unflatten(0, (-1, n_prompts))
+        return self.reader.of_residual(read, prompt).unflatten(0, (-1, n_prompts))
+
+    def _through_blocks(
+        self, layout: Layout, resid: Float[Tensor, "1 token d_model"]
+    ) -> tuple[Layout, Float[Tensor, "1 kept d_model"]]:
+        """The stream behind the last block, of the tokens that are read."""
+        stages = self.base.stages
+        for at in range(self.first * stages.per_block, len(stages.streams) - 1) if len(layout.row) else []:
+            resid = stages.run(at, resid, layout, self.base.cache)
+            if at == stages.last_mixing:  # what follows treats each position by itself
+                keep = self.reader.column[layout.prompt[layout.row], layout.position] >= 0
+                layout, resid = layout.kept(keep), resid[:, keep]
+        return layout, resid
+
+
+def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
+    """The signals that are asked for, each checked."""
+    given = list(signals) if isinstance(signals, Iterable) else [signals]
+    if not given:
+        raise ReflowlensError("there is no signal to remove: signals is empty")
+    wanted = []
+    for signal in given:
+        number = integer(signal)
+        if number is None or not 0 <= number < n_signals:
+            raise ReflowlensError(f"no signal {signal}: this view has signals 0 to {n_signals - 1}")
+        wanted.append(number)
+    return wanted
+
+
+def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
+    hooked = cast(ResidualModel, hooked_model(model))
+    if attached_points(hooked):
+        raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
+    if isinstance(metric, Metric) and metric.normalised:
+        raise ReflowlensError("recovery compares with a clean run, and a removal has none: use the metric itself")
+    if isinstance(site, str) and not hooked.cfg.tie_word_embeddings:
+        raise ReflowlensError(
+            f"site={site!r} needs one embedding at both ends, but this model's unembedding is its own"
+        )
+    layers = range(hooked.cfg.n_layers + 1)
+    if not isinstance(site, str | int) or isinstance(site, bool) or site not in ("embed", "everywhere", *layers):
+        raise ReflowlensError(f"site must be 'embed', 'everywhere' or a layer from 0 to {layers[-1]}, got {site!r}")
+    return hooked

@@ -1,0 +1,323 @@
+"""Statistics of activations over as many positions as one likes, which are never held.
+
+    collected = rl.collect(model, batches, ["unembed.hook_signal", "blocks.3.hook_resid_post"], threshold=0.0)
+    signals = collected["unembed.hook_signal"]
+    signals.mean, signals.covariance, signals.firing_rate, signals.examples(17, model)
+    collected.save("out/statistics"); rl.Collected.load("out/statistics").merge(of_more_text)
+
+Memory is that of one batch, and features² (covariance) or features · k (examples), however long the text. Whatever the
+model's device, what is collected lies in main memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
+from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.passes import check_lengths_known
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.storage.tensor_folder import open_tensors, save_tensors
+
+Statistic: TypeAlias = Literal["mean", "covariance", "top"]
+STATISTICS: tuple[Statistic, ...] = ("mean", "covariance", "top")
+_KIND = "statistics"
+_ROWS_AT_ONCE = 16  # of tokens that come as one array
+_SAVE_EVERY = 60.0  # seconds
+_BEFORE_BLOCKS = ("hook_recipe", "hook_embed", "hook_pos_embed")
+
+
+@guarded(
+    changing, "the prompts of a batch or their length (pos), the number of hook points, k, or leave out 'covariance'"
+)
+@torch.no_grad()
+def collect(
+    model: Any,
+    batches: Iterable[TextInput] | Int[Tensor, "row pos"] | np.ndarray,
+    names: str | Sequence[str],
+    *,
+    statistics: Statistic | Sequence[Statistic] = STATISTICS,
+    k: int = 20,
+    threshold: float | None = None,
+    positions: slice | Literal["last"] | None = None,
+    results: str | Path | None = None,
+    progress: bool | None = None,
+) -> Collected:
+    """Run a model over a stream of text and keep statistics of some of its activations.
+
+    Args:
+        model: a hooked model; what is attached to it acts.
+        batches: an iterable of what the model reads (a text, a list of texts, tokens [batch, pos]), read once; or one
+            array of tokens [row, pos]. Padding is left out.
+        names: hook points whose activations are [batch, pos, ...]; the axes behind are features, heads flattened.
+        statistics: ``"mean"`` (and variance), ``"covariance"`` (of all pairs of features, and what mean gives),
+            ``"top"`` (the k largest values of each feature and where they were).
+        k: examples a feature.
+        threshold: count how often each feature is above it; None counts nothing.
+        positions: which of each prompt's own positions count; ``slice(1, None)`` leaves the first out. None is all.
+        results: a folder that keeps what is collected, written once a minute and at the end. Started again with it and
+            the same batches, a collection continues: the rows that were seen are not run.
+        progress: show a bar; by default on a terminal.
+
+    Raises:
+        ReflowlensError: a point does not exist or has no positions, no position counts, an activation is not finite, or
+            the results are of another model or of other choices, or the memory does not hold a batch.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> collected = rl.collect(model, [["The king of France", "A stone"], "The river"], "unembed.hook_signal", k=3)
+        >>> collected.n_rows, collected["unembed.hook_signal"].covariance.shape
+        (3, torch.Size([256, 256]))
+    """
+    hooked = hooked_model(model)
+    choices = _choices(hooked, names, statistics, k, threshold, positions)
+    collected = Collected({}, 0, choices, hooked.cfg.model_name, model_hash(hooked))
+    results = None if results is None else path_given(results, "results")
+    if results is not None and results.is_dir() and any(results.iterdir()):
+        collected = Collected.load(results).merge(collected)
+    total = int(np.prod(batches.shape)) if isinstance(batches, np.ndarray | Tensor) else None
+    show = sys.stderr.isatty() if progress is None else progress
+    saved, seen = time.monotonic(), 0
+    try:
+        with tqdm(total=total, unit="position", unit_scale=True, disable=not show) as bar:
+            for batch in _split(batches):
+                tokens, lengths = hooked.tokens_and_lengths(batch)
+                check_lengths_known(hooked, lengths)
+                skipped = min(max(collected.n_rows - seen, 0), len(tokens))
+                seen += len(tokens)
+                if skipped < len(tokens):
+                    collected = collected.merge(_of_batch(hooked, tokens[skipped:], lengths[skipped:], collected))
+                bar.update(sum(lengths))
+                if results is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    collected.save(results)
+                    saved = time.monotonic()
+    finally:  # also when it is interrupted
+        if results is not None and collected.n_rows:
+            collected.save(results)
+    if not collected.points:
+        raise ReflowlensError("there is nothing to collect from: the batches are empty, or no position counts")
+    return collected
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is collected: see :func:`collect`."""
+
+    names: list[str]
+    statistics: list[str]
+    k: int
+    threshold: float | None
+    positions: list[int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """Statistics by hook point: ``collected["hook_embed"]``.
+
+    Two of them, of consecutive parts of a stream, merge to that of the whole.
+
+    Args:
+        n_rows: prompts that were read.
+        model, model_hash: whose activations they are.
+    """
+
+    points: dict[str, PointStatistics]
+    n_rows: int
+    choices: Choices
+    model: str
+    model_hash: str
+
+    def __repr__(self) -> str:
+        return (
+            f"Collected({self.model or 'unnamed model'}: {self.n_rows:,} prompts, {', '.join(self.choices.statistics)})"
+        )
+
+    def _repr_html_(self) -> str:
+        from reflowlens.notebook.html import table, titled
+
+        return titled(repr(self), "", table(["point"], [(name,) for name in self.points]))
+
+    def __getitem__(self, name: str) -> PointStatistics:
+        if not isinstance(name, str) or name not in self.points:
+            raise ReflowlensError(f"{name!r} was not collected; these were: {', '.join(self.points)}")
+        return self.points[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def merge(self, other: Collected) -> Collected:
+        """What one pass over both parts would have given, the other part's rows behind this one's.
+
+        Raises:
+            ReflowlensError: they are of other models or choices.
+        """
+        self.check_mergeable(other)
+        points = dict(self.points)
+        for name, point in other.points.items():
+            behind = point.later(self.n_rows)
+            points[name] = self[name].merge(behind, self.choices.k) if name in points else behind
+        return Collected(points, self.n_rows + other.n_rows, self.choices, self.model, self.model_hash)
+
+    def check_mergeable(self, other: Collected) -> None:
+        """Raise unless both are of the same model and choices."""
+        if not isinstance(other, Collected):
+            raise ReflowlensError(f"statistics merge with others of rl.collect, got {other!r}")
+        if self.model_hash != other.model_hash:
+            raise ReflowlensError("these statistics are of different models, or of one with different weights")
+        for name, value in asdict(self.choices).items():
+            if value != getattr(other.choices, name):
+                raise ReflowlensError(
+                    f"these statistics were collected differently: {name} {value} and {getattr(other.choices, name)}"
+                )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``statistics.safetensors`` and ``manifest.json``, replacing earlier ones when both are complete.
+
+        Raises:
+            ReflowlensError: the folder holds something else, the disk is full or it cannot be written.
+        """
+        tensors = {
+            f"{name}/{part}": tensor.contiguous()
+            for name, point in self.points.items()
+            for part, tensor in point.tensors().items()
+        }
+        manifest = {
+            "model": self.model,
+            "model_hash": self.model_hash,
+            "n_rows": self.n_rows,
+            "choices": asdict(self.choices),
+            "points": {
+                name: {"n": point.n, "feature_shape": point.feature_shape} for name, point in self.points.items()
+            },
+        }
+        return save_tensors(folder, _KIND, tensors, manifest)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Collected:
+        """What :meth:`save` wrote.
+
+        Raises:
+            ReflowlensError: there is no such folder, or it holds something else or is corrupt.
+        """
+        manifest, stored = open_tensors(folder, _KIND)
+        try:
+            choices = Choices(**manifest["choices"])
+            points = {
+                name: PointStatistics.of_tensors(
+                    int(entry["n"]),
+                    tuple(entry["feature_shape"]),
+                    {key.removeprefix(f"{name}/"): stored[key] for key in stored if key.startswith(f"{name}/")},
+                )
+                for name, entry in manifest["points"].items()
+            }
+            return cls(points, int(manifest["n_rows"]), choices, manifest["model"], manifest["model_hash"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ReflowlensError(f"{folder} is corrupt: {error!r}") from error
+
+
+def _choices(
+    model: HookedModel,
+    names: str | Sequence[str],
+    statistics: Statistic | Sequence[Statistic],
+    k: int,
+    threshold: float | None,
+    positions: slice | Literal["last"] | None,
+) -> Choices:
+    names, statistics = names_given(names, "names"), names_given(statistics, "statistics")  # type: ignore[assignment]
+    for name in names:
+        if model.hook_axes(name)[:2] != ("batch", "pos"):
+            raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: statistics are of [batch, pos, ...]")
+    for statistic in statistics:
+        if statistic not in STATISTICS:
+            raise ReflowlensError(f"statistics are {', '.join(map(repr, STATISTICS))}, got {statistic!r}")
+    k = whole_number(k, "k", 1)
+    threshold = None if threshold is None else real_number(threshold, "threshold")
+    if not names or (not statistics and threshold is None):
+        raise ReflowlensError("there is nothing to collect: name a hook point, and a statistic or a threshold")
+    chosen = slice(-1, None) if positions == "last" else slice(None) if positions is None else positions
+    if not isinstance(chosen, slice):
+        raise ReflowlensError(f"positions must be a slice, 'last' or None, got {positions!r}")
+    bounds = [None if bound is None else integer(bound) for bound in (chosen.start, chosen.stop, chosen.step)]
+    if slice(*bounds) != chosen or chosen.step == 0:
+        raise ReflowlensError(f"positions must be a slice of integers, got {positions!r}")
+    return Choices(names, sorted(statistics), k, threshold, bounds)
+
+
+def _split(batches: Iterable[TextInput] | Tensor | np.ndarray) -> Iterator[TextInput]:
+    if isinstance(batches, str):
+        raise ReflowlensError("batches must be a list of texts or of batches, not one text")
+    if not isinstance(batches, Iterable):
+        raise ReflowlensError(f"batches must be a list of texts or of batches, or an array of tokens, got {batches!r}")
+    if not isinstance(batches, np.ndarray | Tensor):
+        yield from batches
+        return
+    if batches.ndim != 2:
+        raise ReflowlensError(f"an array of tokens must be [row, pos], got {list(batches.shape)}")
+    for start in range(0, len(batches), _ROWS_AT_ONCE):
+        rows = batches[start : start + _ROWS_AT_ONCE]
+        yield torch.from_numpy(rows.astype(np.int64)) if isinstance(rows, np.ndarray) else rows
+
+
+def _of_batch(
+    model: HookedModel, tokens: Int[Tensor, "batch pos"], lengths: Sequence[int], so_far: Collected
+) -> Collected:
+    choices = so_far.choices
+    counts = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, length in zip(counts, lengths, strict=True):
+        row[:length][slice(*choices.positions)] = True
+    points = {}
+    if counts.any():
+        kept = counts.to(tokens.device)
+        _, cache = model.run_with_cache(
+            tokens,
+            names_filter=choices.names,
+            return_type=None,
+            return_cache_object=False,
+            stop_at_layer=first_unneeded_block(choices.names),
+        )
+        row, position = kept.nonzero(as_tuple=True)
+        where = row, position, tokens[kept]
+        points = {name: _of_activation(cache[name][kept], where, choices, name).cpu() for name in choices.names}
+    return Collected(points, len(tokens), choices, so_far.model, so_far.model_hash)
+
+
+def first_unneeded_block(names: Sequence[str]) -> int | None:
+    """The first block that need not run; None when the end of the pass is asked for."""
+    if not all(name.startswith("blocks.") or name in _BEFORE_BLOCKS for name in names):
+        return None
+    return max((int(name.split(".")[1]) + 1 for name in names if name.startswith("blocks.")), default=0)
+
+
+def _of_activation(
+    x: Float[Tensor, "n *feature"], where: tuple[Tensor, Tensor, Tensor], choices: Choices, name: str
+) -> PointStatistics:
+    features = x.flatten(1)
+    if not features.isfinite().all():
+        raise ReflowlensError(f"{name!r} holds NaN or infinite values")
+    pairs, means = "covariance" in choices.statistics, "mean" in choices.statistics
+    return PointStatistics(
+        len(features),
+        tuple(x.shape[1:]),
+        Moments.of(features, pairs=pairs) if pairs or means else None,
+        TopExamples.of(features, *where, choices.k) if "top" in choices.statistics else None,
+        None if choices.threshold is None else (features > choices.threshold).sum(dim=0),
+    )

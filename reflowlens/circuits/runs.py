@@ -1,0 +1,109 @@
+"""Runs in which only a circuit carries what the clean prompts say.
+
+Every node reads the stream of the replaced run plus, along the edges of the circuit, what the senders write otherwise
+than there. The senders are computed anew, each from what it reads: so what a circuit lacks it lacks all the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.circuits.graph import Edge, Graph, by_node, with_node_axis
+from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import Metric
+from reflowlens.models.base import TextInput
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.unwrapping import hooked_model
+from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.reading import Reader, check_readout_is_free
+
+Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
+Ablation = Literal["corrupted", "mean"]
+
+
+def mask_of(graph: Graph, circuit: Circuit) -> Bool[Tensor, "sender receiver"]:
+    """The edges of a circuit; of a node all those that leave it.
+
+    Raises:
+        ReflowlensError: a node or an edge does not exist.
+    """
+    mask = torch.zeros_like(graph.possible)
+    for part in circuit:
+        if isinstance(part, str):
+            mask[graph.sender(part)] = True
+        else:
+            graph.check_edge(*part)
+            mask[graph.sender(part[0]), graph.receiver(part[1])] = True
+    return mask & graph.possible
+
+
+class CircuitRuns:
+    """Runs of the clean prompts in which only some edges carry what the senders write."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric, ablation: Ablation = "corrupted"
+    ) -> None:
+        if isinstance(metric, Metric) and metric.normalised:
+            raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
+        self.model = cast(Decoder, hooked_model(model))
+        self.graph = Graph.of(self.model)
+        self.tokens, lengths = self.model.tokens_and_lengths(clean)
+        others, other_lengths = self.model.tokens_and_lengths(corrupted)
+        if ablation not in ("corrupted", "mean"):
+            raise ReflowlensError(f"ablation must be 'corrupted' or 'mean', got {ablation!r}")
+        fits = lengths == other_lengths if ablation == "corrupted" else len({*lengths, *other_lengths}) == 1
+        if not fits:
+            raise ReflowlensError(
+                f"clean and corrupted prompts must have as many tokens: {lengths} against {other_lengths} "
+                "(model.to_str_tokens shows them)"
+            )
+        check_readout_is_free(self.model)
+        self.reader = Reader(self.model, metric, self.tokens, lengths, self.tokens)
+        streams = [place.stream for place in self.graph.receiver_places.values()]
+        points = list(self.graph.sender_points)
+        _, cache = self.model.run_with_cache(others, names_filter=[*points, *streams], return_type=None)
+        cache = {name: x.mean(dim=0, keepdim=True) if ablation == "mean" else x for name, x in cache.items()}
+        self.replaced = by_node(cache, points)
+        self.streams = {name: cache[name] for name in streams}
+
+    @torch.no_grad()
+    def values(
+        self, masks: Sequence[Bool[Tensor, "sender receiver"]], memory: float | None = None
+    ) -> Float[Tensor, "circuit prompt"]:
+        """The metric of each circuit, which is given by its edges."""
+        device = self.tokens.device
+        return torch.cat([part for _, part in in_batches(masks, self._run, device, memory)])
+
+    def _run(self, masks: list[Bool[Tensor, "sender receiver"]]) -> Float[Tensor, "circuit prompt"]:
+        n_prompts, n = len(self.tokens), len(masks)
+        kept = torch.stack(masks).repeat_interleave(n_prompts, dim=0).to(self.replaced)  # [row, sender, receiver]
+        changes = self.replaced.new_zeros(len(kept), *self.replaced.shape[1:])  # of what the senders write
+
+        def in_rows(x: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "row *rest"]:
+            return x.expand(n_prompts, *x.shape[1:]).repeat(n, *[1] * (x.ndim - 1))
+
+        def write(senders: slice, activation: Tensor, hook: HookPoint) -> None:
+            changes[:, :, senders] = with_node_axis(activation) - in_rows(self.replaced[:, :, senders])
+
+        def read(receivers: slice, stream: str, activation: Tensor, hook: HookPoint) -> Tensor:
+            before = int(self.graph.possible[:, receivers.start].sum())
+            change = torch.einsum("bpsd,bsr->bprd", changes[:, :, :before], kept[:, :before, receivers])
+            return (in_rows(self.streams[stream]).unsqueeze(2) + change).reshape(activation.shape)
+
+        places = list(self.graph.receiver_places.values())
+        hooks: list[tuple[str, Callable]] = [(name, partial(write, s)) for name, s in self.graph.sender_points.items()]
+        hooks += [(name, partial(read, r, places[r.start].stream)) for name, r in self.graph.receiver_points.items()]
+        with self.model.hooks(hooks):
+            final = self.model(self.tokens.repeat(n, 1), stop_at_layer=self.model.cfg.n_layers)
+        prompts = self.reader.prompts.repeat(n)
+        rows = torch.arange(len(prompts), device=prompts.device)
+        read_off = final[rows[:, None], self.reader.positions[prompts]]
+        return self.reader.of_residual(read_off, prompts).unflatten(0, (n, n_prompts))

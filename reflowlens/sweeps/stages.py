@@ -1,0 +1,182 @@
+"""Where in a model's pass a hook point lies, and what follows from its activation without running a block.
+
+A pass is a sequence of stages, each of which starts from the residual stream and ends with it; the last is the readout.
+A sweep lets a patched run enter at the stage, and at the position, from which on it differs from the unpatched one.
+
+A decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
+stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level of a BDH is one stage
+(:mod:`reflowlens.sweeps.level_stages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+from jaxtyping import Float
+from torch import Tensor
+
+from reflowlens.models.base import HookedModel
+from reflowlens.models.bdh import BDH
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
+from reflowlens.sweeps.level_stages import LevelStages
+from reflowlens.sweeps.suffixes import Layout, attend
+
+READOUT_SIGNAL = "unembed.hook_signal"
+EMBEDDINGS = ("hook_embed", "hook_pos_embed", "hook_recipe")
+
+
+class Stages(Protocol):
+    """A family's pass, in stages.
+
+    Attributes:
+        model: whose pass it is.
+        streams: the point that holds the stream in front of each stage, the readout's last.
+        remembered: further points of the unpatched run that patched ones attend to.
+        per_block: stages of a block.
+        last_mixing: the last stage in which positions see each other.
+    """
+
+    model: Any
+    streams: list[str]
+    remembered: list[str]
+    per_block: int
+    last_mixing: int
+
+    def stage(self, name: str) -> int | None:
+        """The stage that a point fires in, embeddings in the first; None for points that belong to no stage alone."""
+        ...
+
+    def entry_stage(self, name: str) -> int | None:
+        """The stage whose start a point's activation determines; None if a stage has to run from it."""
+        ...
+
+    def needed_for_entry(self, name: str) -> list[str]:
+        """Points of the unpatched run that :meth:`entry` reads beside the point itself."""
+        ...
+
+    def entry(
+        self, name: str, patched: Float[Tensor, "cell prompt pos *rest"], cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "cell prompt pos d_model"]:
+        """The residual stream at a point's :meth:`entry_stage`.
+
+        Args:
+            patched: the point's activation after each cell's intervention.
+            cache: the unpatched run's activations [prompt, ...] of the point and of :meth:`needed_for_entry`.
+        """
+        ...
+
+    def run(
+        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "1 token d_model"]:
+        """A stage on packed suffixes (:mod:`reflowlens.sweeps.suffixes`)."""
+        ...
+
+
+def stages_of(model: HookedModel) -> Stages:
+    """The stages of a model's family."""
+    if isinstance(model, BDH):
+        return LevelStages(model)
+    return DecoderStages(cast(Decoder, model))
+
+
+class DecoderStages:
+    """A decoder's pass.
+
+    >>> import reflowlens as rl
+    >>> stages = DecoderStages(rl.load_model("reflow-nano"))
+    >>> stages.stage("blocks.3.attn.hook_q"), stages.stage("blocks.3.mlp.hook_post"), stages.stage("hook_basis")
+    (6, 7, None)
+    >>> stages.entry_stage("blocks.3.mlp.hook_post"), stages.entry_stage("blocks.3.mlp.hook_pre")
+    (8, None)
+    """
+
+    per_block = 2
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        layers = range(model.cfg.n_layers)
+        self.streams = [f"blocks.{layer}.hook_resid_{half}" for layer in layers for half in ("pre", "mid")]
+        self.streams.append(f"blocks.{layers[-1]}.hook_resid_post")
+        key = "hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "hook_k"
+        self.keys, self.values = ([f"blocks.{layer}.attn.{point}" for layer in layers] for point in (key, "hook_v"))
+        self.remembered = [*self.keys, *self.values]
+        self.last_mixing = 2 * layers[-1]
+
+    def stage(self, name: str) -> int | None:
+        if name in EMBEDDINGS:
+            return 0
+        if name == READOUT_SIGNAL:
+            return len(self.streams) - 1
+        if not name.startswith("blocks."):
+            return None
+        _, layer, point = name.split(".", 2)
+        return 2 * int(layer) + point.startswith(_FIRES_IN_MLP_HALF)
+
+    def entry_stage(self, name: str) -> int | None:
+        if not name.startswith("blocks."):
+            return self.stage(name)
+        _, layer, point = name.split(".", 2)
+        return None if point not in _DETERMINES else 2 * int(layer) + _DETERMINES[point]
+
+    def needed_for_entry(self, name: str) -> list[str]:
+        if name in EMBEDDINGS:
+            return self.streams[:1]
+        if not name.startswith("blocks."):
+            return []
+        _, layer, point = name.split(".", 2)
+        return [f"blocks.{layer}.{needed}" for needed in _NEEDED.get(point, ())]
+
+    def entry(
+        self, name: str, patched: Float[Tensor, "cell prompt pos *rest"], cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "cell prompt pos d_model"]:
+        if name in EMBEDDINGS:
+            change = patched - cache[name]
+            factor = cast(Any, self.model.W_E).B if name == "hook_recipe" else None
+            return cache[self.streams[0]] + (change if factor is None else change @ factor)
+        _, layer, point = name.split(".", 2)
+        if point.startswith("hook_resid"):
+            return patched
+        block = self._block(int(layer))
+        before, *written = (cache[needed] for needed in self.needed_for_entry(name))
+        if point == "attn.hook_z":
+            return before + block.attn.output(patched.flatten(0, 1)).unflatten(0, patched.shape[:2])
+        if point == "attn.hook_result":
+            return before + (written[0] + (patched - cache[name]).sum(dim=-2))
+        if point == "mlp.hook_post":
+            return before + (written[0] + (patched - cache[name]) @ block.mlp.W_out)
+        return before + patched
+
+    def run(
+        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "1 token d_model"]:
+        block = self._block(stage // 2)
+        if stage % 2:
+            return block.feed(resid)
+        return attend(block, resid, layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
+
+    def _block(self, layer: int) -> Block:
+        return cast(Block, self.model.blocks[layer])
+
+
+# Points of a block that reach the rest of the pass only through the residual stream, and the stage, counted from the
+# block's first, whose start they determine.
+_DETERMINES = {
+    "hook_resid_pre": 0,
+    "attn.hook_z": 1,
+    "attn.hook_result": 1,
+    "hook_attn_out": 1,
+    "hook_resid_mid": 1,
+    "mlp.hook_post": 2,
+    "hook_mlp_out": 2,
+    "hook_resid_post": 2,
+}
+_NEEDED = {
+    "attn.hook_z": ("hook_resid_pre",),
+    "attn.hook_result": ("hook_resid_pre", "hook_attn_out"),
+    "hook_attn_out": ("hook_resid_pre",),
+    "mlp.hook_post": ("hook_resid_mid", "hook_mlp_out"),
+    "hook_mlp_out": ("hook_resid_mid",),
+}
+_FIRES_IN_MLP_HALF = ("ln2.", "mlp.", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")

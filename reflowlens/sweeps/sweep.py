@@ -1,0 +1,232 @@
+"""Activation patching over many cells: exact, or estimated by gradients.
+
+A sweep runs the corrupted prompts once for every cell, with the cell's intervention, and measures a metric. In exact
+mode nothing is computed that the intervention cannot change: a patched run enters at its layer and position
+(:mod:`reflowlens.sweeps.suffixes`), as many of them at once as the memory budget holds, and only the logits
+that the metric reads are formed. The numbers are those of one whole forward pass a cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from reflowlens.activations.cache import ActivationCache
+from reflowlens.checkpoints import model_hash
+from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.apply import source_cache
+from reflowlens.interventions.selection import hook_names
+from reflowlens.interventions.values import Patch, to_json
+from reflowlens.metrics import Metric
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.sweeps.grids import Cell, Cells, CellSpec, make_cells
+from reflowlens.sweeps.patching_result import PatchingResult
+from reflowlens.sweeps.reading import Reader, attached_points
+from reflowlens.sweeps.results_file import ResultsFile
+from reflowlens.sweeps.runs import PackedRuns, WholeRuns
+
+Mode = Literal["exact", "gradient", "integrated"]
+MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
+
+
+@guarded(changing)
+def sweep(
+    model: Any,
+    clean: TextInput | None,
+    corrupted: TextInput,
+    cells: CellSpec,
+    metric: Metric,
+    *,
+    mode: Mode = "exact",
+    steps: int = 8,
+    memory: float | None = None,
+    results: str | Path | None = None,
+    progress: bool | None = None,
+) -> PatchingResult:
+    """Measure a metric of the corrupted run under each of many interventions.
+
+    Args:
+        model: a hooked model.
+        clean: the prompts that patches take their activations from; None when no cell does.
+        corrupted: the prompts that are run; as many tokens as ``clean``.
+        cells: a grid's name (``"resid_pre"``, ``"attn_head_out"``, ..., :data:`reflowlens.sweeps.grids.GRIDS`),
+            several names, or a list of interventions, of which a sublist makes one cell. ``Patch`` without a prompt
+            takes the clean run's activation.
+        metric: one of :mod:`reflowlens.metrics`.
+        mode: ``"exact"`` performs every intervention; ``"gradient"`` estimates it as the metric's gradient at the
+            corrupted run times the change (attribution patching: Nanda, 2023); ``"integrated"`` takes the mean gradient
+            over ``steps`` runs on the way from the corrupted embeddings to the clean ones (Hanna et al., 2024).
+        memory: bytes that the folded runs may take; default: a share of what is free. Halved when memory runs out.
+        results: a file of JSON lines that keeps an exact sweep's finished cells; a sweep that is started again with it
+            continues, cells in the batches that they would have had: on one machine to the same values, bit for bit,
+            unless memory ran out or ``memory`` is another. Under torchrun every process but the first puts its rank
+            before the suffix.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        TransformerLens's ``PatchingResult``: ``values`` [*grid axes, prompt], ``baseline`` [prompt], the metric of the
+        corrupted run. Under torchrun the cells are shared by the processes and every one returns them all.
+
+    Raises:
+        ReflowlensError: the prompts differ in length, a cell or the metric does not fit the model, or the memory does
+            not hold a single cell's run.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> result = rl.sweep(model, "The king of France", "The king of China", "resid_pre", rl.metrics.kl())
+        >>> result.values.shape, result.axis_names
+        (torch.Size([6, 4, 1]), ['layer', 'pos'])
+    """
+    if mode not in MODES:
+        raise ReflowlensError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    hooked = hooked_model(model)
+    if results is not None and mode != "exact":
+        raise ReflowlensError(f"results keeps the cells of an exact sweep: mode={mode!r} estimates them all at once")
+    setup = prepare_sweep(hooked, clean, corrupted, cells)
+    if mode == "exact":
+        values, baseline = _exact(setup, metric, memory, results, progress)
+    else:
+        from reflowlens.circuits.gradients import estimate_cells, steps_of
+
+        values, baseline = estimate_cells(setup, metric, steps_of(mode, steps), memory)
+    table = setup.cells
+    return PatchingResult(
+        values=values.reshape(*table.shape, -1),
+        axis_names=table.axis_names,
+        index_df=table.index,
+        metric_names=[metric.name],
+        reduced=False,
+        baseline=baseline,
+        patch_type_names=table.grids,
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A sweep's prompts and cells: with the clean run's activations bound, and as they were asked for."""
+
+    model: HookedModel
+    clean: Int[Tensor, "prompt pos"] | None
+    corrupted: Int[Tensor, "prompt pos"]
+    lengths: list[int]
+    cells: Cells
+    asked: list[Cell]
+
+
+def prepare_sweep(model: HookedModel, clean: TextInput | None, corrupted: TextInput, spec: CellSpec) -> Setup:
+    """Check the prompts, make the cells and give patches without a prompt the clean run's activations."""
+    clean_tokens: Tensor | None = None
+    if clean is None:
+        tokens, lengths = model.tokens_and_lengths(corrupted)
+    else:
+        clean_tokens, tokens, lengths = paired_tokens(model, clean, corrupted)
+    cells = make_cells(model, spec, tokens.shape[1])
+    asked = cells.cells
+    unbound = {name for cell in cells.cells for part in cell if _is_unbound(part) for name in hook_names(model, part)}
+    if unbound:
+        if clean_tokens is None:
+            raise ReflowlensError("these cells patch from the clean run: give the clean prompts")
+        cache = source_cache(model, clean_tokens, unbound)
+        clean_run = ActivationCache(dict(cache), model, tokens=clean_tokens, lengths=lengths)
+        bound = [tuple(_bound(part, clean_run) for part in cell) for cell in cells.cells]
+        cells = dataclasses.replace(cells, cells=bound)
+    return Setup(model, clean_tokens, tokens, lengths, cells, asked)
+
+
+def paired_tokens(
+    model: HookedModel, clean: TextInput, corrupted: TextInput
+) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], list[int]]:
+    """Tokens of the clean and of the corrupted prompts, and their lengths, in which they have to agree."""
+    tokens, lengths = model.tokens_and_lengths(corrupted)
+    clean_tokens, clean_lengths = model.tokens_and_lengths(clean)
+    if clean_lengths != lengths:
+        raise ReflowlensError(
+            f"clean and corrupted prompts must have as many tokens: {clean_lengths} against {lengths} "
+            "(model.to_str_tokens shows them)"
+        )
+    return clean_tokens, tokens, lengths
+
+
+def _is_unbound(part: Any) -> bool:
+    return isinstance(part, Patch) and part.prompt is None
+
+
+def _bound(part: Any, cache: Mapping[str, Tensor]) -> Any:
+    return dataclasses.replace(part, prompt=cache) if _is_unbound(part) else part
+
+
+@torch.no_grad()
+def _exact(
+    setup: Setup, metric: Metric, memory: float | None, results: str | Path | None, progress: bool | None
+) -> tuple[Float[Tensor, "cell prompt"], Float[Tensor, " prompt"]]:
+    runs = _runs(setup, metric)
+    n = len(setup.cells.cells)
+    rank, world_size = _processes()
+    mine = range(rank, n, world_size)
+    values = torch.zeros(n, len(setup.corrupted), device=runs.baseline.device, dtype=runs.baseline.dtype)
+    show = sys.stderr.isatty() if progress is None else progress
+    identity = "" if results is None else _identity(setup, metric, runs)
+    size = runs.batch_size(mine, memory)
+    with (
+        ResultsFile(results, identity, size, rank) as file,
+        tqdm(total=len(mine), unit="cell", disable=not show) as bar,
+    ):
+        finished = {cell: row for cell, row in file.finished.items() if cell in mine}  # it may be of fewer processes
+        for cell, row in finished.items():
+            values[cell] = torch.tensor(row, dtype=values.dtype)
+        bar.update(len(finished))
+        size = file.batch_size if memory is None else size
+        for cells, part in runs.values(mine, memory, size=size, finished=finished):
+            new = [i for i, cell in enumerate(cells) if cell not in finished]
+            cells, part = [cells[i] for i in new], part[new]
+            values[cells] = part
+            file.add(cells, part)
+            bar.update(len(cells))
+    if world_size > 1:
+        dist.all_reduce(values)
+    return values, runs.baseline
+
+
+def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
+    """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
+    model = setup.model
+    reader = Reader(model, metric, setup.corrupted, setup.lengths, setup.clean)
+    kind = WholeRuns if attached_points(model) else PackedRuns
+    return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
+
+
+def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str:
+    """What decides a sweep's values; the metric's targets show in its baseline, or in the ends of a recovery, whose
+    baseline is 0 whatever they are."""
+    prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.clean, setup.corrupted)]
+    what = [
+        model_hash(setup.model),
+        prompts,
+        metric.name,
+        metric.position,
+        [values.tolist() for values in runs.reader.ends or (runs.baseline,)],
+        *map(to_json, setup.asked),
+    ]
+    return json.dumps(what)
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of torchrun's processes, joined if they are not yet."""
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,144 @@
+"""The tokenizer of an imported model: a `tokenizer.json`, as the `tokenizers` library writes it.
+
+It is kept in the checkpoint folder, beside a `tokenizer_config.json` that names the token which ends a document. Its
+name is a hash of both, so that data tokenised by one file are never read by a model of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reflowlens.config import FILE_TOKENIZER
+from reflowlens.errors import ReflowlensError
+from reflowlens.tokenizers.ranks import END_OF_TEXT, Tokenizer, gpt2_byte_symbols
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+OPENED: dict[str, FileTokenizer] = {}  # by name, which is a hash of the contents
+_SPACE = "▁"  # SentencePiece writes a space so
+
+
+def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> FileTokenizer:
+    """Read a `tokenizer.json`, or the one in a folder.
+
+    Args:
+        end_of_text: the token that ends a document, or its id; default: `eos_token` of the `tokenizer_config.json`
+            beside it, else `<|endoftext|>` if there is such a token.
+
+    Raises:
+        ReflowlensError: there is no such file, or the `tokenizers` library cannot read it.
+
+    Example: ``open_tokenizer("imported/tokenizer.json").encode("Hello")``
+    """
+    path = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tokenizer = FileTokenizer(text, _end_of_text(path.with_name(TOKENIZER_CONFIG)), end_of_text)
+    except OSError as error:
+        raise ReflowlensError(f"no tokenizer file {str(path)!r}: {error.strerror}") from error
+    except Exception as error:  # the library raises Exception itself
+        raise ReflowlensError(f"{path} is not a tokenizer.json that can be read: {error}") from error
+    return OPENED.setdefault(tokenizer.name, tokenizer)
+
+
+def write_tokenizer_config(folder: Path, begin: str | None, end: str | None, **more: Any) -> None:
+    """A `tokenizer_config.json` that has transformers take the `tokenizer.json` beside it as it is."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begin,
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+        **more,
+    }
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
+
+
+def _end_of_text(path: Path) -> str | None:
+    """The content of `eos_token`, which is a string or an object with one."""
+    if not path.is_file():
+        return None
+    token = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token")
+    return token["content"] if isinstance(token, dict) else token
+
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer in the `tokenizers` library's format, of any algorithm that it knows."""
+
+    def __init__(self, text: str, configured: str | None, fallback: str | int | None = None) -> None:
+        import tokenizers
+
+        self.json = text
+        self._library = tokenizers.Tokenizer.from_str(text)
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True  # a special token is an id, never a spelling
+        ids = self._library.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(ids.values()) + 1
+        self.end_of_text = self._named_token(configured, fallback, END_OF_TEXT)
+        self.eot_token = None if self.end_of_text is None else ids[self.end_of_text]
+        whole, plain = (self._library.encode("a", add_special_tokens=special).ids for special in (True, False))
+        self.bos_token = whole[0] if whole[:1] != plain[:1] else None
+        digest = hashlib.sha256(f"{text}\0{self.end_of_text}".encode()).hexdigest()
+        self.name = f"{FILE_TOKENIZER}{digest[:12]}"
+        self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
+        steps = [json.loads(text).get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+        self._byte_of = gpt2_byte_symbols() if "'ByteLevel'" in str(steps) else {}
+        self._spaced = not self._byte_of and _SPACE in str(steps)
+
+    def _named_token(self, *candidates: str | int | None) -> str | None:
+        for candidate in candidates:
+            name = self._library.id_to_token(candidate) if isinstance(candidate, int) else candidate
+            if name is not None and self._library.token_to_id(name) is not None:
+                return name
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers opens too."""
+        begin = None if self.bos_token is None else self._library.id_to_token(self.bos_token)
+        (folder / TOKENIZER).write_text(self.json, encoding="utf8")
+        write_tokenizer_config(folder, begin, self.end_of_text)
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        import numpy as np
+
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._library.decode([self._checked(i) for i in ids], skip_special_tokens=False)
+
+    def _pieces(self, word: str) -> list[int]:
+        # SentencePiece puts a space in front of a text, so that encode(" king") has two: here the word is inside one.
+        ids = self.encode(word)
+        if len(ids) > 1 and self._spaced and word in self._spellings:
+            return [self._spellings[word]]
+        return ids
+
+    @cached_property
+    def _spellings(self) -> dict[str, int]:
+        return {self.token_str(i): i for i in range(self.n_vocab) if i not in self._added}
+
+    def _token_bytes(self, token: int) -> bytes:
+        token = self._checked(token)
+        piece = self._library.id_to_token(token)
+        if piece is None:
+            return f"[unused {token}]".encode()
+        if token in self._added:
+            return self._added[token].encode()
+        if self._byte_of and set(piece) <= set(self._byte_of):
+            return bytes(self._byte_of[symbol] for symbol in piece)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace(_SPACE, " ").encode()
