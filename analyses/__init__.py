@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from analyses.registry import EXPERIMENTS as EXPERIMENTS
+from reflowlens.former_names import keep_former_names
 
 if TYPE_CHECKING:
     from analyses.experiments.basis_geometry import basis_geometry as basis_geometry
@@ -48,6 +49,19 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "write_report": "report",
 }
 __all__ = sorted([*_HOMES, "EXPERIMENTS"])
+
+keep_former_names(
+    "analyses",
+    {
+        "comparison": "runner.comparison",
+        "draws": "statistics.draws",
+        "lens": "measures.lens",
+        "lexicon": "words.lexicon",
+        "sentiment": "measures.sentiment",
+        "unit_comparison": "units.comparison",
+        "unit_report": "units.terminal",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:

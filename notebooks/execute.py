@@ -24,7 +24,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from reflowlens.figures.builders import save_figures
+from reflowlens.figures.export import save_figures
 from reflowlens.figures.figure import Figure
 from reflowlens.storage.atomic import replacing
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from reflowlens.checkpoints import read_manifest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers.ranks import Tokenizer
+from reflowlens.tokenizers.base import Tokenizer
 
 
 class Part(NamedTuple):

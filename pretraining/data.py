@@ -44,7 +44,8 @@ from pretraining.token_files import (
 )
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.atomic import sole_writer
-from reflowlens.tokenizers.ranks import END_OF_TEXT, get_tokenizer
+from reflowlens.tokenizers.base import END_OF_TEXT
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 __all__ = [
     "Manifest",

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from pretraining.sources import Source
 from pretraining.token_files import SPLITS, Manifest, SplitRecord
-from reflowlens.tokenizers.ranks import Tokenizer, get_tokenizer
+from reflowlens.tokenizers.base import Tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 _CHUNK_CHARACTERS = 1 << 20
 _FEW_CHUNKS = 4  # tokenised in less time than processes take to start

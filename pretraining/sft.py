@@ -32,7 +32,7 @@ from pretraining.readers import TEXT_ENCODING
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.opening import file_hash
-from reflowlens.tokenizers.ranks import Tokenizer
+from reflowlens.tokenizers.base import Tokenizer
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 

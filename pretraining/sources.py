@@ -26,7 +26,7 @@ from pretraining.readers import (
     read_documents,
 )
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import END_OF_TEXT
+from reflowlens.tokenizers.base import END_OF_TEXT
 
 
 @dataclass(frozen=True)

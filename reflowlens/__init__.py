@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from reflowlens.former_names import keep_former_names
+
 if TYPE_CHECKING:
     from reflowlens import metrics as metrics
     from reflowlens.ablations.readout import ablate_progressively as ablate_progressively
@@ -55,14 +57,14 @@ if TYPE_CHECKING:
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
     from reflowlens.sweeps.sweep import sweep as sweep
-    from reflowlens.tokenizers.ranks import get_tokenizer as get_tokenizer
+    from reflowlens.tokenizers.by_name import get_tokenizer as get_tokenizer
 
 _HOMES = {
     "Ablate": "interventions.values",
-    "ActivationCache": "cache",
+    "ActivationCache": "activations.cache",
     "AddWeights": "interventions.edit",
-    "Graph": "interventions.graph",
-    "Collected": "collection",
+    "Graph": "circuits.graph",
+    "Collected": "activations.collect",
     "ModelConfig": "config",
     "PRESETS": "config",
     "Patch": "interventions.values",
@@ -74,35 +76,37 @@ _HOMES = {
     "SignalView": "signals",
     "Steer": "interventions.values",
     "SwapWeights": "interventions.edit",
-    "ablate_progressively": "interventions.signal_ablation",
-    "ablate_readout": "interventions.signal_ablation",
-    "ablate_upstream": "interventions.upstream_ablation",
-    "agreement": "interventions.screening",
+    "ablate_progressively": "ablations.readout",
+    "ablate_readout": "ablations.readout",
+    "ablate_upstream": "ablations.upstream",
+    "agreement": "circuits.screening",
     "build_model": "models",
-    "collect": "collection",
-    "completeness": "interventions.circuits",
-    "edge_attribution": "interventions.edges",
+    "collect": "activations.collect",
+    "completeness": "circuits.circuits",
+    "edge_attribution": "circuits.edges",
     "edit": "interventions.edit",
-    "exact_edges": "interventions.path_patching",
-    "faithfulness": "interventions.circuits",
+    "exact_edges": "circuits.path_patching",
+    "faithfulness": "circuits.circuits",
     "generate": "generation",
     "get_tokenizer": "tokenizers",
-    "grow_circuit": "interventions.circuits",
+    "grow_circuit": "circuits.circuits",
     "intervene": "interventions.apply",
     "list_models": "checkpoints",
     "load_model": "checkpoints",
     "model_hash": "checkpoints",
-    "path_patch": "interventions.path_patching",
+    "path_patch": "circuits.path_patching",
     "run": "interventions.apply",
     "save_model": "checkpoints",
-    "screen": "interventions.screening",
-    "show_attention": "attention_view",
-    "show_tokens": "token_view",
+    "screen": "circuits.screening",
+    "show_attention": "notebook.attention",
+    "show_tokens": "notebook.tokens",
     "signal_view": "signals",
-    "sweep": "interventions.sweep",
+    "sweep": "sweeps.sweep",
 }
 _MODULES = ("metrics",)
 __all__ = sorted([*_HOMES, *_MODULES])
+
+keep_former_names("reflowlens", {"figure_export": "figures.export"})
 
 
 def __getattr__(name: str) -> Any:

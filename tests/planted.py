@@ -13,7 +13,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import random_rotation
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 CONFIG = ModelConfig(
     architecture="reflow",

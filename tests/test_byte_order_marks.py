@@ -19,7 +19,7 @@ from pretraining.sources import Selection, find_sources
 from reflowlens.cli.units import _held_out
 from reflowlens.conversion import export_hf, import_hf
 from reflowlens.inspection import inspect_path
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.tiny import random_model
 
 TEXT = "<|endoftext|>\none\n<|endoftext|>\ntwo\n"

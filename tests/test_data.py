@@ -25,7 +25,7 @@ from pretraining.data import Manifest, batch_at, open_tokens, prepare
 from pretraining.token_files import FORMAT_VERSION, TokenShards
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.atomic import sole_writer
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 DOCUMENTS = [f"Document {i}\n\nIts text has {i * i} words, naïve or not: {'tea ' * (i % 7)}" for i in range(200)]
 SEPARATOR = "\n<|endoftext|>\n"

@@ -14,7 +14,7 @@ from docs.generated import error_messages, messages_table, metric_definitions, v
 from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.tiny import random_model, random_tokens
 
 DOCS = Path(__file__).parent.parent / "docs"

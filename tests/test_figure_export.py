@@ -16,10 +16,10 @@ from analyses.runner.figure_files import export_figures
 from reflowlens import cli
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures import browser
-from reflowlens.figures.builders import bars, heatmap, line_with_band
+from reflowlens.figures.builders import bars, line_with_band
 from reflowlens.figures.export import INCHES, provenance, read_figure, save_figure, save_figures, sheet_of, stamp
 from reflowlens.figures.figure import Figure
-from reflowlens.figures.heatmap import MOST_BYTES, block_means, block_of
+from reflowlens.figures.heatmap import MOST_BYTES, block_means, block_of, heatmap
 from reflowlens.figures.provenance import html_with_metadata, pdf_with_metadata, png_chunk, png_with_metadata
 from reflowlens.figures.scatter import scatter
 

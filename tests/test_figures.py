@@ -11,7 +11,9 @@ import plotly.io as pio
 import pytest
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import bars, dots, heatmap, histogram_with_control, line_with_band, save_figure
+from reflowlens.figures.builders import bars, dots, histogram_with_control, line_with_band
+from reflowlens.figures.export import save_figure
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.figures.style import CONTROL_GREYS, INK, PALETTE, label, register_template
 
 

@@ -18,8 +18,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import KeyValueCache
+from reflowlens.tokenizers.by_name import get_tokenizer
 from reflowlens.tokenizers.file import OPENED, FileTokenizer, open_tokenizer
-from reflowlens.tokenizers.ranks import get_tokenizer
 from tests.test_tokenizers import TEXT
 from tests.tiny import random_model, tiny_config
 

@@ -42,7 +42,7 @@ from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import scaled
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.test_tokenizers import TEXT
 from tests.tiny import assert_close, random_model, random_tokens, tiny_config
 

@@ -21,7 +21,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.inspection.signals import effective_rank
 from reflowlens.inspection.weights import Weights, part_of
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.tiny import FACTORED, random_model
 
 READ = {"tokens_seen": 4096, "val_loss": 2.5, "training": {"run": {"steps": 8}, "model": {}}}

@@ -14,7 +14,7 @@ from analyses.words.lexicon import (
     single_token_categories,
 )
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 LEXICON = load_lexicon()
 QWERTY_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")

@@ -30,7 +30,7 @@ from analyses.report.metric_table import COLUMNS, words
 from analyses.runner import suite
 from analyses.runner.suite import model_card
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import read_figure, save_figure
+from reflowlens.figures.export import read_figure, save_figure
 from tests.tiny import random_model
 
 ANALYSES = Path(__file__).parent.parent / "analyses"

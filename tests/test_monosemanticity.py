@@ -23,7 +23,7 @@ from analyses.units.scores import auroc, best_thresholds, f1_at, mean_ranks, shi
 from analyses.units.silencing import ablate_concepts, matched, row_losses
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.test_bdh import random_bdh
 from tests.tiny import random_model
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from analyses.measures import neighbors
 from analyses.measures.neighbors import cosine_neighbors, rank_among, shuffle_columns, unit_rows, word_tokens
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.reference.analogies import cosine
 
 

@@ -11,7 +11,7 @@ from analyses.words.lexicon import Lexicon
 from analyses.words.tokens import frequency_matched
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.planted import empty_model, of_architecture
 from tests.planted_results import ATLAS, ATLAS_LEXICON, missed
 from tests.tiny import tiny_config

@@ -19,7 +19,8 @@ from analyses.report.metric_table import number
 from analyses.report.page import template_text, write_report
 from analyses.result.result import Result
 from reflowlens.checkpoints import model_hash
-from reflowlens.figures.builders import heatmap, line_with_band
+from reflowlens.figures.builders import line_with_band
+from reflowlens.figures.heatmap import heatmap
 
 NASTY = "</script><script>alert(1)</script><!-- & \" '"
 VOID = {"meta", "br", "link", "img", "path", "circle"}

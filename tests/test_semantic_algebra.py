@@ -25,7 +25,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.planted import analogy_model, planted_analogies
 from tests.planted_results import ALGEBRA, missed
 from tests.reference.analogies import rank

@@ -32,7 +32,7 @@ from reflowlens.checkpoints import load_model, model_hash, read_manifest, save_m
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.reference import sft as reference
 from tests.test_bdh import CONFIG as BDH
 from tests.tiny import random_model, tiny_config

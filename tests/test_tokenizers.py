@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
+from reflowlens.tokenizers.ranks import TOKENIZER_NAMES
 from tests.reference.bpe import ReferenceBPE
 
 VOCAB = Path(str(importlib.resources.files("reflowlens"))) / "assets/gpt2_bpe/vocab.bpe"

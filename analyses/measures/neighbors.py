@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analyses.statistics.draws import derive_rng
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import Tokenizer
+from reflowlens.tokenizers.base import Tokenizer
 
 BLOCK = 32  # queries at a time: scores over GPT-2's 50,257 tokens are 6 MB, which a cache can hold
 

@@ -59,7 +59,7 @@ def write_report(
     `results` appear in the order given. `errors`: experiment's name -> why it has no result. `model_card`: facts about
     the model by their names for people, "name" among them (`analyses.runner.suite.model_card`). Frames are linked to
     their CSV files where `Result.save` put them beside the report, in a folder of the experiment's name. `lang`: "en"
-    or "zh"; what the catalogue (`analyses.report.messages`) does not have stays in English, and so do the saved results.
+    or "zh"; what the catalogue (`messages.py` beside) does not have stays in English, and so do the saved results.
 
     Example: `write_report([layer_evolution(model)], {}, {"name": "reflow-nano"}, "out/report.html")`
     """

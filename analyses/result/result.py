@@ -32,7 +32,7 @@ from analyses.result.spreadsheets import guarded, unguarded
 from analyses.statistics.intervals import Interval
 from analyses.statistics.verdicts import Verdict
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import read_figure, save_figure, save_figures, stamp
+from reflowlens.figures.export import read_figure, save_figure, save_figures, stamp
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
-    from reflowlens.tokenizers.ranks import Tokenizer
+    from reflowlens.tokenizers.base import Tokenizer
 
 TYPO_KINDS = ("swap", "drop", "double", "neighbour_key", "phonetic")
 

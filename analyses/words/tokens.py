@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from analyses.statistics.draws import derive_rng
 from analyses.words.lexicon import Lexicon, single_token_categories
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import Tokenizer
+from reflowlens.tokenizers.base import Tokenizer
 
 MINIMUM_WORDS = 20
 

@@ -1,0 +1,1 @@
+"""Signals removed: at the readout in closed form, and before it."""

@@ -35,7 +35,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.opening import as_path, holds_file, open_safetensors, read_json, shown
-from reflowlens.tokenizers.ranks import check_tokenizer_fits
+from reflowlens.tokenizers.by_name import check_tokenizer_fits
 
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 HEAD = "lm_head.weight"

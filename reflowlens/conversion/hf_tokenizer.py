@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.tokenizers.base import END_OF_TEXT, Tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 from reflowlens.tokenizers.file import TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
-from reflowlens.tokenizers.ranks import (
-    END_OF_TEXT,
-    TOKENIZER_NAMES,
-    Tokenizer,
-    get_tokenizer,
-    gpt2_byte_symbols,
-    packaged_merges,
-    packaged_ranks,
-)
+from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, gpt2_byte_symbols, packaged_merges, packaged_ranks
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 

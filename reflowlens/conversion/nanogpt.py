@@ -33,7 +33,8 @@ from reflowlens.conversion.nanogpt_names import place
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.storage.opening import as_path, shown
-from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, check_tokenizer_fits, get_tokenizer
+from reflowlens.tokenizers.by_name import check_tokenizer_fits, get_tokenizer
+from reflowlens.tokenizers.ranks import TOKENIZER_NAMES
 
 DEFAULT_D_HEAD = 64  # nanoGPT's habit
 _STATED = ("n_layer", "n_embd", "vocab_size", "n_head", "topk", "rope_theta", "block_size")

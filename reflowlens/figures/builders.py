@@ -1,12 +1,4 @@
-"""Figures from DataFrames: the few builders that experiments share (export: :mod:`reflowlens.figures.export`).
-
-Every builder takes a tidy frame (a row an observation) and names of its columns, and returns a plotly figure in the
-``reflowlens`` template (:mod:`reflowlens.figures.style`). Series named in ``controls`` are drawn in greys, dashed or
-hatched, so that a control is never mistaken for a measurement. Text from a frame is shown as it is, never as markup;
-series and categories with the name of an identifier (``c_alone``) in words.
-
-plotly is imported with the first figure, not with this module.
-"""
+"""Bars, lines, dots and histograms from tidy frames."""
 
 from __future__ import annotations
 
@@ -17,8 +9,6 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.export import read_figure, save_figure, save_figures, stamp
-from reflowlens.figures.heatmap import heatmap
 from reflowlens.figures.style import (
     COUNTS_ON_A_LOGARITHM,
     INK,
@@ -27,26 +17,12 @@ from reflowlens.figures.style import (
     hover_texts,
     label,
     named,
-    register_template,
     series_of,
     words,
 )
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-__all__ = [
-    "bars",
-    "dots",
-    "heatmap",
-    "histogram_with_control",
-    "line_with_band",
-    "read_figure",
-    "register_template",
-    "save_figure",
-    "save_figures",
-    "stamp",
-]
 
 
 def line_with_band(

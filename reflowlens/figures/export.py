@@ -1,7 +1,7 @@
 """Figures as files: HTML, JSON, PNG, SVG and PDF, for a screen or at a journal's widths, each with its provenance.
 
-Static formats are drawn by an installed Chrome or Chromium (:mod:`reflowlens.figures.browser`) with the plotly.js that the HTML
-files use too, so that they show what a page shows. A batch starts the browser once.
+Static formats are drawn by an installed Chrome or Chromium (`browser.py` beside) with the plotly.js that the
+HTML files use too, so that they show what a page shows. A batch starts the browser once.
 
 A figure's provenance (what made it: experiment, parameters with the model's hash, version) lies in its
 ``layout.meta["provenance"]`` and goes into every file: plotly's JSON has it there, an HTML page in a ``<meta>``, a PNG

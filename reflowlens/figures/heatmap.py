@@ -1,4 +1,4 @@
-"""Cells coloured by a number: a builder beside `reflowlens.figures.builders`, which keeps large ones small enough for a page."""
+"""Cells coloured by a number: large ones are kept small enough for a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Points in the plane or in space, a colour and a symbol for each group: a builder beside `reflowlens.figures.builders`."""
+"""Points in the plane or in space, a colour and a symbol for each group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frame as a table that is a figure, for text before and after: a builder beside `reflowlens.figures.builders`."""
+"""A frame as a table that is a figure, for text before and after."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection.weights import Weights
-from reflowlens.tokenizers.ranks import get_tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 RECIPE, BASIS = "embed.W_recipe", "embed.W_basis"
 

@@ -1,1 +1,1 @@
-"""Interventions as values, running a model under them, and sweeps over many of them."""
+"""Interventions as values, running a model under them, and weight edits."""

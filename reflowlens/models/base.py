@@ -31,7 +31,8 @@ from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import read_before
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
-from reflowlens.tokenizers.ranks import Tokenizer, get_tokenizer
+from reflowlens.tokenizers.base import Tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
 
 TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
 NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from reflowlens.config import FILE_TOKENIZER
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import END_OF_TEXT, Tokenizer, gpt2_byte_symbols
+from reflowlens.tokenizers.base import END_OF_TEXT, Tokenizer
+from reflowlens.tokenizers.ranks import gpt2_byte_symbols
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

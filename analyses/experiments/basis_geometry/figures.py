@@ -16,7 +16,8 @@ from analyses.experiments.basis_geometry.spectra import Spectrum
 from analyses.measures.knockout import codebook_texts
 from analyses.statistics.intervals import bootstrap_band
 from analyses.statistics.pvalues import holm
-from reflowlens.figures.builders import heatmap, line_with_band
+from reflowlens.figures.builders import line_with_band
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.signals import SignalView
 
 GRAM_SIGNALS = 40

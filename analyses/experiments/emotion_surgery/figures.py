@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from reflowlens.figures.builders import heatmap, line_with_band
+from reflowlens.figures.builders import line_with_band
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.figures.table import table
 
 _CONTROLS = ("shuffled_labels", "random_direction", "untrained")

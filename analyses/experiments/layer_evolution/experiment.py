@@ -38,7 +38,8 @@ from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import Verdict
 from analyses.words.lexicon import FactualPrompt, Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import heatmap, histogram_with_control, line_with_band
+from reflowlens.figures.builders import histogram_with_control, line_with_band
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 

@@ -15,7 +15,8 @@ from analyses.experiments.recipe_atlas.pairs import Pairs, label_cosines, share_
 from analyses.experiments.recipe_atlas.purity import POLES, Poles
 from analyses.measures.neighbors import cosine_neighbors
 from analyses.words.tokens import LabelledWords
-from reflowlens.figures.builders import bars, heatmap, histogram_with_control
+from reflowlens.figures.builders import bars, histogram_with_control
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.signals import SignalView
 
 PURITY_CONTROLS = ("shuffled_recipe", "rotated_basis")

@@ -13,7 +13,7 @@ from torch import Tensor
 from analyses.measures.neighbors import BLOCK, rank_among, unit_rows, word_tokens
 from analyses.words.lexicon import Analogy, Lexicon, single_token_analogies
 from reflowlens.errors import ReflowlensError
-from reflowlens.tokenizers.ranks import Tokenizer
+from reflowlens.tokenizers.base import Tokenizer
 
 MINIMUM_ANALOGIES = 10
 EPSILON = 1e-3  # of 3CosMul, as Levy and Goldberg (2014) set it

@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analyses.measures.lens import point_name
-from reflowlens.figures.builders import bars, heatmap, line_with_band
+from reflowlens.figures.builders import bars, line_with_band
+from reflowlens.figures.heatmap import heatmap
 
 SHOWN = 30
 _DEPTH = "depth (blocks)"

@@ -15,7 +15,8 @@ from analyses.measures.sparsity import gaussian_density, lorenz_curve
 from analyses.words.lexicon import Lexicon
 from analyses.words.tokens import labelled_words
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import heatmap, line_with_band
+from reflowlens.figures.builders import line_with_band
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.signals import SignalView
 
 CONTROLS = ("gaussian", "untrained", "rotated_basis")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from reflowlens.figures.builders import bars, heatmap, line_with_band
+from reflowlens.figures.builders import bars, line_with_band
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.figures.style import INK
 
 _CONTROLS = ("unrelated_word", "unrelated_misspelling", "untrained")

@@ -1,0 +1,106 @@
+"""What every tokenizer does: text to token ids and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from reflowlens.arguments import integer
+from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:  # it takes longer to import than the rest of this module
+    import numpy as np
+    from numpy.typing import NDArray
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes: `name`; `n_vocab`, the number of real tokens (a model may pad its vocabulary beyond it); `eot_token`,
+    the id that ends a document, or None where there is none; `bos_token`, the id that models of this tokenizer expect
+    in front of a text, or None where a text begins with its own first token.
+
+    >>> from reflowlens.tokenizers import get_tokenizer
+    >>> tokenizer = get_tokenizer("gpt2")
+    >>> tokenizer.encode("Hello world")
+    [15496, 995]
+    >>> tokenizer.to_str_tokens([15496, 995])
+    ['Hello', ' world']
+    """
+
+    name: str
+    n_vocab: int
+    eot_token: int | None
+    bos_token: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, in which `<|endoftext|>` is ordinary text: `eot_token` is an id, never a spelling."""
+        raise NotImplementedError
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """`encode` as an array, without a Python list in between: for corpora. Other threads run meanwhile.
+
+        Raises UnicodeEncodeError if the text holds half of a surrogate pair, which UTF-8 cannot write.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises ReflowlensError for an id that is no token.
+        """
+        return b"".join(self._token_bytes(i) for i in ids).decode("utf-8", errors="replace")
+
+    def token_str(self, token: int) -> str:
+        """One token, readable: bytes that are not valid UTF-8 on their own are shown as `\\xNN`."""
+        return self._token_bytes(token).decode("utf-8", errors="backslashreplace")
+
+    def to_str_tokens(self, ids: Iterable[int]) -> list[str]:
+        """`token_str` of each id."""
+        return [self.token_str(i) for i in ids]
+
+    def single_token(self, word: str) -> int:
+        """The id of a word that is exactly one token, leading space included (`" queen"`).
+
+        Raises ReflowlensError that shows how the word splits, and names the form that is a single token if with (or
+        without) the leading space there is one.
+        """
+        if not isinstance(word, str):
+            raise ReflowlensError(f"the text of a token was expected, got {word!r}")
+        ids = self._pieces(word)
+        if len(ids) == 1:
+            return ids[0]
+        if not ids:
+            raise ReflowlensError("a word was expected, and the text is empty")
+        pieces = ", ".join(repr(piece) for piece in self.to_str_tokens(ids))
+        message = f"{word!r} is not a single token of {self.name}: it splits into {pieces}"
+        sibling = word[1:] if word.startswith(" ") else f" {word}"
+        if self.is_single_token(sibling):
+            message += f"; {sibling!r} ({'without the' if word.startswith(' ') else 'with a'} leading space) is one"
+        raise ReflowlensError(message)
+
+    def is_single_token(self, word: str) -> bool:
+        """Whether `word`, leading space included, is exactly one token."""
+        return len(self._pieces(word)) == 1
+
+    def _pieces(self, word: str) -> list[int]:
+        """The ids of a word in the middle of a text."""
+        return self.encode(word)
+
+    def _token_bytes(self, token: int) -> bytes:
+        """What one id writes."""
+        raise NotImplementedError
+
+    def _checked(self, token: int) -> int:
+        index = integer(token)  # a tensor's or an array's element is welcome
+        if index is None or not 0 <= index < self.n_vocab:
+            raise ReflowlensError(
+                f"no token {token!r} in {self.name}: its ids are 0 to {self.n_vocab - 1} "
+                "(ids beyond are the padding of a model's vocabulary)"
+            )
+        return index
