@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test exact slow lint types docs notebooks clean
+.PHONY: run test exact slow lint types contracts docs notebooks clean
 
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
@@ -28,6 +28,10 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	$(BIN)/mypy
+
+# Who may import whom: [tool.importlinter] in pyproject.toml.
+contracts: .venv/.dev
+	$(BIN)/lint-imports
 
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
