@@ -7,7 +7,7 @@ an experiment adds its name first, and who calls such a function twice adds what
     own = derive_seed(seed, "genetic_hijack")
     random_swap(view, pairs, derive_seed(own, "swap"))
 
-Two kinds of draws are shared on purpose. The untrained model is one for all experiments (`analyses.controls.nulls`), and
+Two kinds of draws are shared on purpose. The untrained model is one for all experiments (`analyses.controls`), and
 bootstraps and sign flips (`intervals`, `pvalues` and `resampling` beside) resample units by the seed itself, the same
 ones for every metric over the same units: they are no controls, and no generator of this module gives their numbers.
 """

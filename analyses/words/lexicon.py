@@ -155,7 +155,7 @@ def read_questions_words(path: str | Path) -> tuple[Analogy, ...]:
 def single_token_analogies(analogies: Iterable[Analogy], tokenizer: Tokenizer) -> tuple[list[Analogy], list[str]]:
     """The analogies whose four words are each one token of `tokenizer`, and, of each other, why it was skipped.
 
-    >>> from reflowlens.tokenizers.ranks import get_tokenizer
+    >>> from reflowlens.tokenizers import get_tokenizer
     >>> aunt = Analogy("gender", "king", "man", "aunt", "uncle")
     >>> kept, skipped = single_token_analogies([aunt], get_tokenizer("gpt2_16k"))
     >>> skipped
