@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reflowlens.models.base import HookedModel
-from tests.runs import tokens_folder, write  # noqa: F401 (fixtures)
-from tests.tiny import NAMES, random_model, random_tokens
+from tests.support.runs import tokens_folder, write  # noqa: F401 (fixtures)
+from tests.support.tiny import NAMES, random_model, random_tokens
 
 _EXACT = ("torch.equal(", "rtol=0, atol=0", "check_exact=True", "same_files(", "same_weights(", "assert_same(")
 

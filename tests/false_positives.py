@@ -2,9 +2,9 @@
 
     python -m tests.false_positives --models 200 --quick --out false_positives.csv
 
-Each seed draws a model anew. Experiments 1 to 5 are about recipes alone and get a `tests.planted.empty_model`. The
-others are about what the blocks make of them. With silent blocks most of what they measure would be zero,
-not small, so they get a `tests.planted.turning_model`, whose blocks write much, and nothing in particular. What is
+Each seed draws a model anew. Experiments 1 to 5 are about recipes alone and get an `empty_model` of
+`tests.support.planted`. The others are about what the blocks make of them. With silent blocks most of what they measure
+would be zero, not small, so they get a `turning_model`, whose blocks write much, and nothing in particular. What is
 supported there is supported by chance. A rule that keeps its promise says so about one time in twenty, or less.
 """
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
 from analyses.result.result import Result
 from reflowlens.models.base import HookedModel
-from tests.planted import empty_model, turning_model
+from tests.support.planted import empty_model, turning_model
 
 COLUMNS = ["experiment", "metric", "models", "supported", "share", "low", "high", "underpowered", "failed"]
 OF_RECIPES = range(1, 6)

@@ -2,8 +2,8 @@
 
     python -m tests.planted_results
 
-Each case is an experiment on a model of `tests.planted`, with what it must find there and how nearly. The experiments'
-own tests assert the same cases.
+Each case is an experiment on a model of `tests.support.planted`, with what it must find there and how nearly. The
+experiments' own tests assert the same cases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from analyses.experiments.typo_resilience.experiment import typo_resilience
 from analyses.registry import EXPERIMENTS
 from analyses.result.result import Result
 from reflowlens.models.base import HookedModel
-from tests import planted
+from tests.support import planted
 
 COLUMNS = ["experiment", "model", "quantity", "expected", "found", "tolerance", "ok"]
 
@@ -56,7 +56,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """An experiment, a model of `tests.planted`, and what the one finds in the other."""
+    """An experiment, a model of `tests.support.planted`, and what the one finds in the other."""
 
     experiment: str
     model: partial[HookedModel]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import Node
 
 from reflowlens.models.base import HookedModel
-from tests.tiny import bias
+from tests.support.tiny import bias
 
 Written = dict[str, Tensor]
 Reads = Callable[[str, Written], Tensor]

@@ -1,0 +1,192 @@
+"""Benchmarks compare like with like: every variant computes the same loss, and ratios are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from reflowlens.benchmarks import TrainBench, bench_sweep, bench_train
+from reflowlens.benchmarks import train as train_module
+from reflowlens.benchmarks.memory import peak_memory
+from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
+from reflowlens.benchmarks.sweep import make_case
+from reflowlens.benchmarks.timing import alternate, comparison, ratio
+from reflowlens.benchmarks.train import measured_peak
+from reflowlens.benchmarks.variants import NANO, forming, without_hook_points
+from reflowlens.cli import main
+from reflowlens.errors import ReflowlensError
+from reflowlens.flops import training_flops_per_token
+from reflowlens.models import build_model
+from tests.reference import hugging_face
+from tests.support.tiny import assert_close, random_model, random_tokens, tiny_config
+
+
+def tiny_bench(name="reflow", **changes):
+    return TrainBench(**{"model": tiny_config(name), "batch": 2, "context": 12, "dtype": "float32"} | changes)
+
+
+@pytest.mark.parametrize("name", ["gpt2_new", "reflow", "reflow_topk", "reflow_lite"])
+def test_every_variant_has_the_same_loss(name):
+    bench = tiny_bench(name)
+    x = random_tokens(bench.model, 2, 12)
+    y = random_tokens(bench.model, 2, 12, seed=1)
+    model = random_model(name)
+    weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    merged = {"embed.W_E": model.W_U.detach().T}
+    losses = {}
+    for variant in bench.variants:
+        model, loss = model_and_loss(bench, variant)
+        if variant == "transformers":
+            hugging_face.load(model, hugging_face.llama(bench.model)[1], weights | merged)
+        else:
+            model.load_state_dict(weights)
+        losses[variant] = loss(x, y)
+    assert list(losses) == list(VARIANTS)
+    for variant, value in losses.items():
+        assert_close(value, losses["reflowlens"], what=variant)
+
+
+def test_gpt2_has_no_llama_of_its_shape():
+    assert "transformers" not in tiny_bench("gpt2").variants
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_learn(variant, monkeypatch):
+    """Every parameter of the step's own model moves, and the loss on its batch falls each time."""
+    bench, made, losses = tiny_bench(), [], []
+
+    def watched(*arguments):
+        model, loss = model_and_loss(*arguments)
+        made.append(model)
+
+        def recorded(x, y):
+            value = loss(x, y)
+            losses.append(value.item())
+            return value
+
+        return model, recorded
+
+    monkeypatch.setattr("reflowlens.benchmarks.steps.model_and_loss", watched)
+    torch.manual_seed(0)  # Llama's own initialisation
+    step = training_step(bench, variant)
+    (model,) = made
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(5):
+        step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_forming_and_hookless_models_are_the_same_function(model, tokens):
+    expected = model(tokens)
+    assert_close(forming(model)(tokens), expected)
+    bare = without_hook_points(build_model(dataclasses.replace(model.cfg)))
+    bare.load_state_dict(model.state_dict())
+    assert_close(bare(tokens), expected)
+    assert not [module for module in bare.modules() if type(module).__name__ == "HookPoint"]
+
+
+def test_calls_take_turns_and_ratios_are_medians_over_rounds():
+    order = []
+    times = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warm_up=2)
+    assert order == ["a", "b"] * 5
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+    row = comparison("x", "y", lambda: None, lambda: sum(range(20000)), rounds=3)
+    assert row["ratio"] > 1
+
+
+def test_the_comparison_of_training_steps(monkeypatch):
+    """Given times and sizes, so that the figures are known."""
+    seconds = {"reflowlens": 2.0, "forming E": 4.0, "no hooks": 2.0, "transformers": 3.0}
+    sizes = {"reflowlens": 100, "forming E": 300, "no hooks": 100, "transformers": None}
+    monkeypatch.setattr("reflowlens.benchmarks.train.peak_memory", lambda bench, variant: sizes[variant])
+    monkeypatch.setattr(train_module, "measured_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(train_module, "alternate", lambda calls, n, **_: {name: [seconds[name]] * n for name in calls})
+    bench = tiny_bench()
+    found = bench_train(bench, steps=3)
+    rows = found.frame.set_index("variant")
+    assert rows["tokens_per_s"].to_dict() == pytest.approx(
+        {"reflowlens": 12.0, "forming E": 6.0, "no hooks": 12.0, "transformers": float("nan")}, nan_ok=True
+    )
+    assert rows["ratio"]["forming E"] == 2.0
+    assert rows["memory_ratio"]["forming E"] == 3.0
+    assert rows["what"]["transformers"].startswith("out of memory")
+    flops = training_flops_per_token(bench.model, 12, batch=2)
+    assert rows["mfu"]["reflowlens"] == pytest.approx(12.0 * flops / 1e9)
+    assert "batch 2 × 12" in str(found)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_of_its_own():
+    """Seven more layers need weights, gradients and two moments more, 16 bytes a parameter, and some activations."""
+    model = dataclasses.replace(tiny_config("gpt2_new"), d_model=256, d_mlp=1024, d_head=64, d_vocab=512)
+    small, large = (tiny_bench(model=dataclasses.replace(model, n_layers=layers)) for layers in (1, 8))
+    parameters = [build_model(bench.model, device="meta").n_parameters for bench in (small, large)]
+    peaks = [peak_memory(bench, "reflowlens") for bench in (small, large)]
+    assert None not in peaks
+    assert 0.8 <= (peaks[1] - peaks[0]) / (16 * (parameters[1] - parameters[0])) <= 2.0
+
+
+def test_a_cpu_does_some_operations():
+    assert measured_peak(torch.float32, (64,), seconds=0.01) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"batch": 0}, "batch and context must be positive"),
+        ({"context": 25}, "context 25 exceeds the model's n_ctx=24"),
+        ({"device": "tpu"}, "device must be 'cpu' or 'cuda'"),
+    ],
+)
+def test_what_cannot_be_run(changes, message):
+    with pytest.raises(ReflowlensError, match=message):
+        tiny_bench(**changes)
+
+
+def test_presets_by_name():
+    assert TrainBench.named().model == NANO
+    assert TrainBench.named(batch=None, dtype="float32").batch == 16
+    assert TrainBench.named("reflow_1_small").context == 1024
+    with pytest.raises(ReflowlensError, match="unknown preset 'reflow_1_smal'"):
+        TrainBench.named("reflow_1_smal")
+
+
+def test_the_command(monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr("reflowlens.benchmarks.bench_train", lambda bench, steps: called.append((bench, steps)))
+    monkeypatch.setattr("reflowlens.benchmarks.run_benchmarks", lambda which: pd.DataFrame([{"benchmark": which}]))
+    monkeypatch.setattr("reflowlens.benchmarks.bench_sweep", lambda: pd.DataFrame([{"benchmark": "sweeps"}]))
+    assert main(["bench", "train", "--preset", "reflow_1_small", "--batch", "2", "--steps", "3", "--compile"]) == 0
+    (bench, steps) = called[0]
+    assert (bench.model.model_name, bench.batch, bench.compiled, steps) == ("reflow_1_small", 2, True, 3)
+    assert main(["bench", "hooks"]) == 0
+    assert len(called) == 1
+    assert "hooks" in capsys.readouterr().out
+    assert main(["bench", "sweep"]) == 0
+    assert len(called) == 1
+    assert "sweeps" in capsys.readouterr().out
+    assert main(["bench"]) == 0
+    assert len(called) == 2
+    assert "sweeps" in capsys.readouterr().out
+
+
+def test_sweeps_are_compared_with_equal_results():
+    case = make_case("tiny", random_model("reflow"), batch=2, pos=5)
+    frame = bench_sweep([case], patches=7, rounds=1).set_index("sweep")
+    assert frame["cells"].to_dict() == {
+        "resid_pre": 2 * 5,
+        "attn_head_out_by_pos": 2 * 5 * 4,
+        "7 signals of the recipe": 7,
+        "every signal of the readout": 32,
+    }
+    assert (frame["difference"] < 1e-5).all()
+    assert (frame[["ours_ms", "other_ms", "ratio"]] > 0).all(axis=None)
+    # What 5 suffixes of 1 to 5 positions leave out at least: all but 3 tokens of 5 in the mean.
+    assert frame.loc["resid_pre", "flops"] > 5 / 3
