@@ -169,7 +169,7 @@ def _validate(
 ) -> None:
     """Evaluate after a step, and enter the loss in its record and, where there is one, in its checkpoint."""
     max_tokens = None if step == cfg.run.steps else cfg.run.eval_tokens
-    loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress=progress)
+    loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress)
     log.complete(step, {"val_loss": loss})
     if saved:
         on_first_process(group, partial(record_validation, Path(cfg.run.out), step, loss))
@@ -248,7 +248,6 @@ def evaluate(
     cfg: TrainConfig,
     group: Processes,
     max_tokens: int | None = None,
-    *,
     progress: bool = False,
 ) -> float:
     """Mean next-token loss in nats over the validation stream, or ``max_tokens`` spread over it; processes share it."""
