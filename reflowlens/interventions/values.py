@@ -121,7 +121,9 @@ class Ablate(Intervention):
             place takes the values of a place of the reference drawn at random.
         reference: text, texts, tokens [batch, pos] or a cache, all of whose positions count; the padding of texts, and
             of a cache of texts, is left out. Not for ``"zero"``.
-        seed: of the draw.
+        seed: of the draw. Each pass draws anew from it, one place after the other through the rows of the batch: rows
+            of the same text draw different places, and so does a text alone from what it draws in a batch, or written
+            with a key-value cache from what it draws when read whole.
     """
 
     kind = "ablate"
