@@ -148,8 +148,8 @@ def _headline(results: Sequence[Result]) -> str:
     table = metric_table(bodies, translate("Results at a glance"))
     deciding = translate("bold controls decide the verdict, the others are shown for scale")
     meaning = translate("point at a name, or go to it with the keyboard, for what it means")
-    told = "".join(f"<span>{text}</span>" for text in (deciding, meaning, note))
-    return f'{table}<p class="key">{key()}{told}</p>'
+    reading = "".join(f"<span>{text}</span>" for text in (deciding, meaning, note))
+    return f'{table}<p class="key">{key()}{reading}</p>'
 
 
 def _glossary() -> str:
