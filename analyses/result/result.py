@@ -13,16 +13,16 @@ may look like a formula: `save(..., spreadsheet=True)` writes a CSV that Excel a
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -40,18 +40,34 @@ if TYPE_CHECKING:
     from reflowlens.figures.export import Width
 
 _MANIFEST = "result.json"
+NONE: Mapping[str, Any] = MappingProxyType({})
 _TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one headline metric.
+
+    `value`: finite. `interval`: its 95% interval. `controls`: control's name -> its value. `verdict`: "supported", "not
+    supported" or "underpowered" (`analyses.statistics.verdict`). `definition`: how the metric was computed.
+    `published`: its value in the reFlow documents.
+    """
+
+    value: float
+    interval: tuple[float, float] | None = None
+    controls: Mapping[str, float] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    definition: str = ""
+    published: float | None = None
+
+
 class Result:
     """The outcome of one experiment.
 
     `name`: file-safe ("layer_evolution"); `title`: for people ("Layer Evolution").
     `params`: every argument, the seed and the model's hash; anything JSON can hold (tuples become lists).
-    `metrics`: the headline, finite floats. One that could not be computed is absent, with a note that says why.
-    `controls`: metric -> control's name -> its value. `intervals`: metric -> 95% interval. `verdicts`: metric ->
-    "supported", "not supported" or "underpowered" (`analyses.statistics.verdict`). All three only of metrics above.
+    `findings`: metric -> `Finding`. One that could not be computed is absent, with a note that says why. They can be
+    given as tables by metric too: `metrics` (the values), `controls`, `intervals` and `verdicts`.
     `published` and `definitions`: metric -> value in the reFlow documents, and the definition used here; both may also
     speak of a metric that is absent.
     `frames`, `figures`: by file-safe names. Frames are copied on the way in, numbered anew from 0.
@@ -60,47 +76,80 @@ class Result:
     Raises ReflowlensError for a metric that is not finite, a control, interval or verdict of no metric, params that are
     not JSON, and frames that a CSV cannot keep.
 
-    >>> result = Result("algebra", "Semantic Algebra", metrics={"accuracy": 0.34}, controls={"accuracy": {"c": 0.1}})
+    >>> result = Result("algebra", "Semantic Algebra", findings={"accuracy": Finding(0.34, controls={"c": 0.1})})
     >>> Result.load(result.save("out/algebra")).metrics
     {'accuracy': 0.34}
     """
 
-    name: str
-    title: str
-    params: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    controls: dict[str, dict[str, float]] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    published: dict[str, float] = field(default_factory=dict)
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
-    figures: dict[str, go.Figure] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    definitions: dict[str, str] = field(default_factory=dict)
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in (self.name, *self.frames, *self.figures):
-            _check_file_name(name)
-        self.params = {key: _json_value(value, f"params[{key!r}]") for key, value in self.params.items()}
-        self.metrics = _finite_floats(self.metrics, "metrics")
-        self.published = _finite_floats(self.published, "published")
-        for table in ("controls", "intervals", "verdicts"):
-            for metric in getattr(self, table):
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        params: Mapping[str, Any] = NONE,
+        metrics: Mapping[str, float] = NONE,
+        controls: Mapping[str, Mapping[str, float]] = NONE,
+        intervals: Mapping[str, tuple[float, float]] = NONE,
+        published: Mapping[str, float] = NONE,
+        verdicts: Mapping[str, Verdict] = NONE,
+        frames: Mapping[str, pd.DataFrame] = NONE,
+        figures: Mapping[str, go.Figure] = NONE,
+        notes: Sequence[str] = (),
+        definitions: Mapping[str, str] = NONE,
+        seconds: float | None = None,
+        *,
+        findings: Mapping[str, Finding] = NONE,
+    ) -> None:
+        self.name, self.title, self.seconds = name, title, seconds
+        for file in (name, *frames, *figures):
+            _check_file_name(file)
+        self.params = {key: _json_value(value, f"params[{key!r}]") for key, value in params.items()}
+        self.metrics = _finite_floats(
+            dict(metrics) | {metric: finding.value for metric, finding in findings.items()}, "metrics"
+        )
+        stated = {metric: finding.published for metric, finding in findings.items() if finding.published is not None}
+        self.published = _finite_floats(dict(published) | stated, "published")
+        self.definitions = dict(definitions) | {
+            metric: finding.definition for metric, finding in findings.items() if finding.definition
+        }
+        controls = dict(controls) | {
+            metric: finding.controls for metric, finding in findings.items() if finding.controls
+        }
+        intervals = dict(intervals) | {
+            metric: finding.interval for metric, finding in findings.items() if finding.interval is not None
+        }
+        verdicts = dict(verdicts) | {metric: finding.verdict for metric, finding in findings.items() if finding.verdict}
+        for table, entries in {"controls": controls, "intervals": intervals, "verdicts": verdicts}.items():
+            for metric in entries:
                 if metric not in self.metrics:
                     known = ", ".join(self.metrics) or "none"
                     raise ReflowlensError(f"{table}[{metric!r}]: no such metric; the metrics are {known}")
-        self.controls = {
-            metric: _finite_floats(values, f"controls[{metric!r}]") for metric, values in self.controls.items()
-        }
-        self.intervals = {metric: _interval(ends, metric) for metric, ends in self.intervals.items()}
-        for metric, judgement in self.verdicts.items():
+        self.controls = {metric: _finite_floats(values, f"controls[{metric!r}]") for metric, values in controls.items()}
+        self.intervals = {metric: _interval(ends, metric) for metric, ends in intervals.items()}
+        for metric, judgement in verdicts.items():
             if judgement not in get_args(Verdict):
                 allowed = ", ".join(get_args(Verdict))
                 raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {judgement!r}; there are {allowed}")
-        self.frames = {name: _tidy(frame, name) for name, frame in self.frames.items()}
-        for name, figure in self.figures.items():
-            stamp(figure, experiment=self.name, title=self.title, figure=name, params=self.params)
+        self.verdicts = dict(verdicts)
+        self.frames = {key: _tidy(frame, key) for key, frame in frames.items()}
+        self.figures = dict(figures)
+        self.notes = list(notes)
+        for key, figure in figures.items():
+            stamp(figure, experiment=name, title=title, figure=key, params=self.params)
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """Metric -> all that is known of it."""
+        return {
+            metric: Finding(
+                value,
+                self.intervals.get(metric),
+                self.controls.get(metric, {}),
+                self.verdicts.get(metric),
+                self.definitions.get(metric, ""),
+                self.published.get(metric),
+            )
+            for metric, value in self.metrics.items()
+        }
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
@@ -177,7 +226,7 @@ class Result:
         staging = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
         try:
             # a copy, so that what was added since __init__ is checked too
-            dataclasses.replace(self)._write(staging, pages, spreadsheet)
+            Result(**vars(self))._write(staging, pages, spreadsheet)
             for path in _listed_files(folder):
                 path.unlink(missing_ok=True)
             written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
