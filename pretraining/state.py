@@ -17,10 +17,11 @@ from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
-from reflowlens.checkpoints import MANIFEST, WEIGHTS, is_as_written, leftovers, save_model, write_folder, write_tensors
+from reflowlens.checkpoints import WEIGHTS, is_as_written, save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.storage.atomic import replacing
+from reflowlens.storage.folders import MANIFEST, leftovers, write_folder, write_tensors
 
 STATE = "training_state.safetensors"
 

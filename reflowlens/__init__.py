@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from reflowlens.activations.collect import collect as collect
     from reflowlens.checkpoints import list_models as list_models
     from reflowlens.checkpoints import load_model as load_model
-    from reflowlens.checkpoints import model_hash as model_hash
     from reflowlens.checkpoints import save_model as save_model
     from reflowlens.circuits.circuits import completeness as completeness
     from reflowlens.circuits.circuits import faithfulness as faithfulness
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from reflowlens.notebook.tokens import show_tokens as show_tokens
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
+    from reflowlens.storage.model_hash import model_hash as model_hash
     from reflowlens.sweeps.sweep import sweep as sweep
     from reflowlens.tokenizers.by_name import get_tokenizer as get_tokenizer
 
@@ -93,7 +93,7 @@ _HOMES = {
     "intervene": "interventions.apply",
     "list_models": "checkpoints",
     "load_model": "checkpoints",
-    "model_hash": "checkpoints",
+    "model_hash": "storage.model_hash",
     "path_patch": "circuits.path_patching",
     "run": "interventions.apply",
     "save_model": "checkpoints",

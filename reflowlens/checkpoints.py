@@ -6,15 +6,9 @@ tokenizer lies beside it, as ``tokenizer.json``. Nothing is unpickled.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import math
-import re
-import shutil
-import struct
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +20,13 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
+from reflowlens.storage.model_hash import model_hash as model_hash
 from reflowlens.storage.opening import as_path, file_hash, open_safetensors, read_json, shown
 from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
 
 FORMAT = "reflowlens-1"
-WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+WEIGHTS = "model.safetensors"
 FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 ASSETS = Path(__file__).parent / "assets" / "models"
 
@@ -142,16 +138,6 @@ def save_model(
     return write_folder(folder, write)
 
 
-def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpoint") -> None:
-    """Raise if a folder is a file, or holds something else than what the writer of these files left there."""
-    if folder.exists() and not folder.is_dir():
-        raise ReflowlensError(f"{folder} is a file: choose a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in files):
-        raise ReflowlensError(
-            f"{folder} holds other files and no {kind} to replace ({', '.join(files)}): choose a new folder"
-        )
-
-
 def all_parameters(model: HookedModel) -> dict[str, Tensor]:
     """A model's parameters by name, detached: those that its configuration has, and no others.
 
@@ -171,19 +157,6 @@ def all_parameters(model: HookedModel) -> dict[str, Tensor]:
         if found[name].shape != shape:
             raise ReflowlensError(f"{name} has shape {list(found[name].shape)}, and model.cfg says {list(shape)}")
     return found
-
-
-def model_hash(model: HookedModel) -> str:
-    """SHA-256 over the configuration and the weights, the identity of a model in results and figures.
-
-    Of a pruned model over its masks too.
-    """
-    model = hooked_model(model)
-    digest = hashlib.sha256(json.dumps(model.cfg.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
@@ -221,69 +194,6 @@ def find_model(name_or_path: str | Path) -> Path:
         f"no model {shown(str(name_or_path))}: neither one of the packaged ({', '.join(packaged) or 'none'}) nor a "
         f"checkpoint folder or safetensors file that exists{nearest(str(name_or_path), packaged)}"
     )
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; equal tensors and metadata give equal bytes."""
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path, metadata=metadata)
-    with path.open("r+b") as file:  # the library writes the metadata in an order of its own each time
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(metadata.items()))
-        file.seek(8)
-        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a temporary folder beside ``folder`` and move it into place; after any failure ``folder`` is as it was."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise _write_error(folder, error) from error
-    try:
-        write(temporary)
-        temporary.chmod(0o755)  # mkdtemp and safetensors keep what they write to its owner
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        if folder.exists():
-            _replace(folder, temporary)
-        else:
-            temporary.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or "os error" in str(error).lower():  # safetensors wraps the system's error
-            raise _write_error(folder, error) from error
-        raise
-    return folder
-
-
-def leftovers(parent: Path, pattern: str) -> list[Path]:
-    """What :func:`write_folder` left in ``parent`` when it was killed, of folders whose names match ``pattern``."""
-    names = re.compile(rf"\.{pattern}\.(old\.)?[a-z0-9_]{{8}}")  # as mkdtemp makes them
-    return [path for path in parent.iterdir() if names.fullmatch(path.name) and path.is_dir()]
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Move ``new`` to ``folder``, which exists; what was there is put back if that fails, and removed if not."""
-    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    old = retired / folder.name
-    try:
-        folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            old.rename(folder)
-            raise
-    finally:
-        shutil.rmtree(retired)
-
-
-def _write_error(folder: Path, error: BaseException) -> ReflowlensError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    return ReflowlensError(f"cannot write {folder}: {'the disk is full' if full else error}; nothing was changed")
 
 
 def _stated_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.tokenizers.targets import Target, target_ids
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel, TextInput
 
 ReadPosition: TypeAlias = "int | Literal['last', 'all']"
-Target: TypeAlias = "str | int | Sequence[str] | Sequence[int] | Int[Tensor, ' prompt']"
 
 
 class Logits(Protocol):
@@ -240,31 +240,9 @@ def check_metric(metric: Any) -> None:
         raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
 
 
-def target_ids(model: HookedModel, target: Target, n_prompts: int, d_vocab: int) -> Int[Tensor, " prompt"]:
-    """Ids of a token (its text, or an id), or of one for each prompt.
-
-    Raises:
-        ReflowlensError: it is no single token, there is no such id, or there are not as many as prompts.
-    """
-    words: Any = target
-    is_list = isinstance(target, Sequence) and not isinstance(target, str | bytes)
-    if not getattr(target, "ndim", is_list):
-        words = [target] * n_prompts
-    if len(words) != n_prompts:
-        raise ReflowlensError(f"{len(words)} target tokens are given for {n_prompts} prompts")
-    ids = []
-    for word in words:
-        token = model.to_single_token(word) if isinstance(word, str) else integer(word)
-        if token is None:
-            raise ReflowlensError(f"a target is the text or the id of a token, got {word!r}")
-        if not 0 <= token < d_vocab:
-            raise ReflowlensError(f"no token {token}: ids are 0 to {d_vocab - 1}")
-        ids.append(token)
-    return torch.tensor(ids)
-
-
 def _ids(model: HookedModel, target: Target, reference: Reference) -> Int[Tensor, " prompt"]:
-    return target_ids(model, target, len(reference.tokens), model.cfg.d_vocab).to(reference.tokens.device)
+    ids = target_ids(model.to_single_token, target, len(reference.tokens), model.cfg.d_vocab)
+    return ids.to(reference.tokens.device)
 
 
 def _mean(

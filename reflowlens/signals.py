@@ -35,10 +35,10 @@ from transformer_lens import FactoredMatrix
 
 from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import target_ids
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Norm, wide, without_autocast
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.tokenizers.targets import target_ids
 from reflowlens.varimax import varimax_rotation
 
 ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
@@ -149,7 +149,7 @@ class SignalView:
 
     def _ids(self, target: str | int | Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim == 0:
-            return target_ids(self.model, target, 1, len(self.recipe))[0]
+            return target_ids(self.model.to_single_token, target, 1, len(self.recipe))[0]
         if not target.numel() or target.is_floating_point() or target.dtype == torch.bool:
             raise ReflowlensError(f"token ids are integers, got {target!r}")
         for token in map(int, target.aminmax()):

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import Target, target_ids
 from reflowlens.models.components import without_autocast
 from reflowlens.signals import SignalView
 from reflowlens.sweeps.batching import in_batches
+from reflowlens.tokenizers.targets import Target, target_ids
 
 _BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a processor's cache
 
@@ -260,4 +260,4 @@ class ProgressiveAblations(ReadoutAblations):
 
 
 def _target_ids(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, " prompt"]:
-    return target_ids(view.model, target, len(signals), len(view.recipe)).to(signals.device)
+    return target_ids(view.model.to_single_token, target, len(signals), len(view.recipe)).to(signals.device)

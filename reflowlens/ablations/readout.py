@@ -27,13 +27,14 @@ from reflowlens.ablations.closed_form import ProgressiveAblations, SingleAblatio
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import bind
 from reflowlens.interventions.values import Ablate, Source
-from reflowlens.metrics import Target, read_positions
+from reflowlens.metrics import read_positions
 from reflowlens.models.base import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.sweeps.reading import check_readout_is_free
 from reflowlens.sweeps.stages import READOUT_SIGNAL
+from reflowlens.tokenizers.targets import Target
 
 By: TypeAlias = Literal["zero", "mean", "resample"]
 

@@ -15,12 +15,12 @@ from transformer_lens.utilities import Slice
 
 from reflowlens.activations.cache_functions import with_checked_arguments
 from reflowlens.arguments import integer
-from reflowlens.checkpoints import model_hash
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.storage.model_hash import model_hash
 from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 
 _KIND = "activations"

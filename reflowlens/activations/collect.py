@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
 from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import check_lengths_known
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.storage.model_hash import model_hash
 from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 
 Statistic: TypeAlias = Literal["mean", "covariance", "top"]

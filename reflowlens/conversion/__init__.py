@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from reflowlens.checkpoints import MANIFEST, WEIGHTS, check_replaceable, save_model
+from reflowlens.checkpoints import WEIGHTS, save_model
 from reflowlens.conversion.hf import CONFIG, export_hf, import_hf, weight_files
 from reflowlens.conversion.nanogpt import import_nanogpt
 from reflowlens.errors import ReflowlensError
+from reflowlens.storage.folders import MANIFEST, check_replaceable
 from reflowlens.storage.opening import as_path, file_hash
 
 __all__ = ["export_hf", "import_hf", "import_model", "import_nanogpt"]

@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from reflowlens.checkpoints import (
-    WEIGHTS,
-    all_parameters,
-    check_replaceable,
-    model_from_weights,
-    write_folder,
-    write_tensors,
-)
+from reflowlens.checkpoints import WEIGHTS, all_parameters, model_from_weights
 from reflowlens.config import LARGEST
 from reflowlens.conversion import hf_gpt2, hf_llama
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
@@ -34,6 +27,7 @@ from reflowlens.conversion.layout import Reader, check_type, same, to_ours, to_t
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.storage.folders import check_replaceable, write_folder, write_tensors
 from reflowlens.storage.opening import as_path, holds_file, open_safetensors, read_json, shown
 from reflowlens.tokenizers.by_name import check_tokenizer_fits
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from reflowlens.checkpoints import ASSETS, MANIFEST, WEIGHTS, list_models
+from reflowlens.checkpoints import ASSETS, WEIGHTS, list_models
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
@@ -26,6 +26,7 @@ from reflowlens.inspection.folders import (
 )
 from reflowlens.inspection.report import Inspection
 from reflowlens.inspection.tensors import comparison, differences_frame, of_weights
+from reflowlens.storage.folders import MANIFEST
 from reflowlens.storage.opening import as_path, file_hash, shown
 
 

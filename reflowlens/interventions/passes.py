@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Prompt
 from reflowlens.models.base import HookedModel, read_once
+from reflowlens.models.pass_context import giving_lengths, growing_rows
 from reflowlens.models.past import read_before
 from reflowlens.models.threads import reading
 
@@ -61,7 +60,6 @@ class _Noted:
     blocks: list[_Block] = field(default_factory=list)
 
 
-_GROWING: ContextVar[Bool[Tensor, " batch"] | None] = ContextVar("growing", default=None)
 _NOTED: WeakKeyDictionary[HookedModel, _Noted] = WeakKeyDictionary()
 
 
@@ -82,7 +80,8 @@ def noting_passes(model: HookedModel, passes: list[Prompt], lengths: Sequence[in
     noted = _NOTED[model]
     noted.blocks.append(block)
     try:
-        yield
+        with giving_lengths(model, lengths):
+            yield
     finally:
         noted.blocks.remove(block)
         if not noted.blocks:
@@ -110,36 +109,6 @@ def _noting(model: HookedModel, forward: Callable) -> Callable:
     return noting
 
 
-@contextlib.contextmanager
-def growing_text(ready: Bool[Tensor, " batch"]) -> Iterator[None]:
-    """Passes over the beginning of texts that are still being written, whether a cache holds what was read or not.
-
-    Positions count from the start of the text then, and those that are not there yet belong to later passes.
-
-    Args:
-        ready: rows whose newest token is their last so far: the others are still inside their prompts, which an
-            intervention at ``"last"`` leaves alone.
-    """
-    token = _GROWING.set(ready)
-    try:
-        yield
-    finally:
-        _GROWING.reset(token)
-
-
-def lengths_given(model: HookedModel, input: Any) -> list[int] | None:
-    """How many tokens are each row's own, where blocks of interventions know it: of tokens and streams they read.
-
-    Raises:
-        ReflowlensError: blocks that are open together disagree.
-    """
-    blocks = _NOTED[model].blocks if model in _NOTED else []
-    given = {tuple(block.lengths) for block in blocks if block.lengths is not None and isinstance(input, Tensor)}
-    if len(given) > 1:
-        raise ReflowlensError(f"rl.intervene blocks give different lengths: {' and '.join(map(str, sorted(given)))}")
-    return list(given.pop()) if given else None
-
-
 def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
     """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
     if len(set(lengths)) > 1 and model in _NOTED:
@@ -150,7 +119,7 @@ def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
 
 
 def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
-    past, growing = kwargs.get("past_kv_cache"), _GROWING.get()
+    past, growing = kwargs.get("past_kv_cache"), growing_rows()
     offset = read_before(past)
     tokens, own = None, list[int]()
     if kwargs.get("start_at_layer") is None:

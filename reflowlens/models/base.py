@@ -28,6 +28,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Norm
 from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
+from reflowlens.models.pass_context import lengths_given
 from reflowlens.models.past import read_before
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
@@ -459,8 +460,6 @@ class HookedModel(HookedRootModule):
         self, input: Any, kwargs: dict[str, Any]
     ) -> tuple[Int[Tensor, "batch pos"] | None, list[int] | None]:
         """What a pass reads, where it starts from tokens, and how much of each row is its own, where that is known."""
-        from reflowlens.interventions.passes import lengths_given
-
         given = lengths_given(self, input)
         if kwargs.get("start_at_layer") is not None:
             return None, given

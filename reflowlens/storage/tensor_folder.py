@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from reflowlens.checkpoints import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.errors import ReflowlensError
+from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.storage.opening import as_path, open_safetensors, read_json
 
 _PACKAGES = ("reflowlens", "torch", "transformer-lens", "safetensors")

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.activations.cache import ActivationCache
-from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
 from reflowlens.interventions.selection import hook_names
@@ -33,6 +32,7 @@ from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.storage.model_hash import model_hash
 from reflowlens.sweeps.grids import Cell, Cells, CellSpec, make_cells
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points

@@ -1,0 +1,91 @@
+"""Folders of files that belong together: written whole or not at all, and replaced only by their own kind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from reflowlens.errors import ReflowlensError
+
+MANIFEST = "manifest.json"
+
+
+def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpoint") -> None:
+    """Raise if a folder is a file, or holds something else than what the writer of these files left there."""
+    if folder.exists() and not folder.is_dir():
+        raise ReflowlensError(f"{folder} is a file: choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not all((folder / name).is_file() for name in files):
+        raise ReflowlensError(
+            f"{folder} holds other files and no {kind} to replace ({', '.join(files)}): choose a new folder"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; equal tensors and metadata give equal bytes."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, metadata=metadata)
+    with path.open("r+b") as file:  # the library writes the metadata in an order of its own each time
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a temporary folder beside ``folder`` and move it into place; after any failure ``folder`` is as it was."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    try:
+        write(temporary)
+        temporary.chmod(0o755)  # mkdtemp and safetensors keep what they write to its owner
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            _replace(folder, temporary)
+        else:
+            temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or "os error" in str(error).lower():  # safetensors wraps the system's error
+            raise _write_error(folder, error) from error
+        raise
+    return folder
+
+
+def leftovers(parent: Path, pattern: str) -> list[Path]:
+    """What :func:`write_folder` left in ``parent`` when it was killed, of folders whose names match ``pattern``."""
+    names = re.compile(rf"\.{pattern}\.(old\.)?[a-z0-9_]{{8}}")  # as mkdtemp makes them
+    return [path for path in parent.iterdir() if names.fullmatch(path.name) and path.is_dir()]
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Move ``new`` to ``folder``, which exists; what was there is put back if that fails, and removed if not."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = retired / folder.name
+    try:
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(retired)
+
+
+def _write_error(folder: Path, error: BaseException) -> ReflowlensError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return ReflowlensError(f"cannot write {folder}: {'the disk is full' if full else error}; nothing was changed")
