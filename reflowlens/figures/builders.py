@@ -12,7 +12,6 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figures.style import (
     COUNTS_ON_A_LOGARITHM,
     INK,
-    blank_figure,
     check_columns,
     hover_texts,
     label,
@@ -20,6 +19,7 @@ from reflowlens.figures.style import (
     series_of,
     words,
 )
+from reflowlens.figures.template import blank_figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -159,7 +159,7 @@ def stamp(figure: go.Figure, /, **facts: Any) -> None:
 def provenance(figure: go.Figure) -> dict[str, Any]:
     """What :func:`stamp` has said; of a figure that nobody stamped, the version that writes it.
 
-    >>> from reflowlens.figures.style import blank_figure
+    >>> from reflowlens.figures.template import blank_figure
     >>> figure = blank_figure("", "x", "y")
     >>> stamp(figure, experiment="mine")
     >>> provenance(figure)["experiment"]
@@ -217,7 +217,7 @@ def sheet_of(figure: go.Figure, width: Width) -> Sheet:
 
     What needs more room than a column gives (a heatmap with text in its cells) is laid out wider and printed smaller.
 
-    >>> from reflowlens.figures.style import blank_figure
+    >>> from reflowlens.figures.template import blank_figure
     >>> [round(x, 2) for x in sheet_of(blank_figure("", "x", "y"), "one").inches]
     [3.5, 2.52]
     """
@@ -282,9 +282,9 @@ def _draw(page: Page, figure: go.Figure, suffix: str, width: Width) -> bytes:
 
 def _for_paper(figure: go.Figure, sheet: Sheet) -> str:
     """plotly's JSON of the figure without its title, dark on white, its horizontal axis as full as it can be read."""
-    from reflowlens.figures.figure import Figure
+    import plotly.graph_objects as go
 
-    copy = Figure(figure)
+    copy = go.Figure(figure)
     copy.update_layout(title=None, margin_t=None, paper_bgcolor="white", plot_bgcolor="white")
     for axis in copy.select_xaxes():
         if axis.title.text:

@@ -12,7 +12,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.style import blank_figure, check_columns, hover_texts, label, named, words
+from reflowlens.figures.style import check_columns, hover_texts, label, named, words
+from reflowlens.figures.template import blank_figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from reflowlens.figures.style import PALETTE, blank_figure, check_columns, hover_texts, series_of, words
+from reflowlens.figures.style import PALETTE, check_columns, hover_texts, series_of, words
+from reflowlens.figures.template import blank_figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

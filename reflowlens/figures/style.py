@@ -1,4 +1,4 @@
-"""How figures look: the plotly template, the palette, and how text from a frame is shown.
+"""How figures look: the palette, and how series and text from a frame are shown.
 
 Okabe and Ito's palette (2008), which colour-blind readers can tell apart, for measurements; for controls tinted greys,
 each with a dash, a hatch and a mark of its own; a transparent background under ink that can be read on a light and on a
@@ -7,25 +7,18 @@ dark page.
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from reflowlens.errors import ReflowlensError
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-    from reflowlens.figures.figure import Figure
-
-TEMPLATE = "reflowlens"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # without black and yellow: they vanish
 CONTROL_GREYS = ("#8C8C8C", "#A98467", "#6E83A3", "#A08CB0", "#8A9A5B")  # tinted, so that controls differ among them
 INK = "#7A7A7A"  # contrast 4.3 against white, 4.2 against #14161A
@@ -41,61 +34,6 @@ _DASHES = ("dash", "dot", "dashdot", "longdash", "longdashdot")
 _HATCHES = ("/", "x", ".", "\\", "-")
 _MARKS = ("x", "square-open", "triangle-up-open", "diamond-open", "cross-open")
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)+")
-
-
-@functools.cache
-def register_template() -> go.layout.Template:
-    """Register the template with plotly as ``"reflowlens"`` and return it; the builders of figures do so by themselves.
-
-    Example: ``register_template(); plotly.io.templates.default = "reflowlens"`` for a notebook's own figures.
-    """
-    import plotly.graph_objects as go
-    import plotly.io as pio
-
-    from reflowlens.figures.notebook import add_renderer
-
-    axis = {
-        "automargin": True,
-        "exponentformat": "power",
-        "gridcolor": "rgba(128, 128, 128, 0.22)",
-        "linecolor": INK,
-        "spikecolor": INK,
-        "spikethickness": 1,
-        "showline": True,
-        "tickcolor": INK,
-        "ticks": "outside",
-        "ticklen": 4,
-        "title": {"standoff": 10, "font": {"size": 13}},
-        "zeroline": False,
-    }
-    layout = {
-        "colorway": PALETTE,
-        "font": {"family": "Inter, system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 13, "color": INK},
-        "hoverlabel": {"bgcolor": "#24272D", "bordercolor": "#5A5F69", "font": {"color": "#F4F4F4"}, "align": "left"},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"},
-        "margin": {"l": 60, "r": 20, "t": 16, "b": 50},
-        "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": INK, "activecolor": PALETTE[0]},
-        "paper_bgcolor": "rgba(0, 0, 0, 0)",
-        "plot_bgcolor": "rgba(0, 0, 0, 0)",
-        "title": {"x": 0, "xref": "paper", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 16}},
-        "xaxis": axis,
-        "yaxis": axis,
-    }
-    pio.templates[TEMPLATE] = go.layout.Template(layout=layout)
-    add_renderer()
-    return pio.templates[TEMPLATE]
-
-
-def blank_figure(title: str, x_title: str, y_title: str) -> Figure:
-    """An empty figure in the template, with a ``save``; the texts are shown as they are."""
-    template = register_template()
-    from reflowlens.figures.figure import Figure
-
-    upright = "<br>".join(map(label, textwrap.wrap(y_title, 36)))  # plotly would let a long one run out of the figure
-    figure = Figure(layout={"template": template, "xaxis_title": label(x_title), "yaxis_title": upright})
-    if title:
-        figure.update_layout(title_text=label(title), margin_t=90)
-    return figure
 
 
 @dataclass(frozen=True)

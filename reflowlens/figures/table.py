@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from reflowlens.figures.style import INK, blank_figure, cell, check_columns, words
+from reflowlens.figures.style import INK, cell, check_columns, words
+from reflowlens.figures.template import blank_figure
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -14,7 +14,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.figures.builders import bars, dots, histogram_with_control, line_with_band
 from reflowlens.figures.export import save_figure
 from reflowlens.figures.heatmap import heatmap
-from reflowlens.figures.style import CONTROL_GREYS, INK, PALETTE, label, register_template
+from reflowlens.figures.style import CONTROL_GREYS, INK, PALETTE, label
+from reflowlens.figures.template import register_template
 
 
 def curves():
