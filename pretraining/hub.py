@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from pretraining.local_files import Selection, Source, builder_files, chosen_split, documents_of, file_source
 from pretraining.readers import HUB_SCHEME, READABLE, one_line, quiet_libraries
-from pretraining.sources import Selection, Source, builder_files, chosen_split, documents_of, file_source
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 
