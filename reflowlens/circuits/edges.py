@@ -29,7 +29,7 @@ from reflowlens.models.decoder import Decoder
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.sweep import paired_tokens
+from reflowlens.sweeps.setup import paired_tokens
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -28,9 +28,7 @@ from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
-
-if TYPE_CHECKING:
-    from reflowlens.sweeps.sweep import Setup
+from reflowlens.sweeps.setup import Setup
 
 Row = tuple[int, float]  # a prompt, and how far its input is on the way from the corrupted one (0) to the clean one (1)
 

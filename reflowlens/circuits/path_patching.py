@@ -35,7 +35,7 @@ from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
 from reflowlens.sweeps.runs import PackedRuns
-from reflowlens.sweeps.sweep import paired_tokens
+from reflowlens.sweeps.setup import paired_tokens
 
 _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held together
 

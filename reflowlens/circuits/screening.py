@@ -21,7 +21,8 @@ from reflowlens.models.base import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.grids import CellSpec
-from reflowlens.sweeps.sweep import prepare_sweep, sweep
+from reflowlens.sweeps.setup import prepare_sweep
+from reflowlens.sweeps.sweep import sweep
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.grids import GRIDS, make_cells
-from reflowlens.sweeps.sweep import prepare_sweep
+from reflowlens.sweeps.setup import prepare_sweep
 from tests.reference.graph import Written, edge_of, everything, graph_run
 from tests.support.tiny import NAMES, assert_close, random_model, random_tokens
 

@@ -37,7 +37,7 @@ from reflowlens.models import bdh, build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
-from reflowlens.sweeps.sweep import prepare_sweep
+from reflowlens.sweeps.setup import prepare_sweep
 from tests.pretraining.test_estimate import kept_for_backward
 from tests.reference import bdh as plain
 from tests.reflowlens.sweeps.test_sweep import whole

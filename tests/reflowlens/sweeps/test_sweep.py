@@ -32,6 +32,7 @@ from reflowlens.sweeps.batching import in_batches, measure_peak
 from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns, WholeRuns
+from reflowlens.sweeps.setup import prepare_sweep
 from reflowlens.sweeps.suffixes import Layout
 from tests.support.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens
 
@@ -64,7 +65,7 @@ def pair(model: HookedModel) -> tuple[Tensor, Tensor]:
 
 def whole(model: HookedModel, clean: Tensor, corrupted: Tensor, cells: Any, metric: Metric) -> Tensor:
     """One forward pass a cell."""
-    setup = sweep_module.prepare_sweep(model, clean, corrupted, cells)
+    setup = prepare_sweep(model, clean, corrupted, cells)
     reader = Reader(model, metric, corrupted, setup.lengths, clean)  # type: ignore[arg-type]
     runs = WholeRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)
     with torch.no_grad():
@@ -182,7 +183,7 @@ def test_most_cells_are_packed() -> None:
     model = MODELS["reflow"]
     clean, corrupted = pair(model)
     cells = [[rl.Scale(point, 0.5)] for point in POINTS if point in model.hook_dict]
-    setup = sweep_module.prepare_sweep(model, clean, corrupted, cells)
+    setup = prepare_sweep(model, clean, corrupted, cells)
     reader = Reader(model, metrics.logit_diff(A, B), corrupted, setup.lengths, clean)  # type: ignore[arg-type]
     runs = PackedRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)  # type: ignore[arg-type]
     unplanned = {cell[0].hook for cell, plan in zip(cells, runs.plans, strict=True) if plan is None}
