@@ -73,7 +73,7 @@ def active_signals(
         return size > 2 * size.mean(dim=1, keepdim=True)
     assert threshold is not None
     if rule == "std":
-        return size > threshold * (float(rows.std()) if std is None else std)
+        return size > threshold * (rows.std().item() if std is None else std)
     if rule == "absolute":
         return size > threshold
     if rule == "relative":

@@ -30,7 +30,7 @@ def effective_rank(basis: Float[Tensor, "S d_model"]) -> float:
         return math.nan
     energy = torch.linalg.svdvals(basis.double()).square()
     share = energy / energy.sum()
-    return float(torch.special.entr(share).sum().exp())
+    return torch.special.entr(share).sum().exp().item()
 
 
 def signals_frame(weights: Weights, cfg: ModelConfig) -> pd.DataFrame:

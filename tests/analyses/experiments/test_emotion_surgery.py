@@ -186,6 +186,7 @@ def test_what_turns_nothing_has_no_boundary(monkeypatch):
 # -- the measures -----------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_damage_equals_loss_and_divergence_taken_from_whole_logits():
     model, texts = feeling_model(1), list(LEXICON.neutral_texts)
     neutral = NeutralTexts(model, texts)
@@ -209,6 +210,7 @@ def test_damage_equals_loss_and_divergence_taken_from_whole_logits():
     assert damage.cost == pytest.approx(float(damage.loss.mean().exp()) - 1)
 
 
+@torch.no_grad()
 def test_the_loss_of_a_continuation_is_that_of_its_own_tokens():
     model = feeling_model(1)
     tokens = model.to_tokens("The river runs through the city")

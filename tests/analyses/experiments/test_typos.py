@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,12 +23,13 @@ def model():
     return random_model("reflow", seed=5)
 
 
+@torch.no_grad()
 def plain(view, point, word, other, carrier):
     """Cosines and KL of one pair in one carrier, in float64."""
     measured = []
     for text in (word, other):
         _, cache = view.model.run_with_cache(f"{carrier} {text}")
-        resid = cache[point][0, -1].detach()
+        resid = cache[point][0, -1]
         readout = view.readout(resid)
         measured.append((resid.double(), readout.double(), view.logits(readout)[:256].double().log_softmax(-1)))
     (x, a, p), (y, b, q) = measured
