@@ -226,6 +226,11 @@ class ModelConfig:
         """Number of heads that own keys and values."""
         return self.n_key_value_heads or self.n_heads
 
+    @property
+    def d_vocab_out(self) -> int:
+        """TransformerLens's name for the size of the output vocabulary, which is that of the input's."""
+        return self.d_vocab
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that describe the model, without where it is or which points are cached.
 

@@ -42,7 +42,7 @@ class StackedWeights:
     def _stacked_biases(self, name: str, *shape: int) -> Tensor:
         if attrgetter(name)(self.blocks[0]) is not None:
             return self._stacked(name)
-        return torch.zeros(len(self.blocks), *shape, dtype=self.W_O.dtype, device=self.cfg.device)
+        return attrgetter("attn.W_O")(self.blocks[0]).new_zeros(len(self.blocks), *shape)
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:

@@ -92,6 +92,23 @@ def test_a_head_s_part_of_a_pass_follows_from_them(name: str) -> None:
     assert_close(written, cache["attn_out", layer][0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_code_that_reads_a_head_from_token_to_token(name: str) -> None:
+    """As ARENA's exercises do: the full OV circuit, how much of it copies, and the full QK circuit."""
+    model: Any = random_model(name).double()
+    W_E = model.W_E.AB if isinstance(model.W_E, FactoredMatrix) else model.W_E
+    assert (W_E.shape[0], model.W_U.shape[1]) == (model.cfg.d_vocab, model.cfg.d_vocab_out)
+    product = W_E @ model.W_V[1, 2] @ model.W_O[1, 2] @ model.W_U
+    full = model.W_E @ model.OV[1, 2] @ model.W_U
+    assert_close(full.AB, product)
+    assert_close(full[7].AB.squeeze(), product[7])
+    assert_close(full.eigenvalues.sum().real, product.trace())
+    assert_close((W_E @ model.QK[0, 1] @ W_E.T).AB, W_E @ model.W_Q[0, 1] @ model.W_K[0, 1].T @ W_E.T)
+    copying = model.OV.eigenvalues.sum(dim=-1).real
+    assert_close(copying, model.OV.AB.diagonal(dim1=-2, dim2=-1).sum(dim=-1))
+
+
 def test_gradients_reach_the_parameters() -> None:
     model: Any = random_model("reflow_lite")
     model.QK.AB.square().sum().backward()
