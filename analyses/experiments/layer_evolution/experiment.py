@@ -13,33 +13,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 import torch
+from numpy.typing import NDArray
 
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.layer_evolution.context_length import DEFINITION, DELAY, add_context_length
-from analyses.measures.lens import (
-    LensReading,
-    lens_log_probabilities,
-    point_name,
-    read_lens,
-    residual_points,
-    residual_stack,
+from analyses.experiments.layer_evolution.figures import (
+    depth_frame,
+    evolution_figures,
+    position_frame,
+    prompt_frame,
+    prompts_frame,
 )
+from analyses.measures.lens import LensReading, read_lens, residual_stack
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_generator, derive_seed
-from analyses.statistics.intervals import bootstrap_band, bootstrap_interval, rate_band, rate_interval
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import Verdict
 from analyses.words.lexicon import FactualPrompt, Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
-from reflowlens.figures.builders import histogram_with_control, line_with_band
-from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 
@@ -104,11 +101,13 @@ def layer_evolution(
         "shuffled_norm": read_lens(_shuffled_norm(chosen, derive_seed(seed, "layer_evolution")), stack, targets),
     }
     frames = {
-        "layers": _prompt_frame(model, chosen, prompt, target),
-        "positions": _position_frame(model, chosen, prompt),
-        "prompts": _prompts_frame(readings, prompts, model.cfg.n_layers),
-        "depth": _depth_frame(readings, model.cfg.n_layers, seed),
+        "layers": prompt_frame(model, chosen, prompt, target),
+        "positions": position_frame(model, chosen, prompt),
+        "prompts": prompts_frame(readings, prompts, model.cfg.n_layers),
+        "depth": depth_frame(readings, model.cfg.n_layers, seed),
     }
+    findings, told = _findings(readings, model.cfg.n_layers, seed)
+    skips = f"skipped {len(skipped)} prompts whose target is several tokens: {', '.join(skipped)}"
     result = Result(
         name="layer_evolution",
         title="Layer Evolution",
@@ -121,15 +120,13 @@ def layer_evolution(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings=findings,
         frames=frames,
-        figures=_figures(frames, prompt),
+        figures=evolution_figures(frames, prompt),
         definitions=DEFINITIONS | {DELAY: DEFINITION},
         published={"crystallisation_share": 0.5, DELAY: 10 / 36},
-        notes=[f"skipped {len(skipped)} prompts whose target is several tokens: {', '.join(skipped)}"]
-        if skipped
-        else [],
+        notes=[*([skips] if skipped else []), told],
     )
-    result = _with_metrics(result, readings, model.cfg.n_layers, seed)
     return add_context_length(result, chosen, untrained, lexicon, seed)
 
 
@@ -166,178 +163,30 @@ def _shuffled_norm(view: SignalView, seed: int) -> SignalView:
     return dataclasses.replace(view, norm=norm)
 
 
-def _with_metrics(result: Result, readings: dict[str, LensReading], n_layers: int, seed: int) -> Result:
+def _findings(readings: Mapping[str, LensReading], n_layers: int, seed: int) -> tuple[dict[str, Finding], str]:
+    """The metrics of the model beside those of the other readings, and a note."""
+    found = {name: headline(reading, n_layers) for name, reading in readings.items()}
+    ours = found.pop("model")
+    findings = {}
+    for metric, values in ours.items():
+        interval = (rate_interval if metric in RATES else bootstrap_interval)(values, seed=seed)
+        controls = {name: float(other[metric].mean()) for name, other in found.items()}
+        is_claim = metric == "crystallisation_share"
+        judged = crystallisation_verdict(list(values), interval, controls["untrained"]) if is_claim else None
+        findings[metric] = Finding(values.mean(), interval, controls, judged)
+    probability = ours["target_probability"]
+    p = paired_permutation_pvalue(probability - found["untrained"]["target_probability"], seed=seed)
+    return findings, f"target_probability against untrained: sign-flip p = {p:.2g}, {len(probability)} prompts"
+
+
+def headline(reading: LensReading, n_layers: int) -> dict[str, NDArray[np.floating]]:
+    """The metrics, one value a prompt."""
     half = n_layers // 2 * 2
-    for metric in DEFINITIONS:
-        values = {name: _metric(metric, reading, n_layers, half) for name, reading in readings.items()}
-        result.metrics[metric] = float(values["model"].mean())
-        interval_of = rate_interval if metric in RATES else bootstrap_interval
-        result.intervals[metric] = interval_of(values["model"], seed=seed)
-        result.controls[metric] = {name: float(v.mean()) for name, v in values.items() if name != "model"}
-    shares = _metric("crystallisation_share", readings["model"], n_layers, half)
-    result.verdicts["crystallisation_share"] = crystallisation_verdict(
-        list(shares), result.intervals["crystallisation_share"], result.controls["crystallisation_share"]["untrained"]
-    )
-    probability = _metric("target_probability", readings["model"], n_layers, half)
-    chance = _metric("target_probability", readings["untrained"], n_layers, half)
-    p = paired_permutation_pvalue(probability - chance, seed=seed)
-    result.notes.append(f"target_probability against untrained: sign-flip p = {p:.2g}, {len(shares)} prompts")
-    return result
-
-
-def _metric(name: str, reading: LensReading, n_layers: int, half: int) -> np.ndarray:
-    """One value a prompt."""
-    if name.startswith("crystallisation"):
-        return reading.crystallisation / 2 / (n_layers if name.endswith("share") else 1)
-    if name == "lens_top1_at_half_depth":
-        return (reading.top[half] == reading.top[-1]).astype(float)
-    if name == "kl_at_half_depth":
-        return reading.kl[half]
-    return (reading.rank[-1] == 1).astype(float) if name == "target_accuracy" else reading.probability[-1]
-
-
-def _prompt_frame(model: HookedModel, view: SignalView, prompt: str, target: str | None) -> pd.DataFrame:
-    """The target and the five finally most probable tokens at every point of one prompt."""
-    log_p = lens_log_probabilities(view, residual_stack(model, prompt)[:, 0])
-    followed = log_p[-1].topk(5).indices.tolist()
-    target_id = model.to_single_token(target) if target is not None else followed[0]
-    rows = []
-    for point, values in zip(residual_points(model.cfg.n_layers), log_p, strict=True):
-        entropy = float(-(values.exp() * values).sum())
-        kl = float((log_p[-1].exp() * (log_p[-1] - values)).sum())
-        for token in dict.fromkeys([target_id, *followed]):
-            rows.append(
-                {
-                    "depth": point.depth,
-                    "point": point.label,
-                    "token": model.to_single_str_token(token),
-                    "is_target": token == target_id,
-                    "probability": float(values[token].exp()),
-                    "rank": int((values > values[token]).sum()) + 1,
-                    "entropy": entropy,
-                    "kl_to_final": kl,
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _position_frame(model: HookedModel, view: SignalView, prompt: str) -> pd.DataFrame:
-    """The lens's top-1 token at every point and position of one prompt."""
-    texts = model.to_str_tokens(prompt)
-    rows = []
-    stack = residual_stack(model, prompt, last_only=False)[:, 0]
-    for point, resid in zip(residual_points(model.cfg.n_layers), stack, strict=True):
-        top = lens_log_probabilities(view, resid).max(dim=-1)
-        for position, (log_p, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
-            rows.append(
-                {
-                    "depth": point.depth,
-                    "point": point.label,
-                    "position": position,
-                    "token": texts[position],
-                    "top": model.to_single_str_token(token),
-                    "probability": float(np.exp(log_p)),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _prompts_frame(readings: dict[str, LensReading], prompts: list[str], n_layers: int) -> pd.DataFrame:
-    frames = []
-    for name, reading in readings.items():
-        frames.append(
-            pd.DataFrame(
-                {
-                    "model": name,
-                    "prompt": prompts,
-                    "crystallisation_layer": reading.crystallisation / 2,
-                    "crystallisation_share": reading.crystallisation / 2 / n_layers,
-                    "target_probability": reading.probability[-1],
-                    "target_rank": reading.rank[-1],
-                    "target_logit": reading.logit[-1],
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _depth_frame(readings: dict[str, LensReading], n_layers: int, seed: int) -> pd.DataFrame:
-    """Means over prompts at every point, with pointwise bootstrap bands over prompts."""
-    points = residual_points(n_layers)
-    frames = []
-    for name, reading in readings.items():
-        quantities = {
-            "final_top1": (reading.top == reading.top[-1]).astype(float),
-            "target_probability": reading.probability,
-            "entropy": reading.entropy,
-            "kl_to_final": reading.kl,
-        }
-        for quantity, values in quantities.items():
-            is_rate = quantity == "final_top1"
-            low, high = rate_band(values.T, seed=seed) if is_rate else bootstrap_band(values.T, seed=seed)
-            if is_rate:
-                low[-1] = 1.0  # at the end it is 1 by definition
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "model": name,
-                        "quantity": quantity,
-                        "depth": [point.depth for point in points],
-                        "point": [point.label for point in points],
-                        "mean": values.mean(axis=1),
-                        "low": low,
-                        "high": high,
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.Figure]:
-    depth = frames["depth"]
-    settled = depth[depth["quantity"] == "final_top1"]
-    controls = ("untrained", "shuffled_norm")
     return {
-        "probability": line_with_band(
-            frames["layers"],
-            "depth",
-            "probability",
-            color="token",
-            hover=["rank"],
-            title=f"What the lens expects after “{prompt}”",
-            x_title="depth (blocks)",
-        ),
-        "positions": heatmap(
-            frames["positions"].assign(behind=frames["positions"]["point"].map(point_name)),
-            "position",
-            "point",
-            "probability",
-            text="top",
-            x_labels="token",
-            y_labels="behind",
-            z_range=(0, 1),
-            title="Most probable next token at every position",
-            x_title="position",
-            y_title="residual stream after",
-        ),
-        "depth": line_with_band(
-            settled,
-            "depth",
-            "mean",
-            "low",
-            "high",
-            color="model",
-            controls=controls,
-            title="Prompts whose lens already shows the final token",
-            x_title="depth (blocks)",
-            y_title="share of prompts",
-        ),
-        "crystallisation": histogram_with_control(
-            frames["prompts"],
-            "crystallisation_layer",
-            "model",
-            controls=controls,
-            title="Where predictions crystallise",
-            x_title="depth (blocks)",
-        ),
+        "crystallisation_share": reading.crystallisation / 2 / n_layers,
+        "crystallisation_layer": reading.crystallisation / 2,
+        "lens_top1_at_half_depth": (reading.top[half] == reading.top[-1]).astype(float),
+        "kl_at_half_depth": reading.kl[half],
+        "target_accuracy": (reading.rank[-1] == 1).astype(float),
+        "target_probability": reading.probability[-1],
     }

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
+from tqdm import tqdm
 
-from analyses.measures.neighbors import BLOCK, rank_among, unit_rows, word_tokens
+from analyses.controls.bases import random_rotations
+from analyses.controls.nulls import untrained_view
+from analyses.measures.neighbors import BLOCK, rank_among, shuffle_columns, unit_rows, word_tokens
+from analyses.statistics.draws import derive_seed
 from analyses.words.lexicon import Analogy, Lexicon, single_token_analogies
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.signals import SignalView, rotate
 from reflowlens.tokenizers.base import Tokenizer
 
 MINIMUM_ANALOGIES = 10
 EPSILON = 1e-3  # of 3CosMul, as Levy and Goldberg (2014) set it
+Ranks: TypeAlias = "NDArray[np.int64]"  # of the expected word, [question]
+Hits: TypeAlias = "NDArray[np.bool_]"  # whether it is first, [question]
 
+NULLS = ("c_alone", "a_plus_c", "shuffled_recipe", "untrained")
 RANKINGS = {
     "add": "3CosAdd on raw rows: candidates x by cos(x, r_a - r_b + r_c); candidates are the tokens that begin with a "
     "space and a letter; a, b and c excluded; ties count against the expected word",
@@ -51,6 +64,57 @@ def usable_analogies(analogies: Sequence[Analogy], tokenizer: Tokenizer) -> tupl
             f"got {len(kept)}" + "".join(f" ({note})" for note in notes)
         )
     return kept, notes
+
+
+def spaces_of(view: SignalView, seed: int) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
+    """Kind of weights, space, and its rows without padding."""
+    own = derive_seed(seed, "semantic_algebra")
+    yield from _both("trained", view)
+    shuffled = shuffle_columns(view.recipe[: view.n_tokens], own)
+    yield from _both("shuffled_recipe", dataclasses.replace(view, recipe=shuffled))
+    yield from _both("untrained", untrained_view(view, seed))
+    ((_, rotation),) = random_rotations(view.n_signals, 1, seed, "semantic_algebra")
+    rotated = rotate(view, rotation)
+    yield "rotated_basis", "R", rotated.recipe[: view.n_tokens]
+
+
+def _both(weights: str, view: SignalView) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
+    recipe = view.recipe[: view.n_tokens]
+    yield weights, "R", recipe
+    if view.name != "identity":
+        yield weights, "E", recipe @ view.basis
+
+
+def rank_all(
+    model: HookedModel,
+    spaces: Iterator[tuple[str, str, Float[Tensor, "token S"]]],
+    questions: list[Analogy],
+    lexicon: Lexicon,
+    progress: bool,
+) -> pd.DataFrame:
+    """A row a space, kind of weights and question, in this order."""
+    tokenizer = model.tokenizer
+    ids = torch.tensor([[tokenizer.single_token(f" {word}") for word in item.words] for item in questions])
+    candidates = candidate_sets(tokenizer, lexicon, ids)
+    words = pd.DataFrame([item.words for item in questions], columns=["a", "b", "c", "expected"])
+    parts = []
+    for weights, space, rows in tqdm(spaces, desc="spaces", disable=not progress):
+        ranks: dict[str, Any] = analogy_ranks(rows, ids.to(rows.device), candidates.to(rows.device))
+        ranks["predicted"] = [text[1:] for text in tokenizer.to_str_tokens(ranks["predicted"])]
+        parts.append(
+            words.assign(relation=[item.relation for item in questions], space=space, weights=weights, **ranks)
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def paired_hits_pvalue(hits: Hits, other: Hits) -> float:
+    """One-sided exact sign-flip p of more hits than the other's on the same questions (McNemar's exact test).
+
+    Only questions that one of the two answers have a sign to flip, and their differences are all of size 1, which makes
+    the sign-flip distribution binomial.
+    """
+    wins, losses = int((hits & ~other).sum()), int((other & ~hits).sum())
+    return float(stats.binomtest(wins, wins + losses, alternative="greater").pvalue) if wins + losses else 1.0
 
 
 def candidate_sets(tokenizer: Tokenizer, lexicon: Lexicon, ids: Int[Tensor, "quadruple 4"]) -> Bool[Tensor, "3 token"]:

@@ -17,24 +17,30 @@ value the mean over its misspellings, and means, intervals and tests are over wo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
-import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.typo_resilience.figures import typo_figures
-from analyses.experiments.typo_resilience.measure import Likeness, compare_words, others_of_same_length
-from analyses.measures.lens import first_settled, residual_points
+from analyses.experiments.typo_resilience.frames import cells_frame, kinds_frame, layers_frame, pairs_frame
+from analyses.experiments.typo_resilience.measure import (
+    UNRELATED,
+    Values,
+    by_word,
+    compare_words,
+    control_pvalues,
+    direction,
+    others_of_same_length,
+    pair_values,
+)
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
-from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval, rate_interval
-from analyses.statistics.pvalues import holm, paired_permutation_pvalue
+from analyses.statistics.intervals import bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import holm
 from analyses.statistics.verdicts import Verdict, verdict
-from analyses.words.lexicon import TYPO_KINDS, Lexicon, Typo, load_lexicon
+from analyses.words.lexicon import Lexicon, Typo, load_lexicon
 from analyses.words.tokens import listed
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -43,11 +49,8 @@ from reflowlens.signals import SignalView, ViewName, view_of
 MINIMUM_WORDS = 20
 THRESHOLD = 0.8
 CARRIERS = ("She wrote down the word", "The next word on the page was")
-UNRELATED = ("unrelated_word", "unrelated_misspelling")
 CONTROLS = (*UNRELATED, "untrained")
-QUANTITIES = ("cosine_readout", "cosine_resid", "kl")
 JUDGED = ("final_cosine_readout", "final_cosine_resid", "final_kl", "recovered_share")
-Values: TypeAlias = "dict[str, pd.DataFrame]"  # comparison -> a row a pair or a word, a column a metric
 
 _RECOVERY = "first point from which the cosine of the readouts stays at or above the threshold"
 
@@ -124,12 +127,15 @@ def typo_resilience(
     bar.update()
     bar.close()
     others["untrained"] = misspelt
+    values = {name: pair_values(likeness, threshold) for name, likeness in compared.items()}
     frames = {
-        "layers": _layer_frame(clean, compared, model.cfg.n_layers, seed),
-        "cells": _cell_frame(pairs, compared["misspelt"], model.cfg.n_layers),
-        "pairs": _pair_frame(model, pairs, others, compared, threshold),
+        "layers": layers_frame(clean, compared, model.cfg.n_layers, seed),
+        "cells": cells_frame(pairs, compared["misspelt"], model.cfg.n_layers),
+        "pairs": pairs_frame(model, pairs, others, compared, values),
+        "kinds": kinds_frame(pairs, values, seed),
     }
-    result = Result(
+    findings, notes = _findings(by_word(clean, values), seed)
+    return Result(
         name="typo_resilience",
         title="Typo Resilience",
         params={
@@ -143,13 +149,12 @@ def typo_resilience(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings=findings,
+        frames=frames,
+        figures=typo_figures(frames, threshold),
         definitions=definitions(threshold),
-        notes=[f"skipped, for the word is several tokens: {', '.join(skipped)}"] if skipped else [],
+        notes=[f"skipped, for the word is several tokens: {', '.join(skipped)}", *notes] if skipped else notes,
     )
-    values = {name: _values(likeness, threshold) for name, likeness in compared.items()}
-    frames["kinds"] = _kind_frame(pairs, values, seed)
-    result.frames, result.figures = frames, typo_figures(frames, threshold)
-    return _with_metrics(result, _by_word(clean, values), seed)
 
 
 def resilience_verdict(
@@ -161,15 +166,10 @@ def resilience_verdict(
     itself the larger of those of the paired sign-flip tests against each, is below 0.05, and the interval is clear of
     the nearer control; underpowered with fewer than 20 words.
     """
-    sign = _sign(metric)
+    sign = direction(metric)
     low, high = sorted(sign * end for end in interval)
     nearer = max(sign * controls[name] for name in UNRELATED)
     return verdict((low, high), nearer, p, minimum_units=MINIMUM_WORDS, units=units)
-
-
-def _sign(metric: str) -> int:
-    """Whether more (+1) or less (-1) of a metric says that two words are read alike."""
-    return -1 if metric == "final_kl" else 1
 
 
 def _usable_pairs(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[Typo], list[str]]:
@@ -185,157 +185,27 @@ def _usable_pairs(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[li
     return usable, skipped
 
 
-def _values(likeness: Likeness, threshold: float) -> pd.DataFrame:
-    """The headline of each pair; the recovery layer of one that never recovers is NaN."""
-    settled = first_settled(likeness.cosine_readout >= threshold)
-    recovered = settled < len(likeness.cosine_readout)
-    return pd.DataFrame(
-        {
-            "final_cosine_readout": likeness.cosine_readout[-1],
-            "final_cosine_resid": likeness.cosine_resid[-1],
-            "final_kl": likeness.kl[-1],
-            "recovered_share": recovered.astype(float),
-            "recovery_layer": np.where(recovered, settled / 2, np.nan),
-        }
-    )
-
-
-def _by_word(words: Sequence[str], values: Values) -> Values:
-    """Means over the pairs of each word, the unit of replication; NaN where all of them are."""
-    return {name: each.groupby(np.array(words), sort=False).mean() for name, each in values.items()}
-
-
-def _pvalues(values: Values, metric: str, seed: int) -> dict[str, float]:
-    """p of the paired test over words against each unrelated control."""
-    differences = {name: _sign(metric) * (values["misspelt"][metric] - values[name][metric]) for name in UNRELATED}
-    return {name: paired_permutation_pvalue(difference, seed=seed) for name, difference in differences.items()}
-
-
-def _with_metrics(result: Result, values: Values, seed: int) -> Result:
-    units = len(values["misspelt"]["final_kl"])
-    raw = {metric: _pvalues(values, metric, seed) for metric in JUDGED}
+def _findings(values: Values, seed: int) -> tuple[dict[str, Finding], list[str]]:
+    """The metrics beside their controls, from values of every word, and notes."""
+    units = len(values["misspelt"])
+    raw = {metric: control_pvalues(values, metric, seed) for metric in JUDGED}
     adjusted = holm([max(each.values()) for each in raw.values()]).tolist()
+    findings, notes = {}, []
     for metric, p in zip(JUDGED, adjusted, strict=True):
         ours = values["misspelt"][metric]
-        result.metrics[metric] = float(ours.mean())
         interval_of = rate_interval if metric == "recovered_share" else bootstrap_interval
-        result.intervals[metric] = interval_of(ours, seed=seed)
-        result.controls[metric] = {name: float(values[name][metric].mean()) for name in CONTROLS}
-        result.verdicts[metric] = resilience_verdict(
-            metric, result.intervals[metric], result.controls[metric], p, units
-        )
+        interval = interval_of(ours, seed=seed)
+        controls = {name: float(values[name][metric].mean()) for name in CONTROLS}
+        judged = resilience_verdict(metric, interval, controls, p, units)
+        findings[metric] = Finding(ours.mean(), interval, controls, judged)
         against = ", ".join(f"{name.replace('_', ' ')} p = {each:.2g}" for name, each in raw[metric].items())
-        result.notes.append(
-            f"{metric}, {units} words, sign-flip tests against {against}; larger, Holm-adjusted {p:.2g}"
-        )
+        notes.append(f"{metric}, {units} words, sign-flip tests against {against}; larger, Holm-adjusted {p:.2g}")
     layers = {name: each["recovery_layer"].dropna() for name, each in values.items()}
-    if len(layers["misspelt"]) < 2:
-        result.notes.append("recovery_layer: absent, for misspellings of fewer than 2 words recover")
-        return result
-    result.metrics["recovery_layer"] = float(layers["misspelt"].mean())
-    result.intervals["recovery_layer"] = bootstrap_interval(layers["misspelt"], seed=seed)
-    result.controls["recovery_layer"] = {name: float(layers[name].mean()) for name in CONTROLS if len(layers[name])}
-    if never := [name for name in CONTROLS if not len(layers[name])]:
-        result.notes.append(f"recovery_layer: without {', '.join(never)}, of which no pair passes the threshold")
-    return result
-
-
-def _layer_frame(words: Sequence[str], compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.DataFrame:
-    """Means over words at every point, with pointwise bootstrap bands."""
-    points = residual_points(n_layers)
-    frames = []
-    for name, likeness in compared.items():
-        for quantity in QUANTITIES:
-            pairs = pd.DataFrame(getattr(likeness, quantity).T)
-            curves = pairs.groupby(np.array(words), sort=False).mean().to_numpy()
-            low, high = bootstrap_band(curves, seed=seed)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "comparison": name,
-                        "quantity": quantity,
-                        "depth": [point.depth for point in points],
-                        "point": [point.label for point in points],
-                        "mean": curves.mean(axis=0),
-                        "low": low,
-                        "high": high,
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _cell_frame(pairs: list[Typo], likeness: Likeness, n_layers: int) -> pd.DataFrame:
-    """Every pair at every point."""
-    points = residual_points(n_layers)
-    return pd.DataFrame(
-        {
-            "kind": [pair.kind for pair in pairs for _ in points],
-            "pair": [f"{pair.clean} → {pair.misspelt}" for pair in pairs for _ in points],
-            "depth": [point.depth for _ in pairs for point in points],
-            "point": [point.label for _ in pairs for point in points],
-            **{quantity: getattr(likeness, quantity).T.ravel() for quantity in QUANTITIES},
-        }
-    )
-
-
-def _pair_frame(
-    model: HookedModel,
-    pairs: list[Typo],
-    others: dict[str, list[str]],
-    compared: dict[str, Likeness],
-    threshold: float,
-) -> pd.DataFrame:
-    """The end of every pair and of its controls."""
-    frames = []
-    for name, likeness in compared.items():
-        values = _values(likeness, threshold)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "comparison": name,
-                    "kind": [pair.kind for pair in pairs],
-                    "clean": [pair.clean for pair in pairs],
-                    "other": others[name],
-                    "other_tokens": [len(model.tokenizer.encode(f" {other}")) for other in others[name]],
-                    "start_cosine_readout": likeness.cosine_readout[0],
-                    **{metric: values[metric] for metric in ("final_cosine_readout", "final_cosine_resid", "final_kl")},
-                    "recovered": values["recovered_share"] > 0,
-                    "recovery_layer": values["recovery_layer"],
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
-
-
-def _kind_frame(pairs: list[Typo], values: Values, seed: int) -> pd.DataFrame:
-    """The cosine of the readouts at the end by kind of misspelling; a kind of one word has neither interval nor p."""
-    metric = "final_cosine_readout"
-    words, kinds = np.array([pair.clean for pair in pairs]), np.array([pair.kind for pair in pairs])
-    by_kind = {
-        kind: _by_word(words[kinds == kind], {name: each[kinds == kind] for name, each in values.items()})
-        for kind in TYPO_KINDS
-        if kind in kinds
-    }
-    units = {kind: len(own["misspelt"]) for kind, own in by_kind.items()}
-    raw = {kind: max(_pvalues(own, metric, seed).values()) for kind, own in by_kind.items() if units[kind] > 1}
-    adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
-    table = []
-    for kind, own in by_kind.items():
-        for name, each in own.items():
-            sample, ours = each[metric], name == "misspelt"
-            low, high = bootstrap_interval(sample, seed=seed) if kind in raw else Interval(np.nan, np.nan)
-            table.append(
-                {
-                    "kind": kind,
-                    "comparison": name,
-                    "pairs": int((kinds == kind).sum()),
-                    "words": units[kind],
-                    metric: sample.mean(),
-                    "low": low,
-                    "high": high,
-                    "p": raw.get(kind, np.nan) if ours else np.nan,
-                    "p_holm": adjusted.get(kind, np.nan) if ours else np.nan,
-                }
-            )
-    return pd.DataFrame(table)
+    ours = layers["misspelt"]
+    if len(ours) < 2:
+        return findings, [*notes, "recovery_layer: absent, for misspellings of fewer than 2 words recover"]
+    controls = {name: float(layers[name].mean()) for name in CONTROLS if len(layers[name])}
+    findings["recovery_layer"] = Finding(ours.mean(), bootstrap_interval(ours, seed=seed), controls)
+    if never := [name for name in CONTROLS if name not in controls]:
+        notes.append(f"recovery_layer: without {', '.join(never)}, of which no pair passes the threshold")
+    return findings, notes

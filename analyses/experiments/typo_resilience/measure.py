@@ -10,19 +10,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.measures.lens import lens_log_probabilities, residual_stack
+from analyses.measures.lens import first_settled, lens_log_probabilities, residual_stack
 from analyses.statistics.draws import derive_rng
+from analyses.statistics.pvalues import paired_permutation_pvalue
 from reflowlens.signals import SignalView
 
+UNRELATED = ("unrelated_word", "unrelated_misspelling")
+"""The controls that say how alike any two words are read."""
 BATCH = 64  # prompts at a time: of a large model the residual stream at every point is megabytes a prompt
+
+Values: TypeAlias = "Mapping[str, pd.DataFrame]"  # comparison -> a row a pair or a word, a column a metric
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,37 @@ def compare_words(
         for name, likeness in _compare(view, stack, first, partners).items():
             found[name].append(likeness)
     return {name: _mean(each) for name, each in found.items()}
+
+
+def pair_values(likeness: Likeness, threshold: float) -> pd.DataFrame:
+    """The headline of each pair; the recovery layer of one that never recovers is NaN."""
+    settled = first_settled(likeness.cosine_readout >= threshold)
+    recovered = settled < len(likeness.cosine_readout)
+    return pd.DataFrame(
+        {
+            "final_cosine_readout": likeness.cosine_readout[-1],
+            "final_cosine_resid": likeness.cosine_resid[-1],
+            "final_kl": likeness.kl[-1],
+            "recovered_share": recovered.astype(float),
+            "recovery_layer": np.where(recovered, settled / 2, np.nan),
+        }
+    )
+
+
+def by_word(words: Sequence[str], values: Values) -> Values:
+    """Means over the pairs of each word, the unit of replication; NaN where all of them are."""
+    return {name: each.groupby(np.array(words), sort=False).mean() for name, each in values.items()}
+
+
+def control_pvalues(values: Values, metric: str, seed: int) -> dict[str, float]:
+    """p of the paired test over words against each unrelated control."""
+    differences = {name: direction(metric) * (values["misspelt"][metric] - values[name][metric]) for name in UNRELATED}
+    return {name: paired_permutation_pvalue(difference, seed=seed) for name, difference in differences.items()}
+
+
+def direction(metric: str) -> int:
+    """Whether more (+1) or less (-1) of a metric says that two words are read alike."""
+    return -1 if metric == "final_kl" else 1
 
 
 def _compare(
