@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretraining.config import OptimizerConfig
 from pretraining.shards import cut_like, whole
+from reflowlens.models.residual import ENDS
 
 
 def schedule(step: int, cfg: OptimizerConfig, total: int) -> float:
@@ -65,11 +66,11 @@ def make_optimizers(
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix of a block (or a stack of them, one a head), which Muon can take.
+    """Whether a parameter is a matrix of blocks (or a stack of them, one a head), which Muon can take.
 
-    BDH's levels share theirs: they are the model's ``neurons``.
+    That is any but those at both ends: what blocks share lies beside them.
     """
-    return name.startswith(("blocks.", "neurons.")) and name.rsplit(".", 1)[-1].startswith("W_")
+    return not name.startswith(ENDS) and name.rsplit(".", 1)[-1].startswith("W_")
 
 
 class Muon(torch.optim.Optimizer):

@@ -26,7 +26,6 @@ from pretraining.optimizers import make_optimizers
 from pretraining.shards import whole
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Block
 
 
 def make_replica(cfg: TrainConfig, group: Processes) -> Replica:
@@ -144,9 +143,9 @@ class SlicedReplica(Replica):
         mesh = init_device_mesh(self.group.device.type, (self.group.world_size,))
         dtype = torch.bfloat16 if self.cfg.run.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in self.model.blocks:
-            if isinstance(block, Block):  # the levels of BDH share their weights: those are sliced with the rest
-                fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        for block in self.model.blocks:  # weights that blocks share are sliced with the rest
+            if parts := [block.get_submodule(name) for name in self.model.sublayers]:
+                fully_shard(parts, mesh=mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh)
         self.model.cfg = dataclasses.replace(self.model.cfg, device=str(self.group.device))
         return self.model

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models import check_memory, moved, parameter_shapes, unfilled_model
+from reflowlens.models import MODEL_CLASSES, check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
@@ -225,7 +225,7 @@ def impossible_size(cfg: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> st
 
     Every size of a sound model is the length of a stored axis or a count of them.
     """
-    if cfg.architecture != "bdh" and cfg.n_layers > len(shapes):  # whose levels share their weights
+    if not MODEL_CLASSES[cfg.architecture].blocks_share_weights and cfg.n_layers > len(shapes):
         return f"its configuration has n_layers {cfg.n_layers:,}, and the file {len(shapes):,} tensors"
     held = sum(map(math.prod, shapes.values()))
     for name in ("d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_signals"):

@@ -12,7 +12,52 @@ from typing import Any, Literal, TypeGuard
 
 from reflowlens.errors import ReflowlensError
 
-ARCHITECTURES = ("gpt2", "gpt2_new", "llama", "reflow", "reflow_topk", "reflow_lite", "bdh")
+_DECODER: dict[str, Any] = {
+    "act_fn": "silu",
+    "gated_mlp": True,
+    "normalization_type": "RMS",
+    "eps": 1e-6,
+    "positional_embedding_type": "rotary",
+    "rotary_adjacent_pairs": False,
+}
+_REFLOW = _DECODER | {"rotary_adjacent_pairs": True}
+_GPT2 = {
+    "act_fn": "gelu",
+    "gated_mlp": False,
+    "normalization_type": "LN",
+    "eps": 1e-5,
+    "positional_embedding_type": "standard",
+    "rotary_adjacent_pairs": False,
+}
+_BDH = {
+    "act_fn": "relu",
+    "gated_mlp": False,
+    "normalization_type": "LN",
+    "eps": 1e-5,
+    "positional_embedding_type": "rotary",
+    "rotary_adjacent_pairs": True,
+}
+# What the name of an architecture gives a field unless a configuration says otherwise. nanoGPT's GPT-2 has learned
+# positions, LayerNorm and an ungated exact GELU; the decoders after it RMSNorm, SwiGLU and rotary positions. reFlow's
+# public model file rotates adjacent channels; GPT-2-New and Llama, as transformers stores it, rotate halves.
+_DEFAULTS = {
+    "gpt2": _GPT2,
+    "gpt2_new": _DECODER,
+    "llama": _DECODER,
+    "reflow": _REFLOW,
+    "reflow_topk": _REFLOW,
+    "reflow_lite": _REFLOW,
+    "bdh": _BDH,
+}
+ARCHITECTURES = tuple(_DEFAULTS)
+_FACTORED = ("reflow", "reflow_topk", "reflow_lite")
+_NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons, some of which training may drop
+# What an architecture is made of, and no configuration changes.
+_FIXED: dict[str, dict[str, Any]] = {
+    "bdh": {name: value for name, value in _BDH.items() if name != "eps"}
+    | {"n_key_value_heads": None, "tie_word_embeddings": False, "rotary_scaling": None}
+    | dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias"), False)
+}
 _CHOICES: dict[str, tuple[object, ...]] = {
     "architecture": ARCHITECTURES,
     "act_fn": ("gelu", "gelu_new", "relu", "silu"),
@@ -130,9 +175,9 @@ class ModelConfig:
     attn_only = False  # TransformerLens asks; none of these architectures is.
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in _DEFAULTS:
             raise ReflowlensError(_choice_message("architecture", self.architecture))
-        for name, value in _architecture_defaults(self.architecture).items():
+        for name, value in _DEFAULTS[self.architecture].items():
             given = getattr(self, name)
             if given is None or given == "" or (name == "eps" and given == 0):
                 object.__setattr__(self, name, value)
@@ -195,26 +240,26 @@ class ModelConfig:
     def _check_neurons(self) -> None:
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ReflowlensError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
-        if self.architecture != "bdh":
-            if self.dropout:
-                raise ReflowlensError(f"dropout must be 0 for architecture {self.architecture!r}: only bdh has it")
-            return
-        if self.d_mlp != self.n_heads * self.d_head:
+        in_heads = self.architecture in _NEURONS_IN_HEADS
+        if self.dropout and not in_heads:
+            raise ReflowlensError(
+                f"dropout must be 0 for architecture {self.architecture!r}: only {', '.join(_NEURONS_IN_HEADS)} has it"
+            )
+        if in_heads and self.d_mlp != self.n_heads * self.d_head:
             raise ReflowlensError(
                 f"d_mlp must be n_heads * d_head = {self.n_heads * self.d_head}, the neurons of a level, "
                 f"got {self.d_mlp}"
             )
-        # What the architecture is made of, and no configuration changes.
-        fixed = _architecture_defaults("bdh") | {"n_key_value_heads": None, "tie_word_embeddings": False}
-        fixed |= dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias"), False) | {"rotary_scaling": None}
-        for name, value in fixed.items():
-            if name != "eps" and getattr(self, name) != value:
-                raise ReflowlensError(f"{name} must be {value!r} for architecture 'bdh', got {getattr(self, name)!r}")
+        for name, value in _FIXED.get(self.architecture, {}).items():
+            if getattr(self, name) != value:
+                raise ReflowlensError(
+                    f"{name} must be {value!r} for architecture {self.architecture!r}, got {getattr(self, name)!r}"
+                )
 
     @property
     def is_factored(self) -> bool:
         """Whether the embedding is a product of a recipe and a basis."""
-        return self.architecture.startswith("reflow")
+        return self.architecture in _FACTORED
 
     @property
     def has_file_tokenizer(self) -> bool:
@@ -234,8 +279,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields that describe the model, without where it is or which points are cached.
 
-        What only imported models or BDH have is left out where a model does not have it: the description, and with it
-        the hash, of a model written before these fields existed stays what it was.
+        What few models have is left out where a model does not have it: the description, and with it the hash, of a
+        model written before these fields existed stays what it was.
         """
         fields = dataclasses.asdict(self)
         absent = {name for name, value in _OF_FEW_MODELS.items() if fields[name] == value}
@@ -264,7 +309,7 @@ class ModelConfig:
 
     def _given(self) -> list[str]:
         usual = {field.name: field.default for field in dataclasses.fields(self)}
-        usual |= _architecture_defaults(self.architecture)
+        usual |= _DEFAULTS[self.architecture]
         return [name for name, value in usual.items() if getattr(self, name) != value]
 
     def _repr_html_(self) -> str:
@@ -318,41 +363,6 @@ def _rotary_scaling(fields: Mapping[str, Any]) -> RotaryScaling:
 
 def _choice_message(field: str, value: object) -> str:
     return f"{field} must be one of {', '.join(map(repr, _CHOICES[field]))}, got {value!r}"
-
-
-def _architecture_defaults(architecture: str) -> dict[str, Any]:
-    """What the name of an architecture fixes unless a configuration says otherwise.
-
-    nanoGPT's GPT-2 has learned positions, LayerNorm and an ungated exact GELU; everything else here is the modern
-    decoder with RMSNorm, SwiGLU and rotary positions. reFlow's public model file rotates adjacent channels; GPT-2-New
-    and Llama, as transformers stores it, rotate halves.
-    """
-    if architecture == "gpt2":
-        return {
-            "act_fn": "gelu",
-            "gated_mlp": False,
-            "normalization_type": "LN",
-            "eps": 1e-5,
-            "positional_embedding_type": "standard",
-            "rotary_adjacent_pairs": False,
-        }
-    if architecture == "bdh":
-        return {
-            "act_fn": "relu",
-            "gated_mlp": False,
-            "normalization_type": "LN",
-            "eps": 1e-5,
-            "positional_embedding_type": "rotary",
-            "rotary_adjacent_pairs": True,
-        }
-    return {
-        "act_fn": "silu",
-        "gated_mlp": True,
-        "normalization_type": "RMS",
-        "eps": 1e-6,
-        "positional_embedding_type": "rotary",
-        "rotary_adjacent_pairs": architecture.startswith("reflow"),
-    }
 
 
 def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:

@@ -9,7 +9,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.storage.atomic import replacing
 
 ASSETS = Path(__file__).parent / "assets" / "examples"
-TRAIN_BYTES = 1_003_854  # of the text; the rest validates, as for the packaged bdh-nano
+TRAIN_BYTES = 1_003_854  # of the text; the rest validates, as for the packaged models of bytes
 
 
 def write_examples(folder: str | Path, *, overwrite: bool = False) -> list[Path]:

@@ -11,10 +11,11 @@ import re
 import torch
 
 from reflowlens.config import ModelConfig
+from reflowlens.models import MODEL_CLASSES
 
 
 def forward_flops_by_part(cfg: ModelConfig, context: int, *, batch: int = 1) -> dict[str, float]:
-    """Operations of one forward pass a token, by part of the model.
+    """Operations of one forward pass a token, by part of the model, as its architecture declares them.
 
     ``attention_mixing``, the scores q kᵀ and the weighted values, is counted **causally**: the query at position p has
     p + 1 keys, (context + 1) / 2 in the mean, the half of the square that a causal kernel computes. Counts of the whole
@@ -27,40 +28,7 @@ def forward_flops_by_part(cfg: ModelConfig, context: int, *, batch: int = 1) -> 
         context: tokens of an example.
         batch: examples of one pass, which decides with ``context`` whether a factored readout forms E.
     """
-    if cfg.architecture == "bdh":
-        return _bdh_flops(cfg, context) | _embedding_flops(cfg, batch * context)
-    width, mlp_matrices = cfg.n_heads * cfg.d_head, 3 if cfg.gated_mlp else 2
-    projections = cfg.d_model * (2 * width + 2 * cfg.kv_heads * cfg.d_head)
-    parts = {
-        "attention_projections": 2.0 * cfg.n_layers * projections,
-        "attention_mixing": 2.0 * cfg.n_layers * 2 * width * (context + 1) / 2,
-        "mlp": 2.0 * cfg.n_layers * mlp_matrices * cfg.d_model * cfg.d_mlp,
-    }
-    return parts | _embedding_flops(cfg, batch * context)
-
-
-def _bdh_flops(cfg: ModelConfig, context: int) -> dict[str, float]:
-    """Of BDH's levels in their square form: a position is compared with those before it, (context - 1) / 2 of them."""
-    before = (context - 1) / 2
-    return {
-        "attention_mixing": 2.0 * cfg.n_layers * (cfg.d_mlp + cfg.n_heads * cfg.d_model) * before,
-        "neurons": 2.0 * cfg.n_layers * 3 * cfg.d_model * cfg.d_mlp,
-    }
-
-
-def _embedding_flops(cfg: ModelConfig, n: int) -> dict[str, float]:
-    """Both ends of the model, for a pass over n positions."""
-    whole = 2.0 * cfg.d_model * cfg.d_vocab
-    if cfg.n_signals is None:
-        return {"embedding": 0.0, "forming": 0.0, "readout": whole}
-    from reflowlens.models.reflow import forming_is_cheaper
-
-    recipe = torch.empty(cfg.d_vocab, cfg.n_signals, device="meta")
-    basis = torch.empty(cfg.n_signals, cfg.d_model, device="meta")
-    mixing = 2.0 * cfg.n_signals * cfg.d_model
-    if forming_is_cheaper(n, recipe, basis):
-        return {"embedding": mixing, "forming": mixing * cfg.d_vocab / n, "readout": whole}
-    return {"embedding": mixing, "forming": 0.0, "readout": mixing + 2.0 * cfg.n_signals * cfg.d_vocab}
+    return MODEL_CLASSES[cfg.architecture].forward_flops(cfg, context, batch)
 
 
 def forward_flops_per_token(cfg: ModelConfig, context: int, *, batch: int = 1) -> float:

@@ -57,7 +57,7 @@ def residual_stack(
 ) -> Float[Tensor, "point prompt *pos d_model"]:
     """The residual stream of each prompt at every point: at its own last token, or at every position, padding too.
 
-    A block that writes once, a level of BDH, leaves the stream halfway through it as it was read.
+    A block that writes once leaves the stream halfway through it as it was read.
     """
     tokens, lengths = model.tokens_and_lengths(input)
     names = [point.hook for point in residual_points(model.cfg.n_layers)]

@@ -1,6 +1,6 @@
 """What single units do over a long text, counted as it streams by: memory is a few numbers a unit, however long it is.
 
-A unit is a coordinate of a hook point: a neuron of BDH, of an MLP, a signal of reFlow. An *event* is a position where
+A unit is a coordinate of a hook point: a neuron, a signal of reFlow. An *event* is a position where
 it is above 0; of units that can be negative the positive part is measured.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from analyses.measures.sparsity import gini, hoyer, participation_ratio
+from analyses.units.points import written_by
 from reflowlens.activations.collect import first_unneeded_block
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -219,17 +220,9 @@ def count_units(
 
 
 def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
-    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing.
-
-    Those of BDH's product and of an MLP's neurons write, each in a direction of its own.
-    """
-    if point.endswith(".hook_xy_sparse"):
-        weight = "neurons.W_out"  # the same at every level
-    elif point.endswith(".mlp.hook_post"):
-        weight = point.replace("hook_post", "W_out")
-    else:
-        return None
-    return dict(model.named_parameters())[weight].detach().norm(dim=-1).flatten()
+    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing."""
+    weight = written_by(model, point)
+    return None if weight is None else model.get_parameter(weight).detach().norm(dim=-1).flatten()
 
 
 @torch.no_grad()

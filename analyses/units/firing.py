@@ -1,15 +1,15 @@
 """How sparsely single units fire, and how selective they are: of any hook point, beside the untrained model.
 
     text = Path("val.txt").read_text()
-    result = unit_statistics(rl.load_model("out/bdh_nano"), text)
-    print(unit_report(result))      # of analyses.units.terminal; or: reflowlens units out/bdh_nano --data val.txt
+    result = unit_statistics(rl.load_model("out/nano"), text)
+    print(unit_report(result))      # of analyses.units.terminal; or: reflowlens units out/nano --data val.txt
 
-Of BDH the claims are that about 3% of the gated neurons fire at a byte, that 40% of them fire on less than 1% of bytes,
-and that single neurons mean something. Three numbers do not mean what they seem to. An untrained BDH already fires at
-one gated neuron in four, each of two gates being open half the time. Selectivity, max / mean, is max / mean-when-active
-divided by the firing rate, so that it rises when units get rarer, whatever they fire for; and a unit that fires once in
-P positions has selectivity P, the largest there is. So everything stands beside the untrained model, units are ranked
-among those with enough events, and max / mean-when-active is told too.
+Of neurons behind two gates the claims (Kosowski et al., 2025) are that about 3% of them fire at a byte, that 40% of
+them fire on less than 1% of bytes, and that single neurons mean something. Three numbers do not mean what they seem to.
+Untrained, one in four already fires, each of two gates being open half the time. Selectivity, max / mean, is max /
+mean-when-active divided by the firing rate, so that it rises when units get rarer, whatever they fire for; and a unit
+that fires once in P positions has selectivity P, the largest there is. So everything stands beside the untrained model,
+units are ranked among those with enough events, and max / mean-when-active is told too.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def unit_statistics(
     Args:
         text: held-out text, or its token ids.
         points: hook points [batch, pos, ...], or kinds as ``"xy_sparse"`` or ``"mlp_post"`` (`points_named`), one or
-            several; default x, y and their product of every level of a BDH, the MLP neurons of a transformer, the
-            readout signals of a reFlow.
+            several; default the neurons that blocks are made of (``units`` of the architecture), and the readout
+            signals of a reFlow.
         sampling: ``"windows"``, ``n_batches * batch_size`` random ones, as published; ``"tiles"``, all of the text.
         context: tokens of a window or tile.
         minimum_events: positions at which a unit must fire to be ranked.
@@ -90,9 +90,9 @@ def unit_statistics(
 
     Returns:
         A Result with frames ``levels`` (a row a point and model), ``rates`` (the distribution over units), ``alike``
-        (of a BDH: is a unit the same at two levels, `levels_alike`) and ``top_units``, and figures ``firing``,
-        ``rates_<kind>`` and ``selectivity_<kind>``. Metrics are of each kind of units, over levels. Claim
-        ``<kind>_firing_rate``: training makes units fire less; supported if its interval lies below the untrained
+        (where blocks share their weights: is a unit the same at two levels, `levels_alike`) and ``top_units``, and
+        figures ``firing``, ``rates_<kind>`` and ``selectivity_<kind>``. Metrics are of each kind of units, over levels.
+        Claim ``<kind>_firing_rate``: training makes units fire less; supported if its interval lies below the untrained
         rate and the sign-flip test of their difference over rows has p < 0.05. Intervals are of moving blocks of rows
         (`analyses.units.intervals`).
 
@@ -150,7 +150,7 @@ def unit_statistics(
     _add_metrics(result, counts, minimum_events, seed)
     result.notes += [
         f"{tokens.numel():,} positions in {len(tokens)} rows of {context}; position 0 of a row sees nothing before it: "
-        "a BDH's y, and with it xy, is silent there",
+        "units that read earlier positions alone (y_sparse, and with it xy_sparse) are silent there",
         "intervals draw runs of consecutive rows; windows that overlap are not independent, tiles nearly so",
     ]
     return result

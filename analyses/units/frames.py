@@ -22,8 +22,8 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def levels_frame(counts: dict[str, UnitCounts], name: str, minimum_events: int) -> pd.DataFrame:
     """One row a point. ``firing_rate_01`` and ``_10`` count above 1% and 10% of each unit's 99.9th percentile;
-    ``open_given_x``, of BDH's product, is P(y > 0 | x > 0); ``gini``, ``hoyer`` and ``participation`` are of the values
-    at a position (`analyses.units.counts.UnitCounts`)."""
+    ``open_given_x``, of a product x y of units, is P(y > 0 | x > 0); ``gini``, ``hoyer`` and ``participation`` are of
+    the values at a position (`analyses.units.counts.UnitCounts`)."""
     rows = []
     for point, part in counts.items():
         rate, ranked = part.rate, part.events >= minimum_events
@@ -75,11 +75,11 @@ def rates_frame(counts: dict[str, UnitCounts], name: str) -> pd.DataFrame:
 def levels_alike(
     model: HookedModel, counts: dict[str, UnitCounts], tokens: Int[Tensor, "row pos"], batch_size: int, progress: bool
 ) -> pd.DataFrame:
-    """Of a BDH, whose levels share their weights: is a unit one unit? Of each two levels ``spearman``, the correlation
+    """Where blocks share their weights: is a unit one unit? Of each two levels ``spearman``, the correlation
     of the units' rates, and ``jaccard``, mean over units of |positions of both| / |positions of either|, beside the
     ``jaccard_chance`` of units with these rates that know nothing of each other. Empty for other models, where nothing
     but the number joins a unit of one block to a unit of the next."""
-    if any(name.startswith("blocks.") for name, _ in model.named_parameters()):
+    if not model.blocks_share_weights:
         return pd.DataFrame()
     pairs = [
         (first, second)

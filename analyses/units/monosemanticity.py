@@ -1,6 +1,6 @@
 """Does a single unit mean something? Predefined concepts, chosen on one half of a text and scored on the other.
 
-    result = monosemanticity(rl.load_model("out/bdh_nano"), text, matched=rl.load_model("out/relu_nano"))
+    result = monosemanticity(rl.load_model("out/nano"), text, matched=rl.load_model("out/relu_nano"))
     result.metrics, result.frames["concepts"], result.frames["units"]
 
 Every unit of the chosen points is held against every concept of `analyses.units.concepts`. On the first half of the
@@ -34,7 +34,7 @@ from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.units.concepts import CONCEPTS, label_tokens
 from analyses.units.held_out import Stream, as_stream, shuffled, tiles
-from analyses.units.points import default_points, kind_of, level_of, points_named
+from analyses.units.points import default_points, kind_of, level_of, points_named, written_by
 from analyses.units.scores import (
     auroc,
     benjamini_hochberg,
@@ -118,7 +118,7 @@ def monosemanticity(
     Args:
         text: held-out text, or its token ids.
         points: hook points [batch, pos, ...], or kinds as ``"mlp_post"`` (`analyses.units.points.points_named`), one or
-            several; default a BDH's gated neurons, the MLP neurons of a transformer.
+            several; default the neurons of every block that write into the stream.
         matched: a model to compare with, such as a ReLU transformer of as many parameters on the same tokenizer.
         rows: tiles of the text that are read, in order, half of them S1; None reads all.
         causal: concepts whose units are silenced, those with the best units first; 0 skips it.
@@ -331,10 +331,8 @@ def concepts_frame(units: pd.DataFrame) -> pd.DataFrame:
 
 
 def _points(model: HookedModel) -> list[str]:
-    """The default points, of a BDH the product of both gates alone."""
-    points = default_points(model)
-    gated = [point for point in points if point.endswith("hook_xy_sparse")]
-    return gated or [point for point in points if point.startswith("blocks.")]
+    """Those of the default points whose units write into the stream."""
+    return [point for point in default_points(model) if written_by(model, point) is not None]
 
 
 def _headline(units: pd.DataFrame) -> dict[str, float]:

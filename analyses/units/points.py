@@ -9,17 +9,25 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
-# The usual neurons of each architecture; of several with a level, the first that a model has.
-_KINDS = (("hook_x_sparse", "hook_y_sparse", "hook_xy_sparse"), ("mlp.hook_post",))
-
 
 def default_points(model: HookedModel) -> list[str]:
     """The units that an architecture is made of."""
-    for kinds in _KINDS:
-        if f"blocks.0.{kinds[0]}" in model.hook_dict:
-            points = [f"blocks.{layer}.{kind}" for kind in kinds for layer in range(model.cfg.n_layers)]
-            return points + [name for name in ("unembed.hook_signal",) if name in model.hook_dict]
-    raise ReflowlensError(f"{model.cfg.architecture!r} has no usual units: give points, see model.hook_dict")
+    if not model.units:
+        raise ReflowlensError(f"{model.cfg.architecture!r} has no usual units: give points, see model.hook_dict")
+    points = [f"blocks.{layer}.{kind}" for kind in model.units for layer in range(model.cfg.n_layers)]
+    return points + [name for name in ("unembed.hook_signal",) if name in model.hook_dict]
+
+
+def written_by(model: HookedModel, point: str) -> str | None:
+    """The parameter whose rows are what a point's units write into the residual stream; None if they write nothing.
+
+    >>> from reflowlens.models import build_model
+    >>> written_by(build_model("reflow_1_small", device="meta"), "blocks.2.mlp.hook_post")
+    'blocks.2.mlp.W_out'
+    """
+    layer, _, kind = point.removeprefix("blocks.").partition(".")
+    weight = model.units.get(kind) if point.startswith("blocks.") else None
+    return None if weight is None else weight.format(layer=layer)
 
 
 def points_named(model: HookedModel, names: str | Sequence[str]) -> list[str]:

@@ -25,8 +25,8 @@ from reflowlens.flops import forward_flops_by_part
 from reflowlens.interventions.values import Patch
 from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
+from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
-from reflowlens.models.decoder import Decoder
 from reflowlens.sweeps.sweep import sweep
 
 _SECONDS = 60  # of a comparison, after which it takes no further round
@@ -71,7 +71,7 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
     for case in cases:
         comparisons.append(partial(_grid, case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
     # A large model's heads would take TransformerLens minutes and show the same.
-    for case in (case for case in cases if isinstance(case.model, Decoder) and case.model.cfg.d_model <= 256):
+    for case in (case for case in cases if case.model.sublayers == HEADS_AND_MLPS and case.model.cfg.d_model <= 256):
         heads = partial(_grid, case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds)
         comparisons.append(heads)
     comparisons.append(partial(_signal_patches, cases[0], patches, rounds))
@@ -106,7 +106,7 @@ def _grid(case: Case, grid: str, reference: Any, rounds: int) -> dict[str, Any]:
         return sweep(case.model, case.clean, case.corrupted, grid, logit_diff(RIGHT, WRONG), progress=False)
 
     return _row(case, grid, ours, theirs, lambda result: result.values, rounds) | (
-        {"flops": _flop_ratio(case, grid)} if isinstance(case.model, Decoder) else {}
+        {"flops": _flop_ratio(case, grid)} if case.model.sublayers == HEADS_AND_MLPS else {}
     )
 
 

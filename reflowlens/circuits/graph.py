@@ -18,8 +18,8 @@ from torch import Tensor
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
-from reflowlens.models.decoder import Decoder
 from reflowlens.models.unwrapping import hooked_model
 
 Edge = tuple[str, str]
@@ -95,7 +95,7 @@ class Graph:
             ReflowlensError: it does not consist of attention heads and MLPs.
         """
         model = hooked_model(model)
-        if not isinstance(model, Decoder):
+        if model.sublayers != HEADS_AND_MLPS:
             raise ReflowlensError(f"a {type(model).__name__} has no graph of attention heads and MLPs")
         return cls(model.cfg.n_layers, model.cfg.n_heads, model.cfg.kv_heads)
 

@@ -98,9 +98,7 @@ def check_memory(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return
-    # Each layer holds a cosine and a sine for every position and channel, but BDH, which computes them.
-    rotary = cfg.positional_embedding_type == "rotary" and cfg.architecture != "bdh"
-    angles = 8 * cfg.n_layers * cfg.n_ctx * cfg.d_head if rotary else 0
+    angles = MODEL_CLASSES[cfg.architecture].table_bytes(cfg)
     needed = dtype.itemsize * sum(shape.numel() for shape in parameter_shapes(cfg).values()) + angles
     if needed > memory:
         angles_of = f" ({angles / 2**30:,.1f} of them the angles of n_ctx={cfg.n_ctx:,} positions)" if angles else ""

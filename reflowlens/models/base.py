@@ -25,6 +25,7 @@ from transformer_lens.utilities import Slice
 from reflowlens.arguments import integer
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import Architecture
 from reflowlens.models.components import Norm
 from reflowlens.models.hook_names import ModelHooks
 from reflowlens.models.loss import IGNORE
@@ -71,8 +72,8 @@ def read_once(input: Any) -> Any:
     return list(input) if isinstance(input, Iterator) else input
 
 
-class HookedModel(HookedRootModule):
-    """Base class of the architectures."""
+class HookedModel(Architecture, HookedRootModule):
+    """Base class of the architectures, each of which declares what is its own (`Architecture`)."""
 
     blocks: torch.nn.ModuleList
     ln_final: Norm

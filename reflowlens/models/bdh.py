@@ -9,20 +9,14 @@ it finds is read by the second rectified map, ``y_sparse``, and the product of b
     y_sparse = relu(LN(a) Dy)
     x        = LN(x + LN((x_sparse ⊙ y_sparse) E))
 
-Dx, Dy and E are shared by all levels; LN has neither weight nor bias. The sum over s has three forms that agree:
-
-==========  ==========================================  ==============================================================
-square      scores [pos, pos] times x                   short texts, packed texts, and when the scores are hooked
-chunked     squares of a few positions, and between     long texts
-            them the state ρ = Σ_s R_s x_sparse_sᵀ x_s
-recurrent   a chunk a pass, ρ kept in between           generation: a byte costs the same wherever it stands
-==========  ==========================================  ==============================================================
+Dx, Dy and E are shared by all levels; LN has neither weight nor bias. The sum over s is computed as a square, in
+chunks, or from the state ρ = Σ_s R_s x_sparse_sᵀ x_s that generation keeps (:mod:`reflowlens.models.linear_attention`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +27,10 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.base import AXES
 from reflowlens.models.components import Norm, Places, Positions, is_hooked, weighted_sum, wide
+from reflowlens.models.linear_attention import Alikeness, attend_in_chunks, chunks_are_cheaper
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
@@ -63,6 +59,14 @@ class BDH(ResidualModel):
         **dict.fromkeys(("hook_attn_out", "hook_attn_norm"), _PER_HEAD),
     }
 
+    stages = "levels"
+    units: ClassVar[Mapping[str, str | None]] = {
+        "hook_x_sparse": None,
+        "hook_y_sparse": None,
+        "hook_xy_sparse": "neurons.W_out",
+    }
+    blocks_share_weights = True
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
         self.build_embedding(cfg)
@@ -82,7 +86,32 @@ class BDH(ResidualModel):
     def embed_tokens(
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
-        return normalized(super().embed_tokens(tokens, weights, positions), self.cfg.eps)
+        return self.first_stream(super().embed_tokens(tokens, weights, positions))
+
+    def first_stream(self, embedding: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What the first level reads of an embedding."""
+        return normalized(embedding, self.cfg.eps)
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        """Attention in its square form: a position is compared with those before it, (context - 1) / 2 of them."""
+        before = (context - 1) / 2
+        levels = {
+            "attention_mixing": 2.0 * cfg.n_layers * (cfg.d_mlp + cfg.n_heads * cfg.d_model) * before,
+            "neurons": 2.0 * cfg.n_layers * 3 * cfg.d_model * cfg.d_mlp,
+        }
+        return levels | super().forward_flops(cfg, context, batch)
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """Both rectified readings, the turned neurons and the product of both, one more where some are dropped; a
+        head's find with its norm, and the stream. Scores and tables of angles, which depend on how the positions are
+        cut into texts, are left out: together a few percent.
+        """
+        neurons = cfg.d_mlp * width * (4 + (cfg.dropout > 0))
+        narrow = cfg.d_model * (cfg.n_heads * (FLOAT32 + 2 * width) + 3 * FLOAT32 + width)
+        model = n * (cfg.n_layers * (neurons + narrow) + FLOAT32 * 2 * cfg.d_model)
+        return float(model), float(FLOAT32 * cfg.d_model * (n + cfg.d_vocab))
 
     def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> RecurrentState:
         return RecurrentState(self.cfg, batch, dtype)
@@ -116,9 +145,10 @@ class Neurons(nn.Module):
         return self
 
     def turn(
-        self, x: Float[Tensor, "head batch pos neuron"], positions: Positions
+        self, x_sparse: Float[Tensor, "batch pos head neuron"], positions: Positions
     ) -> Float[Tensor, "head batch pos neuron"]:
         """Each pair of adjacent channels rotated by its phase at the position; phases are float32, as published."""
+        x = rearrange(x_sparse, "batch pos head neuron -> head batch pos neuron")
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=x.device)[None]
         phase = (positions[..., None].float() * self.frequency).frac() * (2 * torch.pi)
@@ -156,13 +186,26 @@ class Level(nn.Module):
         x = self.hook_resid_pre(resid)
         x_pre = per_head(x[:, :, None], neurons.W_x)
         x_sparse = self.hook_x_sparse(F.relu(self.hook_x_pre(x_pre)))
-        turned = neurons.turn(rearrange(x_sparse, "batch pos head neuron -> head batch pos neuron"), places.positions)
+        turned = neurons.turn(x_sparse, places.positions)
         found = rearrange(self.attend(turned, x, places.mask, past), "head batch pos d_model -> batch pos head d_model")
         a = self.hook_attn_norm(normalized(self.hook_attn_out(found), eps))
         y_sparse = self.hook_y_sparse(F.relu(self.hook_y_pre(per_head(a, neurons.W_y))))
         xy_sparse = F.dropout(self.hook_xy_sparse(x_sparse * y_sparse), self.cfg.dropout, self.training)
         out = self.hook_mlp_out(per_head(xy_sparse, neurons.W_out).sum(dim=2))
-        return self.hook_resid_post(normalized(x + normalized(out, eps), eps))
+        return self.hook_resid_post(self.write(x, out))
+
+    def write(
+        self, x: Float[Tensor, "*batch d_model"], out: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The stream after the level, from what it read and what came out of it."""
+        return normalized(x + normalized(out, self.cfg.eps), self.cfg.eps)
+
+    def keys(
+        self, x: Float[Tensor, "batch pos d_model"], positions: Positions
+    ) -> Float[Tensor, "head batch pos neuron"]:
+        """What later positions compare themselves with."""
+        neurons = self.neurons()
+        return neurons.turn(F.relu(per_head(x[:, :, None], neurons.W_x)), positions)
 
     def attend(
         self,
@@ -185,20 +228,6 @@ class Level(nn.Module):
         if mask is not None:
             scores = scores.masked_fill(~mask, 0.0)
         return weighted_sum(self.hook_attn_scores(scores).transpose(0, 1), x)
-
-
-class Alikeness(torch.autograd.Function):
-    """``q qᵀ``, whose gradient takes one product, (G + Gᵀ) q, where that of two different factors takes two."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Float[Tensor, "*batch pos neuron"]) -> Float[Tensor, "*batch pos pos"]:
-        ctx.save_for_backward(q)
-        return q @ q.mT
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Float[Tensor, "*batch pos pos"]) -> Float[Tensor, "*batch pos neuron"]:
-        (q,) = ctx.saved_tensors
-        return (gradient + gradient.mT).to(q.dtype) @ q
 
 
 def per_head(
@@ -248,54 +277,6 @@ class RecurrentState(ReadPositions):
         state = self.states[layer]
         out, self.states[layer] = attend_in_chunks(q, x, chunk=x.shape[2], state=state)
         return out
-
-
-def attend_in_chunks(
-    q: Float[Tensor, "batch head pos neuron"],
-    x: Float[Tensor, "batch pos d_model"],
-    chunk: int,
-    state: Float[Tensor, "batch head neuron d_model"] | None = None,
-) -> tuple[Float[Tensor, "batch head pos d_model"], Float[Tensor, "batch head neuron d_model"]]:
-    """Σ_{s<t} <q_t, q_s> x_s a chunk at a time, what lies before it in the state.
-
-    Args:
-        state: Σ q_sᵀ x_s of earlier positions; without gradients it is updated in place.
-
-    Returns:
-        The sums, and the state behind the last position.
-    """
-    parts = []
-    for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):
-        if state is None:
-            out = weighted_sum((here @ here.mT).tril(-1), values)
-            state = x.new_zeros(*q.shape[:2], q.shape[3], x.shape[2])
-        else:
-            out = here @ state.to(here.dtype)
-            if here.shape[2] > 1:  # one position, as where text is generated, has none of its own chunk before it
-                out = out + weighted_sum((here @ here.mT).tril(-1), values)
-        parts.append(out)
-        state = remembered(state, here, values.expand(-1, q.shape[1], -1, -1))
-    assert state is not None  # a text has one position at least
-    return torch.cat(parts, dim=2), state
-
-
-def remembered(
-    state: Float[Tensor, "batch head neuron d_model"],
-    q: Float[Tensor, "batch head pos neuron"],
-    x: Float[Tensor, "batch head pos d_model"],
-) -> Float[Tensor, "batch head neuron d_model"]:
-    """``state + qᵀ x``, in the state's precision; the sum goes into its memory where no gradient needs the old one."""
-    with torch.autocast(q.device.type, enabled=False):
-        keys, values = q.to(state.dtype).mT.flatten(0, 1), x.to(state.dtype).flatten(0, 1)
-        flat = state.flatten(0, 1)
-        total = flat.baddbmm(keys, values) if torch.is_grad_enabled() else flat.baddbmm_(keys, values)
-        return total.unflatten(0, state.shape[:2])
-
-
-def chunks_are_cheaper(n_positions: int, n_neurons: int, d_model: int) -> bool:
-    """Whether chunks of d_model positions take fewer multiplications than the square of all of them."""
-    square = n_positions * (n_neurons + d_model)
-    return n_positions > d_model and d_model * (n_neurons + d_model) + 2 * n_neurons * d_model < square
 
 
 def normalized(x: Float[Tensor, "*batch d_model"], eps: float) -> Float[Tensor, "*batch d_model"]:

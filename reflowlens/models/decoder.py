@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
+from reflowlens.models.architecture import FLOAT32, HEADS_AND_MLPS
 from reflowlens.models.components import Block, KeyValueCache, Norm, is_bias, plus
 from reflowlens.models.residual import ResidualModel
 from reflowlens.models.stacked_weights import SHARED, StackedWeights, per_query_head
@@ -28,6 +30,10 @@ class Decoder(StackedWeights, ResidualModel):
         >>> build_model(tiny)("Hi").shape
         torch.Size([1, 2, 256])
     """
+
+    stages = "halves"
+    sublayers = HEADS_AND_MLPS
+    units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": "blocks.{layer}.mlp.W_out"}
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
@@ -52,6 +58,45 @@ class Decoder(StackedWeights, ResidualModel):
             else:
                 residual = name.endswith(("attn.W_O", "mlp.W_out"))
                 parameter.normal_(0.0, std / (2 * self.cfg.n_layers) ** 0.5 if residual else std, generator=generator)
+
+    @classmethod
+    def table_bytes(cls, cfg: ModelConfig) -> int:
+        """A cosine and a sine for every layer, position and channel."""
+        return 8 * cfg.n_layers * cfg.n_ctx * cfg.d_head if cfg.positional_embedding_type == "rotary" else 0
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        width, mlp_matrices = cfg.n_heads * cfg.d_head, 3 if cfg.gated_mlp else 2
+        projections = cfg.d_model * (2 * width + 2 * cfg.kv_heads * cfg.d_head)
+        blocks = {
+            "attention_projections": 2.0 * cfg.n_layers * projections,
+            "attention_mixing": 2.0 * cfg.n_layers * 2 * width * (context + 1) / 2,
+            "mlp": 2.0 * cfg.n_layers * mlp_matrices * cfg.d_model * cfg.d_mlp,
+        }
+        return blocks | super().forward_flops(cfg, context, batch)
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """Counted for the blocks as they are written, attention by a kernel that keeps no scores.
+
+        Per position and layer: each norm keeps its input, what it made of it and its scale in float32; each matrix
+        product its input in ``width`` bytes, for which autocast copies it anew; attention queries, keys, values, its
+        output and a float32 sum a head; the MLP every activation of width ``d_mlp``. The readout's loss keeps its
+        gradients by its two factors.
+        """
+        d, heads, key_values = cfg.d_model, cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
+        norm = FLOAT32 * (2 * d + 1)
+        readers = 3 + (2 if cfg.gated_mlp else 1)  # of the two norms' outputs; a float32 one is kept once for all
+        copies = readers if width < FLOAT32 else 2
+        block = (
+            2 * norm
+            + copies * width * d
+            + width * (2 * heads + 2 * key_values)
+            + FLOAT32 * cfg.n_heads
+            + width * cfg.d_mlp * (4 if cfg.gated_mlp else 2)
+        )
+        ends = norm + 2 * 8  # the final norm, and the ids of inputs and targets
+        return float(n * (cfg.n_layers * block + ends)), float(FLOAT32 * d * (n + cfg.d_vocab))
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

@@ -14,6 +14,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
+from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.components import Positions, is_hooked, through_copy
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.residual import Readout, Unembed
@@ -60,6 +61,30 @@ class ReFlow(Decoder):
         self.unembed = RecipeUnembed(self)
         self.hook_recipe = HookPoint()  # [batch, pos, S], the token's effective recipe
         self.hook_basis = HookPoint()  # [S, d_model], the basis as this pass uses it, at both ends
+
+    @classmethod
+    def forms(cls, cfg: ModelConfig, n: int) -> bool:
+        """Whether a pass over n positions, to whose signals nothing is attached, reads them through E = R B."""
+        recipe = torch.empty(cfg.d_vocab, cfg.n_signals or 0, device="meta")
+        return forming_is_cheaper(n, recipe, torch.empty(cfg.n_signals or 0, cfg.d_model, device="meta"))
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        """R[t] B at the input; at the output (x Bᵀ) Rᵀ, or x Eᵀ and E = R B once (``forming``) for all positions."""
+        parts, signals, n = super().forward_flops(cfg, context, batch), cfg.n_signals or 0, batch * context
+        mixing = 2.0 * signals * cfg.d_model
+        if cls.forms(cfg, n):
+            return parts | {"embedding": mixing, "forming": mixing * cfg.d_vocab / n}
+        return parts | {"embedding": mixing, "readout": mixing + 2.0 * signals * cfg.d_vocab}
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """The tokens' recipes too, and the readout's factors: x and E, or x, its signals and R."""
+        (model, _), signals, d = super().activation_bytes(cfg, n, width), cfg.n_signals or 0, cfg.d_model
+        model += n * width * signals
+        if cls.forms(cfg, n):
+            return model, float(FLOAT32 * d * n + width * d * cfg.d_vocab)
+        return model + width * d * n, float(width * signals * n + FLOAT32 * signals * cfg.d_vocab)
 
     def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
         """R as both ends of the model use it."""

@@ -6,11 +6,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reflowlens.config import ModelConfig
+from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.reflow import ReFlow
 
 
 class ReFlowTopK(ReFlow):
     """Each token keeps its ``cfg.topk`` largest positive signals; gradients reach kept entries only."""
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """The rectified recipe too, where its largest entries are, and, if no 16-bit copy stands for it, the pruned."""
+        model, readout = super().activation_bytes(cfg, n, width)
+        copies = 2 if width == FLOAT32 else 1
+        return model + cfg.d_vocab * (FLOAT32 * (cfg.n_signals or 0) * copies + 8 * (cfg.topk or 0)), readout
 
     def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
         return topk_rows(self.embed.W_recipe, self.cfg.topk or 0)

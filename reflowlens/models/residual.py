@@ -1,6 +1,6 @@
 """What every model with one residual stream does: embed, run the blocks, read the stream out.
 
-What a block is (attention and an MLP, or a level of BDH) and what it remembers of a text is left to the families.
+What a block is and what it remembers of a text is left to the families.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from reflowlens.models.loss import IGNORE, cross_entropy
 from reflowlens.models.past import ReadPositions, read_before
 from reflowlens.models.threads import reading_forward
 
+ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters at both ends
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
@@ -81,6 +82,11 @@ class ResidualModel(HookedModel):
 
     embed: nn.Module
     unembed: Unembed
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        """Of both ends: a lookup costs nothing."""
+        return {"embedding": 0.0, "forming": 0.0, "readout": 2.0 * cfg.d_model * cfg.d_vocab}
 
     def build_embedding(self, cfg: ModelConfig) -> None:
         """Create the modules at both ends."""

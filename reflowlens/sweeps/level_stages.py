@@ -1,64 +1,63 @@
-"""The pass of a BDH in stages: a level is one, and what a patched run attends to is the state of the unpatched one.
+"""The pass of a model of levels: each is a stage, and what a patched run attends to is the state of the unpatched one.
 
-Attention of a BDH is linear, so all that a suffix needs of the text before it is a sum: the state
-``ρ_p = Σ_{s<p} R_s x_sparse_sᵀ x_s`` in front of its first position p. The positions of the unpatched run are read into
-the state in order, and each suffix takes it where it begins.
+Attention of a level is linear, so all that a suffix needs of the text before it is a sum: the state
+``ρ_p = Σ_{s<p} k_sᵀ x_s`` in front of its first position p, k the level's keys. The positions of the unpatched run are
+read into the state in order, and each suffix takes it where it begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.models.bdh import (
-    BDH,
-    Level,
-    Neurons,
-    attend_in_chunks,
-    chunks_are_cheaper,
-    normalized,
-    per_head,
-    remembered,
-)
-from reflowlens.models.components import Places, weighted_sum
+from reflowlens.models.components import Places, Positions, weighted_sum
+from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_cheaper, remembered
+from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.suffixes import Layout
 
 
-class LevelStages:
-    """A BDH's :class:`~reflowlens.sweeps.stages.Stages`: stage l is level l, the last one the readout."""
+class Level(Protocol):
+    """A block that writes once, at ``hook_mlp_out``, and attends to earlier positions by ``past.attend``."""
 
-    per_block = 1
+    def __call__(
+        self, resid: Float[Tensor, "1 token d_model"], places: Places, past: StateBefore
+    ) -> Float[Tensor, "1 token d_model"]: ...
 
-    def __init__(self, model: BDH) -> None:
-        self.model = model
-        n_levels = model.cfg.n_layers
-        self.streams = [f"blocks.{level}.hook_resid_pre" for level in range(n_levels)]
-        self.streams.append(f"blocks.{n_levels - 1}.hook_resid_post")
-        self.remembered: list[str] = []
-        self.last_mixing = n_levels - 1
+    def write(
+        self, x: Float[Tensor, "*batch d_model"], out: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """The stream after the level, from what it read and what came out of it."""
+        ...
+
+    def keys(
+        self, x: Float[Tensor, "batch pos d_model"], positions: Positions
+    ) -> Float[Tensor, "head batch pos neuron"]:
+        """What later positions compare themselves with."""
+        ...
+
+
+class LevelStages(BlockStages):
+    """The :class:`~reflowlens.sweeps.stages.Stages` of a model of levels: stage l is level l, the last one the readout.
+
+    The model has ``first_stream``, what the first level reads of an embedding.
+    """
+
+    whole_rows = False
 
     def stage(self, name: str) -> int | None:
         if name == "hook_embed":
             return 0
-        if not name.startswith("blocks."):
-            return None
-        _, level, point = name.split(".", 2)
-        return None if point == "hook_attn_scores" else int(level)  # a suffix forms no square of scores
+        return None if name.endswith(".hook_attn_scores") else super().stage(name)  # a suffix forms no square of scores
 
     def entry_stage(self, name: str) -> int | None:
-        if not name.startswith("blocks."):
-            return self.stage(name)
-        _, level, point = name.split(".", 2)
-        if point in ("hook_mlp_out", "hook_resid_post"):
-            return int(level) + 1
-        return int(level) if point == "hook_resid_pre" else None
+        if name == "hook_embed":
+            return 0
+        return super().entry_stage(name.replace("hook_mlp_out", "hook_resid_post"))
 
     def needed_for_entry(self, name: str) -> list[str]:
         return [name.replace("hook_mlp_out", "hook_resid_pre")] if name.endswith("hook_mlp_out") else []
@@ -66,20 +65,21 @@ class LevelStages:
     def entry(
         self, name: str, patched: Float[Tensor, "cell prompt pos d_model"], cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "cell prompt pos d_model"]:
-        eps = self.model.cfg.eps
         if name == "hook_embed":
-            return normalized(patched, eps)
+            return cast(Any, self.model).first_stream(patched)
         if name.endswith("hook_mlp_out"):
             (before,) = self.needed_for_entry(name)
-            return normalized(cache[before] + normalized(patched, eps), eps)
+            return self._level(int(name.split(".")[1])).write(cache[before], patched)
         return patched
 
     def run(
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
-        level = cast(Level, self.model.blocks[stage])
-        past = StateBefore(layout, cache[self.streams[stage]], self.model.neurons)
-        return level(resid, Places(layout.position[None]), past)
+        level = self._level(stage)
+        return level(resid, Places(layout.position[None]), StateBefore(layout, cache[self.streams[stage]], level))
+
+    def _level(self, layer: int) -> Level:
+        return cast(Level, self.model.blocks[layer])
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class StateBefore:
     Args:
         layout: which positions of which rows the tokens are.
         stream: the unpatched run's residual stream in front of the level.
-        neurons: of the model.
+        level: whose keys these positions are compared by.
     """
 
     layout: Layout
     stream: Float[Tensor, "prompt pos d_model"]
-    neurons: Neurons
+    level: Level
 
     def attend(
         self, layer: int, q: Float[Tensor, "1 head token neuron"], x: Float[Tensor, "1 token d_model"]
@@ -132,8 +132,6 @@ class StateBefore:
                 yield state[0].to(dtype), begins[mine, None] + offset
 
     def _read(self, prompt: int, end: int) -> tuple[Float[Tensor, "head pos neuron"], Float[Tensor, "pos d_model"]]:
-        """The turned neurons and the stream of the unpatched run, up to a position."""
+        """The keys and the stream of the unpatched run, up to a position."""
         values = self.stream[prompt, :end]
-        x_sparse = F.relu(per_head(values[None, :, None], self.neurons.W_x))
-        keys = self.neurons.turn(rearrange(x_sparse, "1 pos head neuron -> head 1 pos neuron"), slice(0, end))
-        return keys[:, 0], values
+        return self.level.keys(values[None], slice(0, end))[:, 0], values

@@ -247,7 +247,7 @@ class PackedRuns:
         for i, edit in edits:
             rows, tokens = rows_of[i], tokens_of[i]
             whole = self.cache[edit.name].clone()
-            if self._is_square(edit.name):
+            if self.stages.whole_rows or self._is_square(edit.name):
                 whole[layout.prompt[rows]] = changed[rows]
                 changed[rows] = edit.apply(whole)[layout.prompt[rows]]
             else:

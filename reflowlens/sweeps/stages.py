@@ -3,9 +3,11 @@
 A pass is a sequence of stages, each of which starts from the residual stream and ends with it; the last is the readout.
 A sweep lets a patched run enter at the stage, and at the position, from which on it differs from the unpatched one.
 
-A decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
-stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level of a BDH is one stage
-(:mod:`reflowlens.sweeps.level_stages`).
+How a pass divides is declared by the model (``stages`` of :class:`~reflowlens.models.architecture.Architecture`). A
+decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
+stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level is one stage
+(:mod:`reflowlens.sweeps.level_stages`), and so is a block of which nothing is known
+(:mod:`reflowlens.sweeps.block_stages`).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.models.base import HookedModel
-from reflowlens.models.bdh import BDH
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.suffixes import Layout, attend
 
@@ -36,6 +38,7 @@ class Stages(Protocol):
         remembered: further points of the unpatched run that patched ones attend to.
         per_block: stages of a block.
         last_mixing: the last stage in which positions see each other.
+        whole_rows: within a stage activations are of rows [row, pos, ...] and not of packed suffixes [1, token, ...].
     """
 
     model: Any
@@ -43,6 +46,7 @@ class Stages(Protocol):
     remembered: list[str]
     per_block: int
     last_mixing: int
+    whole_rows: bool
 
     def stage(self, name: str) -> int | None:
         """The stage that a point fires in, embeddings in the first; None for points that belong to no stage alone."""
@@ -75,10 +79,9 @@ class Stages(Protocol):
 
 
 def stages_of(model: HookedModel) -> Stages:
-    """The stages of a model's family."""
-    if isinstance(model, BDH):
-        return LevelStages(model)
-    return DecoderStages(cast(Decoder, model))
+    """The stages of a model's pass, as it declares them."""
+    kinds: dict[str, type] = {"halves": DecoderStages, "levels": LevelStages, "blocks": BlockStages}
+    return kinds[model.stages](model)
 
 
 class DecoderStages:
@@ -93,6 +96,7 @@ class DecoderStages:
     """
 
     per_block = 2
+    whole_rows = False
 
     def __init__(self, model: Decoder) -> None:
         self.model = model

@@ -8,14 +8,13 @@ import torch
 
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.estimate import estimate
-from pretraining.memory import activation_bytes
 from pretraining.optimizers import make_optimizers
 from pretraining.replicas import optimizer_state
 from reflowlens.cli import main
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import training_flops_per_token
-from reflowlens.models import build_model
+from reflowlens.models import MODEL_CLASSES, build_model
 
 SIZES: dict[str, Any] = {
     "n_layers": 3,
@@ -67,7 +66,9 @@ def test_activations_are_those_that_autograd_keeps(architecture: str, d_vocab: i
         sizes = {name: p.numel() for name, p in build_model(cfg, device="meta").named_parameters()}
         copies = sum(2 * sizes[name] for name in names if name not in ("embed.W_E", "pos_embed.W_pos"))
     measured = kept_for_backward(cfg, rows, context, dtype)
-    assert sum(activation_bytes(cfg, rows * context, width)) + copies == pytest.approx(measured, rel=0.01)
+    assert sum(MODEL_CLASSES[cfg.architecture].activation_bytes(cfg, rows * context, width)) + copies == pytest.approx(
+        measured, rel=0.01
+    )
 
 
 def tiny(sharding: str = "none", **changes: Any) -> TrainConfig:

@@ -44,7 +44,6 @@ from reflowlens.ablations.upstream import Site, ablate_upstream
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
-from reflowlens.models.decoder import Decoder
 from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_PROMPTS = 20
@@ -341,7 +340,7 @@ def _sites(model: HookedModel) -> list[Site]:
 
     None of a model whose blocks do not add to the stream: what is removed from it does not stay removed.
     """
-    if not isinstance(model, Decoder):
+    if not model.sublayers:
         return []
     layers = range(model.cfg.n_layers + 1)
     return ["embed", *layers, "everywhere"] if model.cfg.tie_word_embeddings else [*layers]

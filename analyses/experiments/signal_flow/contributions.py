@@ -19,9 +19,9 @@ from torch import Tensor
 
 from analyses.measures.lens import lens_log_probabilities, residual_stack
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.components import Block, plus
-from reflowlens.models.decoder import Decoder
 from reflowlens.signals import SignalView
 
 
@@ -93,9 +93,9 @@ def component_outputs(model: HookedModel, input: TextInput) -> Components:
     """The outputs of embedding, heads, attention (its heads and its bias) and MLPs, in one pass.
 
     Raises:
-        ReflowlensError: the stream is no sum of such outputs: BDH normalises it in every level.
+        ReflowlensError: the stream is no sum of such outputs: some architectures normalise it in every block.
     """
-    if not isinstance(model, Decoder):
+    if model.sublayers != HEADS_AND_MLPS:
         raise ReflowlensError(
             f"the residual stream of {model.cfg.architecture!r} is not a sum of what heads and MLPs write: "
             "a prediction cannot be split among them"

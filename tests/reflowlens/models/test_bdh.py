@@ -22,7 +22,6 @@ from analyses.measures.steering import Injections, steer
 from analyses.words.lexicon import load_lexicon
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import prepare
-from pretraining.memory import activation_bytes
 from pretraining.optimizers import make_optimizers
 from pretraining.state import resume_state, training_data
 from pretraining.token_files import open_tokens
@@ -555,7 +554,7 @@ def test_the_memory_of_activations(dtype: str) -> None:
     if dtype == "bfloat16":
         width = 2
         copies = sum(2 * p.numel() for name, p in build_model(cfg).named_parameters() if name != "embed.W_E")
-    expected = sum(activation_bytes(cfg, 6 * 32, width)) + copies
+    expected = sum(bdh.BDH.activation_bytes(cfg, 6 * 32, width)) + copies
     assert kept_for_backward(cfg, 6, 32, dtype) == pytest.approx(expected, rel=0.1)
 
 

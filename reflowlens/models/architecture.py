@@ -1,0 +1,73 @@
+"""What an architecture declares of itself, so that nothing outside this folder has to know which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from reflowlens.config import ModelConfig
+
+FLOAT32 = 4  # bytes of a number
+HEADS_AND_MLPS = ("attn", "mlp")
+
+
+class Architecture:
+    """The declarations, with what holds of a model that declares nothing; a model class overrides what is its own.
+
+    ============================  =====================================================================================
+    declared                      asked by
+    ============================  =====================================================================================
+    ``stages``                    sweeps, upstream ablation and steering, which run a pass from its middle
+    ``sublayers``                 graphs and circuits, contributions, ablation at every layer, weights in slices (FSDP2)
+    ``units``                     unit statistics and monosemanticity
+    ``blocks_share_weights``      checkpoints, the comparison of a unit between blocks
+    ``table_bytes``               the check whether a model fits into memory
+    ``forward_flops``             utilisation, estimates of a training run, the choice whether to compile
+    ``activation_bytes``          the estimate of a training run's memory
+    ============================  =====================================================================================
+    """
+
+    stages: ClassVar[Literal["halves", "levels", "blocks"]] = "blocks"
+    """How a pass can be continued from its middle (:mod:`reflowlens.sweeps.stages`).
+
+    ``"blocks"``: block by block, each on whole rows, which any model can. ``"halves"``: each block is a
+    :class:`~reflowlens.models.components.Block`, run on suffixes alone, which attend to keys and values of the
+    unpatched run. ``"levels"``: each block is a :class:`~reflowlens.sweeps.level_stages.Level`, which writes once and
+    attends to earlier positions by a sum over them, run on suffixes alone too.
+    """
+
+    sublayers: ClassVar[tuple[str, ...]] = ()
+    """The modules of a block whose outputs ``hook_<name>_out`` are added to the stream, in order; none where the stream
+    is no such sum. `HEADS_AND_MLPS` says that each block is a :class:`~reflowlens.models.components.Block`: a head
+    writes its ``attn.hook_z`` times its ``attn.W_O``."""
+
+    units: ClassVar[Mapping[str, str | None]] = {}
+    """The kinds of unit that blocks are made of: the hook point of each within its block, and the parameter whose rows
+    are what its units write into the stream, ``{layer}`` standing for the block; None of units that write nothing."""
+
+    blocks_share_weights: ClassVar[bool] = False
+    """Whether every block uses the same weights, which lie outside ``blocks``: a unit is then the same in each."""
+
+    @classmethod
+    def table_bytes(cls, cfg: ModelConfig) -> int:
+        """Bytes of the tables that a model holds beside its parameters."""
+        return 0
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        """Operations of one forward pass a token, by part of the model: matrix products alone, two a multiplication.
+
+        Args:
+            context: tokens of an example; attention is counted causally, as its mean over them.
+            batch: examples of the pass.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """What one forward pass over ``n`` positions keeps for its backward pass: in the model, and in the readout.
+
+        Args:
+            width: bytes of a number in matrix products: 4, or 2 under autocast.
+        """
+        raise NotImplementedError
