@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
@@ -58,8 +58,8 @@ _FIXED: dict[str, dict[str, Any]] = {
     | {"n_key_value_heads": None, "tie_word_embeddings": False, "rotary_scaling": None}
     | dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias"), False)
 }
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "architecture": ARCHITECTURES,
+_CHOICES: dict[str, Collection[object]] = {
+    "architecture": _DEFAULTS.keys(),
     "act_fn": ("gelu", "gelu_new", "relu", "silu"),
     "normalization_type": ("LN", "RMS"),
     "positional_embedding_type": ("standard", "rotary"),
