@@ -33,7 +33,7 @@ from reflowlens.models.decoder import Decoder
 from reflowlens.models.residual import ResidualModel
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
-from reflowlens.sweeps.sweep import prepare_sweep
+from reflowlens.sweeps.setup import prepare_sweep
 from tests.reflowlens.sweeps.test_sweep import whole
 from tests.support.tiny import assert_close, random_model, random_tokens
 
