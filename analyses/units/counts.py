@@ -7,20 +7,17 @@ it is above 0; of units that can be negative the positive part is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from analyses.measures.sparsity import gini, hoyer, participation_ratio
 from analyses.units.points import written_by
-from reflowlens.activations.collect import first_unneeded_block
+from reflowlens.activations.stream import Batch, Part, Places, measured
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
@@ -105,22 +102,23 @@ class _Running:
         self.write_norms = write_norms
         self.stretch = torch.arange(len(tokens), device=tokens.device) // -(-len(tokens) // STRETCHES)  # of each row
         self.stretch_positions = self.stretch.bincount() * tokens.shape[1]
-        self.rows = 0
+        self.context, self.rows = tokens.shape[1], 0
         self.measured: list[Tensor] = []
         self.n, self.active = 0, (0.0, 0.0)
         self.row_rates: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
 
-    def add(self, activation: Float[Tensor, "batch pos *unit"], name: str) -> None:
-        rows = activation.detach().flatten(2).float().clamp(min=0)
-        values, fires = rows.flatten(0, 1), (rows > 0).float()  # sums of floats are several times as fast as of bools
+    def add(self, name: str, x: Float[Tensor, "n *unit"]) -> None:
+        values = x.flatten(1).float().clamp(min=0)
+        rows = values.unflatten(0, (-1, self.context))
+        fires = (rows > 0).float()  # sums of floats are several times as fast as of bools
         total, events = rows.sum(dim=1).double(), fires.sum(dim=1).long()
         if not total.isfinite().all():
             raise ReflowlensError(f"{name!r} holds NaN or infinite values")
         largest, where = values.max(dim=0)
         top = values.topk(min(self.kept, len(values)), dim=0).values
         if not self.n:
-            self.shape = tuple(activation.shape[2:])
+            self.shape = tuple(x.shape[1:])
             zero = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
             self.events, self.total, self.square = zero.long(), zero, zero
             self.largest, self.where, self.top = largest, where, top
@@ -150,17 +148,31 @@ class _Running:
         ginis = torch.from_numpy(gini(values.cpu().numpy())).to(values.device)
         return torch.stack([ginis, hoyer(values), participation_ratio(values * norms)], dim=1)
 
-    @property
-    def mean_sparsity(self) -> dict[str, float]:
-        """NaN where no unit fires."""
-        return dict(zip(SPARSITY, torch.cat(self.measured).mean(dim=0).tolist(), strict=True))
-
     def percentile(self) -> Float[Tensor, " unit"]:
         """Between the two values around it, counted from the largest."""
         place = _TAIL * (self.n - 1)
         below, share = math.ceil(place), math.ceil(place) - place
         lower, upper = self.top[below], self.top[max(below - 1, 0)]
         return lower + (upper - lower) * share
+
+    def finish(self, above: Int[Tensor, "share unit"]) -> UnitCounts:
+        sparsity = torch.cat(self.measured).mean(dim=0).tolist()  # NaN where no unit fires
+        return UnitCounts(
+            self.n,
+            self.shape,
+            self.events.cpu(),
+            self.total.cpu(),
+            self.square.cpu(),
+            self.largest.cpu(),
+            self.where.cpu(),
+            self.percentile().cpu(),
+            above.cpu(),
+            torch.cat(self.row_rates).cpu(),
+            self.active,
+            self.stretch_events.cpu(),
+            self.stretch_positions.cpu(),
+            dict(zip(SPARSITY, sparsity, strict=True)),
+        )
 
 
 @torch.no_grad()
@@ -184,39 +196,21 @@ def count_units(
 
     Example: ``count_units(model, tokens, ["blocks.0.mlp.hook_post"])["blocks.0.mlp.hook_post"].rate``
     """
-    batch_size = _rows_at_once(model, tokens, points, batch_size)
+    read = partial(_read, model, tokens, points, batch_size, progress)
     running = {name: _Running(tokens, write_norms(model, name)) for name in points}
-    with _watching(model, points, lambda name, activation: running[name].add(activation, name)):
-        _read(model, tokens, points, batch_size, "counting units", progress)
+    for _ in read("counting units", lambda name, x, _: running[name].add(name, x)):
+        pass  # what is counted is small and grows in place
     percentiles = {name: part.percentile() for name, part in running.items()}
-    above = {name: torch.zeros(len(SHARES), len(q), dtype=torch.long) for name, q in percentiles.items()}
 
-    def count(name: str, activation: Tensor) -> None:
-        values = activation.flatten(2).flatten(0, 1)
-        for i, share in enumerate(SHARES):
-            above[name][i] += (values > (share * percentiles[name]).clamp(min=0)).float().sum(dim=0).long().cpu()
+    def count(name: str, x: Float[Tensor, "n *unit"], _: Places) -> Int[Tensor, "share unit"]:
+        thresholds = [(share * percentiles[name]).clamp(min=0) for share in SHARES]
+        return torch.stack([(x.flatten(1) > threshold).float().sum(dim=0).long() for threshold in thresholds])
 
-    with _watching(model, points, count):
-        _read(model, tokens, points, batch_size, "above thresholds", progress)
-    return {
-        name: UnitCounts(
-            part.n,
-            part.shape,
-            part.events.cpu(),
-            part.total.cpu(),
-            part.square.cpu(),
-            part.largest.cpu(),
-            part.where.cpu(),
-            percentiles[name].cpu(),
-            above[name],
-            torch.cat(part.row_rates).cpu(),
-            part.active,
-            part.stretch_events.cpu(),
-            part.stretch_positions.cpu(),
-            part.mean_sparsity,
-        )
-        for name, part in running.items()
-    }
+    above: dict[str, Tensor | int] = dict.fromkeys(points, 0)
+    for batch in read("above thresholds", count):
+        for name, part in batch.parts.items():
+            above[name] = above[name] + part
+    return {name: part.finish(torch.as_tensor(above[name])) for name, part in running.items()}
 
 
 def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
@@ -242,46 +236,32 @@ def firing_overlap(
     Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
     """
     points = list(dict.fromkeys(name for pair in pairs for name in pair))
-    batch_size = _rows_at_once(model, tokens, points, batch_size)
     both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
     events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
-    fires: dict[str, Tensor] = {}
 
-    def see(name: str, activation: Tensor) -> None:
-        fires[name] = (activation.flatten(2).flatten(0, 1) > 0).float()
-        events[name] = events[name] + fires[name].sum(dim=0).long()
-        if len(fires) == len(points):
-            for first, second in pairs:
-                both[first, second] = both[first, second] + (fires[first] * fires[second]).sum(dim=0).long()
-            fires.clear()
+    def fires(_: str, x: Float[Tensor, "n *unit"], __: Places) -> Float[Tensor, "n unit"]:
+        return (x.flatten(1) > 0).float()
 
-    with _watching(model, points, see):
-        _read(model, tokens, points, batch_size, "comparing levels", progress)
+    for batch in _read(model, tokens, points, batch_size, progress, "comparing levels", fires):
+        for name, fired in batch.parts.items():
+            events[name] = events[name] + fired.sum(dim=0).long()
+        for first, second in pairs:
+            both[first, second] = both[first, second] + (batch.parts[first] * batch.parts[second]).sum(dim=0).long()
     shared = {pair: torch.as_tensor(both[pair]).double() for pair in pairs}
     return {pair: (n / (events[pair[0]] + events[pair[1]] - n)).cpu() for pair, n in shared.items()}
 
 
-@contextmanager
-def _watching(model: HookedModel, points: Sequence[str], see: Any) -> Iterator[None]:
-    """Show every activation of the points to ``see(name, activation)`` when it exists: none is kept."""
-
-    def watch(name: str, activation: Tensor, hook: HookPoint) -> None:
-        see(name, activation)
-
-    with model.hooks(fwd_hooks=[(name, partial(watch, name)) for name in points]):
-        yield
-
-
-def _rows_at_once(model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], at_most: int) -> int:
-    """As many rows as keep every activation small."""
+def _read(
+    model: HookedModel,
+    tokens: Int[Tensor, "row pos"],
+    points: Sequence[str],
+    batch_size: int,
+    progress: bool,
+    what: str,
+    measure: Callable[[str, Float[Tensor, "n *unit"], Places], Part],
+) -> Iterator[Batch[Part]]:
+    """Measure the points in so few rows at once that every activation is small."""
     _, one = model.run_with_cache(tokens[:1, :1], names_filter=list(points), return_type=None)
     largest = max(one[name].numel() for name in points) * tokens.shape[1]
-    return max(1, min(at_most, _AT_ONCE // largest))
-
-
-def _read(
-    model: HookedModel, tokens: Int[Tensor, "row pos"], points: Sequence[str], batch_size: int, what: str, show: bool
-) -> None:
-    stop = first_unneeded_block(points)
-    for rows in bar(tokens.split(batch_size), show=show, desc=what, unit="batch", leave=False):
-        model(rows, return_type=None, stop_at_layer=stop)
+    rows = tokens.split(max(1, min(batch_size, _AT_ONCE // largest)))
+    return measured(model, bar(rows, show=progress, desc=what, unit="batch", leave=False), points, measure)

@@ -45,7 +45,7 @@ from analyses.units.scores import (
     token_entropy,
 )
 from analyses.units.silencing import ablate_concepts
-from reflowlens.activations.collect import first_unneeded_block
+from reflowlens.activations.stream import measured
 from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.builders import bars, histogram_with_control
@@ -290,20 +290,13 @@ def activations(
     start, size = 0, max(1, _BYTES // (4 * tokens.numel()))
     while n_units is None or start < n_units:
         held: Tensor | None = None  # filled row by row: joining parts would hold them twice
-        for first in range(0, len(tokens), batch_size):
-            rows = tokens[first : first + batch_size]
-            _, cache = model.run_with_cache(
-                rows,
-                names_filter=point,
-                return_type=None,
-                return_cache_object=False,
-                stop_at_layer=first_unneeded_block([point]),
-            )
-            flat = cache[point].flatten(2)
-            n_units = flat.shape[-1]
-            some = flat[..., start : start + size].float().clamp(min=0).cpu()
+        n_read = 0
+        for batch in measured(model, tokens.split(batch_size), [point], lambda name, x, places: x.flatten(1)):
+            n_units = batch.parts[point].shape[-1]
+            some = batch.parts[point][:, start : start + size].float().clamp(min=0).cpu()
             held = some.new_empty(*tokens.shape, some.shape[-1]) if held is None else held
-            held[first : first + batch_size] = some
+            held[n_read : n_read + batch.n_rows] = some.unflatten(0, (batch.n_rows, -1))
+            n_read += batch.n_rows
         assert held is not None  # a text has one row at least
         yield start, held
         start += size

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
+from reflowlens.activations.stream import Places, measured
 from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.passes import check_lengths_known
 from reflowlens.models.base import HookedModel, TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -37,9 +38,7 @@ from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 Statistic: TypeAlias = Literal["mean", "covariance", "top"]
 STATISTICS: tuple[Statistic, ...] = ("mean", "covariance", "top")
 _KIND = "statistics"
-_ROWS_AT_ONCE = 16  # of tokens that come as one array
 _SAVE_EVERY = 60.0  # seconds
-_BEFORE_BLOCKS = ("hook_recipe", "hook_embed", "hook_pos_embed")
 
 
 @guarded(
@@ -93,17 +92,21 @@ def collect(
         collected = Collected.load(results).merge(collected)
     total = int(np.prod(batches.shape)) if isinstance(batches, np.ndarray | Tensor) else None
     show = sys.stderr.isatty() if progress is None else progress
-    saved, seen = time.monotonic(), 0
+    saved = time.monotonic()
+    stream = measured(
+        hooked,
+        batches,
+        choices.names,
+        partial(_of_activation, choices),
+        positions=slice(*choices.positions),
+        skip=collected.n_rows,
+    )
     try:
         with tqdm(total=total, unit="position", unit_scale=True, disable=not show) as bar:
-            for batch in _split(batches):
-                tokens, lengths = hooked.tokens_and_lengths(batch)
-                check_lengths_known(hooked, lengths)
-                skipped = min(max(collected.n_rows - seen, 0), len(tokens))
-                seen += len(tokens)
-                if skipped < len(tokens):
-                    collected = collected.merge(_of_batch(hooked, tokens[skipped:], lengths[skipped:], collected))
-                bar.update(sum(lengths))
+            for batch in stream:
+                part = Collected(batch.parts, batch.n_rows, choices, collected.model, collected.model_hash)
+                collected = collected.merge(part)
+                bar.update(batch.n_positions)
                 if results is not None and time.monotonic() - saved > _SAVE_EVERY:
                     collected.save(results)
                     saved = time.monotonic()
@@ -262,62 +265,16 @@ def _choices(
     return Choices(names, sorted(statistics), k, threshold, bounds)
 
 
-def _split(batches: Iterable[TextInput] | Tensor | np.ndarray) -> Iterator[TextInput]:
-    if isinstance(batches, str):
-        raise ReflowlensError("batches must be a list of texts or of batches, not one text")
-    if not isinstance(batches, Iterable):
-        raise ReflowlensError(f"batches must be a list of texts or of batches, or an array of tokens, got {batches!r}")
-    if not isinstance(batches, np.ndarray | Tensor):
-        yield from batches
-        return
-    if batches.ndim != 2:
-        raise ReflowlensError(f"an array of tokens must be [row, pos], got {list(batches.shape)}")
-    for start in range(0, len(batches), _ROWS_AT_ONCE):
-        rows = batches[start : start + _ROWS_AT_ONCE]
-        yield torch.from_numpy(rows.astype(np.int64)) if isinstance(rows, np.ndarray) else rows
-
-
-def _of_batch(
-    model: HookedModel, tokens: Int[Tensor, "batch pos"], lengths: Sequence[int], so_far: Collected
-) -> Collected:
-    choices = so_far.choices
-    counts = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, length in zip(counts, lengths, strict=True):
-        row[:length][slice(*choices.positions)] = True
-    points = {}
-    if counts.any():
-        kept = counts.to(tokens.device)
-        _, cache = model.run_with_cache(
-            tokens,
-            names_filter=choices.names,
-            return_type=None,
-            return_cache_object=False,
-            stop_at_layer=first_unneeded_block(choices.names),
-        )
-        row, position = kept.nonzero(as_tuple=True)
-        where = row, position, tokens[kept]
-        points = {name: _of_activation(cache[name][kept], where, choices, name).cpu() for name in choices.names}
-    return Collected(points, len(tokens), choices, so_far.model, so_far.model_hash)
-
-
-def first_unneeded_block(names: Sequence[str]) -> int | None:
-    """The first block that need not run; None when the end of the pass is asked for."""
-    if not all(name.startswith("blocks.") or name in _BEFORE_BLOCKS for name in names):
-        return None
-    return max((int(name.split(".")[1]) + 1 for name in names if name.startswith("blocks.")), default=0)
-
-
-def _of_activation(
-    x: Float[Tensor, "n *feature"], where: tuple[Tensor, Tensor, Tensor], choices: Choices, name: str
-) -> PointStatistics:
+def _of_activation(choices: Choices, name: str, x: Float[Tensor, "n *feature"], places: Places) -> PointStatistics:
     features = x.flatten(1)
     if not features.isfinite().all():
         raise ReflowlensError(f"{name!r} holds NaN or infinite values")
     pairs, means = "covariance" in choices.statistics, "mean" in choices.statistics
+    where = places.row, places.position, places.token
     return PointStatistics(
         len(features),
         tuple(x.shape[1:]),
         Moments.of(features, pairs=pairs) if pairs or means else None,
         TopExamples.of(features, *where, choices.k) if "top" in choices.statistics else None,
         None if choices.threshold is None else (features > choices.threshold).sum(dim=0),
-    )
+    ).cpu()

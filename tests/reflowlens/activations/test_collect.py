@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reflowlens as rl
-from reflowlens.activations import collect as collection
+from reflowlens.activations import stream
 from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -149,7 +149,7 @@ def test_arrays_of_tokens_are_read_in_batches(monkeypatch: pytest.MonkeyPatch) -
     model = random_model("reflow")
     tokens = random_tokens(model.cfg, batch=9, pos=5)
     whole = rl.collect(model, [tokens], "hook_recipe")
-    monkeypatch.setattr(collection, "_ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(stream, "_ROWS_AT_ONCE", 4)
     rows = (row[None] for row in tokens.numpy().astype(np.uint16))
     for array in (tokens, tokens.numpy().astype(np.uint16), rows):
         assert_alike(rl.collect(model, array, "hook_recipe"), whole)
