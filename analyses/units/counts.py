@@ -243,10 +243,11 @@ def firing_overlap(
         return (x.flatten(1) > 0).float()
 
     for batch in _read(model, tokens, points, batch_size, progress, "comparing levels", fires):
-        for name, fired in batch.parts.items():
-            events[name] = events[name] + fired.sum(dim=0).long()
+        for name in points:
+            events[name] = events[name] + batch.parts[name].sum(dim=0).long()
         for first, second in pairs:
             both[first, second] = both[first, second] + (batch.parts[first] * batch.parts[second]).sum(dim=0).long()
+        batch.parts.clear()  # the next batch is read into the same memory
     shared = {pair: torch.as_tensor(both[pair]).double() for pair in pairs}
     return {pair: (n / (events[pair[0]] + events[pair[1]] - n)).cpu() for pair, n in shared.items()}
 

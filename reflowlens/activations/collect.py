@@ -260,8 +260,8 @@ def _choices(
     if not isinstance(chosen, slice):
         raise ReflowlensError(f"positions must be a slice, 'last' or None, got {positions!r}")
     bounds = [None if bound is None else integer(bound) for bound in (chosen.start, chosen.stop, chosen.step)]
-    if slice(*bounds) != chosen or chosen.step == 0:
-        raise ReflowlensError(f"positions must be a slice of integers, got {positions!r}")
+    if slice(*bounds) != chosen or (chosen.step is not None and chosen.step < 1):
+        raise ReflowlensError(f"positions must be a slice of integers, its step at least 1, got {positions!r}")
     return Choices(names, sorted(statistics), k, threshold, bounds)
 
 

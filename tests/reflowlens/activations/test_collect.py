@@ -265,6 +265,7 @@ def test_statistics_that_were_not_collected() -> None:
         ("hook_embed", {"statistics": []}, "nothing to collect"),
         ("hook_embed", {"k": 0}, "k must be an integer and at least 1"),
         ("hook_embed", {"positions": 3}, "a slice, 'last' or None, got 3"),
+        ("hook_embed", {"positions": slice(None, None, -1)}, "its step at least 1"),
         ("hook_embed", {"positions": slice(50, None)}, "no position counts"),
     ],
 )
