@@ -106,7 +106,7 @@ def test_a_collection_that_ran_out_of_memory_keeps_the_batches_before(tmp_path: 
 
 LIMITED = """
 import resource, torch, reflowlens as rl
-from tests.tiny import random_model
+from tests.support.tiny import random_model
 model = random_model("reflow")
 few, many = torch.randint(0, 200, (1, 4)), torch.randint(0, 200, (2048, 24))
 calls = {
