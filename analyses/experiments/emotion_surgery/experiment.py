@@ -15,7 +15,7 @@ would be the measurement itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ from analyses.measures.lens import lens_log_probabilities
 from analyses.measures.sentiment import sentiment_poles
 from analyses.measures.steering import Where, random_directions, rms
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import permutation_pvalue
@@ -156,7 +156,12 @@ def emotion_surgery(
     }
     bar.update()
     bar.close()
-    result = Result(
+    probability, untrained_probability = map(_heldout_probability, (steered, untrained))
+    beside = {"untrained": float(untrained_probability.mean())}
+    at_best, flips = _at_best(places, best, frames, max_cost, seed)
+    flips_any = at_best["best_flip_rate"].verdict == "supported"
+    effective, last = _last_effective(places, at_layers, flips_any, seed)
+    return Result(
         name="emotion_surgery",
         title="Emotion Surgery",
         params={
@@ -171,20 +176,22 @@ def emotion_surgery(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings={
+            "heldout_probability": Finding(probability.mean(), bootstrap_interval(probability, seed=seed), beside),
+            **at_best,
+            **effective,
+        },
         frames=frames,
         figures=emotion_figures(frames),
         definitions=DEFINITIONS,
         published=PUBLISHED,
+        notes=[
+            f"The direction is made of {len(words.ids)} adjectives and judged by {len(heldout.ids)} other words; "
+            f"{int((heldout.leaning(steered.before) > 0).sum())} of {len(carriers)} carriers lean to the positive pole",
+            flips,
+            last,
+        ],
     )
-    probability = _heldout_probability(steered)
-    result.metrics["heldout_probability"] = float(probability.mean())
-    result.intervals["heldout_probability"] = bootstrap_interval(probability, seed=seed)
-    result.controls["heldout_probability"] = {"untrained": float(_heldout_probability(untrained).mean())}
-    result.notes.append(
-        f"The direction is made of {len(words.ids)} adjectives and judged by {len(heldout.ids)} other words; "
-        f"{int((heldout.leaning(steered.before) > 0).sum())} of {len(carriers)} carriers lean to the positive pole"
-    )
-    return _with_metrics(result, places, best, seed)
 
 
 def flip_verdict(interval: tuple[float, float], controls: dict[str, float], p: float, units: int) -> Verdict:
@@ -236,43 +243,50 @@ def _heldout_probability(steered: Carriers) -> NDArray[np.float64]:
     return held_out.sum(dim=1).double().cpu().numpy()
 
 
-def _with_metrics(result: Result, places: Sequence[Place], best: Place, seed: int) -> Result:
-    layers, frontier = result.frames["layers"], result.frames["frontier"]
-    here = layers[layers["layer"] == best.layer].set_index("series")
-    outcome = best.outcomes["sentiment"]
-    units = len(outcome.before)
-
-    result.metrics["best_flip_rate"] = float(outcome.flipped[0].mean())
-    result.intervals["best_flip_rate"] = rate_interval(outcome.flipped[0])
-    result.metrics["log_odds_shift"] = float(outcome.shift[0].mean())
-    result.intervals["log_odds_shift"] = bootstrap_interval(outcome.shift[0], seed=seed)
-    result.controls["log_odds_shift"] = {name: float(here["log_odds_shift"][name]) for name in CONTROLS}
+def _at_best(
+    places: Sequence[Place], best: Place, frames: Mapping[str, pd.DataFrame], max_cost: float, seed: int
+) -> tuple[dict[str, Finding], str]:
+    """What steering does at the best layer and what it costs there, beside the same of the controls; and a note."""
+    flipped, shift = best.outcomes["sentiment"].flipped[0], best.outcomes["sentiment"].shift[0]
+    units, rate, interval = len(flipped), float(flipped.mean()), rate_interval(flipped)
     bests = {name: _best_flip_rates(places, name) for name in CONTROLS}
-    controls = result.controls["best_flip_rate"] = {name: float(rates.mean()) for name, rates in bests.items()}
-    p = permutation_pvalue(result.metrics["best_flip_rate"], bests["shuffled_labels"])
-    result.verdicts["best_flip_rate"] = flip_verdict(result.intervals["best_flip_rate"], controls, p, units)
-    result.notes.append(
+    rates = {name: float(each.mean()) for name, each in bests.items()}
+    p = permutation_pvalue(rate, bests["shuffled_labels"])
+    layers = frames["layers"]
+    shifts = layers[layers["layer"] == best.layer].set_index("series")["log_odds_shift"]
+    kl = best.damage.kl
+    beside = _controls_cost(frames["frontier"], best, max_cost)
+    findings = {
+        "best_flip_rate": Finding(rate, interval, rates, flip_verdict(interval, rates, p, units)),
+        "log_odds_shift": Finding(
+            shift.mean(), bootstrap_interval(shift, seed=seed), {name: shifts[name] for name in CONTROLS}
+        ),
+        "best_layer": Finding(best.layer),
+        "strength": Finding(best.strength, controls=beside["strength"]),
+        "alpha": Finding(best.alpha, controls=beside["alpha"]),
+        "perplexity_cost": Finding(best.damage.cost, controls=beside["perplexity_cost"]),
+        "damage_kl": Finding(float(kl.mean()), bootstrap_interval(kl.cpu().numpy(), seed=seed), beside["damage_kl"]),
+    }
+    return findings, (
         f"best_flip_rate at layer {best.layer}: permutation p = {p:.2g} against the best layer of each shuffle; "
         f"{units} carriers. The layer is chosen on the same carriers, and its interval takes it as given"
     )
-    result.metrics["best_layer"] = best.layer
-    result.metrics |= {"strength": best.strength, "alpha": best.alpha}
-    result.metrics["perplexity_cost"] = best.damage.cost
-    result.metrics["damage_kl"] = float(best.damage.kl.mean())
-    result.intervals["damage_kl"] = bootstrap_interval(best.damage.kl.cpu().numpy(), seed=seed)
-    max_cost, unit_alpha = result.params["max_cost"], best.alpha / best.strength
+
+
+def _controls_cost(frontier: pd.DataFrame, best: Place, max_cost: float) -> dict[str, dict[str, float]]:
+    """Metric -> control -> what it costs at the strength of the best layer, and what strength it can afford there."""
+    costs = {}
     for name, rows in frontier[frontier["series"].isin(CONTROLS)].groupby("series", sort=False):
         same = rows[rows["strength"] == best.strength].iloc[0]
         strength = affordable_strength(rows["strength"], rows["perplexity_cost"], max_cost)
-        for metric, value in (
-            ("perplexity_cost", same["perplexity_cost"]),
-            ("damage_kl", same["kl"]),
-            ("strength", strength),
-            ("alpha", strength * unit_alpha),
-        ):
-            result.controls.setdefault(metric, {})[str(name)] = float(value)
-    _add_last_effective(result, places, units, seed)
-    return result
+        costs[str(name)] = {
+            "perplexity_cost": float(same["perplexity_cost"]),
+            "damage_kl": float(same["kl"]),
+            "strength": float(strength),
+            "alpha": float(strength * (best.alpha / best.strength)),
+        }
+    metrics = ("perplexity_cost", "damage_kl", "strength", "alpha")
+    return {metric: {name: cost[metric] for name, cost in costs.items()} for metric in metrics}
 
 
 def _best_flip_rates(places: Sequence[Place], series: str) -> NDArray[np.float64]:
@@ -280,14 +294,15 @@ def _best_flip_rates(places: Sequence[Place], series: str) -> NDArray[np.float64
     return np.max([place.outcomes[series].flipped.mean(axis=1) for place in places], axis=0)
 
 
-def _add_last_effective(result: Result, places: Sequence[Place], units: int, seed: int) -> None:
-    """The last layer with an effect; its interval resamples carriers against a fixed threshold, the null's quantile
-    that Bonferroni's correction asks of every layer."""
-    sentiment = result.frames["layers"].query("series == 'sentiment'")
+def _last_effective(
+    places: Sequence[Place], layers: pd.DataFrame, flips: bool, seed: int
+) -> tuple[dict[str, Finding], str]:
+    """The last layer with an effect, and a note; its interval resamples carriers against a fixed threshold, the null's
+    quantile that Bonferroni's correction asks of every layer. ``flips``: whether best_flip_rate is supported."""
+    sentiment = layers.query("series == 'sentiment'")
     effective = sentiment.loc[sentiment["p_holm"] < SIGNIFICANCE, "layer"]
     if effective.empty:
-        result.notes.append("last_effective_layer is absent: no layer's flip rate exceeds that of shuffled labels")
-        return
+        return {}, "last_effective_layer is absent: no layer's flip rate exceeds that of shuffled labels"
     flipped = np.stack([place.outcomes["sentiment"].flipped[0] for place in places], axis=1)
     nulls = np.stack([place.outcomes["shuffled_labels"].flipped.mean(axis=1) for place in places])
     threshold = np.quantile(nulls, 1 - SIGNIFICANCE / len(places), axis=1)
@@ -299,22 +314,24 @@ def _add_last_effective(result: Result, places: Sequence[Place], units: int, see
         return last_above(flipped[np.moveaxis(carriers, axis, -1).astype(int)].mean(axis=-2))
 
     random = last_above(np.stack([place.outcomes["random_direction"].flipped.mean(axis=1) for place in places], axis=1))
-    result.metrics["last_effective_layer"] = float(effective.max())
-    result.intervals["last_effective_layer"] = bootstrap_interval(np.arange(units), last, seed=seed)
-    depth = len(places) - 1
-    result.controls["last_effective_layer"] = {"random_direction": float(random.mean())}
-    result.controls["last_effective_share"] = {"random_direction": float(random.clip(min=0).mean()) / depth}
-    low, high = (max(0.0, end) / depth for end in result.intervals["last_effective_layer"])
-    result.metrics["last_effective_share"] = float(effective.max()) / depth
-    result.intervals["last_effective_share"] = (low, high)
-    if result.verdicts["best_flip_rate"] != "supported":
-        result.notes.append("last_effective_share has no verdict: that steering turns anything is not supported")
-        return
+    units, depth = len(flipped), len(places) - 1
+    interval = bootstrap_interval(np.arange(units), last, seed=seed)
+    low, high = (max(0.0, end) / depth for end in interval)
     rates = flipped.mean(axis=0)
     late = depth // 2 + 1 + int(rates[depth // 2 + 1 :].argmax())
     fall = bootstrap_interval(flipped[:, rates.argmax()] - flipped[:, late], seed=seed)
-    result.verdicts["last_effective_share"] = boundary_verdict((low, high), fall, units)
-    result.notes.append(
+    findings = {
+        "last_effective_layer": Finding(effective.max(), interval, {"random_direction": random.mean()}),
+        "last_effective_share": Finding(
+            effective.max() / depth,
+            (low, high),
+            {"random_direction": random.clip(min=0).mean() / depth},
+            boundary_verdict((low, high), fall, units) if flips else None,
+        ),
+    }
+    if not flips:
+        return findings, "last_effective_share has no verdict: that steering turns anything is not supported"
+    return findings, (
         f"last_effective_share: from layer {rates.argmax()}, the best, to layer {late}, the best of the second half, "
         f"the flip rate falls by {rates.max() - rates[late]:.3f} ({fall[0]:.3f} to {fall[1]:.3f})"
     )
