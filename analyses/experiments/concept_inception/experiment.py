@@ -12,26 +12,21 @@ model that has one word a direction, trained or not. The controls say how much o
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.concept_inception.figures import inception_figures
+from analyses.experiments.concept_inception.frames import by_concept, layers_frame, long_clause, no_return
+from analyses.experiments.concept_inception.measure import Setup
 from analyses.measures.knockout import real_tokens
-from analyses.measures.lens import first_settled
-from analyses.measures.steering import Critical, Injections, critical_strength, lost_again, rms
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
-from analyses.statistics.draws import derive_generator, derive_seed
+from analyses.result.result import Finding, Result
+from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import Verdict, verdict
@@ -43,10 +38,7 @@ from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_CONCEPTS = 20
 CONTROLS = ("untrained", "random_recipe")
-RATES = ("reachable_share", "closed_share", "non_monotone_share")
 UNTRAINED_LONG = "untrained_long"
-DOUBLINGS = 8  # from the smallest strength that is tried to the limit
-_LOGITS_AT_ONCE = 2**22
 DEFINITIONS = {
     "critical_alpha": "smallest α of α r B, injected after half of the blocks at the last position of a short prompt, "
     "that makes the concept's token the most probable one; median over concepts of the mean over their prompts, "
@@ -110,11 +102,11 @@ def concept_inception(
     untrained = real_tokens(untrained_view(chosen, seed))
     prompts = {"short": lexicon.short_prompts, "long": lexicon.long_prompts}
     told = [name for name in prompts if len(prompts[name]) == len(lexicon.short_prompts)]
-    setups = {name: _Setup.of(chosen, words, pairs, prompts[name]) for name in told}
-    setups["untrained"] = _Setup.of(untrained, words, pairs, prompts["short"])
+    setups = {name: Setup.of(chosen, words, pairs, prompts[name]) for name in told}
+    setups["untrained"] = Setup.of(untrained, words, pairs, prompts["short"])
     if "long" in told:
         first = pairs[:: len(pairs) // len(words)]
-        setups[UNTRAINED_LONG] = _Setup.of(untrained, words, first, prompts["long"])
+        setups[UNTRAINED_LONG] = Setup.of(untrained, words, first, prompts["long"])
     setups["random_recipe"] = setups["short"].with_random_recipes(derive_seed(seed, "concept_inception"))
     solved = {
         name: setup.solve(limit, tolerance, check=name in (*told, UNTRAINED_LONG))
@@ -123,10 +115,12 @@ def concept_inception(
     problems = pd.concat([setups[name].frame(name, *found) for name, found in solved.items()], ignore_index=True)
     frames = {
         "problems": problems,
-        "layers": _layers_frame(problems, seed),
+        "layers": layers_frame(problems, seed),
         "trace": setups["short"].trace(solved["short"][0]),
     }
-    result = Result(
+    findings, notes = _findings(problems, frames["layers"], model.cfg.n_layers, seed)
+    skips = f"skipped {len(skipped)} concepts of several tokens: {', '.join(skipped)}"
+    return Result(
         name="concept_inception",
         title="Concept Inception",
         params={
@@ -140,13 +134,13 @@ def concept_inception(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings=findings,
         frames=frames,
         figures=inception_figures(frames),
         definitions=DEFINITIONS,
         published=PUBLISHED,
-        notes=[f"skipped {len(skipped)} concepts of several tokens: {', '.join(skipped)}"] if skipped else [],
+        notes=[*([skips] if skipped else []), *notes],
     )
-    return _with_metrics(result, model.cfg.n_layers, seed)
 
 
 def closing_verdict(interval: tuple[float, float], untrained: float, units: int) -> Verdict:
@@ -171,93 +165,6 @@ def delay_verdict(interval: tuple[float, float], untrained: float, p: float, uni
     return verdict(interval, max(0.0, untrained), p, minimum_units=MINIMUM_CONCEPTS, units=units)
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """Concepts in prompts at layers, the *problems*; arrays are [problem]."""
-
-    view: SignalView
-    runs: Injections
-    prompts: Sequence[str]
-    words: Sequence[str]
-    written: Float[Tensor, "concept d_model"]  # r B
-    concept: NDArray[np.int64]
-    prompt: NDArray[np.int64]
-    layer: NDArray[np.int64]
-
-    @classmethod
-    def of(
-        cls, view: SignalView, words: Sequence[str], pairs: Sequence[tuple[int, int]], prompts: Sequence[str]
-    ) -> _Setup:
-        runs = Injections(view.model, list(prompts))
-        written = view.write(view.rows([f" {word}" for word in words]))
-        rows = np.array([(*pair, layer) for pair in pairs for layer in runs.layers])
-        return cls(view, runs, prompts, words, written, *rows.T)
-
-    def with_random_recipes(self, seed: int) -> _Setup:
-        """The control: Gaussian recipes, each as long as the concept's."""
-        recipes = self.view.rows([f" {word}" for word in self.words])
-        gaussian = torch.randn(recipes.shape, generator=derive_generator(seed, "random_recipe")).to(recipes)
-        lengths = recipes.norm(dim=-1, keepdim=True) / gaussian.norm(dim=-1, keepdim=True)
-        return dataclasses.replace(self, written=self.view.write(gaussian * lengths))
-
-    @property
-    def alpha_of_one(self) -> NDArray[np.float64]:
-        """α at strength 1."""
-        stream = self.runs.rms().cpu().double().numpy()[self.layer, self.prompt]
-        return stream / rms(self.written).cpu().double().numpy()[self.concept]
-
-    def reached(self, problems: NDArray[np.int64], strengths: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Whether the concept's token is the most probable one."""
-        hits = np.zeros(len(problems), dtype=bool)
-        alpha = strengths * self.alpha_of_one[problems]
-        targets = torch.tensor([self.view.model.to_single_token(f" {word}") for word in self.words])
-        for layer in np.unique(self.layer[problems]):
-            here = np.flatnonzero(self.layer[problems] == layer)
-            concept, prompt = (torch.from_numpy(x[problems[here]]) for x in (self.concept, self.prompt))
-            change = torch.from_numpy(alpha[here]).to(self.written)[:, None] * self.written[concept]
-            ends = self.runs.final(int(layer), prompt.to(change.device), change)
-            rows = ends.split(max(1, _LOGITS_AT_ONCE // len(self.view.recipe)))
-            top = torch.cat([self.view.logits(self.view.readout(some)).argmax(dim=-1) for some in rows])
-            hits[here] = (top.cpu() == targets[concept]).numpy()
-        return hits
-
-    def solve(self, limit: float, tolerance: float, check: bool) -> tuple[Critical, NDArray[np.bool_]]:
-        """Critical strengths; and by problem whether success is lost at a larger one, if that is checked."""
-        n, smallest = len(self.layer), limit / 2**DOUBLINGS
-        critical = critical_strength(self.reached, n, smallest=smallest, largest=limit, tolerance=tolerance)
-        if not check:
-            return critical, np.zeros(n, dtype=bool)
-        return critical, lost_again(self.reached, critical.strength, smallest * 2.0 ** np.arange(DOUBLINGS + 1))
-
-    def frame(self, series: str, critical: Critical, lost: NDArray[np.bool_]) -> pd.DataFrame:
-        return pd.DataFrame(
-            {
-                "series": series,
-                "concept": [self.words[i] for i in self.concept],
-                "prompt": [self.prompts[i] for i in self.prompt],
-                "pair": self.concept * len(self.prompts) + self.prompt,
-                "layer": self.layer,
-                "strength": critical.strength,
-                "alpha": critical.strength * self.alpha_of_one,
-                "reachable": ~np.isnan(critical.strength),
-                "lost_again": lost,
-            }
-        )
-
-    def trace(self, critical: Critical) -> pd.DataFrame:
-        """The trials of the first concept in its first prompt."""
-        problem = critical.trace["problem"].to_numpy()
-        frame = critical.trace.assign(
-            concept=self.words[0],
-            prompt=self.prompts[self.prompt[0]],
-            layer=self.layer[problem],
-            alpha=critical.trace["strength"] * self.alpha_of_one[problem],
-        )
-        first = (self.concept[problem] == 0) & (self.prompt[problem] == self.prompt[0])
-        trials = frame[first].drop(columns="problem").sort_values(["layer", "step"], ignore_index=True)
-        return trials.assign(step=trials.groupby("layer").cumcount())  # other problems' trials lay between
-
-
 def _usable_concepts(
     model: HookedModel, concepts: Sequence[str] | None, lexicon: Lexicon
 ) -> tuple[list[str], list[str]]:
@@ -279,126 +186,79 @@ def _pairs(n_concepts: int, n_prompts: int, per_concept: int) -> list[tuple[int,
     return [(concept, (concept * len(some) + i) % n_prompts) for concept in range(n_concepts) for i in some]
 
 
-def _medians(frame: pd.DataFrame, column: str, seed: int) -> tuple[float, float, float]:
-    """Median over concepts of the mean over their prompts, and its interval; unreachable is larger than all.
-
-    NaN for what lies among the unreachable.
-    """
-    values = frame.assign(value=frame[column].fillna(np.inf)).groupby("concept", sort=False)["value"].mean().to_numpy()
-    finite = values[np.isfinite(values)]
-    beyond = 2 * finite.max() + 1 if len(finite) else 1.0
-    coded = np.where(np.isfinite(values), values, beyond)
-    ends = (float(np.median(coded)), *bootstrap_interval(coded, np.median, seed=seed))
-    median, low, high = (value if len(finite) and value <= finite.max() else np.nan for value in ends)
-    return median, low, high
-
-
-def _layers_frame(problems: pd.DataFrame, seed: int) -> pd.DataFrame:
-    rows = []
-    for (series, layer), part in problems.groupby(["series", "layer"], sort=False):
-        row: dict[str, object] = {"series": series, "layer": layer}
-        for column in ("strength", "alpha"):
-            row |= dict(zip((column, f"{column}_low", f"{column}_high"), _medians(part, column, seed), strict=True))
-        shares = _by_concept(part, "reachable")
-        low, high = rate_interval(shares, seed=seed)
-        rows.append(row | {"reachable": shares.mean(), "reachable_low": low, "reachable_high": high})
-    return pd.DataFrame(rows)
-
-
-def _by_concept(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
-    """Means over what belongs to a concept, the unit of replication."""
-    return frame.groupby("concept", sort=False)[column].mean().to_numpy(dtype=float)
-
-
-def _no_return(problems: pd.DataFrame) -> pd.DataFrame:
-    """Of one series a row a ``pair`` of concept and prompt: ``layer``, the first from which on nothing suffices, one
-    behind the end if there is none; and whether it is ``closed``."""
-    reachable = problems.pivot(index="layer", columns="pair", values="reachable")
-    concept = problems.drop_duplicates("pair").set_index("pair")["concept"]
-    layer = first_settled(~reachable.to_numpy(dtype=bool))
-    columns = {"concept": concept[reachable.columns], "layer": layer, "closed": layer < len(reachable)}
-    return pd.DataFrame(columns, index=reachable.columns)
-
-
-def _long_clause(short: pd.DataFrame, long: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What a clause before the prompts of ``long`` does, two series of the same model: by concept, how many layers
-    later the point of no return comes; and the log ratio of the critical strengths, of the concepts that have any."""
-    short = short[short["pair"].isin(long["pair"])]
-    later = _by_concept(_no_return(long), "layer") - _by_concept(_no_return(short), "layer")
-    both = short.merge(long, on=["concept", "pair", "layer"], suffixes=("", "_long"))
-    both = both[(both["strength"] > 0) & (both["strength_long"] > 0)]  # reached in both, and not without an injection
-    return later, _by_concept(both.assign(ratio=np.log(both["strength_long"] / both["strength"])), "ratio")
-
-
-def _with_metrics(result: Result, n_layers: int, seed: int) -> Result:
-    problems = result.frames["problems"]
+def _findings(
+    problems: pd.DataFrame, layers: pd.DataFrame, n_layers: int, seed: int
+) -> tuple[dict[str, Finding], list[str]]:
+    """The metrics beside their controls, from the critical strengths of every problem, and notes."""
     series = {str(name): part for name, part in problems.groupby("series", sort=False)}
-    controls = {name: part for name, part in series.items() if name in CONTROLS}
-    no_return = {name: _no_return(part) for name, part in series.items()}
-    short = no_return["short"]
-
-    def add(metric: str, values: NDArray[np.float64]) -> None:
-        result.metrics[metric] = float(values.mean())
-        interval_of = rate_interval if metric in RATES else bootstrap_interval
-        result.intervals[metric] = interval_of(values, seed=seed)
-
-    _add_critical(result, n_layers // 2)
-    add("reachable_share", _by_concept(series["short"], "reachable"))
-    add("closed_share", _by_concept(short, "closed"))
-    for name, part in controls.items():
-        result.controls.setdefault("reachable_share", {})[name] = float(part["reachable"].mean())
-        result.controls.setdefault("closed_share", {})[name] = float(no_return[name]["closed"].mean())
-    closed = short[short["closed"]]
-    if closed["concept"].nunique() > 1:
-        add("point_of_no_return", _by_concept(closed, "layer") / n_layers)
-        layers = {name: no_return[name].query("closed")["layer"] for name in CONTROLS}
-        result.controls["point_of_no_return"] = {
-            name: float(layer.mean()) / n_layers for name, layer in layers.items() if len(layer)
-        }
-    else:
-        result.notes.append("point_of_no_return is absent: concepts can be implanted up to the end of the model")
-    units = short["concept"].nunique()
-    result.verdicts["closed_share"] = closing_verdict(
-        result.intervals["closed_share"], result.controls["closed_share"]["untrained"], units
-    )
-    if "long" in series:
-        later, ratios = _long_clause(series["short"], series["long"])
-        untrained_later, untrained_ratios = _long_clause(series["untrained"], series[UNTRAINED_LONG])
-        delay, untrained_delay = later / n_layers, untrained_later / n_layers
-        add("long_clause_delay", delay)
-        result.controls["long_clause_delay"] = {"untrained": float(untrained_delay.mean())}
-        p = paired_permutation_pvalue(delay - untrained_delay, seed=seed)
-        result.verdicts["long_clause_delay"] = delay_verdict(
-            result.intervals["long_clause_delay"], float(untrained_delay.mean()), p, units
-        )
-        result.notes.append(f"long_clause_delay against untrained: sign-flip p = {p:.2g}, {units} concepts")
-        if len(ratios) > 1:
-            add("log_long_clause_ratio", ratios)
-            if len(untrained_ratios):
-                result.controls["log_long_clause_ratio"] = {"untrained": float(untrained_ratios.mean())}
-    else:
-        result.notes.append("long_clause_delay is absent: the lexicon has no long prompt for each short one")
-    told = problems[problems["series"].isin(["short", "long"]) & problems["reachable"]]
-    if told["concept"].nunique() > 1:
-        add("non_monotone_share", _by_concept(told, "lost_again"))
-        if UNTRAINED_LONG in series and series[UNTRAINED_LONG]["reachable"].any():
-            checked = series[UNTRAINED_LONG].query("reachable")
-            result.controls["non_monotone_share"] = {"untrained": float(checked["lost_again"].mean())}
-    return result
+    findings, notes = _critical(layers, n_layers // 2)
+    reachable = by_concept(series["short"], "reachable")
+    controls = {name: float(series[name]["reachable"].mean()) for name in CONTROLS}
+    findings["reachable_share"] = Finding(reachable.mean(), rate_interval(reachable, seed=seed), controls)
+    for found, told in (_no_return_findings(series, n_layers, seed), _long_clause_findings(series, n_layers, seed)):
+        findings |= found
+        notes += told
+    checked = problems[problems["series"].isin(["short", "long"]) & problems["reachable"]]
+    if checked["concept"].nunique() > 1:
+        lost = by_concept(checked, "lost_again")
+        untrained = series.get(UNTRAINED_LONG, problems[:0]).query("reachable")["lost_again"]
+        controls = {"untrained": float(untrained.mean())} if len(untrained) else {}
+        findings["non_monotone_share"] = Finding(lost.mean(), rate_interval(lost, seed=seed), controls)
+    return findings, notes
 
 
-def _add_critical(result: Result, layer: int) -> None:
+def _critical(layers: pd.DataFrame, layer: int) -> tuple[dict[str, Finding], list[str]]:
     """The critical values at one layer, beside those of the controls that reach the concepts."""
-    rows = result.frames["layers"].query("layer == @layer").set_index("series")
+    findings, notes = {}, []
+    rows = layers.query("layer == @layer").set_index("series")
     for metric, column in (("critical_alpha", "alpha"), ("critical_strength", "strength")):
         value, low, high = rows.loc["short", [column, f"{column}_low", f"{column}_high"]].to_numpy(dtype=float)
         if np.isnan(value):
-            result.notes.append(f"{metric} is absent: most concepts are unreachable after half of the blocks")
+            notes.append(f"{metric} is absent: most concepts are unreachable after half of the blocks")
             continue
-        result.metrics[metric] = float(value)
-        controls = rows.loc[list(CONTROLS), column].dropna()
-        result.controls[metric] = {str(name): float(control) for name, control in controls.items()}
-        if np.isnan(low) or np.isnan(high):
-            result.notes.append(f"{metric} has no interval: its upper end lies among the unreachable")
-        else:
-            result.intervals[metric] = (float(low), float(high))
+        controls = {str(name): control for name, control in rows.loc[list(CONTROLS), column].dropna().items()}
+        interval = None if np.isnan(low) or np.isnan(high) else (low, high)
+        findings[metric] = Finding(value, interval, controls)
+        if interval is None:
+            notes.append(f"{metric} has no interval: its upper end lies among the unreachable")
+    return findings, notes
+
+
+def _no_return_findings(
+    series: Mapping[str, pd.DataFrame], n_layers: int, seed: int
+) -> tuple[dict[str, Finding], list[str]]:
+    """How many concepts have a point of no return, and where those that have one have it."""
+    points = {name: no_return(series[name]) for name in ("short", *CONTROLS)}
+    short = points.pop("short")
+    closed = by_concept(short, "closed")
+    interval = rate_interval(closed, seed=seed)
+    controls = {name: float(each["closed"].mean()) for name, each in points.items()}
+    judged = closing_verdict(interval, controls["untrained"], len(closed))
+    findings = {"closed_share": Finding(closed.mean(), interval, controls, judged)}
+    if short.loc[short["closed"], "concept"].nunique() < 2:
+        return findings, ["point_of_no_return is absent: concepts can be implanted up to the end of the model"]
+    point = by_concept(short[short["closed"]], "layer") / n_layers
+    layers = {name: each.loc[each["closed"], "layer"] for name, each in points.items()}
+    controls = {name: float(layer.mean()) / n_layers for name, layer in layers.items() if len(layer)}
+    findings["point_of_no_return"] = Finding(point.mean(), bootstrap_interval(point, seed=seed), controls)
+    return findings, []
+
+
+def _long_clause_findings(
+    series: Mapping[str, pd.DataFrame], n_layers: int, seed: int
+) -> tuple[dict[str, Finding], list[str]]:
+    """What a subordinate clause before the prompt does."""
+    if "long" not in series:
+        return {}, ["long_clause_delay is absent: the lexicon has no long prompt for each short one"]
+    later, ratios = long_clause(series["short"], series["long"])
+    untrained_later, untrained_ratios = long_clause(series["untrained"], series[UNTRAINED_LONG])
+    delay, untrained = later / n_layers, untrained_later / n_layers
+    interval, control = bootstrap_interval(delay, seed=seed), float(untrained.mean())
+    p = paired_permutation_pvalue(delay - untrained, seed=seed)
+    judged = delay_verdict(interval, control, p, len(delay))
+    findings = {"long_clause_delay": Finding(delay.mean(), interval, {"untrained": control}, judged)}
+    if len(ratios) > 1:
+        controls = {"untrained": float(untrained_ratios.mean())} if len(untrained_ratios) else {}
+        interval = bootstrap_interval(ratios, seed=seed)
+        findings["log_long_clause_ratio"] = Finding(ratios.mean(), interval, controls)
+    return findings, [f"long_clause_delay against untrained: sign-flip p = {p:.2g}, {len(delay)} concepts"]
