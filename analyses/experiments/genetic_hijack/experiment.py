@@ -14,9 +14,11 @@ and have ``rotated_basis`` beside them: the same done to the strongest signal of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -37,7 +39,7 @@ from analyses.experiments.genetic_hijack.figures import hijack_figures
 from analyses.experiments.genetic_hijack.frames import Run, carriers_frame, edits_frame, signals_frame
 from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import Poles, sentiment_poles
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import holm, predictive_pvalue
@@ -158,7 +160,23 @@ def genetic_hijack(
     if model_hash(model) != hash_before:
         raise ReflowlensError("an edit was not undone: the model's weights are not what they were")
     frames = {"edits": edits_frame(runs, seed), "carriers": carriers_frame(runs, carriers), "signals": signals}
-    result = Result(
+    raw = shift.size / float(shift.direction.norm())
+    shifts, shift_pvalues = _shift_findings(runs, beta, nulls, seed)
+    effects, effect_pvalues = _signal_findings(signals, runs, chosen.name, seed)
+    findings = {
+        "beta": Finding(beta, controls={"random_direction": random_beta}),
+        "beta_raw": Finding(beta * raw, controls={"random_direction": random_beta * raw}),
+        **shifts,
+        "swap_log_odds_change": _swap_finding(runs, seed),
+        **effects,
+    }
+    findings, told = _judged(findings, shift_pvalues | effect_pvalues, len(carriers))
+    notes = ["Sentiment of texts by VADER's lexicon; after all edits the weights are what they were, bit for bit"]
+    if skipped := [word for word in given if word not in edited]:
+        notes.append(f"skipped {len(skipped)} words of several tokens: {', '.join(skipped)}")
+    if not effect_pvalues:
+        notes.append("silence and graft have no rotated_basis: a rotated recipe is not what ReLU and top-k would make")
+    return Result(
         name="genetic_hijack",
         title="Genetic Hijack",
         params={
@@ -174,18 +192,12 @@ def genetic_hijack(
             "lexicon": lexicon.version,
             "model_hash": hash_before,
         },
+        findings=findings,
         frames=frames,
         figures=hijack_figures(frames, beta),
         definitions=DEFINITIONS,
-        notes=["Sentiment of texts by VADER's lexicon; after all edits the weights are what they were, bit for bit"],
+        notes=[*notes, *told],
     )
-    if skipped := [word for word in given if word not in edited]:
-        result.notes.append(f"skipped {len(skipped)} words of several tokens: {', '.join(skipped)}")
-    raw = shift.size / float(shift.direction.norm())
-    result.metrics |= {"beta": beta, "beta_raw": beta * raw}
-    result.controls |= {"beta": {"random_direction": random_beta}, "beta_raw": {"random_direction": random_beta * raw}}
-    pvalues = _add_shift(result, runs, beta, nulls, seed) | _add_signals(result, runs, chosen.name, seed)
-    return _with_verdicts(result, pvalues, len(carriers))
 
 
 def shift_verdict(interval: tuple[float, float], control: float, p: float, units: int) -> Verdict:
@@ -268,74 +280,81 @@ def _untrained_shift(
     return _next_word_shift(fresh, Shift.of(untrained, tokens, poles.direction(untrained)), beta)
 
 
-def _add_shift(
-    result: Result, runs: Sequence[Run], beta: float, nulls: dict[str, NDArray[np.float64]], seed: int
-) -> dict[str, float]:
-    """What the shift by ±β does; the p-values of its two claims."""
+def _shift_findings(
+    runs: Sequence[Run], beta: float, nulls: Mapping[str, NDArray[np.float64]], seed: int
+) -> tuple[dict[str, Finding], dict[str, float]]:
+    """What the shift by ±β does, and the p-values of its two claims."""
     unedited = runs[0]
     plus, minus = _shifts(runs, "edit", beta)
     random = _shifts(runs, "random_direction", beta)
     valence = (plus.written.valence - minus.written.valence) / 2
-    random_shifts = [
+    random_valence = [
         float((up.written.valence - down.written.valence).mean() / 2)
         for up, down in zip(random[::2], random[1::2], strict=True)
     ]
     log_odds = (plus.outcome.log_odds - minus.outcome.log_odds) / 2
-    _add(result, "sentiment_shift", valence, {"random_direction": np.mean(random_shifts)}, seed)
-    _add(result, "log_odds_shift", log_odds, {name: null.mean() for name, null in nulls.items()}, seed)
-    measures: dict[str, Callable[[Sequence[Run]], float]] = {
-        "perplexity_ratio": lambda some: float(np.exp(np.mean([r.written.loss - unedited.written.loss for r in some]))),
-        "distinct_2": lambda some: float(np.mean([r.written.distinct for r in some])),
-        "locality_kl": lambda some: float(np.mean([r.outcome.kl for r in some])),
+
+    def measured(measure: Callable[[Sequence[Run]], float], **controls: float) -> Finding:
+        return Finding(measure([plus, minus]), controls={"random_direction": measure(random), **controls})
+
+    findings = {
+        "sentiment_shift": _mean(valence, {"random_direction": float(np.mean(random_valence))}, seed),
+        "log_odds_shift": _mean(log_odds, {name: float(null.mean()) for name, null in nulls.items()}, seed),
+        "perplexity_ratio": measured(
+            lambda some: float(np.exp(np.mean([run.written.loss - unedited.written.loss for run in some])))
+        ),
+        "distinct_2": measured(
+            lambda some: float(np.mean([run.written.distinct for run in some])), unedited=unedited.written.distinct
+        ),
+        "locality_kl": measured(lambda some: float(np.mean([run.outcome.kl for run in some]))),
     }
-    for metric, measure in measures.items():
-        result.metrics[metric] = measure([plus, minus])
-        result.controls[metric] = {"random_direction": measure(random)}
-    result.controls["distinct_2"]["unedited"] = unedited.written.distinct
-    by_name = {(run.edit, run.series): run for run in runs}
-    swap, moved = (
-        by_name["swap", series].outcome.log_odds - unedited.outcome.log_odds for series in ("edit", "random_direction")
-    )
-    _add(result, "swap_log_odds_change", swap, {"random_direction": moved.mean()}, seed)
-    return {
-        "sentiment_shift": predictive_pvalue(valence.mean(), random_shifts),
+    return findings, {
+        "sentiment_shift": predictive_pvalue(valence.mean(), random_valence),
         "log_odds_shift": predictive_pvalue(log_odds.mean(), nulls["random_direction"].mean(axis=1)),
     }
 
 
-def _add_signals(result: Result, runs: Sequence[Run], basis: str, seed: int) -> dict[str, float]:
-    """What silence and graft do; the p-values against rotated bases, where there are any."""
+def _swap_finding(runs: Sequence[Run], seed: int) -> Finding:
+    log_odds = {run.series: run.outcome.log_odds for run in runs if run.edit == "swap"}
+    swapped, random = (log_odds[series] - runs[0].outcome.log_odds for series in ("edit", "random_direction"))
+    return _mean(swapped, {"random_direction": float(random.mean())}, seed)
+
+
+def _signal_findings(
+    signals: pd.DataFrame, runs: Sequence[Run], basis: str, seed: int
+) -> tuple[dict[str, Finding], dict[str, float]]:
+    """What silence and graft do, and the p-values against rotated bases, where there are any."""
     unedited = runs[0].outcome.log_odds
-    pvalues = {}
-    for name, part in result.frames["signals"].groupby("edit", sort=False):
+    findings, pvalues = {}, {}
+    for name, part in signals.groupby("edit", sort=False):
         effects = {str(key): rows["effect"].to_numpy() for key, rows in part.groupby("basis", sort=False)}
         own = effects.pop(basis)
         control = next(run for run in runs if (run.edit, run.series) == (name, "random_direction"))
-        controls = {"random_direction": np.abs(control.outcome.log_odds - unedited).mean()}
+        controls = {"random_direction": float(np.abs(control.outcome.log_odds - unedited).mean())}
         if effects:
             rotated = [effect.mean() for effect in effects.values()]
-            controls["rotated_basis"] = np.mean(rotated)
+            controls["rotated_basis"] = float(np.mean(rotated))
             pvalues[f"{name}_effect"] = predictive_pvalue(own.mean(), rotated)
-        _add(result, f"{name}_effect", own, controls, seed)
-    if not pvalues:
-        result.notes.append(
-            "silence and graft have no rotated_basis: a rotated recipe is not what ReLU and top-k would make"
-        )
-    return pvalues
+        findings[f"{name}_effect"] = _mean(own, controls, seed)
+    return findings, pvalues
 
 
-def _add(result: Result, metric: str, values: NDArray[np.float64], controls: dict[str, np.floating], seed: int) -> None:
-    result.metrics[metric] = float(values.mean())
-    result.intervals[metric] = bootstrap_interval(values, seed=seed)
-    result.controls[metric] = {name: float(value) for name, value in controls.items()}
+def _mean(values: NDArray[np.float64], controls: Mapping[str, float], seed: int) -> Finding:
+    return Finding(float(values.mean()), bootstrap_interval(values, seed=seed), controls)
 
 
-def _with_verdicts(result: Result, pvalues: dict[str, float], units: int) -> Result:
+def _judged(
+    findings: Mapping[str, Finding], pvalues: Mapping[str, float], units: int
+) -> tuple[dict[str, Finding], list[str]]:
+    """The findings, those with a p-value judged, and notes."""
+    judged, notes = dict(findings), []
     for (metric, raw), p in zip(pvalues.items(), holm(list(pvalues.values())).tolist(), strict=True):
-        interval, controls = result.intervals[metric], result.controls[metric]
+        interval, controls = findings[metric].interval, findings[metric].controls
+        assert interval is not None  # what is judged is a mean over carriers
         if "rotated_basis" in controls:
-            result.verdicts[metric] = signal_verdict(interval, controls["rotated_basis"], p, units)
+            claim = signal_verdict(interval, controls["rotated_basis"], p, units)
         else:
-            result.verdicts[metric] = shift_verdict(interval, controls["random_direction"], p, units)
-        result.notes.append(f"{metric}: p = {raw:.2g}, Holm-adjusted {p:.2g}; {units} carriers")
-    return result
+            claim = shift_verdict(interval, controls["random_direction"], p, units)
+        judged[metric] = replace(findings[metric], verdict=claim)
+        notes.append(f"{metric}: p = {raw:.2g}, Holm-adjusted {p:.2g}; {units} carriers")
+    return judged, notes
