@@ -38,32 +38,40 @@ def generate(
     return_cache: bool = False,
     progress: bool | None = None,
 ) -> Any:
-    """Continue one prompt or a batch of prompts of any lengths.
+    """Continue one prompt, or a batch of prompts of any lengths.
 
-    Prompts are not padded on the left: all rows advance together from the shortest prompt's end, and a row whose prompt
-    goes on reads its own next token instead of a sampled one. A row therefore gets what it would get alone.
+    Prompts are not padded on the left: all rows advance together from the end of the shortest prompt, and a row that is
+    still inside its prompt reads its own next token instead of a sampled one. Each row therefore gets what it would get
+    alone.
 
     Args:
+        model: a hooked model, compiled or not.
         input: a text, a list of texts, or tokens [batch, pos], a tensor or an array.
         max_new_tokens: tokens to add to each prompt.
         temperature: 0 takes the most probable token; otherwise logits are divided by it.
         top_k: sample among the k most probable tokens.
-        top_p: sample among the fewest most probable tokens whose probabilities reach p.
+        top_p: sample among the smallest set of most probable tokens whose probabilities sum to at least p.
         stop_at_eos: end a row after the document-end token.
         stop_token: end a row after this token too.
         seed: row i draws from a generator seeded with ``seed + i``.
-        use_past_kv_cache: keep what the model needs of the text that was read (keys and values, or a recurrent
-            state); False reads the whole text again at every step, for checking (an intervention at ``"last"`` then
-            acts on the newest token, and no longer on those that were the newest before).
-        return_type: ``"text"`` gives a string for a single text and a list otherwise; ``"tokens"`` gives ids [batch,
-            pos], ended rows filled up with the document end.
-        return_cache: also return the activations over prompt and continuation (``names_filter`` as in
-            ``run_with_cache``), from one pass over the result, whose ``"last"`` is the result's.
+        use_past_kv_cache: keep keys and values, or the recurrent state, of the text that was read. False reads the
+            whole text again at every step, for checking; an intervention at ``"last"`` then acts on the newest token
+            alone, and no longer on those that were the newest at earlier steps.
+        return_type: ``"text"`` or ``"tokens"``, see below.
+        names_filter: hook points of the returned cache, as in ``run_with_cache``.
+        return_cache: also return the activations over prompt and continuation, from one pass over the result; for an
+            intervention in that pass ``"last"`` is the last position of the result.
         progress: show a bar; by default on a terminal.
+
+    Returns:
+        Prompt and continuation: one string for a single text, otherwise a list of strings; or, with ``"tokens"``, ids
+        [batch, pos], rows that ended early filled up with the document-end token. With ``return_cache`` a pair of that
+        and an :class:`reflowlens.activations.cache.ActivationCache`.
 
     Raises:
         ReflowlensError: a prompt is empty, a setting is out of range, prompt and continuation exceed ``n_ctx``, or the
             logits are NaN or infinite.
+        OutOfMemory: the batch does not fit; a ReflowlensError that says what to lower.
 
     Example: ``model.generate("The king", 20, temperature=0.8, top_k=50, seed=1)``
     """
@@ -128,10 +136,13 @@ def sample(
     top_p: float | None,
     generators: list[torch.Generator],
 ) -> Int[Tensor, " batch"]:
-    """Draw a token for each row from its own generator.
+    """Draw a token for each row, from the row's own generator.
+
+    Args:
+        temperature, top_k, top_p: as for :func:`generate`, applied in this order.
 
     Raises:
-        ReflowlensError: a logit is NaN, or a row's largest is infinite, before the temperature or after it.
+        ReflowlensError: a logit is NaN, or a row's largest is infinite, before or after the division by temperature.
     """
     _check_finite(logits, "the weights, or an intervention, are not finite, or the logits overflow their type")
     if temperature == 0 or not generators:  # no row draws while all are in their prompts or have ended

@@ -1,9 +1,9 @@
 """Signals: the coordinates in which a prediction is read.
 
-A :class:`SignalView` is a recipe R (d_vocab x S) and a basis B (S x d_model) with R B = W_E. (Where a model reads its
-logits through a matrix of its own, W_E stands for W_Uᵀ here.) A reFlow model was trained with one (its ``native``
-view). Every other model gets one after the fact, and so does reFlow itself, so that a claim about signals can be held
-against coordinates that nobody trained:
+A :class:`SignalView` is a recipe R [d_vocab, S] and a basis B [S, d_model] with R B = W_E. (Where a model has an
+unembedding of its own, W_E stands for W_Uᵀ here.) A reFlow model was trained with one, its ``native`` view. The other
+views are computed from any model's weights, of reFlow's too, so that a claim about signals can be compared with
+coordinates that were not trained:
 
 =============  =================  =============  ==================================================================
 view           recipe             basis          what it is for
@@ -11,13 +11,14 @@ view           recipe             basis          what it is for
 ``native``     R                  B              the signals that the model was trained with
 ``identity``   W_E                I              every model: the residual stream's own axes
 ``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
-``rotated``    R A                Aᵀ B           the same function for every orthogonal A: the null of any
+``rotated``    R A                Aᵀ B           the same logits for every orthogonal A: the null of any
                                                  statement about single signals
-``varimax``    R A                Aᵀ B           the A that makes the columns of R A as kurtotic as can be: how sparse
-                                                 single signals could be, with nothing trained
+``varimax``    R A                Aᵀ B           the A with the largest kurtosis of the columns of R A: how sparse
+                                                 single signals can be without training
 =============  =================  =============  ==================================================================
 
-Readout and write coordinates differ unless B Bᵀ = I; each function says which one it uses.
+Readout coordinates, a = B norm_final(x), and write coordinates, r in x = r B, differ unless B Bᵀ = I; each function
+says which it uses.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated", "varimax"
 
 @dataclass(frozen=True)
 class SignalView:
-    """A model seen through S signals.
+    """A model's logits written in S signals; :func:`signal_view` makes one.
 
     Args:
         name: which view it is.
-        recipe: R, a row a token; rows from ``n_tokens`` on are padding that no tokenizer id reaches.
-        basis: B, a row a signal.
-        norm: the final norm that a readout goes through.
-        model: the model that it was made from.
+        recipe: R, a row per token; rows from ``n_tokens`` on are padding that no token id reaches.
+        basis: B, a row per signal.
+        norm: the final norm, which a readout goes through.
+        model: the model that the view was made from.
 
     Example:
         >>> import reflowlens as rl
@@ -74,28 +75,46 @@ class SignalView:
 
     @property
     def n_signals(self) -> int:
-        """S."""
+        """S, the number of signals."""
         return self.basis.shape[0]
 
     @property
     def n_tokens(self) -> int:
-        """How many rows of the recipe belong to real tokens."""
+        """Number of rows of the recipe that belong to real tokens."""
         return self.model.tokenizer.n_vocab
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
-        """Readout coordinates a = B norm_final(x): ``logits(a)`` is the logit lens of x. No hook of the norm runs."""
+        """Readout coordinates a = B norm_final(x); ``logits(a)`` is the logit lens of x. No hook of the norm runs.
+
+        Raises:
+            ReflowlensError: the last axis is not d_model.
+
+        Example: ``view.readout(cache["resid_post", -1])  # [batch, pos, S]``
+        """
         _check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
             return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
-        """R a."""
+        """The logits R a of readout coordinates a.
+
+        Raises:
+            ReflowlensError: the last axis is not S.
+
+        Example: ``view.logits(view.readout(cache["resid_post", -1]))  # the model's logits, up to rounding``
+        """
         _check_vectors("a readout", signals, "S", self.n_signals)
         with without_autocast(self.recipe):
             return signals @ self.recipe.T
 
     def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
-        """Write coordinates: what a recipe adds to the residual stream, r B."""
+        """The vector r B that write coordinates r, such as a row of R, stand for in the residual stream.
+
+        Raises:
+            ReflowlensError: the last axis is not S.
+
+        Example: ``view.write(view.rows([" king"]))  # the embedding of " king", [1, d_model]``
+        """
         _check_vectors("a recipe", recipe_vector, "S", self.n_signals)
         with without_autocast(self.basis):
             return recipe_vector @ self.basis
@@ -103,10 +122,16 @@ class SignalView:
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch S"]:
-        """What each signal adds to the target's logit, ``a * R[target]``; sums to the logit (up to rounding).
+        """What each signal adds to the target's logit, aₛ · R[target, s], in logits; the sum over S is the logit.
+
+        Args:
+            resid: residual streams x, which are read out: a = B norm_final(x).
+            target: one token (its text or id), or an id for each stream.
 
         Raises:
-            ReflowlensError: the target is no single token, there is no such id, or ids do not fit the streams.
+            ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams.
+
+        Example: ``view.contributions(cache["resid_post", -1][0, -1], " Paris").topk(5)``
         """
         readout, ids = self.readout(resid), self._ids(target)
         try:
@@ -118,20 +143,29 @@ class SignalView:
         return readout * self.recipe[ids]
 
     def rows(self, words: list[str]) -> Float[Tensor, "word S"]:
-        """Recipes of single-token words."""
+        """Rows of R, the recipes of words that are single tokens, leading space included.
+
+        Raises:
+            ReflowlensError: it is not a list, or a word is several tokens.
+
+        Example: ``view.rows([" king", " queen"])``
+        """
         if isinstance(words, str | Tensor) or not isinstance(words, Iterable):
             raise ReflowlensError(f"rows takes a list of words, got {words!r}")
         return self.recipe[[self.model.to_single_token(word) for word in words]]
 
     def codebook(self, signal: int, k: int = 10) -> pd.DataFrame:
-        """The tokens that a signal speaks for: the k largest entries of its recipe column of either sign.
+        """The tokens that a signal stands for: the k largest positive and negative entries of its recipe column.
 
         Returns:
-            One row a token: ``sign`` (+1 or -1), ``token``, ``text``, ``recipe`` (R entry) and ``z`` (entry minus the
-            column's mean over real tokens, in its standard deviations), strongest first within each sign.
+            A row per token: ``sign`` (+1 or -1), ``token`` (its id), ``text``, ``recipe`` (the entry of R) and ``z``
+            (the entry minus the column's mean over real tokens, in standard deviations), strongest first within each
+            sign.
 
         Raises:
-            ReflowlensError: there is no such signal, or k is no positive integer.
+            ReflowlensError: there is no such signal, or k is not a positive integer.
+
+        Example: ``rl.signal_view(model).codebook(17, k=5)``
         """
         index, k = integer(signal), whole_number(k, "k", 1)
         if index is None or not 0 <= index < self.n_signals:
@@ -166,7 +200,7 @@ class SignalView:
         return f"{self.name} of {whose}: {sizes}"
 
     def _repr_html_(self) -> str:
-        """The strongest signals, by the norm of their recipe column, with the tokens they speak for."""
+        """The strongest signals, by the norm of their recipe column, with the tokens that they stand for."""
         from reflowlens.notebook.html import table, titled
 
         norms = torch.linalg.vector_norm(self.recipe[: self.n_tokens].float(), dim=0)
@@ -180,18 +214,22 @@ class SignalView:
 
 @torch.no_grad()
 def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int = 0) -> SignalView:
-    """See a model through signals, in float32 at least: a model of 16 bits is read without rounding once more.
+    """A model's signals: a recipe R [d_vocab, S] and a basis B [S, d_model] whose product is the (un)embedding.
 
-    The native view of a float32 model shares the weights' memory and follows their changes; any other is of the weights
-    as they are now.
+    Both are float32 or wider; the weights of a 16-bit model are widened, not rounded again. The native view of a
+    float32 model shares the weights' memory and follows their changes; any other view is of the weights as they are
+    now.
 
     Args:
-        name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (module docstring); default ``native`` where
-            the model has it, else ``identity``. The last two turn that default.
-        seed: of the random rotation, and of the rows that varimax draws where the vocabulary is large.
+        model: a hooked model.
+        name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (defined at the top of this module); by
+            default ``native`` if the model has it, otherwise ``identity``. The last two rotate that default.
+        seed: of the random rotation, and of the rows that varimax samples from a large vocabulary.
 
     Raises:
         ReflowlensError: the name is unknown, or the model has no native signals.
+
+    Example: ``rl.signal_view(model, "svd").codebook(0)``
     """
     model = hooked_model(model)
     factored = isinstance(model.W_E, FactoredMatrix)
@@ -222,10 +260,10 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
 
 
 def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int = 0) -> SignalView:
-    """The view that a ``view=`` argument means: itself, or the one of that name (`signal_view`).
+    """The view that a ``view=`` argument means: a view itself, or the one of that name (:func:`signal_view`).
 
     Raises:
-        ReflowlensError: it was made from another model, whose norm and weights would be mixed with this one's.
+        ReflowlensError: the view was made from another model, whose norm and weights would be mixed with this one's.
     """
     if not isinstance(view, SignalView):
         return signal_view(model, view, seed=seed)
@@ -235,10 +273,13 @@ def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
-    """The view in a rotated signal basis, (R A, Aᵀ B): every logit stays, every single signal changes.
+    """The view (R A, Aᵀ B) in a basis that is rotated by A: every logit stays, every single signal changes.
+
+    Args:
+        rotation: A, orthogonal; not checked beyond its shape.
 
     Raises:
-        ReflowlensError: the rotation is no matrix [S, S].
+        ReflowlensError: the rotation is not a matrix [S, S].
     """
     if not isinstance(rotation, Tensor) or rotation.shape != (view.n_signals, view.n_signals):
         got = list(rotation.shape) if isinstance(rotation, Tensor) else repr(rotation)
@@ -251,8 +292,11 @@ def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
 def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
     """The view in the basis that :func:`reflowlens.varimax.varimax_rotation` finds for the recipes of its real tokens.
 
-    Its signals are as sparse as a rotation makes them, by that criterion at least as sparse as the view's own, and
-    every logit stays: the ceiling of what a basis with these predictions can show, where ``rotated`` is the floor.
+    By varimax's criterion its signals are at least as sparse as the view's own, and every logit stays: an upper bound
+    of the sparsity that a basis with these logits can show, as ``rotated`` is the lower one.
+
+    Args:
+        seed: of the rows that are sampled from a large vocabulary.
 
     Example: ``varimax_view(signal_view(model)).codebook(0)``
     """

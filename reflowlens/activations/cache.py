@@ -28,12 +28,17 @@ _KIND = "activations"
 
 @with_checked_arguments
 class ActivationCache(transformer_lens.ActivationCache):
-    """The activations of one forward pass; everything TransformerLens's cache does, the readout in signals, and files.
+    """The activations of one forward pass, by hook point: TransformerLens's cache, with signals, and files.
+
+    ``run_with_cache`` makes one. Activations keep the shapes of their hook points, mostly [batch, pos, d_model].
 
     Attributes:
-        tokens: what the pass read, [batch, pos]; None if it did not start from tokens.
-        lengths: how many positions are each prompt's own, where texts were given, or ``rl.intervene(lengths=...)`` says
-            so; the rest is padding.
+        tokens: ids that the pass read, [batch, pos], padded on the right; None if the pass did not start from tokens.
+        lengths: number of each prompt's own positions, the rest being padding; None if only token ids were given,
+            without ``rl.intervene(lengths=...)``.
+
+    Raises:
+        ReflowlensError: it is made of something that is not a dict of activations.
 
     Example:
         >>> import reflowlens as rl
@@ -62,7 +67,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         """An activation by name, or by TransformerLens's shorthand such as ``("resid_pre", 3)``.
 
         Raises:
-            ReflowlensError: it was not cached; the message says how to cache it.
+            ReflowlensError: there is no such point, or it was not cached; the message says how to cache it.
         """
         name, *where = key if isinstance(key, tuple) and key else (key,)
         layer = integer(where[0]) if where else None
@@ -85,7 +90,16 @@ class ActivationCache(transformer_lens.ActivationCache):
     # -- signals ------------------------------------------------------------------------------------------------------
 
     def resid(self, layer: int | None = None) -> Float[Tensor, "*batch pos d_model"]:
-        """The residual stream that block ``layer`` reads; ``n_layers``, or None, is the one that is unembedded."""
+        """The residual stream that block ``layer`` reads, before any normalisation.
+
+        Args:
+            layer: 0 to ``n_layers``; ``n_layers``, or None, is the stream after the last block, which is unembedded.
+
+        Raises:
+            ReflowlensError: there is no such layer, or its stream was not cached.
+
+        Example: ``cache.resid(3)  # [batch, pos, d_model]``
+        """
         n_layers = self._hooked_model().cfg.n_layers
         index = n_layers if layer is None else integer(layer)
         if index is None or not 0 <= index <= n_layers:
@@ -95,9 +109,20 @@ class ActivationCache(transformer_lens.ActivationCache):
     def signals(
         self, layer: int | None = None, view: SignalView | ViewName | None = None
     ) -> Float[Tensor, "*batch pos S"]:
-        """The readout a = B norm_final(x) of the residual stream that block ``layer`` reads (None: the end).
+        """The readout a = B norm_final(x) of the residual stream x that block ``layer`` reads.
 
-        At the end of a reFlow it is ``unembed.hook_signal``; earlier it is the factored logit lens.
+        After the last block of a reFlow this is ``unembed.hook_signal``; at earlier layers it is the factored logit
+        lens: ``view.logits(a)`` are the logit lens's logits.
+
+        Args:
+            layer: 0 to ``n_layers``; None is the end of the model.
+            view: signals to read in, or the name of a view (:func:`reflowlens.signals.signal_view`); by default the
+                model's own.
+
+        Raises:
+            ReflowlensError: there is no such layer or view, or the view is of another model.
+
+        Example: ``cache.signals(layer=3, view="svd")  # [batch, pos, S]``
         """
         return self._view(view).readout(self.resid(layer))
 
@@ -107,10 +132,18 @@ class ActivationCache(transformer_lens.ActivationCache):
         layer: int | None = None,
         view: SignalView | ViewName | None = None,
     ) -> Float[Tensor, "*batch pos S"]:
-        """What each signal adds to the target's logit at every position; sums over S to the logit (lens).
+        """What each signal adds to the target's logit at every position: aₛ · R[target, s], in logits.
+
+        The sum over S is the target's logit at the end of the model, and that of the logit lens at earlier layers.
+
+        Args:
+            target: one token for all positions (its text or id), or ids [batch, pos], one per position.
+            layer, view: as for :meth:`signals`.
 
         Raises:
-            ReflowlensError: the target is neither a token nor one a position.
+            ReflowlensError: the target is neither a token nor one per position, or as of :meth:`signals`.
+
+        Example: ``cache.signal_contributions(" Paris")[0, -1].topk(5)``
         """
         resid = self.resid(layer)
         places = resid.shape[:-1]
@@ -127,12 +160,17 @@ class ActivationCache(transformer_lens.ActivationCache):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """The cache of some of the prompts: an index (which drops the batch axis), a slice, a tuple or a list.
+        """The cache of some of the prompts.
 
-        Points that are the same in every row, such as ``hook_basis``, stay whole.
+        Points that have no batch axis, such as ``hook_basis``, stay whole.
+
+        Args:
+            batch_slice: an index (which drops the batch axis), a slice, a tuple or a list.
 
         Raises:
             ReflowlensError: the cache has no batch axis, or not these rows.
+
+        Example: ``cache.apply_slice_to_batch_dim(0)["resid_post", -1]  # [pos, d_model]``
         """
         rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         if not self.has_batch_dim and rows.mode != "identity":
@@ -158,12 +196,18 @@ class ActivationCache(transformer_lens.ActivationCache):
         """Write ``activations.safetensors`` and ``manifest.json``, replacing an earlier cache when both are complete.
 
         An activation that is cached under two names is written once. The manifest holds the model's hash (of its
-        weights as they are now), the tokens, each prompt's number of them, every point with its shape and type, and the
-        versions of the libraries.
+        weights as they are now), the tokens, each prompt's length, the shape and type of every point, and the versions
+        of the libraries.
+
+        Args:
+            folder: an empty or a new one, or that of an earlier cache, which is replaced.
+
+        Returns:
+            The folder.
 
         Raises:
-            ReflowlensError: the folder holds something else, the disk is full or it cannot be written; then nothing has
-                changed.
+            ReflowlensError: the folder holds something else, the disk is full or it cannot be written; nothing has
+                changed then.
 
         Example: ``cache.save("out/cache"); rl.ActivationCache.load("out/cache", model)["resid_post", -1]``
         """
@@ -184,11 +228,12 @@ class ActivationCache(transformer_lens.ActivationCache):
 
     @classmethod
     def load(cls, folder: str | Path, model: HookedModel | None = None) -> ActivationCache:
-        """A cache that :meth:`save` wrote, memory-mapped: an activation is read when it is indexed.
+        """A cache that :meth:`save` wrote, memory-mapped: an activation is read from disk when it is indexed.
 
         Args:
-            model: that the cache is of; without it activations can be read, but not what needs weights or the number of
-                layers.
+            folder: what :meth:`save` was given.
+            model: the model that was run. Without it activations can be read by name, but nothing that needs weights or
+                the number of layers, such as :meth:`signals` and ``cache["resid_post", -1]``.
 
         Raises:
             ReflowlensError: there is no such folder, it holds something else or is corrupt, or the cache is of another

@@ -1,12 +1,12 @@
-"""Statistics of activations over as many positions as one likes, which are never held.
+"""Statistics of activations over any number of positions, without holding them.
 
     collected = rl.collect(model, batches, ["unembed.hook_signal", "blocks.3.hook_resid_post"], threshold=0.0)
     signals = collected["unembed.hook_signal"]
     signals.mean, signals.covariance, signals.firing_rate, signals.examples(17, model)
     collected.save("out/statistics"); rl.Collected.load("out/statistics").merge(of_more_text)
 
-Memory is that of one batch, and features² (covariance) or features · k (examples), however long the text. Whatever the
-model's device, what is collected lies in main memory.
+Memory is that of one batch, plus features² (covariance) and features · k (examples), however long the text. What is
+collected is in main memory, whatever the model's device.
 """
 
 from __future__ import annotations
@@ -60,22 +60,30 @@ def collect(
     """Run a model over a stream of text and keep statistics of some of its activations.
 
     Args:
-        model: a hooked model; what is attached to it acts.
-        batches: an iterable of what the model reads (a text, a list of texts, tokens [batch, pos]), read once; or one
-            array of tokens [row, pos]. Padding is left out.
-        names: hook points whose activations are [batch, pos, ...]; the axes behind are features, heads flattened.
-        statistics: ``"mean"`` (and variance), ``"covariance"`` (of all pairs of features, and what mean gives),
-            ``"top"`` (the k largest values of each feature and where they were).
-        k: examples a feature.
-        threshold: count how often each feature is above it; None counts nothing.
-        positions: which of each prompt's own positions count; ``slice(1, None)`` leaves the first out. None is all.
-        results: a folder that keeps what is collected, written once a minute and at the end. Started again with it and
-            the same batches, a collection continues: the rows that were seen are not run.
+        model: a hooked model; hooks and interventions that are attached to it act.
+        batches: an iterable of inputs (a text, a list of texts, tokens [batch, pos]), read once; or one array of tokens
+            [row, pos], read 16 rows at a time. Padding is left out.
+        names: hook points, one or several, whose activations are [batch, pos, ...]. All axes after the position are
+            flattened to features.
+        statistics: any of ``"mean"`` (mean and variance per feature), ``"covariance"`` (of all pairs of features; mean
+            and variance too) and ``"top"`` (the k largest values per feature, and where they were).
+        k: examples per feature.
+        threshold: count how often each feature is above this value, in the units of the activation; None does not
+            count.
+        positions: which of each prompt's own positions count: a slice with a positive step, ``"last"``, or None for
+            all. ``slice(1, None)`` leaves out the first.
+        results: a folder for what is collected, written once a minute and at the end. Called again with the same folder
+            and batches, a collection continues: prompts that it has seen are not run.
         progress: show a bar; by default on a terminal.
+
+    Returns:
+        The statistics by hook point, with float64 moments divided by n: see
+        :class:`reflowlens.activations.moments.PointStatistics`.
 
     Raises:
         ReflowlensError: a point does not exist or has no positions, no position counts, an activation is not finite, or
-            the results are of another model or of other choices, or the memory does not hold a batch.
+            the results are of another model or of other choices.
+        OutOfMemory: a batch does not fit; a ReflowlensError that says what to lower.
 
     Example:
         >>> import reflowlens as rl
@@ -120,7 +128,7 @@ def collect(
 
 @dataclass(frozen=True)
 class Choices:
-    """What is collected: see :func:`collect`."""
+    """What is collected: the arguments of :func:`collect`, ``positions`` as the start, stop and step of a slice."""
 
     names: list[str]
     statistics: list[str]
@@ -131,13 +139,20 @@ class Choices:
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """Statistics by hook point: ``collected["hook_embed"]``.
+    """What :func:`collect` returns: the statistics of each hook point, ``collected["hook_embed"]``.
 
-    Two of them, of consecutive parts of a stream, merge to that of the whole.
+    The statistics of two consecutive parts of a stream merge to those of the whole.
 
-    Args:
-        n_rows: prompts that were read.
-        model, model_hash: whose activations they are.
+    Attributes:
+        points: statistics by hook point.
+        n_rows: number of prompts that were read.
+        choices: what was collected.
+        model, model_hash: name of the model, and hash of its weights.
+
+    Raises:
+        ReflowlensError: a point that is indexed was not collected.
+
+    Example: ``rl.Collected.load("out/statistics")["unembed.hook_signal"].mean``
     """
 
     points: dict[str, PointStatistics]
@@ -168,10 +183,12 @@ class Collected:
         return len(self.points)
 
     def merge(self, other: Collected) -> Collected:
-        """What one pass over both parts would have given, the other part's rows behind this one's.
+        """What one pass over both parts of a stream would have given; the rows of the other part come second.
 
         Raises:
-            ReflowlensError: they are of other models or choices.
+            ReflowlensError: the parts are of different models or choices.
+
+        Example: ``rl.collect(model, first, names).merge(rl.collect(model, second, names)).n_rows``
         """
         self.check_mergeable(other)
         points = dict(self.points)

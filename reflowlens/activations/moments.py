@@ -1,8 +1,8 @@
-"""Statistics of a stream of feature vectors that is never held: made of batches, and merged.
+"""Statistics of a stream of feature vectors, made batch by batch and merged: the stream is never held.
 
 Moments are float64 and merged by Chan, Golub and LeVeque's update ("Algorithms for computing the sample variance",
-1983), so that neither the number of positions nor a large mean costs digits. Every merge is of two parts of a stream in
-order, and gives what the whole would have given.
+1983), so that neither the number of positions nor a large mean costs digits. A merge takes two consecutive parts of a
+stream, in order, and gives what both together would have given.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _PLACES = ("row", "position", "token")
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Number, mean, and sums of products of deviations from it.
+    """Number of vectors, their mean, and sums of products of deviations from it, in float64.
 
     Args:
-        comoment: ``Σ (x - mean)²`` of each feature, or ``Σ (x - mean)(x - mean)ᵀ`` of all pairs.
+        n: number of vectors.
+        mean: per feature.
+        comoment: ``Σ (x - mean)²`` per feature [feature], or ``Σ (x - mean)(x - mean)ᵀ`` [feature, feature].
 
     Example:
         >>> first, second = torch.randn(5, 3), torch.randn(7, 3)
@@ -46,14 +48,14 @@ class Moments:
 
     @classmethod
     def of(cls, x: Float[Tensor, "n feature"], *, pairs: bool) -> Moments:
-        """Of some vectors; ``pairs``: covariances too."""
+        """The moments of vectors x; with ``pairs`` the products of all pairs of features."""
         wide = x.double()
         mean = wide.mean(dim=0)
         centered = wide - mean
         return cls(len(x), mean, centered.T @ centered if pairs else centered.square().sum(dim=0))
 
     def merge(self, other: Moments) -> Moments:
-        """Of both parts."""
+        """The moments of both parts, which must hold the same kind of products."""
         n = self.n + other.n
         step = other.mean - self.mean
         between = torch.outer(step, step) if self.comoment.ndim == 2 else step.square()
@@ -66,11 +68,13 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class TopExamples:
-    """The k largest values of each feature, largest first, and where they were; of equal values the earliest.
+    """The k largest values of each feature, largest first, and where they were; among equal values the earliest.
 
     Args:
-        row: of the stream, counted from 0.
-        position, token: in the row, and the token there.
+        value: in the units of the activation, float32.
+        row: the prompt's number in the stream, from 0.
+        position: in the prompt, from 0.
+        token: the id at that position.
 
     Example:
         >>> top = TopExamples.of(torch.tensor([[1.0], [3.0], [3.0]]), *torch.arange(9).reshape(3, 3), k=2)
@@ -87,12 +91,12 @@ class TopExamples:
     def of(
         cls, x: Float[Tensor, "n feature"], row: Int[Tensor, " n"], position: Tensor, token: Tensor, k: int
     ) -> TopExamples:
-        """Of some vectors and where each was."""
+        """The largest of some vectors; ``row``, ``position`` and ``token`` say where each vector was."""
         value, index = _largest(x.T, k)
         return cls(value, row[index], position[index], token[index])
 
     def merge(self, other: TopExamples, k: int) -> TopExamples:
-        """Of both parts of a stream."""
+        """The largest of both parts of a stream."""
         value, index = _largest(torch.cat([self.value, other.value], dim=1), k)
         places = (torch.cat([getattr(self, name), getattr(other, name)], dim=1).gather(1, index) for name in _PLACES)
         return TopExamples(value, *places)
@@ -100,11 +104,19 @@ class TopExamples:
 
 @dataclass(frozen=True, eq=False)
 class PointStatistics:
-    """Statistics of one hook point over ``n`` positions, by feature; what was not asked for is an error to read.
+    """Statistics of one hook point over ``n`` positions, per feature.
 
     Args:
-        feature_shape: the axes that were flattened to features: ``mean.reshape(feature_shape)`` has them again.
-        fired: at how many positions a feature is above the threshold.
+        n: number of positions.
+        feature_shape: the axes that were flattened to features: ``mean.reshape(feature_shape)`` restores them.
+        moments: for mean, variance and covariance; None if they were not collected.
+        top: the largest values; None if they were not collected.
+        fired: number of positions at which each feature is above the threshold; None if there was no threshold.
+
+    Raises:
+        ReflowlensError: a statistic that is read was not collected; the message says what to give ``collect``.
+
+    Example: ``rl.collect(model, texts, "hook_embed", threshold=0.0)["hook_embed"].firing_rate``
     """
 
     n: int
@@ -120,7 +132,7 @@ class PointStatistics:
 
     @property
     def variance(self) -> Float[Tensor, " feature"]:
-        """Variance of each feature, divided by n."""
+        """Variance of each feature, Σ (x - mean)² / n."""
         comoment = _collected(self.moments, "'mean' among the statistics").comoment
         return (comoment.diagonal() if comoment.ndim == 2 else comoment) / self.n
 
@@ -131,7 +143,7 @@ class PointStatistics:
 
     @property
     def covariance(self) -> Float[Tensor, "feature feature"]:
-        """Covariance of all pairs of features, divided by n."""
+        """Covariance of all pairs of features, Σ (x - mean)(x - mean)ᵀ / n."""
         pairs = self.moments is not None and self.moments.comoment.ndim == 2
         return _collected(self.moments if pairs else None, "'covariance' among the statistics").comoment / self.n
 
@@ -141,10 +153,19 @@ class PointStatistics:
         return _collected(self.fired, "a threshold").double() / self.n
 
     def examples(self, feature: int, model: HookedModel | None = None) -> pd.DataFrame:
-        """Where a feature was largest: ``value``, ``row`` of the stream, ``position``, ``token``; ``text`` by a model.
+        """Where a feature was largest, largest value first.
+
+        Args:
+            feature: index among the flattened features.
+            model: whose tokenizer shows each token in a column ``text``.
+
+        Returns:
+            A row per example: ``value``, ``row`` of the stream, ``position``, ``token``, and ``text`` with a model.
 
         Raises:
             ReflowlensError: examples were not collected, or there is no such feature.
+
+        Example: ``collected["unembed.hook_signal"].examples(17, model)``
         """
         top = _collected(self.top, "'top' among the statistics")
         if integer(feature) is None or not 0 <= feature < len(top.value):
@@ -157,7 +178,7 @@ class PointStatistics:
         return frame.assign(text=hooked_model(model).tokenizer.to_str_tokens(frame["token"].tolist()))
 
     def merge(self, other: PointStatistics, k: int) -> PointStatistics:
-        """Of both parts of a stream, for which the same was asked."""
+        """The statistics of both parts of a stream, of which the same was collected; k examples are kept."""
         moments, top, fired = self.moments, self.top, self.fired
         if moments is not None and other.moments is not None:
             moments = moments.merge(other.moments)
@@ -168,7 +189,7 @@ class PointStatistics:
         return PointStatistics(self.n + other.n, self.feature_shape, moments, top, fired)
 
     def later(self, rows: int) -> PointStatistics:
-        """The same, with so many rows of the stream in front."""
+        """The same, as part of a stream that has so many rows before it."""
         return self if self.top is None else replace(self, top=replace(self.top, row=self.top.row + rows))
 
     def cpu(self) -> PointStatistics:

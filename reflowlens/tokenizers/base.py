@@ -18,16 +18,20 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """Text to token ids and back.
 
-    Attributes: `name`; `n_vocab`, the number of real tokens (a model may pad its vocabulary beyond it); `eot_token`,
-    the id that ends a document, or None where there is none; `bos_token`, the id that models of this tokenizer expect
-    in front of a text, or None where a text begins with its own first token.
+    Attributes:
+        name: what :func:`reflowlens.tokenizers.get_tokenizer` finds it by.
+        n_vocab: number of real tokens; a model may pad its vocabulary beyond it.
+        eot_token: the id that ends a document; None if there is none.
+        bos_token: the id that models of this tokenizer expect before a text; None if a text begins with its own first
+            token.
 
-    >>> from reflowlens.tokenizers import get_tokenizer
-    >>> tokenizer = get_tokenizer("gpt2")
-    >>> tokenizer.encode("Hello world")
-    [15496, 995]
-    >>> tokenizer.to_str_tokens([15496, 995])
-    ['Hello', ' world']
+    Example:
+        >>> from reflowlens.tokenizers import get_tokenizer
+        >>> tokenizer = get_tokenizer("gpt2")
+        >>> tokenizer.encode("Hello world")
+        [15496, 995]
+        >>> tokenizer.to_str_tokens([15496, 995])
+        ['Hello', ' world']
     """
 
     name: str
@@ -39,25 +43,31 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, in which `<|endoftext|>` is ordinary text: `eot_token` is an id, never a spelling."""
+        """Token ids of a text; the characters `<|endoftext|>` in it are ordinary text, never `eot_token`."""
         raise NotImplementedError
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
-        """`encode` as an array, without a Python list in between: for corpora. Other threads run meanwhile.
+        """`encode` as an array [token], without a Python list in between, for corpora; other threads run meanwhile.
 
-        Raises UnicodeEncodeError if the text holds half of a surrogate pair, which UTF-8 cannot write.
+        Raises:
+            UnicodeEncodeError: the text holds half of a surrogate pair, which UTF-8 cannot write.
         """
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; bytes that are not valid UTF-8 become U+FFFD.
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD.
 
-        Raises ReflowlensError for an id that is no token.
+        Raises:
+            ReflowlensError: an id is not one of 0 to ``n_vocab - 1``.
         """
         return b"".join(self._token_bytes(i) for i in ids).decode("utf-8", errors="replace")
 
     def token_str(self, token: int) -> str:
-        """One token, readable: bytes that are not valid UTF-8 on their own are shown as `\\xNN`."""
+        """The text of one token; bytes that are not valid UTF-8 on their own are shown as `\\xNN`.
+
+        Raises:
+            ReflowlensError: the id is not one of 0 to ``n_vocab - 1``.
+        """
         return self._token_bytes(token).decode("utf-8", errors="backslashreplace")
 
     def to_str_tokens(self, ids: Iterable[int]) -> list[str]:
@@ -67,8 +77,9 @@ class Tokenizer:
     def single_token(self, word: str) -> int:
         """The id of a word that is exactly one token, leading space included (`" queen"`).
 
-        Raises ReflowlensError that shows how the word splits, and names the form that is a single token if with (or
-        without) the leading space there is one.
+        Raises:
+            ReflowlensError: the word is empty or several tokens. The message shows how it splits, and the form with (or
+                without) the leading space if that is a single token.
         """
         if not isinstance(word, str):
             raise ReflowlensError(f"the text of a token was expected, got {word!r}")
@@ -89,11 +100,11 @@ class Tokenizer:
         return len(self._pieces(word)) == 1
 
     def _pieces(self, word: str) -> list[int]:
-        """The ids of a word in the middle of a text."""
+        """The ids of a word that stands inside a text."""
         return self.encode(word)
 
     def _token_bytes(self, token: int) -> bytes:
-        """What one id writes."""
+        """The bytes of one token."""
         raise NotImplementedError
 
     def _checked(self, token: int) -> int:

@@ -1,4 +1,4 @@
-"""A tokenizer by its name: packaged, that of a model which is open, or a file."""
+"""A tokenizer by its name: a packaged one, that of a loaded model, or a file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, packaged
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of this name: "gpt2", "gpt2_16k", "bytes", that of a model which is open, or a `tokenizer.json`.
+    """The tokenizer of a name; the same object each time.
 
-    Raises ReflowlensError where there is none. The same object is returned each time.
+    Args:
+        name: ``"gpt2"``, ``"gpt2_16k"``, ``"bytes"``, the ``tokenizer_name`` of a model that is loaded, or the path of
+            a `tokenizer.json` or of its folder.
 
-    >>> get_tokenizer("gpt2_16k").single_token(" queen")
-    16599
+    Raises:
+        ReflowlensError: there is no such tokenizer, or the file cannot be read.
+
+    Example:
+        >>> get_tokenizer("gpt2_16k").single_token(" queen")
+        16599
     """
     if is_one_of(name, TOKENIZER_NAMES):
         return packaged(name)
@@ -36,7 +42,11 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def check_tokenizer_fits(name: str, d_vocab: int, where: str) -> None:
-    """Raise ReflowlensError where a tokenizer has tokens that a model's embedding has no row for."""
+    """Check that a model's embedding, of ``d_vocab`` rows, has a row for every token.
+
+    Raises:
+        ReflowlensError: the tokenizer has more tokens; the message names ``where`` the rows are stated.
+    """
     n_vocab = get_tokenizer(name).n_vocab
     if n_vocab > d_vocab:
         raise ReflowlensError(

@@ -1,7 +1,7 @@
 """The tokenizer of an imported model: a `tokenizer.json`, as the `tokenizers` library writes it.
 
-It is kept in the checkpoint folder, beside a `tokenizer_config.json` that names the token which ends a document. Its
-name is a hash of both, so that data tokenised by one file are never read by a model of another.
+It is kept in the checkpoint folder, beside a `tokenizer_config.json` that names the document-end token. Its name is a
+hash of both, so that token files made with one tokenizer are never read by a model of another.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ _SPACE = "▁"  # SentencePiece writes a space so
 
 
 def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> FileTokenizer:
-    """Read a `tokenizer.json`, or the one in a folder.
+    """Read a `tokenizer.json`.
 
     Args:
-        end_of_text: the token that ends a document, or its id; default: `eos_token` of the `tokenizer_config.json`
-            beside it, else `<|endoftext|>` if there is such a token.
+        path: the file, or its folder.
+        end_of_text: the token that ends a document, or its id, if the `tokenizer_config.json` beside the file names no
+            `eos_token`; by default `<|endoftext|>`, if there is such a token.
 
     Raises:
         ReflowlensError: there is no such file, or the `tokenizers` library cannot read it.
@@ -53,7 +54,7 @@ def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> Fi
 
 
 def write_tokenizer_config(folder: Path, begin: str | None, end: str | None, **more: Any) -> None:
-    """A `tokenizer_config.json` that has transformers take the `tokenizer.json` beside it as it is."""
+    """Write a `tokenizer_config.json` that makes transformers use the `tokenizer.json` beside it unchanged."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": begin,
@@ -65,7 +66,7 @@ def write_tokenizer_config(folder: Path, begin: str | None, end: str | None, **m
 
 
 def _end_of_text(path: Path) -> str | None:
-    """The content of `eos_token`, which is a string or an object with one."""
+    """The text of `eos_token`, which is a string, or an object with a string; None without the file."""
     if not path.is_file():
         return None
     token = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token")
@@ -73,7 +74,7 @@ def _end_of_text(path: Path) -> str | None:
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer in the `tokenizers` library's format, of any algorithm that it knows."""
+    """A tokenizer in the `tokenizers` library's format, of any algorithm that the library knows."""
 
     def __init__(self, text: str, configured: str | None, fallback: str | int | None = None) -> None:
         import tokenizers

@@ -58,7 +58,7 @@ def packaged(name: str) -> RankTokenizer:
 
 
 def packaged_ranks(name: str) -> dict[bytes, int]:
-    """The ids of a packaged tokenizer's tokens, its end of text left out: 256 bytes, then one token a merge."""
+    """The ids of a packaged tokenizer's tokens without the end of text: 256 bytes, then one token per merge."""
     if name == "bytes":
         return {bytes([value]): value for value in range(256)}
     byte_of = gpt2_byte_symbols()
@@ -68,7 +68,7 @@ def packaged_ranks(name: str) -> dict[bytes, int]:
 
 
 def packaged_merges(name: str) -> list[tuple[str, str]]:
-    """Which symbols each merge joins, in the order of `vocab.bpe`."""
+    """The two symbols that each merge joins, in the order of `vocab.bpe`."""
     if name == "bytes":
         return []
     count = {"gpt2": _GPT2_RANKS, "gpt2_16k": _PREFIX_RANKS}[name] - 256

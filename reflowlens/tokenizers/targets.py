@@ -1,4 +1,4 @@
-"""The tokens that a measure is about, as a caller names them."""
+"""The target tokens of a measure, as a caller gives them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ Target: TypeAlias = "str | int | Sequence[str] | Sequence[int] | Int[Tensor, ' p
 def target_ids(
     to_single_token: Callable[[str], int], target: Target, n_prompts: int, d_vocab: int
 ) -> Int[Tensor, " prompt"]:
-    """Ids of a token (its text, or an id), or of one for each prompt.
+    """The id of the target token of each prompt.
 
     Args:
-        to_single_token: a model's; called with texts alone.
+        to_single_token: the model's method; called with texts only.
+        target: one token for all prompts (its text, or its id), or one for each prompt.
+        d_vocab: number of ids, padding of the vocabulary included.
 
     Raises:
-        ReflowlensError: it is no single token, there is no such id, or there are not as many as prompts.
+        ReflowlensError: a text is not a single token, there is no such id, or there are not as many targets as prompts.
     """
     words: Any = target
     is_list = isinstance(target, Sequence) and not isinstance(target, str | bytes)
