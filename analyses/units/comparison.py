@@ -1,4 +1,4 @@
-"""Units of several models on one text: of training steps, of seeds, of another architecture, and their differences."""
+"""Units of several models on one text, such as training steps, seeds or architectures, and their differences."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def compare_units(
     """Firing rates of several models on the same rows of a text, and how each differs from the first.
 
     Args:
-        models: by name, all with the tokenizer of the first.
-        points: hook points or kinds (`analyses.units.points.points_named`); default each model's own.
-        text, sampling, n_batches, batch_size, context, minimum_events, seed: as `analyses.units.firing`.
+        models: by name; all must have the tokenizer of the first.
+        points: hook points or kinds (`analyses.units.points.points_named`); by default each model's own.
+        text, sampling, n_batches, batch_size, context, minimum_events, seed, progress: as for
+            `analyses.units.firing.unit_statistics`.
 
     Returns:
-        A row a model and kind: ``firing_rate`` with ``low`` and ``high``, ``near_silent``, ``never``, ``selectivity``
-        and ``max_over_active``; where the first model has the kind, ``difference`` of the firing rate from it with
-        ``difference_low`` and ``difference_high`` (moving blocks of rows) and the sign-flip ``p`` over rows.
+        A row per model and kind: ``firing_rate`` with its 95% interval ``low`` to ``high``, ``near_silent``, ``never``,
+        ``selectivity`` and ``max_over_active``; if the first model has units of the kind, the ``difference`` of the
+        firing rate from its own, with the interval ``difference_low`` to ``difference_high`` (moving blocks of rows)
+        and the two-sided sign-flip ``p`` over rows.
 
     Raises:
-        ReflowlensError: no model is given, one reads other tokens, or as `analyses.units.firing`.
+        ReflowlensError: no model is given, one has another tokenizer, or as of `unit_statistics`.
 
     Example: ``compare_units({"step 0": fresh, "step 3000": trained}, text)``
     """
@@ -80,7 +82,7 @@ def compare_units(
 
 
 def _beside(per_row: NDArray[np.float64], reference: NDArray[np.float64] | None, seed: int) -> dict[str, float]:
-    """The interval of the firing rate, and its difference from the first model's where that has such units."""
+    """The interval of the firing rate, and its difference from the first model's if that has such units."""
     if len(per_row) < 2:
         return {}
     low, high = mean_interval(per_row, seed)

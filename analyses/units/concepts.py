@@ -1,8 +1,9 @@
-"""Concepts that a text has by itself: where lines, words and speakers begin and end, and what a character is.
+"""Predefined concepts of a text: where lines, words and speakers begin and end, and classes of characters.
 
-They are defined once, on characters, before any unit is looked at. A token has a concept by its last character; by its
-first where the concept is about the beginning of a line, by its first that is no space where it is about that of a
-word (a token of GPT-2 begins with the space in front of its word). On a byte tokenizer the three are one.
+They are defined on characters, before any unit is looked at. A token has a concept if its last character has it; for
+concepts about the beginning of a line, if its first character has it; for those about the beginning of a word, if its
+first character that is not a space has it (a token of GPT-2 begins with the space before its word). With a byte
+tokenizer all three agree.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _BY_FIRST_LETTER = ("capital", "word_start")
 
 
 def label_tokens(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos concept"]:
-    """Whether each token has each of ``CONCEPTS``, by what its own row shows: what precedes a row is not known.
+    """Whether each token has each of ``CONCEPTS``, judged within its own row: what precedes a row is not known.
 
     Example: ``label_tokens(model, model.to_tokens("KING:\\nHo!"))[0, :, list(CONCEPTS).index("colon")]``
     """

@@ -1,7 +1,7 @@
-"""What single units do over a long text, counted as it streams by: memory is a few numbers a unit, however long it is.
+"""Firing counts of single units over a stream of text: memory is a few numbers per unit, however long the text.
 
-A unit is a coordinate of a hook point: a neuron, a signal of reFlow. An *event* is a position where
-it is above 0; of units that can be negative the positive part is measured.
+A unit is a coordinate of a hook point, such as a neuron or a signal of reFlow. An *event* is a position where it is
+above 0; of units that can be negative, only the positive part is measured.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ _EVERY = 17  # positions of which one is taken for sparsity, which has to sort: 
 
 @dataclass(frozen=True, eq=False)
 class UnitCounts:
-    """Counts of one hook point over ``n`` positions, by unit; its axes behind the position are flattened to units.
+    """Counts of one hook point over ``n`` positions, per unit; all axes after the position are flattened to units.
 
     Args:
-        unit_shape: those axes: ``events.reshape(unit_shape)`` has them again.
-        events: positions above 0.
-        total, square: sums over positions of the positive part and of its square.
-        largest, where: its largest value and the position in the text read row after row, of equal ones the first.
-        percentile: the 99.9th over all positions, zeros included, interpolated as ``numpy.percentile`` does.
-        above: positions above each of ``SHARES`` times the percentile.
-        row_rates: of each row of the text, the mean firing rate of the units.
-        active: how many units fire at a position, summed over positions and squared.
+        n: number of positions.
+        unit_shape: the flattened axes; ``events.reshape(unit_shape)`` restores them.
+        events: number of positions where the unit is above 0.
+        total, square: sums over positions of the positive part, and of its square.
+        largest: the largest positive part.
+        where: the position of ``largest`` in the text, rows read one after the other; the first among equal values.
+        percentile: the 99.9th of the positive part over all positions, zeros included, interpolated linearly as
+            ``numpy.percentile`` does.
+        above: number of positions above each of ``SHARES`` times the percentile.
+        row_rates: firing rate in each row of the text, mean over units.
+        active: sum over positions of the number of units that fire, and of its square.
         stretch_events: events in each of at most ``STRETCHES`` runs of consecutive rows.
-        stretch_positions: how many positions each of them has.
-        sparsity: of the values of all units at a position, mean over every 17th position where one fires: ``gini``,
-            ``hoyer`` and ``participation`` (`analyses.measures.sparsity`), the last of what the units write, value
-            times norm of the write direction, NaN where they write nothing by themselves.
+        stretch_positions: number of positions of each run.
+        sparsity: ``gini``, ``hoyer`` and ``participation`` (`analyses.measures.sparsity`) of the values of all units at
+            a position, mean over every 17th position where a unit fires. ``participation`` is of the norms of what the
+            units write: value times norm of the write direction; NaN for units that write nothing by themselves.
     """
 
     n: int
@@ -68,27 +71,27 @@ class UnitCounts:
 
     @property
     def rate(self) -> Float[Tensor, " unit"]:
-        """f, the share of positions at which a unit fires."""
+        """Firing rate: the share of positions at which a unit fires."""
         return self.events.double() / self.n
 
     @property
     def selectivity(self) -> Float[Tensor, " unit"]:
-        """s = max / mean over all positions, zeros included: at most n, which one single event reaches; NaN of none."""
+        """Max / mean over all positions, zeros included: at most n, reached by a single event; NaN without events."""
         return self.largest.double() / (self.total / self.n)
 
     @property
     def max_over_active(self) -> Float[Tensor, " unit"]:
-        """max / mean over the events: selectivity times the firing rate; NaN of none."""
+        """Max / mean over the events, which is selectivity times firing rate; NaN without events."""
         return self.selectivity * self.rate
 
     @property
     def active_mean(self) -> float:
-        """Units that fire at a position, mean over positions."""
+        """Number of units that fire at a position, mean over positions."""
         return self.active[0] / self.n
 
     @property
     def active_cv(self) -> float:
-        """Their standard deviation over positions, in means; NaN where no unit fires."""
+        """Coefficient of variation over positions of the number of units that fire; NaN if none ever does."""
         mean = self.active_mean
         return math.sqrt(max(self.active[1] / self.n - mean**2, 0.0)) / mean if mean else math.nan
 
@@ -149,7 +152,7 @@ class _Running:
         return torch.stack([ginis, hoyer(values), participation_ratio(values * norms)], dim=1)
 
     def percentile(self) -> Float[Tensor, " unit"]:
-        """Between the two values around it, counted from the largest."""
+        """Interpolated between the two values around it, counted from the largest."""
         place = _TAIL * (self.n - 1)
         below, share = math.ceil(place), math.ceil(place) - place
         lower, upper = self.top[below], self.top[max(below - 1, 0)]
@@ -187,9 +190,12 @@ def count_units(
     """Count the units of some hook points over a text, in two passes: the second counts above shares of percentiles.
 
     Args:
-        tokens: the text, row after row; a unit sees nothing of other rows.
-        points: [batch, pos, ...], as `analyses.units.points.points_named` gives them.
-        batch_size: rows that are read at once, at most.
+        tokens: the text in rows, each read by itself.
+        points: hook points whose activations are [batch, pos, ...], as `analyses.units.points.points_named` gives them.
+        batch_size: at most so many rows are read at once; fewer where an activation would be large.
+
+    Returns:
+        The counts of each hook point, in main memory.
 
     Raises:
         ReflowlensError: a point does not exist, or an activation is not finite.
@@ -231,7 +237,14 @@ def firing_overlap(
     """Jaccard's index of the positions at which a unit fires at two points: |both| / |either|; NaN if at neither.
 
     Args:
-        pairs: hook points with as many units; unit i of one is held against unit i of the other.
+        tokens, batch_size: as for `count_units`.
+        pairs: pairs of hook points with the same number of units; unit i of one is compared with unit i of the other.
+
+    Returns:
+        The index of each unit, for each pair.
+
+    Raises:
+        ReflowlensError: a point does not exist.
 
     Example: ``firing_overlap(model, tokens, [("blocks.0.hook_x_sparse", "blocks.1.hook_x_sparse")])``
     """

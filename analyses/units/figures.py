@@ -21,8 +21,9 @@ def unit_figures(
     """Figures ``firing`` (rate by level), ``rates_<kind>`` and ``selectivity_<kind>`` (over units).
 
     Args:
-        counts: of each model, by point.
-        kind_of: the kind of units that a point holds.
+        counts: by model, then by hook point.
+        kind_of: gives the kind of units of a point.
+        minimum_events: selectivity is of units with at least so many events.
     """
     figures = {"firing": firing_by_level(counts, kind_of, seed)}
     for kind in dict.fromkeys(kind_of(point) for point in counts["model"]):
@@ -49,7 +50,7 @@ def _histogram(parts: list[pd.DataFrame], x: str, x_title: str) -> go.Figure:
 def firing_by_level(
     counts: Mapping[str, Mapping[str, UnitCounts]], kind_of: Callable[[str], str], seed: int = 0
 ) -> go.Figure:
-    """The mean firing rate of each kind of units, level by level, with its interval over the rows of the text."""
+    """The mean firing rate of each kind of units at each level, with its 95% interval over the rows of the text."""
     rows = []
     for model, points in counts.items():
         for point, part in points.items():

@@ -1,15 +1,15 @@
-"""How sparsely single units fire, and how selective they are: of any hook point, beside the untrained model.
+"""How rarely the units of a hook point fire and how selective they are, compared with an untrained model.
 
     text = Path("val.txt").read_text()
     result = unit_statistics(rl.load_model("out/nano"), text)
     print(unit_report(result))      # of analyses.units.terminal; or: reflowlens units out/nano --data val.txt
 
 Of neurons behind two gates the claims (Kosowski et al., 2025) are that about 3% of them fire at a byte, that 40% of
-them fire on less than 1% of bytes, and that single neurons mean something. Three numbers do not mean what they seem to.
-Untrained, one in four already fires, each of two gates being open half the time. Selectivity, max / mean, is max /
-mean-when-active divided by the firing rate, so that it rises when units get rarer, whatever they fire for; and a unit
-that fires once in P positions has selectivity P, the largest there is. So everything stands beside the untrained model,
-units are ranked among those with enough events, and max / mean-when-active is told too.
+them fire on less than 1% of bytes, and that single neurons mean something. Three facts bear on such numbers. Before
+training one neuron in four fires, because each of two gates is open half the time. Selectivity, max / mean, equals
+max / mean-when-active divided by the firing rate, so that it rises when units fire more rarely, whatever they fire for.
+And a unit that fires once in P positions has selectivity P, the largest possible. Therefore every number is given for
+untrained models too, only units with enough events are ranked, and max / mean-when-active is reported as well.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PUBLISHED = {"xy_sparse_firing_rate": 0.03, "xy_sparse_near_silent": 0.40}
 
 
 def definitions(kind: str) -> dict[str, str]:
-    """What the metrics of a kind of units mean."""
+    """The definitions of the metrics of a kind of units."""
     return {
         f"{kind}_firing_rate": "share of positions at which a unit is above 0, mean over units and levels",
         f"{kind}_near_silent": f"share of the units that fire at less than {NEAR_SILENT:.0%} of positions",
@@ -72,24 +72,29 @@ def unit_statistics(
     quick: bool = False,
     progress: bool = False,
 ) -> Result:
-    """Firing rates, selectivity and the strongest contexts of units, beside an untrained model.
+    """Firing rates, selectivity and the strongest contexts of units, compared with untrained models.
 
     Args:
-        text: held-out text, or its token ids.
+        text: held-out text, or its token ids [token].
         points: hook points [batch, pos, ...], or kinds as ``"xy_sparse"`` or ``"mlp_post"`` (`points_named`), one or
             several; default the neurons that blocks are made of (``units`` of the architecture), and the readout
             signals of a reFlow.
-        sampling: ``"windows"``, ``n_batches * batch_size`` random ones, as published; ``"tiles"``, all of the text.
-        context: tokens of a window or tile.
-        minimum_events: positions at which a unit must fire to be ranked.
-        top: units of each kind whose strongest context is shown.
-        controls: count ``untrained``, the same architecture with fresh weights, and ``shuffled_text``,
-            the model on the same tokens in a random order, too.
-        untrained: how many untrained models; the control is their mean, and the frame ``levels`` has each.
+        sampling: ``"windows"`` draws ``n_batches * batch_size`` random rows, as published; ``"tiles"`` reads all of the
+            text.
+        n_batches: batches of random windows.
+        batch_size: rows of a batch, and at most so many are read at once.
+        context: tokens of a row.
+        minimum_events: number of positions at which a unit must fire to be ranked.
+        top: number of units of each kind whose strongest context is shown.
+        controls: count two controls too: ``untrained``, the same architecture with fresh weights, and
+            ``shuffled_text``, the model on the same tokens in a random order.
+        untrained: number of untrained models; the control is their mean, and the frame ``levels`` has each.
+        seed: of windows, fresh weights, shuffles and resamples.
         quick: two batches, one untrained model.
+        progress: show how far the counting is.
 
     Returns:
-        A Result with frames ``levels`` (a row a point and model), ``rates`` (the distribution over units), ``alike``
+        A Result with frames ``levels`` (a row per point and model), ``rates`` (the distribution over units), ``alike``
         (where blocks share their weights: is a unit the same at two levels, `levels_alike`) and ``top_units``, and
         figures ``firing``, ``rates_<kind>`` and ``selectivity_<kind>``. Metrics are of each kind of units, over levels.
         Claim ``<kind>_firing_rate``: training makes units fire less; supported if its interval lies below the untrained
@@ -157,7 +162,7 @@ def unit_statistics(
 
 
 def _add_metrics(result: Result, counts: dict[str, dict[str, UnitCounts]], minimum_events: int, seed: int) -> None:
-    """Metrics of each kind of units over its levels, with the untrained model's and the verdict of the firing rate."""
+    """Add each kind's metrics over its levels, with those of the controls, and the verdict of its firing rate."""
     for kind in dict.fromkeys(map(kind_of, counts["model"])):
         parts = {name: [p for point, p in each.items() if kind_of(point) == kind] for name, each in counts.items()}
         values = {name: headline(each, kind, minimum_events) for name, each in parts.items()}

@@ -21,7 +21,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def levels_frame(counts: dict[str, UnitCounts], name: str, minimum_events: int) -> pd.DataFrame:
-    """One row a point. ``firing_rate_01`` and ``_10`` count above 1% and 10% of each unit's 99.9th percentile;
+    """A row per point. ``firing_rate_01`` and ``_10`` count above 1% and 10% of each unit's 99.9th percentile;
     ``open_given_x``, of a product x y of units, is P(y > 0 | x > 0); ``gini``, ``hoyer`` and ``participation`` are of
     the values at a position (`analyses.units.counts.UnitCounts`)."""
     rows = []
@@ -56,7 +56,7 @@ def levels_frame(counts: dict[str, UnitCounts], name: str, minimum_events: int) 
 
 
 def rates_frame(counts: dict[str, UnitCounts], name: str) -> pd.DataFrame:
-    """The distribution of firing rates over units in ten bins a decade; rates of 0 have a bin of their own, at 0."""
+    """The distribution of firing rates over units in ten bins per decade; rates of 0 have a bin of their own, at 0."""
     edges = np.logspace(-6, 0, 61)
     rows = []
     for point, part in counts.items():
@@ -111,8 +111,8 @@ def top_units(
     minimum_events: int,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The most selective units of each kind among those with enough events, with intervals of their firing rates and
-    the text around their maximum."""
+    """The most selective units of each kind, among those with enough events, with the intervals of their firing rates
+    and the text around their maximum."""
     rows = []
     for point, part in counts.items():
         score = part.selectivity.masked_fill(part.events < minimum_events, -np.inf).nan_to_num(nan=-np.inf)
@@ -155,7 +155,7 @@ def top_units(
 
 
 def context_of(model: HookedModel, tokens: Int[Tensor, "row pos"], where: int) -> str:
-    """The tokens around a position of the text, line breaks as ``\\n``, the token itself in ⟦ ⟧."""
+    """The text around a position, line breaks as ``\\n``, the token itself in ⟦ ⟧."""
     row, position = divmod(where, tokens.shape[1])
     start = max(0, position - BEFORE)
     pieces = model.tokenizer.to_str_tokens(tokens[row, start : position + 1 + AFTER].tolist())

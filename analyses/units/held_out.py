@@ -18,10 +18,13 @@ Sampling = Literal["windows", "tiles"]
 
 
 def as_stream(model: HookedModel, text: Stream) -> Int[Tensor, " token"]:
-    """A text, or its token ids, as ids on the model's device.
+    """A text as token ids on the model's device.
+
+    Args:
+        text: one text, or its token ids [token].
 
     Raises:
-        ReflowlensError: it is neither one text nor a flat array of whole numbers.
+        ReflowlensError: it is neither one text nor a one-dimensional array of integers.
     """
     if isinstance(text, str):
         text = np.array(model.tokenizer.encode(text), dtype=np.int64)
@@ -41,7 +44,10 @@ def _no_stream(given: object) -> ReflowlensError:
 
 
 def tiles(stream: Int[Tensor, " token"], context: int) -> Int[Tensor, "row context"]:
-    """The whole stream in rows that do not overlap; a remainder shorter than a row is left out.
+    """The whole stream in consecutive rows that do not overlap; a remainder shorter than a row is left out.
+
+    Raises:
+        ReflowlensError: the stream is shorter than one row.
 
     >>> tiles(torch.arange(7), 3).tolist()
     [[0, 1, 2], [3, 4, 5]]
@@ -53,7 +59,11 @@ def tiles(stream: Int[Tensor, " token"], context: int) -> Int[Tensor, "row conte
 
 
 def windows(stream: Int[Tensor, " token"], n_rows: int, context: int, seed: int) -> Int[Tensor, "row context"]:
-    """Rows from random places, which may overlap."""
+    """Rows that start at random positions of the stream; they may overlap.
+
+    Raises:
+        ReflowlensError: the stream is shorter than one row.
+    """
     if len(stream) < context:
         raise ReflowlensError(f"{len(stream)} tokens are too few for one row of {context}")
     generator = derive_generator(seed, "windows")
@@ -64,13 +74,17 @@ def windows(stream: Int[Tensor, " token"], n_rows: int, context: int, seed: int)
 def sampled_rows(
     stream: Int[Tensor, " token"], sampling: Sampling, n_rows: int, context: int, seed: int
 ) -> Int[Tensor, "row context"]:
-    """``n_rows`` random windows, or all of the text in tiles."""
+    """``n_rows`` random `windows`, or the whole text in `tiles`.
+
+    Raises:
+        ReflowlensError: the sampling is neither ``"windows"`` nor ``"tiles"``, or the stream is shorter than one row.
+    """
     if sampling not in ("windows", "tiles"):
         raise ReflowlensError(f"sampling must be 'windows' or 'tiles', got {sampling!r}")
     return tiles(stream, context) if sampling == "tiles" else windows(stream, n_rows, context, seed)
 
 
 def shuffled(stream: Int[Tensor, " token"], seed: int) -> Int[Tensor, " token"]:
-    """The same tokens in a random order: their frequencies stay, what they say does not."""
+    """The same tokens in a random order: frequencies are kept, order is not."""
     order = torch.randperm(len(stream), generator=derive_generator(seed, "shuffled_text"))
     return stream[order.to(stream.device)]

@@ -1,4 +1,4 @@
-"""How sure firing rates are, by the moving-block bootstrap: what the text says is alike from one row to the next."""
+"""Confidence intervals of firing rates by the moving-block bootstrap, as consecutive rows of a text are dependent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ _AT_ONCE = 50  # resamples
 
 
 def mean_interval(rows: ArrayLike, seed: int = 0) -> Interval:
-    """The interval of the mean of consecutive ``rows``, such as the units' mean firing rate in each row of a text.
+    """The 95% interval of the mean of consecutive ``rows``, such as the units' mean firing rate in each row of a text.
 
-    Raises ReflowlensError for fewer than 2 rows.
+    Raises:
+        ReflowlensError: there are fewer than two rows.
     """
     values = np.asarray(rows, dtype=float)
     return percentile_interval(moving_block_weights(len(values), seed=seed) @ values / len(values))
 
 
 def near_silent_interval(parts: list[UnitCounts], threshold: float, seed: int = 0) -> Interval:
-    """The interval of the share of units that fire at less than ``threshold`` of the positions, over all parts.
+    """The 95% interval of the share of units whose firing rate is below ``threshold``, over all parts.
 
-    The parts are counts of one text; a resample takes the same stretches of it for all of them. Raises ReflowlensError
-    where the text is of one stretch.
+    Args:
+        parts: counts of the same text; each resample takes the same stretches of it for all of them.
+
+    Raises:
+        ReflowlensError: the text is a single stretch.
     """
     weights = torch.from_numpy(moving_block_weights(len(parts[0].stretch_positions), seed=seed))
     shares = []
@@ -39,7 +43,7 @@ def near_silent_interval(parts: list[UnitCounts], threshold: float, seed: int = 
 
 
 def unit_rate_intervals(part: UnitCounts, units: Int[Tensor, " chosen"], seed: int = 0) -> list[Interval]:
-    """The interval of the firing rate of each of some units; NaN to NaN where the text is of one stretch."""
+    """The 95% interval of the firing rate of each chosen unit; NaN if the text is a single stretch."""
     n = len(part.stretch_positions)
     if n < 2:
         return [Interval(float("nan"), float("nan"))] * len(units)
@@ -50,5 +54,5 @@ def unit_rate_intervals(part: UnitCounts, units: Int[Tensor, " chosen"], seed: i
 def resampled_rates(
     events: Int[Tensor, "stretch unit"], part: UnitCounts, weights: Float[Tensor, "resample stretch"]
 ) -> Float[Tensor, "resample unit"]:
-    """Events over positions in each resample of the stretches."""
+    """Firing rates, events over positions, in each resample of the stretches."""
     return (weights @ events.float()) / (weights @ part.stretch_positions.float())[:, None]

@@ -1,18 +1,18 @@
-"""Does a single unit mean something? Predefined concepts, chosen on one half of a text and scored on the other.
+"""Whether single units predict a predefined concept, chosen on one half of a text and scored on the other.
 
     result = monosemanticity(rl.load_model("out/nano"), text, matched=rl.load_model("out/relu_nano"))
     result.metrics, result.frames["concepts"], result.frames["units"]
 
-Every unit of the chosen points is held against every concept of `analyses.units.concepts`. On the first half of the
-text, S1, a unit gets its best concept (by AUROC) and the threshold with the largest F1; on the second, S2, both are
-scored. Whether a concept is told at all is tested against the same text shifted along itself, with Benjamini and
+Every unit of the chosen points is scored for every concept of `analyses.units.concepts`. On the first half of the text,
+S1, a unit gets its best concept (by AUROC) and the threshold with the largest F1; on the second, S2, both are scored.
+Whether a unit predicts its concept at all is tested against labels shifted along the text, with Benjamini and
 Hochberg's correction over all units and concepts.
 
-The controls go through all of it: ``untrained``, the architecture with fresh weights; ``shuffled_text``, the model on
-the same tokens in a random order; ``permuted_units``, the model's units with their values exchanged at every
-position, which keeps how sparse a position is and no unit's identity; and ``matched``, another model on the same text.
-What a unit tells need not be what it does: the units of a concept are silenced, and so are as many others that fire as
-often.
+The controls go through the same procedure: ``untrained``, the architecture with fresh weights; ``shuffled_text``, the
+model on the same tokens in a random order; ``permuted_units``, the model's units with their values exchanged at every
+position, which keeps the sparsity of a position and loses the identity of units; and ``matched``, another model on the
+same text. What a unit predicts need not be what it does: the units of a concept are silenced, and so are equally many
+others that fire as often.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Text:
-    """A text in rows, its labels, and how many of its rows are S1; the others are S2."""
+    """A text in rows, its labels, and the number of rows that are S1; the others are S2."""
 
     tokens: Int[Tensor, "row pos"]
     labels: Bool[Tensor, "row pos concept"]
@@ -92,7 +92,7 @@ class Text:
 
     @property
     def usable(self) -> Bool[Tensor, " concept"]:
-        """Concepts that are there, and not there, often enough in both halves."""
+        """Whether a concept is both present and absent at enough positions of both halves."""
         enough = [
             (half.sum(0) >= MINIMUM_EVENTS) & ((~half).sum(0) >= MINIMUM_EVENTS) for half in self.split(self.labels)
         ]
@@ -113,22 +113,25 @@ def monosemanticity(
     quick: bool = False,
     progress: bool = False,
 ) -> Result:
-    """Which units tell a predefined concept, on text that did not choose it, and whether they are used for it.
+    """Which units predict a predefined concept on text that did not choose it, and whether they are used for it.
 
     Args:
-        text: held-out text, or its token ids.
+        text: held-out text, or its token ids [token].
         points: hook points [batch, pos, ...], or kinds as ``"mlp_post"`` (`analyses.units.points.points_named`), one or
             several; default the neurons of every block that write into the stream.
         matched: a model to compare with, such as a ReLU transformer of as many parameters on the same tokenizer.
-        rows: tiles of the text that are read, in order, half of them S1; None reads all.
-        causal: concepts whose units are silenced, those with the best units first; 0 skips it.
-        quick: 24 rows at most, and fewer shifts of the text.
+        context: tokens of a row.
+        rows: number of rows that are read from the start of the text, the first half of them S1; None reads all.
+        causal: number of concepts whose units are silenced, those with the best units first; 0 skips it.
+        seed: of the controls, shifts, draws and resamples.
+        quick: at most 24 rows, and fewer shifts of the text.
+        progress: show how far the models are.
 
     Returns:
-        A Result with frames ``units`` (a row a unit with enough events: its concept, scores on both splits and adjusted
-        p), ``concepts`` (a row a concept: its best unit and how many tell it) and ``ablation``
-        (`analyses.units.silencing`), figures ``f1`` and ``concepts``, and the metrics of ``DEFINITIONS`` beside the
-        controls.
+        A Result with frames ``units`` (a row per unit with enough events: its concept, scores on both splits and
+        adjusted p), ``concepts`` (a row per concept: its best unit and the number of units that tell it, F1 ≥ 0.8) and
+        ``ablation`` (`analyses.units.silencing`), figures ``f1`` and ``concepts``, and the metrics of ``DEFINITIONS``
+        with those of the controls.
 
     Raises:
         ReflowlensError: a point does not exist or has no positions, the text is too short, no concept or no unit occurs
@@ -203,14 +206,18 @@ def monosemanticity(
 def score_units(
     model: HookedModel, text: Text, points: Sequence[str], *, shifts: int, seed: int, permute: int | None = None
 ) -> pd.DataFrame:
-    """One row a unit with enough events on both splits, best F1 on S2 first.
+    """A row per unit with enough events on both splits, largest F1 on S2 first.
 
     Columns: ``point``, ``kind``, ``level``, ``index`` (in the point's flattened axes), ``concept``, ``auroc_s1``,
     ``auroc``, ``f1_s1``, ``f1``, ``threshold``, ``firing_rate``, ``mass_share``, ``token_entropy``, ``p`` and ``q``
     (adjusted over units and concepts).
 
     Args:
-        permute: a seed to exchange the units' values by, at each position.
+        shifts: number of shifts of the null.
+        permute: exchange the units' values at each position, by this seed; None does not.
+
+    Raises:
+        ReflowlensError: no concept occurs often enough.
     """
     usable = text.usable
     if not usable.any():
@@ -237,7 +244,7 @@ def score_units(
 
 
 def _exchanged(values: Float[Tensor, "row pos unit"], seed: int) -> Float[Tensor, "row pos unit"]:
-    """At each position every unit takes the value of the one that lies a random number of places further on."""
+    """At each position every unit takes the value of the unit a random number of indices further on."""
     n_units, generator = values.shape[-1], derive_generator(seed, "permuted_units")
     offset = torch.randint(n_units, (*values.shape[:-1], 1), generator=generator)
     return values.gather(-1, (torch.arange(n_units) + offset) % n_units)
@@ -285,7 +292,10 @@ def _score(
 def activations(
     model: HookedModel, tokens: Int[Tensor, "row pos"], point: str, batch_size: int = 2
 ) -> Iterator[tuple[int, Float[Tensor, "row pos unit"]]]:
-    """The positive part of a point's activations over a text, some units at a time: the first one's index, and they."""
+    """The positive part of a point's activations over a text, some units at a time: the first unit's index, and values.
+
+    The text is read once for each group of units, so large that their activations fill at most a gigabyte.
+    """
     n_units: int | None = None
     start, size = 0, max(1, _BYTES // (4 * tokens.numel()))
     while n_units is None or start < n_units:
@@ -303,7 +313,7 @@ def activations(
 
 
 def concepts_frame(units: pd.DataFrame) -> pd.DataFrame:
-    """One row a concept that is some unit's best: how many units, how many tell it, and the best of them."""
+    """A row per concept that is some unit's best: its units, how many of them tell it, and the best of them."""
     rows = []
     for concept, group in units.groupby("concept", sort=True):
         best = group.iloc[0]

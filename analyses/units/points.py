@@ -1,4 +1,4 @@
-"""Which hook points are meant where units are, and what kind of units a point holds."""
+"""The hook points that hold units, and the kind of units of a point."""
 
 from __future__ import annotations
 
@@ -31,13 +31,17 @@ def written_by(model: HookedModel, point: str) -> str | None:
 
 
 def points_named(model: HookedModel, names: str | Sequence[str]) -> list[str]:
-    """The hook points that are meant: each name a point, or a kind (`kind_of`), which stands for it at every level.
+    """The hook points of some names.
 
     Args:
-        names: one, or several.
+        names: one or several, each a hook point, or a kind of units (`kind_of`), which stands for the points of that
+            kind at every level.
+
+    Returns:
+        Hook points, each once, in the order of the names.
 
     Raises:
-        ReflowlensError: the model has neither, or the point has no positions.
+        ReflowlensError: the model has no such point or kind, or the point has no positions.
 
     Example: ``points_named(model, "xy_sparse")`` is ``["blocks.0.hook_xy_sparse", ...]``.
     """
@@ -62,7 +66,7 @@ def points_named(model: HookedModel, names: str | Sequence[str]) -> list[str]:
 
 
 def kind_of(point: str) -> str:
-    """The name of a kind of units: ``xy_sparse`` of ``blocks.3.hook_xy_sparse``, ``mlp_post`` of an MLP's neurons.
+    """The kind of units of a point: its name without block number and "hook".
 
     >>> kind_of("blocks.3.hook_xy_sparse"), kind_of("blocks.0.mlp.hook_post"), kind_of("unembed.hook_signal")
     ('xy_sparse', 'mlp_post', 'unembed_signal')
@@ -71,5 +75,5 @@ def kind_of(point: str) -> str:
 
 
 def level_of(point: str) -> int:
-    """The block that a point is in, -1 outside the blocks."""
+    """The index of the block that a point is in; -1 outside the blocks."""
     return int(point.split(".")[1]) if point.startswith("blocks.") else -1

@@ -1,4 +1,4 @@
-"""How well single units tell a concept: AUROC, F1 at a threshold, and the null of a text shifted against them."""
+"""How well single units predict a concept: AUROC, F1 at a threshold, and the null of labels shifted along the text."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def mean_ranks(values: Float[Tensor, "n unit"]) -> Float[Tensor, "n unit"]:
 
 
 def auroc(ranks: Float[Tensor, "n unit"], labels: Bool[Tensor, "n concept"]) -> Float[Tensor, "unit concept"]:
-    """The chance that a unit is higher at a position that has the concept than at one that has not, ties half.
+    """The probability that a unit is larger at a position with the concept than at one without it; ties count half.
 
-    NaN where all or none of the positions have the concept. (Mann and Whitney's U over the number of pairs.)
+    This is Mann and Whitney's U over the number of pairs; NaN if all positions have the concept, or none.
+
+    Args:
+        ranks: of each unit's values, from `mean_ranks`.
     """
     positives = labels.sum(dim=0).to(ranks.dtype)
     centred = ranks - (len(ranks) + 1) / 2  # large sums of ranks would cost the digits that matter
@@ -44,23 +47,23 @@ def auroc(ranks: Float[Tensor, "n unit"], labels: Bool[Tensor, "n concept"]) -> 
 
 
 class Shifted(NamedTuple):
-    """AUROC against labels shifted along the text: mean and standard deviation over shifts, and how many they are."""
+    """AUROC against labels shifted along the text: mean and standard deviation over shifts, and their number."""
 
     mean: Float[Tensor, "unit concept"]
     std: Float[Tensor, "unit concept"]
     shifts: int
 
     def pvalues(self, observed: Float[Tensor, "unit concept"]) -> NDArray[np.float64]:
-        """One-sided p of each observation as one more draw (`analyses.statistics.predictive_pvalue`)."""
+        """One-sided p of each observation as one more draw: `analyses.statistics.pvalues.predictive_pvalue`."""
         spread = (self.std * (1 + 1 / self.shifts) ** 0.5).clamp(min=1e-12)
         p = stats.t(self.shifts - 1).sf(((observed - self.mean) / spread).double().numpy())
         return np.asarray(p, dtype=np.float64)
 
 
 def shifted_auroc(ranks: Float[Tensor, "n unit"], labels: Bool[Tensor, "n concept"], shifts: int, seed: int) -> Shifted:
-    """The circular-shift null: a unit and a concept keep their own runs and rates, and lose each other.
+    """The circular-shift null: units and concepts keep their runs and rates, but not their alignment.
 
-    Shifts are drawn from 5% to 95% of the text.
+    Shifts are drawn uniformly from 5% to 95% of the number of positions.
     """
     n = len(ranks)
     generator = derive_generator(seed, "shifts")
@@ -92,7 +95,7 @@ def best_thresholds(
 def f1_at(
     values: Float[Tensor, "n unit"], labels: Bool[Tensor, "n unit"], threshold: Float[Tensor, " unit"]
 ) -> Float[Tensor, " unit"]:
-    """F1 of "value ≥ threshold" for each unit's own labels; 0 where neither says yes."""
+    """F1 of "value ≥ threshold" for each unit's own labels; 0 if neither is ever true."""
     said = values >= threshold
     hits = (said & labels).sum(dim=0)
     return 2 * hits / (said.sum(dim=0) + labels.sum(dim=0)).clamp(min=1)
@@ -101,10 +104,10 @@ def f1_at(
 def token_entropy(
     fires: Bool[Tensor, "n unit"], tokens: Int[Tensor, " n"], events: int, seed: int = 0
 ) -> Float[Tensor, " unit"]:
-    """Entropy in bits of the tokens at ``events`` random positions where a unit fires; NaN where these are fewer.
+    """Entropy in bits of the tokens at ``events`` random positions where a unit fires; NaN for units with fewer.
 
-    As many for every unit: the entropy of n events is log2(n) at most, so that over all of them a unit would seem the
-    more selective the rarer it is.
+    The number of events is the same for every unit, because the entropy of n events is at most log2(n): over all of its
+    events a unit would seem more selective the more rarely it fires.
     """
     order = torch.randperm(len(fires), generator=derive_generator(seed, "token_entropy"))
     fires = fires[order]
@@ -117,7 +120,7 @@ def token_entropy(
 
 
 def benjamini_hochberg(pvalues: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Adjusted p-values (1995): rejecting those below q keeps the expected share of false rejections below q.
+    """Benjamini and Hochberg's adjusted p-values (1995): rejecting those below q has a false discovery rate below q.
 
     >>> benjamini_hochberg(np.array([0.01, 0.02, 0.9])).round(3).tolist()
     [0.03, 0.03, 0.9]

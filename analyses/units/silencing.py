@@ -1,4 +1,4 @@
-"""Are the units that tell a concept used for it? They are silenced, and so are random others that fire as often."""
+"""Whether the units that predict a concept are used for it: they are set to 0, and so are others that fire as often."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def ablate_concepts(
     n_concepts: int,
     seed: int,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """What silencing the best units of a concept costs, on the concept and off it, beside rate-matched others.
+    """The loss that silencing the best units of a concept costs, on and off it, and the loss for rate-matched units.
 
-    Units are chosen by their F1 on S1; losses, of the token behind a position that has the concept (or has it not), are
-    of S2.
+    Units are chosen by their F1 on S1. Losses are measured on S2, of the token after a position that has the concept
+    (on) or does not (off).
 
     Args:
-        units: as `analyses.units.monosemanticity.score_units` gives them.
-        n_first: rows of S1.
-        n_concepts: those whose best units are best on S1.
+        units: from `analyses.units.monosemanticity.score_units`.
+        n_first: number of rows of S1.
+        n_concepts: number of concepts, those with the largest F1 of a unit on S1.
 
     Returns:
-        One row a concept: ``units`` silenced, the change of the mean loss ``on`` and ``off`` the concept in nats,
-        ``matched_on`` and ``matched_off`` (means over draws), and ``p`` of ``on`` less ``off`` being larger than of the
-        draws; and a note on each concept that is left out: there must be positions with it and without it, and in each
-        point twice as many other units as are silenced, for draws of almost the same units are no control.
+        A frame with a row per concept: ``units`` silenced, the change of the mean loss ``on`` and ``off`` the concept
+        in nats, ``matched_on`` and ``matched_off`` (means over draws), and ``p`` that ``on`` minus ``off`` is larger
+        than for the draws. And a note on each concept that is left out, because all positions have it, or none, or a
+        point has fewer than twice as many other units as are silenced, whose draws would be almost the same units.
     """
     generator = derive_rng(seed, "matched_units")
     chosen = units.groupby("concept")["f1_s1"].max().nlargest(n_concepts).index
@@ -91,9 +91,9 @@ def _enough(best: pd.DataFrame, others: pd.DataFrame) -> bool:
 
 
 def matched(best: pd.DataFrame, others: pd.DataFrame, generator: np.random.Generator) -> pd.DataFrame:
-    """For each unit another of its point, drawn among those nearest in firing rate; none twice.
+    """For each unit another one of the same point, drawn among those nearest in log firing rate, none twice.
 
-    There must be as many others in each point (`_enough`).
+    Each point must have enough others (`_enough`).
     """
     taken: list[int] = []
     for unit in best.to_dict("records"):

@@ -1,4 +1,4 @@
-"""What `analyses.units.firing` found, as text for a terminal."""
+"""The result of `analyses.units.firing` as text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _SPARSITY = ["active_mean", "gini", "hoyer", "participation"]
 
 
 def unit_report(result: Result, top: int = 10) -> str:
-    """The result as text: a table of levels, the metrics with intervals and controls, and the strongest contexts.
+    """A result as text: a table of levels, the metrics with intervals and controls, and the strongest contexts.
+
+    Args:
+        result: of `analyses.units.firing.unit_statistics`.
+        top: units of each kind whose context is shown.
 
     Example: ``print(unit_report(unit_statistics(model, text)))``
     """
@@ -31,7 +35,7 @@ def unit_report(result: Result, top: int = 10) -> str:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """A frame without its index, numbers to four digits, - for what is not there."""
+    """A frame without its index, numbers to four digits, missing values as ``-``."""
     return frame.to_string(index=False, float_format=lambda x: f"{x:.4g}", na_rep="-")
 
 
