@@ -6,12 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
+from typing import Generic, TypeVar
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
@@ -20,12 +24,86 @@ from analyses.statistics.verdicts import verdict
 from reflowlens.errors import ReflowlensError
 from reflowlens.signals import SignalView, random_rotation, rotate, varimax_view
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 ROTATIONS = 10
 QUICK_ROTATIONS = 4
 INVARIANT = (
     "A rotation of the signals moves no cosine and no principal component, so that the floor (rotated_basis) and the "
     "ceiling (varimax) of these metrics are the metrics themselves"
 )
+
+
+@dataclass(frozen=True)
+class Bases(Generic[T]):
+    """The same measure in every basis that a statement about single signals is held against.
+
+    Args:
+        own: in the basis of the view itself.
+        rotated: in random rotations of it, by name (``rotated_0`` and on); their mean is the floor.
+        varimax: in the rotation with the sparsest recipes, the ceiling.
+        nulls: of views with nothing in them to find, by name.
+
+    >>> Bases(0.3, {"rotated_0": 0.1, "rotated_1": 0.2}, 0.9, {"untrained": 0.0}).map(lambda x: 10 * x).controls()
+    {'untrained': 0.0, 'rotated_basis': 1.5, 'varimax': 9.0}
+    """
+
+    own: T
+    rotated: dict[str, T]
+    varimax: T
+    nulls: dict[str, T] = field(default_factory=dict)
+
+    def map(self, function: Callable[[T], U]) -> Bases[U]:
+        """What a function makes of each."""
+        rotated, nulls = ({name: function(x) for name, x in some.items()} for some in (self.rotated, self.nulls))
+        return Bases(function(self.own), rotated, function(self.varimax), nulls)
+
+    def named(self, own: str) -> dict[str, T]:
+        """Each by its name; ``own``: that of the view's own basis."""
+        return {own: self.own, **self.nulls, **self.rotated, "varimax": self.varimax}
+
+    def series(self, own: str) -> dict[str, list[T]]:
+        """As figures show them: all random rotations are one series, ``rotated_basis``."""
+        single = {own: self.own, **self.nulls, "varimax": self.varimax}
+        return {name: [x] for name, x in single.items()} | {"rotated_basis": [*self.rotated.values()]}
+
+    def controls(self: Bases[float]) -> dict[str, float]:
+        """What stands beside a metric: the nulls, the floor and the ceiling."""
+        return {**self.nulls, "rotated_basis": float(np.mean([*self.rotated.values()])), "varimax": self.varimax}
+
+
+def in_bases(
+    measure: Callable[[SignalView], T],
+    view: SignalView,
+    nulls: Mapping[str, SignalView],
+    *,
+    rotations: int,
+    seed: int,
+    experiment: str,
+    progress: bool = False,
+) -> Bases[T]:
+    """Measure a view, its nulls, random rotations that are drawn for one experiment, and its varimax rotation.
+
+    A rotated recipe is in memory while it is measured.
+
+    Raises:
+        ReflowlensError: fewer than 2 rotations.
+    """
+    check_rotations(rotations)
+    rotated = rotated_views(view, rotations, seed, experiment)
+    bar = tqdm(rotated, total=rotations, desc=experiment.replace("_", " "), disable=not progress)
+    return Bases(
+        own=measure(view),
+        nulls={name: measure(null) for name, null in nulls.items()},
+        rotated={name: measure(other) for name, other in bar},
+        varimax=measure(varimax_view(view, seed=seed)),
+    )
+
+
+def by_metric(headlines: Bases[dict[str, T]]) -> dict[str, Bases[T]]:
+    """Numbers by basis and metric, by metric and basis."""
+    return {metric: headlines.map(itemgetter(metric)) for metric in headlines.own}
 
 
 def check_rotations(rotations: int) -> None:
@@ -40,30 +118,20 @@ def random_rotations(n: int, rotations: int, seed: int, experiment: str) -> Iter
         yield f"rotated_{i}", random_rotation(n, derive_seed(seed, experiment, "rotated_basis", i))
 
 
-def other_bases(view: SignalView, rotations: int, seed: int, experiment: str) -> Iterator[tuple[str, SignalView]]:
-    """``rotations`` random rotations of a view, drawn for one experiment, and the ``varimax`` one.
-
-    Raises ReflowlensError for fewer than 2 rotations.
-    """
-    check_rotations(rotations)
+def rotated_views(view: SignalView, rotations: int, seed: int, experiment: str) -> Iterator[tuple[str, SignalView]]:
+    """A view in the `random_rotations` of an experiment."""
     for name, rotation in random_rotations(view.n_signals, rotations, seed, experiment):
         yield name, rotate(view, rotation)
-    yield "varimax", varimax_view(view, seed=seed)
 
 
-def rotated_values(values: Mapping[str, float]) -> list[float]:
-    """The numbers of the random rotations, of numbers by basis."""
-    return [value for basis, value in values.items() if basis.startswith("rotated_")]
-
-
-def basis_controls(values: Mapping[str, float]) -> dict[str, float]:
-    """The floor, a mean over rotations, and the ceiling of a metric; ``values`` by basis (`other_bases`)."""
-    return {"rotated_basis": float(np.mean(rotated_values(values))), "varimax": values["varimax"]}
+def as_one_basis(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose column ``basis`` calls every random rotation ``rotated_basis``."""
+    return frame.replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
 
 
 def basis_verdicts(
     findings: Mapping[str, Finding],
-    nulls: Mapping[str, Sequence[float]],
+    values: Mapping[str, Bases[float]],
     alternatives: Mapping[str, Alternative],
     units: Mapping[str, int],
     *,
@@ -77,13 +145,14 @@ def basis_verdicts(
 
     Args:
         findings: with intervals.
-        nulls: metric -> its values in random rotations.
-        alternatives: metric -> "greater" or "less", whichever a privileged basis would be.
+        values: metric -> its value in every basis.
+        alternatives: the metrics that are judged -> "greater" or "less", whichever a privileged basis would be.
         units: metric -> how many units its interval was taken over.
 
     Returns:
-        The findings, those of ``nulls`` with their verdicts, and notes that tell the p-values.
+        The findings, those of ``alternatives`` with their verdicts, and notes that tell the p-values.
     """
+    nulls = {metric: [*values[metric].rotated.values()] for metric in alternatives}
     raw = [predictive_pvalue(findings[metric].value, null, alternatives[metric]) for metric, null in nulls.items()]
     judged, notes = dict(findings), []
     for (metric, null), p, adjusted in zip(nulls.items(), raw, holm(raw).tolist(), strict=True):
@@ -100,20 +169,15 @@ def basis_verdicts(
     return judged, notes
 
 
-def add_basis_controls(result: Result, metric: str, values: Mapping[str, float]) -> None:
-    """Put the floor and the ceiling beside a metric; ``values`` by basis (`other_bases`)."""
-    result.controls[metric] = result.controls.get(metric, {}) | basis_controls(values)
-
-
 def add_basis_verdicts(
     result: Result,
-    nulls: Mapping[str, Sequence[float]],
+    values: Mapping[str, Bases[float]],
     alternatives: Mapping[str, Alternative],
     units: Mapping[str, int],
     *,
     minimum_units: int,
 ) -> None:
     """`basis_verdicts` of a result's findings."""
-    judged, notes = basis_verdicts(result.findings, nulls, alternatives, units, minimum_units=minimum_units)
+    judged, notes = basis_verdicts(result.findings, values, alternatives, units, minimum_units=minimum_units)
     result.verdicts |= {metric: finding.verdict for metric, finding in judged.items() if finding.verdict}
     result.notes += notes

@@ -9,21 +9,19 @@ identity view has no basis of its own, only the embedding E = R B, which is meas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm import tqdm
 
 from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
-    add_basis_controls,
+    Bases,
     add_basis_verdicts,
-    other_bases,
-    rotated_values,
+    by_metric,
+    in_bases,
 )
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.basis_geometry.alignment import Alignment, measure_alignment, read_residuals
@@ -124,16 +122,23 @@ def basis_geometry(
     rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
     draws = QUICK_GAUSSIANS if quick else GAUSSIANS
     spectra = {"E": _embedding_spectrum(chosen, untrained, draws, seed)}
-    coherences: dict[str, Coherence] = {}
+    coherences: Bases[Coherence] | None = None
     alignments: dict[str, Alignment] = {}
     notes = []
     if chosen.name == "identity":
         notes.append("only E is measured: the basis of the identity view is the identity, which has no geometry")
     else:
         spectra = {"B": _basis_spectrum(chosen, untrained, draws, seed)} | spectra
-        bases = _bases(chosen, untrained, rotations, seed)
-        bar = tqdm(bases, total=rotations + 4, desc="basis geometry", disable=not progress)
-        coherences = {name: measure_coherence(basis) for name, basis in bar}
+        gaussian = gaussian_matrix(chosen.n_signals, d_model, 1.0, derive_seed(seed, "basis_geometry"))
+        coherences = in_bases(
+            lambda each: measure_coherence(each.basis),
+            chosen,
+            {"gaussian": dataclasses.replace(chosen, basis=gaussian), "untrained": untrained},
+            rotations=rotations,
+            seed=seed,
+            experiment="basis_geometry",
+            progress=progress,
+        )
         alignments, why = _alignments(chosen, untrained, texts, k, draws, seed)
         notes += why
     frames = geometry_frames(chosen, spectra, coherences, alignments, seed)
@@ -192,18 +197,6 @@ def _embedding_spectrum(view: SignalView, untrained: SignalView, draws: int, see
     return compare_spectrum(own, fresh, len(view.recipe), draws, derive_seed(seed, "basis_geometry", "E"))
 
 
-def _bases(
-    view: SignalView, untrained: SignalView, rotations: int, seed: int
-) -> Iterator[tuple[str, Float[Tensor, "S d_model"]]]:
-    """The basis, its nulls, the floor and the ceiling."""
-    yield "trained", view.basis
-    n_signals, d_model = view.basis.shape
-    yield "gaussian", gaussian_matrix(n_signals, d_model, 1.0, derive_seed(seed, "basis_geometry"))
-    yield "untrained", untrained.basis
-    for name, other in other_bases(view, rotations, seed, "basis_geometry"):
-        yield name, other.basis
-
-
 def _alignments(
     view: SignalView, untrained: SignalView, texts: Sequence[str], k: int, draws: int, seed: int
 ) -> tuple[dict[str, Alignment], list[str]]:
@@ -254,22 +247,19 @@ def _add_spectra(result: Result, spectra: dict[str, Spectrum]) -> None:
         }
 
 
-def _add_coherence(result: Result, coherences: dict[str, Coherence], view: SignalView, seed: int) -> None:
-    headlines = {name: coherence.headline() for name, coherence in coherences.items()}
-    for metric in headlines["trained"]:
-        values = {name: headline[metric] for name, headline in headlines.items()}
-        result.metrics[metric] = values["trained"]
-        result.controls[metric] = {name: values[name] for name in ("gaussian", "untrained")}
-        add_basis_controls(result, metric, values)
+def _add_coherence(result: Result, coherences: Bases[Coherence], view: SignalView, seed: int) -> None:
+    values = by_metric(coherences.map(Coherence.headline))
+    for metric, found in values.items():
+        result.metrics[metric] = found.own
+        result.controls[metric] = found.controls()
     result.controls["coherence_max"]["welch_bound"] = welch_bound(*view.basis.shape)
-    own = coherences["trained"].mean
+    own = coherences.own.mean
     result.intervals["coherence_mean"] = bootstrap_interval(own, seed=seed)
-    if headlines["trained"]["coherence_max"] < ORTHOGONAL:  # to the rotations it would be less by their rounding
+    if values["coherence_max"].own < ORTHOGONAL:  # to the rotations it would be less by their rounding
         result.notes.append("no verdict on coherence_mean: the signals of this basis are orthogonal by making")
         return
-    nulls = {"coherence_mean": rotated_values({name: each["coherence_mean"] for name, each in headlines.items()})}
     add_basis_verdicts(
-        result, nulls, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
+        result, values, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
     )
 
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from analyses.controls.bases import Bases
 from analyses.experiments.basis_geometry.alignment import Alignment
 from analyses.experiments.basis_geometry.coherence import CENTRES, Coherence, cosine_matrix
 from analyses.experiments.basis_geometry.spectra import Spectrum
@@ -30,7 +31,7 @@ CONTROLS = (
 def geometry_frames(
     view: SignalView,
     spectra: Mapping[str, Spectrum],
-    coherences: Mapping[str, Coherence],
+    coherences: Bases[Coherence] | None,
     alignments: Mapping[str, Alignment],
     seed: int,
 ) -> dict[str, pd.DataFrame]:
@@ -42,7 +43,7 @@ def geometry_frames(
     }
     if coherences:
         cosines = cosine_matrix(view.basis).cpu()
-        frames["signals"] = _signal_frame(view, coherences["trained"], cosines)
+        frames["signals"] = _signal_frame(view, coherences.own, cosines)
         frames["cosines"] = _cosine_frame(coherences)
         frames["gram"] = _gram_frame(cosines)
     if alignments:
@@ -151,11 +152,10 @@ def _signal_frame(view: SignalView, coherence: Coherence, cosines: torch.Tensor)
     return frame.sort_values("coherence_max", ascending=False, kind="stable", ignore_index=True)
 
 
-def _cosine_frame(coherences: Mapping[str, Coherence]) -> pd.DataFrame:
+def _cosine_frame(coherences: Bases[Coherence]) -> pd.DataFrame:
     """Shares of pairs by bin of cosine and basis, rotations in the mean, without the empty ends."""
-    rotated = [coherence.density for name, coherence in coherences.items() if name.startswith("rotated_")]
-    densities = {name: coherence.density for name, coherence in coherences.items() if not name.startswith("rotated_")}
-    densities["rotated_basis"] = np.mean(rotated, axis=0)
+    series = coherences.series("trained")
+    densities = {name: np.mean([each.density for each in some], axis=0) for name, some in series.items()}
     filled = np.flatnonzero(sum(densities.values()))
     kept = slice(filled.min(), filled.max() + 1)
     frames = [

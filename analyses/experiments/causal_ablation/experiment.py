@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.controls.bases import ROTATIONS, add_basis_controls, add_basis_verdicts, other_bases, rotated_values
+from analyses.controls.bases import ROTATIONS, Bases, add_basis_verdicts, by_metric, check_rotations, rotated_views
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.causal_ablation.figures import ablation_figures
 from analyses.measures.knockout import (
@@ -44,7 +44,7 @@ from reflowlens.ablations.upstream import Site, ablate_upstream
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import SignalView, ViewName, varimax_view, view_of
 
 MINIMUM_PROMPTS = 20
 RECOVERED = 0.9
@@ -115,30 +115,29 @@ def causal_ablation(
         raise ReflowlensError("causal_ablation needs at least two factual prompts in the lexicon")
     if not lexicon.neutral_texts:
         raise ReflowlensError("causal_ablation needs neutral_texts in the lexicon: they are its reference text")
+    check_rotations(rotations)
     prompt = prompt if prompt is not None else prompts[0]
     detail = residual_stack(model, prompt)[-1]
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
     untrained = real_tokens(untrained_view(chosen, seed))
     own = derive_seed(seed, "causal_ablation")
-    bases = dict(other_bases(chosen, rotations, seed, "causal_ablation"))
-    bar = tqdm(total=3 + len(bases), desc="causal ablation", disable=not progress)
-    native = _measure(chosen, final, derive_seed(own, "model"))
-    bar.update()
+    rotated = dict(rotated_views(chosen, rotations, seed, "causal_ablation"))
+    views = Bases(chosen, rotated, varimax_view(chosen, seed=seed))
+    bar = tqdm(rotated.items(), desc="causal ablation", disable=not progress)
     fresh = residual_stack(untrained.model, prompts)[-1]
-    controls = {"untrained": _measure(untrained, fresh, derive_seed(own, "untrained"))}
-    bar.update()
-    for name, other in bases.items():
-        controls[name] = _measure(other, final, derive_seed(own, name))
-        bar.update()
+    bases = Bases(
+        own=_measure(chosen, final, derive_seed(own, "model")),
+        nulls={"untrained": _measure(untrained, fresh, derive_seed(own, "untrained"))},
+        rotated={name: _measure(other, final, derive_seed(own, name)) for name, other in bar},
+        varimax=_measure(views.varimax, final, derive_seed(own, "varimax")),
+    )
     frames = {
         "signals": _signal_frame(model, chosen, prompt, target_id, lexicon, own),
-        "prompts": _prompts_frame(native, controls, prompts),
-        "curves": _curve_frame(native, controls, seed),
+        "prompts": _prompts_frame(bases, prompts),
+        "curves": _curve_frame(bases, seed),
     }
     frames["sites"] = _site_frame(model, chosen, prompt, target_id, frames["signals"], own)
-    bar.update()
-    bar.close()
     result = Result(
         name="causal_ablation",
         title="Causal Ablation",
@@ -157,12 +156,12 @@ def causal_ablation(
         definitions=DEFINITIONS,
         published=PUBLISHED,
     )
-    result = _with_metrics(result, native, controls, seed)
+    result = _with_metrics(result, bases, seed)
     at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
     result.controls["probability_before"] = {"untrained": float(at_start[0, target_id].exp())}
-    result.controls["probability_after_one"] = {"random_signal": float(frames["signals"]["after_zero"].mean())}
-    least = {name: _least_without_one(other, detail, target_id) for name, other in bases.items()}
-    add_basis_controls(result, "probability_after_one", least)
+    least = views.map(lambda view: _least_without_one(view, detail, target_id))
+    random_signal = {"random_signal": float(frames["signals"]["after_zero"].mean())}
+    result.controls["probability_after_one"] = random_signal | least.controls()
     return result
 
 
@@ -224,9 +223,8 @@ def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int
     )
 
 
-def _with_metrics(result: Result, native: Measured, controls: dict[str, Measured], seed: int) -> Result:
-    values = native.headline()
-    headlines = {name: measured.headline() for name, measured in controls.items()}
+def _with_metrics(result: Result, bases: Bases[Measured], seed: int) -> Result:
+    native = bases.own
     beside = {
         "remaining_after_one": {name: native.single[name] for name in ("random_signal", "matched_signal")},
         "knockout_area": {"matched_signal": native.area("matched")},
@@ -235,17 +233,15 @@ def _with_metrics(result: Result, native: Measured, controls: dict[str, Measured
     signals = result.frames["signals"]
     result.metrics["probability_before"] = float(signals["probability_before"].iloc[0])
     result.metrics["probability_after_one"] = float(signals["after_zero"].min())
-    nulls = {}
+    values = by_metric(bases.map(Measured.headline))
+    means = {metric: found.map(lambda per_prompt: float(per_prompt.mean())) for metric, found in values.items()}
     for metric, per_prompt in values.items():
-        means = {name: float(headline[metric].mean()) for name, headline in headlines.items()}
-        nulls[metric] = rotated_values(means)
-        result.metrics[metric] = float(per_prompt.mean())
-        result.intervals[metric] = bootstrap_interval(per_prompt, seed=seed)
-        result.controls[metric] = {name: float(value.mean()) for name, value in beside[metric].items()}
-        result.controls[metric]["untrained"] = means["untrained"]
-        add_basis_controls(result, metric, means)
-    units = {metric: len(per_prompt) for metric, per_prompt in values.items()}
-    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
+        result.metrics[metric] = means[metric].own
+        result.intervals[metric] = bootstrap_interval(per_prompt.own, seed=seed)
+        result.controls[metric] = {name: float(each.mean()) for name, each in beside[metric].items()}
+        result.controls[metric] |= means[metric].controls()
+    units = dict.fromkeys(means, len(native.worst))
+    add_basis_verdicts(result, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
     return result
 
 
@@ -346,9 +342,9 @@ def _sites(model: HookedModel) -> list[Site]:
     return ["embed", *layers, "everywhere"] if model.cfg.tie_word_embeddings else [*layers]
 
 
-def _prompts_frame(native: Measured, controls: dict[str, Measured], prompts: list[str]) -> pd.DataFrame:
+def _prompts_frame(bases: Bases[Measured], prompts: list[str]) -> pd.DataFrame:
     frames = []
-    for name, measured in {"native": native, **controls}.items():
+    for name, measured in bases.named("native").items():
         frames.append(
             pd.DataFrame(
                 {
@@ -364,16 +360,16 @@ def _prompts_frame(native: Measured, controls: dict[str, Measured], prompts: lis
     return pd.concat(frames, ignore_index=True)
 
 
-def _curve_frame(native: Measured, controls: dict[str, Measured], seed: int) -> pd.DataFrame:
+def _curve_frame(bases: Bases[Measured], seed: int) -> pd.DataFrame:
     """Mean curves over prompts with pointwise bootstrap bands."""
-    curves = dict(native.curves)
-    rotated = [m.curves for name, m in controls.items() if name.startswith("rotated")]
+    curves = dict(bases.own.curves)
     for order in ("contribution", "keep"):
-        curves[f"{order}, rotated basis"] = np.mean([c[order] for c in rotated], axis=0)
+        rotated = [measured.curves[order] for measured in bases.rotated.values()]
+        curves[f"{order}, rotated basis"] = np.mean(rotated, axis=0)
     frames = []
     for order, curve in curves.items():
         low, high = bootstrap_band(curve, seed=seed)
         frames.append(
-            pd.DataFrame({"order": order, "removed": native.counts, "left": curve.mean(0), "low": low, "high": high})
+            pd.DataFrame({"order": order, "removed": bases.own.counts, "left": curve.mean(0), "low": low, "high": high})
         )
     return pd.concat(frames, ignore_index=True)

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.controls.bases import as_one_basis
 from analyses.statistics.intervals import bootstrap_interval
 from reflowlens.figures.builders import bars, histogram_with_control, line_with_band
 from reflowlens.figures.style import COUNTS_ON_A_LOGARITHM
@@ -20,7 +21,6 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str, seed: int) ->
     strongest = signals.nsmallest(20, "after_zero").assign(name=lambda frame: frame["signal"].map("signal {}".format))
     target, before = signals["target"].iloc[0], signals["probability_before"].iloc[0]
     sites = frames["sites"].groupby(["site", "group"], sort=False)["left"].apply(_mean_with_interval, seed).unstack()
-    prompts = frames["prompts"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
     curves = frames["curves"].query("removed > 0")  # nothing is removed, or kept, at 0, which a logarithm cannot show
     kept = curves["order"].str.startswith("keep")
     knockout, sufficiency = (
@@ -76,7 +76,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str, seed: int) ->
             y_title="share of the probability left",
         ),
         "single": histogram_with_control(
-            prompts,
+            as_one_basis(frames["prompts"]),
             "remaining_after_one",
             "basis",
             controls=("untrained", "varimax", "rotated_basis"),

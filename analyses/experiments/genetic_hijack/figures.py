@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.controls.bases import as_one_basis
 from reflowlens.figures.builders import dots, line_with_band
 from reflowlens.figures.table import table
 
@@ -18,10 +19,8 @@ def hijack_figures(frames: dict[str, pd.DataFrame], beta: float) -> dict[str, go
         beta: of the headline, which the table shows.
     """
     curves = _curves(frames["edits"])
-    means = frames["signals"].replace({"basis": r"rotated_\d+"}, "rotated_basis", regex=True)
-    means = (
-        means.groupby(["edit", "basis", "signal"], sort=False)[["effect", "share_of_direction"]].mean().reset_index()
-    )
+    signals = as_one_basis(frames["signals"]).groupby(["edit", "basis", "signal"], sort=False)
+    means = signals[["effect", "share_of_direction"]].mean().reset_index()
     hover = ["beta", "valence_low", "valence_high", "perplexity", "distinct_2", "locality_kl"]
     fluency = line_with_band(
         curves,

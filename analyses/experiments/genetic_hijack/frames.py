@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analyses.controls.bases import random_rotations
+from analyses.controls.bases import rotated_views
 from analyses.experiments.genetic_hijack.edits import RecipeEdits, replacements, strongest_signal
 from analyses.experiments.genetic_hijack.measure import Outcome, Probe, Written
 from analyses.measures.sentiment import Poles
 from analyses.statistics.intervals import bootstrap_band
 from reflowlens.models.reflow_topk import ReFlowTopK
-from reflowlens.signals import SignalView, rotate
+from reflowlens.signals import SignalView
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def signals_frame(probe: Probe, view: SignalView, poles: Poles, rotations: int, 
     """Silence and graft in the trained basis and in random rotations of it, a row a carrier."""
     bases = {view.name: view}
     if not isinstance(view.model, ReFlowTopK):
-        turned = random_rotations(view.n_signals, rotations, seed, "genetic_hijack")
-        bases |= {name: rotate(view, rotation) for name, rotation in turned}
+        bases |= rotated_views(view, rotations, seed, "genetic_hijack")
     before = probe.log_odds()
     frames = []
     for basis, some in bases.items():

@@ -9,7 +9,6 @@ they are stands beside ``rotated_basis``, the floor, and ``varimax``, the ceilin
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,16 +17,14 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from analyses.controls.bases import (
     INVARIANT,
     QUICK_ROTATIONS,
     ROTATIONS,
-    add_basis_controls,
+    Bases,
     add_basis_verdicts,
-    other_bases,
-    rotated_values,
+    in_bases,
 )
 from analyses.controls.nulls import permuted_labels, recipe_nulls
 from analyses.experiments.recipe_atlas.figures import (
@@ -139,17 +136,20 @@ def recipe_atlas(
     own = derive_seed(seed, "recipe_atlas")
     probed = derive_rng(own, "probes").permutation(words.ids)[:OVERLAP_PROBES]
     has_embedding = chosen.name != "identity"
-    bar = tqdm(total=rotations + 5, desc="recipe atlas", disable=not progress)
+    nulls = dict(recipe_nulls(chosen, seed, "recipe_atlas"))
     spaces: dict[str, Space] = {}
-    for name, other in itertools.chain([("R", chosen)], recipe_nulls(chosen, seed, "recipe_atlas")):
+    for name, other in {"R": chosen, **nulls}.items():
         overlap = overlap_with_embedding(other, probed, candidates, k) if has_embedding else None
         spaces[name] = Space.of(other.recipe, words.ids, named, pairs, overlap)
-        bar.update()
-    poles = {name: codebook_poles(space.rows, words.labels, pole_words) for name, space in spaces.items()}
-    for name, other in other_bases(chosen, rotations, seed, "recipe_atlas"):
-        poles[name] = codebook_poles(other.recipe[words.ids], words.labels, pole_words)
-        bar.update()
-    bar.close()
+    poles = in_bases(
+        lambda each: codebook_poles(each.recipe[words.ids].float(), words.labels, pole_words),
+        chosen,
+        nulls,
+        rotations=rotations,
+        seed=seed,
+        experiment="recipe_atlas",
+        progress=progress,
+    )
     matched = frequency_matched(words.ids, candidates, seed=own)
     spaces["random_words"] = Space.of(chosen.recipe, matched, {}, pairs)
     if has_embedding:
@@ -164,7 +164,7 @@ def recipe_atlas(
             {"random_words": [text.strip(" ") for text in model.tokenizer.to_str_tokens(matched)]},
         ),
         "similarity": similarity_frame(spaces["R"].rows, words),
-        "codebooks": codebook_frame(words, poles["R"]),
+        "codebooks": codebook_frame(words, poles.own),
         "purity": purity_frame(poles),
     }
     random_cosines = {
@@ -303,29 +303,27 @@ def _add_overlap(result: Result, spaces: Mapping[str, Space], metric: str, seed:
 
 def _add_purity(
     result: Result,
-    poles: Mapping[str, Poles],
+    poles: Bases[Poles],
     rows: Float[Tensor, "word S"],
     words: LabelledWords,
     pole_words: int,
     seed: int,
 ) -> None:
-    purities = {name: each.signal_purity() for name, each in poles.items()}
-    means = {name: float(np.nanmean(values)) for name, values in purities.items() if np.isfinite(values).any()}
-    if "R" not in means:
+    means = poles.map(Poles.mean_purity)
+    if not np.isfinite([means.own, *means.rotated.values(), means.varimax]).all():
         result.notes.append(f"codebook_purity is absent: no signal has {pole_words} lexicon words of one sign")
         return
     orders = permuted_labels(words.labels, POLE_PERMUTATIONS, derive_seed(seed, "recipe_atlas", "codebook_purity"))
     permuted = [np.nanmean(codebook_poles(rows, labels, pole_words).signal_purity()) for labels in orders]
-    own = purities["R"][np.isfinite(purities["R"])]
-    result.metrics["codebook_purity"] = means["R"]
+    own = poles.own.signal_purity()
+    own = own[np.isfinite(own)]
+    result.metrics["codebook_purity"] = means.own
     result.intervals["codebook_purity"] = bootstrap_interval(own, seed=seed)
-    nulls = ("shuffled_recipe", "gaussian", "untrained")
-    result.controls["codebook_purity"] = {name: means[name] for name in nulls if name in means}
-    result.controls["codebook_purity"]["label_permutation"] = float(np.mean(permuted))
-    add_basis_controls(result, "codebook_purity", means)
+    controls = {"label_permutation": float(np.mean(permuted)), **means.controls()}
+    result.controls["codebook_purity"] = {name: value for name, value in controls.items() if np.isfinite(value)}
     add_basis_verdicts(
         result,
-        {"codebook_purity": rotated_values(means)},
+        {"codebook_purity": means},
         {"codebook_purity": "greater"},
         {"codebook_purity": len(own)},
         minimum_units=MINIMUM_UNITS,

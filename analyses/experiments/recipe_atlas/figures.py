@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.controls.bases import Bases, as_one_basis
 from analyses.experiments.recipe_atlas.pairs import Pairs, label_cosines, share_label, top_pairs
 from analyses.experiments.recipe_atlas.purity import POLES, Poles
 from analyses.measures.neighbors import cosine_neighbors
@@ -112,14 +113,13 @@ def codebook_frame(words: LabelledWords, poles: Poles) -> pd.DataFrame:
     return pd.concat(frames).sort_values("purity", ascending=False, kind="stable", ignore_index=True)
 
 
-def purity_frame(poles: Mapping[str, Poles]) -> pd.DataFrame:
+def purity_frame(poles: Bases[Poles]) -> pd.DataFrame:
     """A row a basis and signal; all rotations are one basis."""
     frames = []
-    for name, each in poles.items():
-        basis = {"R": "trained"}.get(name, "rotated_basis" if name.startswith("rotated_") else name)
+    for basis, each in poles.named("trained").items():
         purity = each.signal_purity()
         frames.append(pd.DataFrame({"basis": basis, "signal": range(len(purity)), "purity": purity}))
-    return pd.concat(frames, ignore_index=True)
+    return as_one_basis(pd.concat(frames, ignore_index=True))
 
 
 def random_band(rows: Float[Tensor, "word S"]) -> tuple[float, float]:

@@ -33,6 +33,11 @@ class Poles:
         sums = np.where(counted, self.purity, 0.0).sum(axis=0)
         return np.divide(sums, counted.sum(axis=0), out=np.full(len(sums), np.nan), where=counted.any(axis=0))
 
+    def mean_purity(self) -> float:
+        """Mean over the signals that have a pole; NaN where none has."""
+        purity = self.signal_purity()
+        return float(np.nanmean(purity)) if np.isfinite(purity).any() else np.nan
+
 
 def codebook_poles(rows: Float[Tensor, "word S"], labels: NDArray[np.int64], n: int = 12) -> Poles:
     """The ``n`` labelled words at either end of each signal, and the purity of their labels.

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from analyses.controls.bases import (
     ROTATIONS,
-    add_basis_controls,
+    Bases,
     add_basis_verdicts,
+    by_metric,
     check_rotations,
     random_rotations,
-    rotated_values,
 )
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.signal_flow.contributions import (
@@ -132,21 +132,17 @@ def signal_flow(
     check_rotations(rotations)
     prompt = prompt if prompt is not None else prompts[0]
     frames = detail_frames(chosen, prompt, target, position, signal, k)
-    bar = tqdm(total=3 + rotations, desc="signal flow", disable=not progress)
     reading = read_contributions(chosen, prompts)
     untrained = read_contributions(untrained_view(chosen, seed), prompts)
-    flows = {"model": Flow.of(reading, k), "untrained": Flow.of(untrained, k)}
-    bar.update(2)
-    turned = reading.rotated(varimax_rotation(chosen.recipe[: chosen.n_tokens], seed=seed))
-    flows["varimax"] = Flow.of(turned, k)
-    bar.update()
-    rotation_error = 0.0
-    for name, rotation in random_rotations(chosen.n_signals, rotations, seed, "signal_flow"):
-        turned = reading.rotated(rotation)
-        flows[name] = Flow.of(turned, k)
-        rotation_error = max(rotation_error, turned.sum_error())
-        bar.update()
-    bar.close()
+    drawn = random_rotations(chosen.n_signals, rotations, seed, "signal_flow")
+    bar = tqdm(drawn, total=rotations, desc="signal flow", disable=not progress)
+    sparsest = varimax_rotation(chosen.recipe[: chosen.n_tokens], seed=seed)
+    flows = Bases(
+        own=Flow.of(reading, k),
+        nulls={"untrained": Flow.of(untrained, k)},
+        rotated={name: Flow.of(reading.rotated(rotation), k) for name, rotation in bar},
+        varimax=Flow.of(reading.rotated(sparsest), k),
+    )
     readings = {"model": reading, "untrained": untrained}
     frames |= {
         "prompts": _prompt_frame(flows, prompts),
@@ -176,8 +172,11 @@ def signal_flow(
     )
     _enter_leading(result, flows, chosen.n_signals, k, seed)
     _enter_attention_share(result, readings, seed)
-    result.metrics |= {"sum_error": reading.sum_error(), "split_error": reading.split_error()}
-    result.controls["sum_error"] = {"rotated_basis": rotation_error, "untrained": untrained.sum_error()}
+    result.metrics |= {"sum_error": flows.own.sum_error, "split_error": reading.split_error()}
+    result.controls["sum_error"] = {
+        "rotated_basis": max(flow.sum_error for flow in flows.rotated.values()),
+        "untrained": flows.nulls["untrained"].sum_error,
+    }
     result.controls["split_error"] = {"untrained": untrained.split_error()}
     return result
 
@@ -190,6 +189,7 @@ class Flow(NamedTuple):
     overlap: NDArray[np.float64]
     births: NDArray[np.float64]
     deaths: NDArray[np.float64]
+    sum_error: float
 
     @classmethod
     def of(cls, reading: Reading, k: int) -> Flow:
@@ -197,18 +197,17 @@ class Flow(NamedTuple):
         contributions = reading.contributions()[::2]
         leading = leading_signals(contributions, k)
         before, after = leading[:-1], leading[1:]
-        return cls(
-            *(
-                each.double().cpu().numpy()
-                for each in (
-                    leading_share(contributions[-1], k),
-                    mean_lead_since(leading),
-                    neighbour_overlap(leading),
-                    (after & ~before).sum(dim=-1),
-                    (before & ~after).sum(dim=-1),
-                )
+        share, since, overlap, births, deaths = (
+            each.double().cpu().numpy()
+            for each in (
+                leading_share(contributions[-1], k),
+                mean_lead_since(leading),
+                neighbour_overlap(leading),
+                (after & ~before).sum(dim=-1),
+                (before & ~after).sum(dim=-1),
             )
         )
+        return cls(share, since, overlap, births, deaths, reading.sum_error())
 
     def headline(self) -> dict[str, NDArray[np.float64]]:
         """The metrics with a rotation null, one value a prompt."""
@@ -219,18 +218,16 @@ class Flow(NamedTuple):
         }
 
 
-def _enter_leading(result: Result, flows: dict[str, Flow], n_signals: int, k: int, seed: int) -> None:
+def _enter_leading(result: Result, flows: Bases[Flow], n_signals: int, k: int, seed: int) -> None:
     """The metrics that speak of single signals, between their floor and their ceiling."""
-    nulls = {}
-    for metric, per_prompt in flows["model"].headline().items():
-        means = {name: float(flow.headline()[metric].mean()) for name, flow in flows.items()}
-        nulls[metric] = rotated_values(means)
-        result.metrics[metric] = means["model"]
-        result.intervals[metric] = bootstrap_interval(per_prompt, seed=seed)
-        add_basis_controls(result, metric, means)
-        result.controls[metric]["untrained"] = means["untrained"]
-    units = dict.fromkeys(nulls, len(flows["model"].share))
-    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
+    values = by_metric(flows.map(Flow.headline))
+    means = {metric: found.map(lambda per_prompt: float(per_prompt.mean())) for metric, found in values.items()}
+    for metric, per_prompt in values.items():
+        result.metrics[metric] = means[metric].own
+        result.intervals[metric] = bootstrap_interval(per_prompt.own, seed=seed)
+        result.controls[metric] = means[metric].controls()
+    units = dict.fromkeys(means, len(flows.own.share))
+    add_basis_verdicts(result, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
     result.controls["leading_share"]["random_signal"] = k / n_signals
     result.controls["neighbour_overlap"]["random_signal"] = random_overlap(n_signals, k)
 
@@ -252,18 +249,17 @@ def _enter_attention_share(result: Result, readings: dict[str, Reading], seed: i
     result.controls["attention_share"] = {"untrained": float(shares["untrained"].mean())}
 
 
-def _prompt_frame(flows: dict[str, Flow], prompts: list[str]) -> pd.DataFrame:
-    frames = [pd.DataFrame({"basis": name, "prompt": prompts, **flow.headline()}) for name, flow in flows.items()]
+def _prompt_frame(flows: Bases[Flow], prompts: list[str]) -> pd.DataFrame:
+    by_name = {"model": flows.own, **flows.nulls, "varimax": flows.varimax, **flows.rotated}
+    frames = [pd.DataFrame({"basis": name, "prompt": prompts, **flow.headline()}) for name, flow in by_name.items()]
     return pd.concat(frames, ignore_index=True)
 
 
-def _layer_frame(flows: dict[str, Flow], seed: int) -> pd.DataFrame:
+def _layer_frame(flows: Bases[Flow], seed: int) -> pd.DataFrame:
     """What a block does to the leading signals: means over prompts, of the rotations together one row a block."""
-    rotated = [flow for name, flow in flows.items() if name.startswith("rotated")]
-    mean = Flow(*(np.mean(values, axis=0) for values in zip(*rotated, strict=True)))
-    shown = {name: flow for name, flow in flows.items() if not name.startswith("rotated")} | {"rotated_basis": mean}
     frames = []
-    for name, flow in shown.items():
+    for name, some in flows.series("model").items():
+        flow = Flow(*(np.mean(values, axis=0) for values in zip(*some, strict=True)))
         low, high = bootstrap_band(flow.overlap.T, seed=seed)
         frames.append(
             pd.DataFrame(

@@ -9,22 +9,20 @@ trained signals are sparse; beside ``varimax``, the sparsest rotation of them an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from tqdm import tqdm
 
 from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
-    add_basis_controls,
+    Bases,
     add_basis_verdicts,
-    other_bases,
-    rotated_values,
+    by_metric,
+    in_bases,
 )
 from analyses.controls.nulls import gaussian_view, untrained_view
 from analyses.experiments.sparsity_profile.figures import sparsity_figures, sparsity_frames
@@ -114,14 +112,16 @@ def sparsity_profile(
     read = [model.tokenizer.encode(text) for text in (lexicon.neutral_texts if texts is None else texts)]
     read = [ids for ids in read if ids]
     own = derive_seed(seed, "sparsity_profile")
-    bases = itertools.chain(
-        [("trained", chosen), ("gaussian", gaussian_view(chosen, own))],
-        [("untrained", real_tokens(untrained_view(chosen, seed)))],
-        other_bases(chosen, rotations, seed, "sparsity_profile"),
-    )
-    bar = tqdm(bases, total=rotations + 4, desc="sparsity profile", disable=not progress)
     drawn = support_tokens(len(chosen.recipe), own)
-    profiles = {name: measure_profile(basis, rule, threshold, read, drawn=drawn) for name, basis in bar}
+    profiles = in_bases(
+        lambda each: measure_profile(each, rule, threshold, read, drawn=drawn),
+        chosen,
+        {"gaussian": gaussian_view(chosen, own), "untrained": real_tokens(untrained_view(chosen, seed))},
+        rotations=rotations,
+        seed=seed,
+        experiment="sparsity_profile",
+        progress=progress,
+    )
     frames, notes = sparsity_frames(chosen, profiles, read, lexicon)
     result = Result(
         name="sparsity_profile",
@@ -144,29 +144,23 @@ def sparsity_profile(
         published=PUBLISHED,
         notes=notes,
     )
-    result.metrics |= profiles["trained"].headline()
-    result.intervals |= _intervals(profiles["trained"], active_signals(chosen.recipe.float(), rule, threshold), seed)
+    result.metrics |= profiles.own.headline()
+    result.intervals |= _intervals(profiles.own, active_signals(chosen.recipe.float(), rule, threshold), seed)
     if not read:
         result.notes.append("active_share_text and usage_gini_text are absent: there is no running text")
     return _with_controls(result, profiles, model.cfg.topk)
 
 
-def _with_controls(result: Result, profiles: dict[str, Profile], topk: int | None) -> Result:
+def _with_controls(result: Result, profiles: Bases[Profile], topk: int | None) -> Result:
     """Every metric's value in the other bases, and the verdicts of `PRIVILEGED`."""
-    headlines = {name: profile.headline() for name, profile in profiles.items()}
-    nulls = {}
-    for metric in result.metrics:
-        values = {name: headline[metric] for name, headline in headlines.items()}
-        result.controls[metric] = {name: values[name] for name in ("gaussian", "untrained")}
-        add_basis_controls(result, metric, values)
-        if metric in PRIVILEGED:
-            nulls[metric] = rotated_values(values)
-    trained = profiles["trained"]
+    trained, values = profiles.own, by_metric(profiles.map(Profile.headline))
+    for metric, found in values.items():
+        result.controls[metric] = found.controls()
     units = dict.fromkeys(PRIVILEGED, len(trained.active)) | {
         "signal_kurtosis": int(np.isfinite(trained.kurtosis).sum()),
         "support_share": len(trained.support),
     }
-    add_basis_verdicts(result, nulls, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
+    add_basis_verdicts(result, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
     if topk is not None:
         result.controls["active_signals"]["topk"] = float(topk)
         result.controls["active_share"]["topk"] = topk / len(trained.usage)

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from analyses.controls.bases import Bases
 from analyses.experiments.sparsity_profile.measure import FACTORS, Profile
 from analyses.measures.knockout import codebook_texts
 from analyses.measures.sparsity import gaussian_density, lorenz_curve
@@ -25,19 +26,17 @@ HEATMAP_SIGNALS = 40
 
 
 def sparsity_frames(
-    view: SignalView, profiles: Mapping[str, Profile], texts: Sequence[Sequence[int]], lexicon: Lexicon
+    view: SignalView, profiles: Bases[Profile], texts: Sequence[Sequence[int]], lexicon: Lexicon
 ) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """``tokens``, ``signals``, ``counts``, ``usage``, ``density`` and, of a lexicon with enough words, ``recipes``.
 
     Args:
-        profiles: by basis; ``trained`` is that of ``view``, and those named ``rotated_*`` are drawn as one.
+        profiles: of ``view`` and what stands beside it; the random rotations are drawn as one.
     """
-    trained = profiles["trained"]
-    series = {name: [profile] for name, profile in profiles.items() if not name.startswith("rotated_")}
-    series["rotated_basis"] = [profile for name, profile in profiles.items() if name.startswith("rotated_")]
+    series = profiles.series("trained")
     frames = {
-        "tokens": _token_frame(view, trained, texts),
-        "signals": _signal_frame(view, trained),
+        "tokens": _token_frame(view, profiles.own, texts),
+        "signals": _signal_frame(view, profiles.own),
         "counts": _stack(series, _count_columns),
         "usage": _stack(series, _usage_columns),
         "density": pd.concat(
