@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
-from pretraining.batches import count_batches, sequential_batches
+from pretraining.batches import count_batches, sequential_batches, spread_batches
+from pretraining.config import TrainConfig
+from pretraining.distributed import Processes
+from pretraining.machine import autocast
 from pretraining.token_files import TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -74,6 +79,36 @@ def tokens_for(model: HookedModel, folder: str | Path, split: str, name: str = "
             f"{folder} was prepared with {data.manifest.tokenizer!r}, but {name} reads {model.cfg.tokenizer_name!r}"
         )
     return data
+
+
+def evaluate(
+    model: HookedModel,
+    tokens: Any,
+    cfg: TrainConfig,
+    group: Processes,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> float:
+    """Mean next-token loss in nats over the validation stream, or ``max_tokens`` spread over it; processes share it."""
+    rows = max(1, cfg.run.batch_size // cfg.run.accumulation)
+    batches = spread_batches(tokens, rows, cfg.data.context, max_tokens)
+    numbers = itertools.count()
+    own = (batch for batch in batches if next(numbers) % group.world_size == group.rank)
+    training = model.training
+    model.eval()
+    with autocast(group.device, cfg.run.dtype):
+        total = math.ceil(count_batches(len(tokens), rows, cfg.data.context, max_tokens) / group.world_size)
+        show = progress and group.is_first
+        share = summed_loss(model, bar(own, show=show, total=total, unit="batch", desc="evaluating", leave=False))
+        remainder = next(numbers) % group.world_size
+        if cfg.run.sharding == "fsdp" and 0 < remainder <= group.rank:
+            # Sliced weights are put together by all processes or by none: take part without a batch to read.
+            summed_loss(model, [(torch.zeros(1, 1, dtype=torch.int64),) * 2])
+    model.train(training)
+    sums = torch.tensor(share, dtype=torch.float64, device=group.device)
+    if group.world_size > 1:
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 @torch.no_grad()

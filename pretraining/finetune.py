@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pretraining.chat import ChatTemplate
 from pretraining.config import OptimizerConfig
-from pretraining.optimizers import make_optimizers, schedule
+from pretraining.machine import autocast
+from pretraining.optimizers import make_optimizers, schedule, set_rates
 from pretraining.packing import Batch, pack, shuffled_rows, to_batch
 from pretraining.sft import Data, Example, load_data
 from pretraining.state import writing
@@ -221,9 +222,8 @@ def training(model: HookedModel, data: Data, cfg: FinetuneConfig, context: int) 
     for batches in epochs:
         for i, rows in enumerate(batches, start=1):
             began, share = time.perf_counter(), schedule(step, optimizer_cfg, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = cfg.learning_rate * share
-            with _autocast(model, cfg):
+            set_rates([optimizer], share)
+            with autocast(model.cfg.device, cfg.dtype):
                 loss = completion_loss(model, to_batch(rows, context))
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer_cfg.grad_clip)
@@ -278,7 +278,7 @@ def evaluate(model: HookedModel, batches: Sequence[Rows], cfg: FinetuneConfig, c
     model.eval()
     for rows in batches:
         batch = to_batch(rows, context)
-        with _autocast(model, cfg):
+        with autocast(model.cfg.device, cfg.dtype):
             loss = completion_loss(model, batch).item()
         counted = int((batch.targets != IGNORE).sum())
         total, count = total + loss * counted, count + counted
@@ -288,11 +288,6 @@ def evaluate(model: HookedModel, batches: Sequence[Rows], cfg: FinetuneConfig, c
 
 def _in_batches(rows: Rows, cfg: FinetuneConfig) -> list[Rows]:
     return [rows[i : i + cfg.batch_size] for i in range(0, len(rows), cfg.batch_size)]
-
-
-def _autocast(model: HookedModel, cfg: FinetuneConfig) -> torch.autocast:
-    device = torch.device(model.cfg.device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 def _summary(data: Data, context: int) -> str:

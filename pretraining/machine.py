@@ -54,6 +54,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return not held_to_fewer and any(name in _cpu("flags").split() for name in _BFLOAT16)
 
 
+def autocast(device: torch.device | str, dtype: str) -> torch.autocast:
+    """For a pass: with ``bfloat16`` matrix products run in it, with ``float32`` nothing changes."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 def processor(device: torch.device) -> str:
     """The name of the processor, and of a CPU how many threads compute."""
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -62,7 +63,15 @@ def make_optimizers(
         optimizers.append(
             Muon([group], lr=cfg.matrix_learning_rate, scale=cfg.matrix_scale, weight_decay=cfg.weight_decay)
         )
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Let every parameter learn at this share of its peak rate (:func:`schedule`)."""
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["lr"] = group["peak_lr"] * share
 
 
 def is_block_matrix(name: str) -> bool:

@@ -7,28 +7,27 @@ torchrun --nproc_per_node=N -m pretraining.train CONFIG [--resume]
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
-from pretraining.batches import batch_at, count_batches, spread_batches
+from pretraining.batches import batch_at
 from pretraining.compilation import compiling
 from pretraining.config import AUTO, TrainConfig
 from pretraining.distributed import Processes, any_rank, from_first_process, on_first_process, processes
-from pretraining.evaluate import summed_loss
+from pretraining.evaluate import evaluate
 from pretraining.log import METRICS, Log, write_run_manifest
-from pretraining.machine import decided, processor
-from pretraining.optimizers import schedule
+from pretraining.machine import autocast, decided, processor
+from pretraining.optimizers import schedule, set_rates
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
@@ -48,9 +47,11 @@ from pretraining.stopping import StopRequests, stop_requests
 from pretraining.token_files import SPLITS, TokenData, check_tokens, open_tokens
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
-from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
 from reflowlens.storage.atomic import sole_writer
+
+if TYPE_CHECKING:
+    from pretraining.batches import Batch
 
 
 def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = None) -> Path:
@@ -83,59 +84,40 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
 
 
 def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: bool, progress: bool) -> Path:
-    out, rows = Path(asked.run.out), asked.rows_per_process(group.world_size)
-    opened, val_tokens = _open(asked, "train"), _open(asked, "val").tokens
-    data = training_data(opened.manifest)
+    asked.rows_per_process(group.world_size)  # an error if the processes cannot share a pass evenly
+    out, train_data, val_data = Path(asked.run.out), _open(asked, "train"), _open(asked, "val")
     cfg = from_first_process(group, partial(_decide, asked, group, resume))
-    run = cfg.run
-    if group.device.type == "cuda" and run.dtype == "bfloat16":
+    if group.device.type == "cuda" and cfg.run.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
     replica = make_replica(cfg, group)
-    start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(out)
-    for split in SPLITS:
-        on_first_process(group, partial(check_tokens, cfg.data.folder, split))
+    start = _first_step(replica, training_data(train_data.manifest), resume)
     log = Log(out, start, cfg, enabled=group.is_first)
-    validate = partial(_validate, replica, val_tokens, cfg, group, log, progress)
+    validate = partial(_validate, replica, val_data.tokens, log, progress)
     if resume and awaits_validation(out):
         validate(start, saved=True)
     on_first_process(group, partial(write_run_manifest, out, cfg, asked, start, group))
-    flops = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
-    peak = peak_flops(group.device, getattr(torch, run.dtype))
-    peak_rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in replica.optimizers]
-    shown = bar(show=progress and group.is_first, total=run.steps, initial=start, unit="step")
-    done, steps = start, range(start, run.steps)
-    with shown, prefetched(partial(_load, opened.tokens, cfg, group), steps, group.device) as batches:
+
+    done, steps = start, range(start, cfg.run.steps)
+    shown = bar(show=progress and group.is_first, total=cfg.run.steps, initial=start, unit="step")
+    with shown, prefetched(partial(_load, train_data.tokens, cfg, group), steps, group.device) as batches:
         for step in steps:
-            began = time.perf_counter()
-            share = schedule(step, cfg.optimizer, run.steps)
-            for optimizer, rates in zip(replica.optimizers, peak_rates, strict=True):
-                for param_group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    param_group["lr"] = rate * share
-            if cfg.model.dropout:
-                _seed_dropout(run.seed, step, group.rank)
-            compiles = run.compile and step == start
+            compiles = cfg.run.compile and step == start
             with compiling(stop, say=group.is_first) if compiles else contextlib.nullcontext():
-                loss, grad_norm = _take_step(replica, next(batches), step)
+                record = _take_step(replica, batches, step)
             stop.at_once = False
-            rate = cfg.tokens_per_step / (time.perf_counter() - began)
-            record = {"loss": loss, "grad_norm": grad_norm, "lr_share": share, "tokens_per_s": rate}
-            if (utilisation := mfu(rate, flops, peak and peak * group.world_size)) is not None:
-                record["mfu"] = utilisation
-            shown.set_postfix(_shown(record), refresh=False)
-            shown.update()
             done = step + 1
+            _show(shown, record)
             log.write(done, record)
-            stopping = any_rank(stop(), group)
-            saving = stopping or done == run.steps or done % run.checkpoint_interval == 0
+            stopping, last = any_rank(stop(), group), done == cfg.run.steps
+            saving = stopping or last or done % cfg.run.checkpoint_interval == 0
             if saving:  # before the evaluation, which takes long: killed there, no step is lost
-                model, state = replica.gather()
-                on_first_process(group, partial(save_state, cfg, data, model, state, done, record))
-            if done == run.steps or (done % run.eval_interval == 0 and not stopping):
+                _save(replica, training_data(train_data.manifest), done, record)
+            if last or (done % cfg.run.eval_interval == 0 and not stopping):
                 validate(done, saved=saving)
             if stopping:
                 break
-    if done < run.steps and group.is_first:
-        print(f"stopped at step {done} of {run.steps}; continue with --resume", file=sys.stderr)
+    if done < cfg.run.steps and group.is_first:
+        print(f"stopped at step {done} of {cfg.run.steps}; continue with --resume", file=sys.stderr)
     return newest_checkpoint(out)
 
 
@@ -156,18 +138,32 @@ def _hold(out: Path, held: contextlib.ExitStack) -> None:
         held.enter_context(sole_writer(out, "training in"))
 
 
-def _validate(
-    replica: Replica,
-    tokens: Any,
-    cfg: TrainConfig,
-    group: Processes,
-    log: Log,
-    progress: bool,
-    step: int,
-    *,
-    saved: bool,
-) -> None:
+def _first_step(replica: Replica, data: Mapping[str, Any], resume: bool) -> int:
+    """The step to begin with: 0, or that of the newest checkpoint, from which model and optimisers are filled.
+
+    Args:
+        data: :func:`training_data`.
+
+    Raises:
+        ReflowlensError: a new run finds another in its folder, a resumed one nothing to go on from or what another
+            configuration or other data gave, or a token file is not as it was prepared.
+    """
+    cfg = replica.cfg
+    start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(Path(cfg.run.out))
+    for split in SPLITS:
+        on_first_process(replica.group, partial(check_tokens, cfg.data.folder, split))
+    return start
+
+
+def _save(replica: Replica, data: Mapping[str, Any], step: int, record: dict[str, float]) -> None:
+    """Write the checkpoint of a step: the processes put it together, the first writes it."""
+    model, state = replica.gather()
+    on_first_process(replica.group, partial(save_state, replica.cfg, data, model, state, step, record))
+
+
+def _validate(replica: Replica, tokens: Any, log: Log, progress: bool, step: int, *, saved: bool) -> None:
     """Evaluate after a step, and enter the loss in its record and, where there is one, in its checkpoint."""
+    cfg, group = replica.cfg, replica.group
     max_tokens = None if step == cfg.run.steps else cfg.run.eval_tokens
     loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress)
     log.complete(step, {"val_loss": loss})
@@ -177,30 +173,49 @@ def _validate(
         tqdm.write(f"step {step}: validation loss {loss:.4f}", file=sys.stderr)
 
 
-def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """What a step drops is a function of it, so that a resumed run drops the same."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[str, float]:
+    """Set the learning rates, read a batch, clip its gradients and let the optimisers act.
 
-
-def _take_step(replica: Replica, batch: tuple[Tensor, Tensor], step: int) -> tuple[float, float]:
-    """Gradients, clipped, and the optimisers' step; returns the loss over all processes and the norm before clipping.
+    Returns:
+        ``loss``, the mean over all processes in nats a token; ``grad_norm``, before clipping; ``lr_share``, of the peak
+        learning rates; ``tokens_per_s`` and, where the device's peak is known, ``mfu``.
 
     Raises:
-        ReflowlensError: one of the two is not finite; then no weight has changed.
+        ReflowlensError: loss or norm is not finite; then no weight has changed.
     """
-    optimizer = replica.cfg.optimizer
-    loss = _accumulate(replica, batch)
-    grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), optimizer.grad_clip)))
+    cfg, group = replica.cfg, replica.group
+    began = time.perf_counter()
+    share = schedule(step, cfg.optimizer, cfg.run.steps)
+    set_rates(replica.optimizers, share)
+    if cfg.model.dropout:
+        _seed_dropout(cfg.run.seed, step, group.rank)
+    loss = _accumulate(replica, next(batches))
+    grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), cfg.optimizer.grad_clip)))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise ReflowlensError(
             f"the loss stopped being finite at step {step} (loss {loss}, gradient norm {grad_norm}): "
             "lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
         )
     replica.step()
-    return loss, grad_norm
+    throughput = _throughput(cfg, group, time.perf_counter() - began)
+    return {"loss": loss, "grad_norm": grad_norm, "lr_share": share, **throughput}
 
 
-def _accumulate(replica: Replica, batch: tuple[Tensor, Tensor]) -> float:
+def _seed_dropout(seed: int, step: int, rank: int) -> None:
+    """What a step drops is a function of it, so that a resumed run drops the same."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+def _throughput(cfg: TrainConfig, group: Processes, seconds: float) -> dict[str, float]:
+    """Tokens a second of a step and, where the device's peak is known, the share of it that was used."""
+    rate, rows = cfg.tokens_per_step / seconds, cfg.rows_per_process(group.world_size)
+    peak = peak_flops(group.device, getattr(torch, cfg.run.dtype))
+    flops = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
+    utilisation = mfu(rate, flops, peak and peak * group.world_size)
+    return {"tokens_per_s": rate} | ({} if utilisation is None else {"mfu": utilisation})
+
+
+def _accumulate(replica: Replica, batch: Batch) -> float:
     """Gradients of the step's mean loss, summed over micro-batches; processes average once, on the last of them."""
     cfg, group = replica.cfg, replica.group
     n = cfg.run.accumulation
@@ -208,7 +223,7 @@ def _accumulate(replica: Replica, batch: tuple[Tensor, Tensor]) -> float:
     for i, micro_batch in enumerate(zip(*(part.chunk(n) for part in batch), strict=True)):
         x, y = (part.to(group.device, non_blocking=True) for part in micro_batch)
         with replica.backward_pass(last=i == n - 1):
-            with _autocast(cfg, group.device):
+            with autocast(group.device, cfg.run.dtype):
                 loss = replica.forward(x, "loss", targets=y) / n
             loss.backward()
         total += loss.detach()
@@ -233,49 +248,17 @@ def _open(cfg: TrainConfig, split: str) -> TokenData:
     return data
 
 
-def _load(tokens: Any, cfg: TrainConfig, group: Processes, step: int) -> tuple[Tensor, Tensor]:
+def _load(tokens: Any, cfg: TrainConfig, group: Processes, step: int) -> Batch:
     """This process's rows of a step's batch."""
     return batch_at(tokens, step, cfg.run.batch_size, cfg.data.context, cfg.run.seed, group.rank, group.world_size)
 
 
-def _autocast(cfg: TrainConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.run.dtype == "bfloat16")
-
-
-def evaluate(
-    model: HookedModel,
-    tokens: Any,
-    cfg: TrainConfig,
-    group: Processes,
-    max_tokens: int | None = None,
-    progress: bool = False,
-) -> float:
-    """Mean next-token loss in nats over the validation stream, or ``max_tokens`` spread over it; processes share it."""
-    rows = max(1, cfg.run.batch_size // cfg.run.accumulation)
-    batches = spread_batches(tokens, rows, cfg.data.context, max_tokens)
-    numbers = itertools.count()
-    own = (batch for batch in batches if next(numbers) % group.world_size == group.rank)
-    training = model.training
-    model.eval()
-    with _autocast(cfg, group.device):
-        total = math.ceil(count_batches(len(tokens), rows, cfg.data.context, max_tokens) / group.world_size)
-        show = progress and group.is_first
-        share = summed_loss(model, bar(own, show=show, total=total, unit="batch", desc="evaluating", leave=False))
-        remainder = next(numbers) % group.world_size
-        if cfg.run.sharding == "fsdp" and 0 < remainder <= group.rank:
-            # Sliced weights are put together by all processes or by none: take part without a batch to read.
-            summed_loss(model, [(torch.zeros(1, 1, dtype=torch.int64),) * 2])
-    model.train(training)
-    sums = torch.tensor(share, dtype=torch.float64, device=group.device)
-    if group.world_size > 1:
-        dist.all_reduce(sums)
-    return float(sums[0] / sums[1])
-
-
-def _shown(record: dict[str, float]) -> dict[str, str]:
-    """What the progress bar says."""
+def _show(shown: tqdm[Any], record: dict[str, float]) -> None:
+    """Advance the progress bar by a step."""
     utilisation = {"mfu": f"{record['mfu']:.1%}"} if "mfu" in record else {}
-    return {"loss": f"{record['loss']:.3f}", "tokens_per_s": f"{record['tokens_per_s']:,.0f}", **utilisation}
+    said = {"loss": f"{record['loss']:.3f}", "tokens_per_s": f"{record['tokens_per_s']:,.0f}", **utilisation}
+    shown.set_postfix(said, refresh=False)
+    shown.update()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,10 +22,10 @@ import reflowlens.checkpoints
 from pretraining import train as train_module
 from pretraining.config import TrainConfig, load_config
 from pretraining.distributed import Processes
-from pretraining.evaluate import evaluate_model
+from pretraining.evaluate import evaluate, evaluate_model
 from pretraining.state import newest_checkpoint
 from pretraining.token_files import open_tokens
-from pretraining.train import evaluate, train
+from pretraining.train import train
 from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
