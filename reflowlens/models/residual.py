@@ -5,7 +5,7 @@ What a block is and what it remembers of a text is left to the families.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
-from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput, is_cheap_to_read
-from reflowlens.models.components import Places, Positions, packed_places
-from reflowlens.models.loss import IGNORE, cross_entropy
-from reflowlens.models.past import ReadPositions, read_before
+from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.checked_pass import ReturnType, checked_pass
+from reflowlens.models.components import Positions
+from reflowlens.models.loss import cross_entropy
+from reflowlens.models.past import ReadPositions
 from reflowlens.models.threads import reading_forward
 
 ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters at both ends
-ReturnType = Literal["logits", "loss", "both"] | None
 
 
 class Readout(NamedTuple):
@@ -35,7 +34,9 @@ class Readout(NamedTuple):
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
         return self.features @ self.matrix.T
 
-    def loss(self, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
+        if targets is None:
+            raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
         return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten())
 
 
@@ -139,47 +140,14 @@ class ResidualModel(HookedModel):
                 segments do not fit the input, or a cache comes with segments, with a part of the layers or with texts
                 of several lengths, or is another model's or made for another batch.
         """
-        if not is_one_of(return_type, ("logits", "loss", "both", None)):
-            raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
-        offset = read_before(past_kv_cache)
-        start, stop = self._layer_range(start_at_layer, stop_at_layer)
-        if past_kv_cache is not None and (start_at_layer is not None or stop < self.cfg.n_layers):
-            raise ReflowlensError(
-                "a key-value cache goes with whole passes, for each layer keeps its own part of it: "
-                "leave out start_at_layer and stop_at_layer"
-            )
+        asked = checked_pass(self, input, return_type, targets, start_at_layer, stop_at_layer, past_kv_cache, segments)
         weights = self.tied_weights()
         if start_at_layer is None:
-            tokens, lengths = self.tokens_and_lengths(input, offset=offset)
-            if past_kv_cache is not None and len(set(lengths)) > 1:
-                raise ReflowlensError(
-                    f"texts of one length go with a key-value cache, which would keep the padding of others; got "
-                    f"{', '.join(map(str, lengths))} tokens"
-                )
-            if past_kv_cache is not None:
-                past_kv_cache.check(self, len(tokens))
-            places = self._places(tokens.shape, segments, past_kv_cache)
-            if targets is None and return_type in ("loss", "both"):
-                targets = self.next_tokens(tokens, lengths)
-                if segments is not None:
-                    unpredictive = (segments != segments.roll(-1, dims=1)) | (segments < 0)
-                    targets = targets.masked_fill(unpredictive.to(targets.device), IGNORE)
-            resid = self.embed_tokens(tokens, weights, places.positions)
+            resid = self.embed_tokens(asked.input, weights, asked.places.positions)
         else:
-            if not isinstance(input, Tensor) or input.ndim != 3:
-                raise ReflowlensError("with start_at_layer the input must be a residual stream [batch, pos, d_model]")
-            if input.shape[2] != self.cfg.d_model:
-                raise ReflowlensError(f"this residual stream is {input.shape[2]} wide, but d_model={self.cfg.d_model}")
-            own = self.ln_final.w.dtype
-            if input.dtype != own and not torch.is_autocast_enabled(input.device.type):
-                raise ReflowlensError(f"this residual stream is {input.dtype}, but the model computes in {own}")
-            self.check_length(input.shape[1], offset)
-            places = self._places(input.shape[:2], segments, past_kv_cache)
-            resid = input.clone()  # a hook that writes in place leaves the caller's stream alone
-        if targets is not None:
-            self._check_targets(targets, resid.shape[:2])
-        for block in self.blocks[start:stop]:
-            resid = block(resid, places, past_kv_cache)
+            resid = asked.input.clone()  # a hook that writes in place leaves the caller's stream alone
+        for block in self.blocks[asked.start : asked.stop]:
+            resid = block(resid, asked.places, past_kv_cache)
         if past_kv_cache is not None:
             past_kv_cache.length += resid.shape[1]
         if stop_at_layer is not None:
@@ -189,42 +157,9 @@ class ResidualModel(HookedModel):
             return None
         if return_type == "logits":
             return readout.logits()
-        if targets is None:
-            raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
         if return_type == "loss":
-            return readout.loss(targets)
-        return readout.logits(), readout.loss(targets)
-
-    def _check_targets(self, targets: Int[Tensor, "batch pos"], shape: torch.Size) -> None:
-        _check_integers("targets", targets, shape)
-        highest = int(targets.max()) if is_cheap_to_read(targets) else 0
-        if highest >= self.cfg.d_vocab:
-            raise ReflowlensError(f"no token {highest}: this model's ids are 0 to {self.cfg.d_vocab - 1}")
-
-    def _places(
-        self, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: ReadPositions | None
-    ) -> Places:
-        if segments is None:
-            offset = past.length if past is not None else 0
-            return Places(slice(offset, offset + shape[1]))
-        if past is not None:
-            raise ReflowlensError(
-                "segments cannot be read with a key-value cache: pass whole rows and no past_kv_cache"
-            )
-        _check_integers("segments", segments, shape)
-        return packed_places(segments.to(self.cfg.device))
-
-    def _layer_range(self, start: int | None, stop: int | None) -> tuple[int, int]:
-        n_layers = self.cfg.n_layers
-        for name, layer in (("start_at_layer", start), ("stop_at_layer", stop)):
-            if layer is not None and integer(layer) is None:
-                raise ReflowlensError(f"{name} must be a block's number, 0 to {n_layers - 1}, got {layer!r}")
-            if layer is not None and not -n_layers <= layer <= n_layers:
-                raise ReflowlensError(f"{name}={layer} is out of range: this model has blocks 0 to {n_layers - 1}")
-        first, last, _ = slice(start, stop).indices(n_layers)
-        if first > last:
-            raise ReflowlensError(f"start_at_layer={start} lies behind stop_at_layer={stop}")
-        return first, last
+            return readout.loss(asked.targets)
+        return readout.logits(), readout.loss(asked.targets)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
@@ -243,11 +178,3 @@ class ResidualModel(HookedModel):
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
         return torch.zeros(self.cfg.d_vocab, device=self.cfg.device, dtype=torch.float32)
-
-
-def _check_integers(name: str, values: Tensor, shape: torch.Size) -> None:
-    if not isinstance(values, Tensor) or values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else repr(values)
-        raise ReflowlensError(f"{name} must be a tensor of integers [batch, pos], got {got}")
-    if values.shape != shape:
-        raise ReflowlensError(f"{name} must be [batch, pos] = {list(shape)}, got {list(values.shape)}")
