@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -81,52 +82,43 @@ def generate(
     if not is_one_of(return_type, ("text", "tokens")):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
     prompts, lengths = model.tokens_and_lengths(input)
-    n_ctx, batch = model.cfg.n_ctx, prompts.shape[0]
-    total = max(lengths) + max_new_tokens
-    if total > n_ctx:
-        raise ReflowlensError(
-            f"{max(lengths)} prompt tokens and max_new_tokens={max_new_tokens} exceed n_ctx={n_ctx}: "
-            f"ask for at most {n_ctx - max(lengths)} new tokens"
-        )
+    _check_room(lengths, max_new_tokens, model.cfg.n_ctx)
     stops = _stop_ids(model, stop_at_eos, stop_token)
-    filler = model.tokenizer.eot_token or 0
-    ends = torch.tensor([length + max_new_tokens for length in lengths], device=prompts.device)
-    starts = torch.tensor(lengths, device=prompts.device)
-    tokens = torch.full((batch, total), filler, device=prompts.device)
-    tokens[:, : prompts.shape[1]] = prompts
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(batch)]
-    past = model.make_cache(batch, next(model.parameters()).dtype) if use_past_kv_cache else None
-    ended = torch.zeros(batch, dtype=torch.bool, device=prompts.device)
-    final = ends.clone()
+
+    tokens = F.pad(prompts, (0, max_new_tokens), value=model.tokenizer.eot_token or 0)
+    starts = torch.tensor(lengths, device=tokens.device)
+    ends = starts + max_new_tokens  # of each row, one after its last token; earlier once it has drawn a stop token
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(tokens))]
+    past = model.make_cache(len(tokens), next(model.parameters()).dtype) if use_past_kv_cache else None
     read, end = 0, min(lengths)
-    bar = tqdm(total=total - end, unit="token", disable=not (sys.stderr.isatty() if progress is None else progress))
-    while end < total and not ended.all():
-        with growing_text(ready=starts <= end):
-            logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
-        free = (starts <= end) & ~ended  # rows still inside their prompt draw nothing, so that they stay as if alone
-        drawing = free.nonzero().squeeze(1)
-        drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
-        tokens[drawing, end] = drawn = drawn.to(tokens.device)
-        stopped = drawing[torch.isin(drawn, stops) | (end + 1 == ends[drawing])]
-        final[stopped] = end + 1
-        ended[stopped] = True
-        read, end = (end if past is not None else 0), end + 1
-        bar.update()
-    bar.close()
-    tokens = tokens[:, : int(final.max())]
-    for row, stop in enumerate(final.tolist()):
-        tokens[row, stop:] = filler
-    result: Any = tokens
-    if return_type == "text":
-        start = 0 if isinstance(input, Tensor | np.ndarray) else len(model.text_start())
-        rows = [row[start:stop].tolist() for row, stop in zip(tokens, final.tolist(), strict=True)]
-        texts = [model.tokenizer.decode(row) for row in rows]
-        result = texts[0] if isinstance(input, str) else texts
-    if return_cache:
-        _, cache = model.run_with_cache(tokens, names_filter=names_filter)
-        cache.lengths = final.tolist()
-        return result, cache
-    return result
+    shown = sys.stderr.isatty() if progress is None else progress
+    with tqdm(total=tokens.shape[1] - end, unit="token", disable=not shown) as bar:
+        while (ends > end).any():
+            with growing_text(ready=starts <= end):
+                logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
+            # Rows still inside their prompt draw nothing, so that they stay as if alone.
+            drawing = ((starts <= end) & (end < ends)).nonzero().squeeze(1)
+            drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
+            tokens[drawing, end] = drawn = drawn.to(tokens.device)
+            ends[drawing[torch.isin(drawn, stops)]] = end + 1
+            read, end = (end if past is not None else 0), end + 1
+            bar.update()
+
+    tokens = tokens[:, : int(ends.max())]
+    result = tokens if return_type == "tokens" else _texts(model, input, tokens, ends.tolist())
+    if not return_cache:
+        return result
+    _, cache = model.run_with_cache(tokens, names_filter=names_filter)
+    cache.lengths = ends.tolist()
+    return result, cache
+
+
+def _texts(model: HookedModel, input: TextInput, tokens: Int[Tensor, "batch pos"], ends: list[int]) -> str | list[str]:
+    """Each row up to its end: one text for one text, otherwise a list. Of a text's beginning what the tokenizer put in
+    front is left out."""
+    start = 0 if isinstance(input, Tensor | np.ndarray) else len(model.text_start())
+    texts = [model.tokenizer.decode(row[start:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
+    return texts[0] if isinstance(input, str) else texts
 
 
 def sample(
@@ -181,6 +173,14 @@ def _check_settings(temperature: float, top_k: int | None, top_p: float | None, 
     if top_p is not None and (real(top_p) is None or not 0 < top_p <= 1):
         raise ReflowlensError(f"top_p must be above 0 and at most 1, got {top_p!r}")
     whole_number(max_new_tokens, "max_new_tokens", 1)
+
+
+def _check_room(lengths: list[int], max_new_tokens: int, n_ctx: int) -> None:
+    if max(lengths) + max_new_tokens > n_ctx:
+        raise ReflowlensError(
+            f"{max(lengths)} prompt tokens and max_new_tokens={max_new_tokens} exceed n_ctx={n_ctx}: "
+            f"ask for at most {n_ctx - max(lengths)} new tokens"
+        )
 
 
 def _stop_ids(model: HookedModel, stop_at_eos: bool, stop_token: str | int | None) -> Int[Tensor, " stop"]:
