@@ -7,9 +7,9 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -144,17 +144,28 @@ def prepare(
         shard_bytes=shard_bytes,
     )
     _check_disjoint(planned.sources)
+    with _preparing(out, progress):
+        if not overwrite and (existing := finished(out, planned)) is not None:
+            if progress:
+                print(f"{out} already holds these tokens: left as it is", file=sys.stderr)
+            return existing
+        counted = unfinished(out, planned, overwrite)
+        if not is_complete(out):
+            encode, workers = Encoder.of(tokenizer, planned), workers or os.cpu_count() or 1
+            counted = _tokenise(out, counted, [source for source, _ in found], encode, workers, progress)
+        return publish(out, counted)
+
+
+@contextmanager
+def _preparing(out: Path, progress: bool) -> Iterator[None]:
+    """Keep other processes out of the folder, and say of what ends the work early what was kept of it.
+
+    Raises:
+        ReflowlensError: a disk that is full or cannot be written, a worker that died, another process in the folder.
+    """
     try:
         with sole_writer(out, "preparing"):
-            if not overwrite and (existing := finished(out, planned)) is not None:
-                if progress:
-                    print(f"{out} already holds these tokens: left as it is", file=sys.stderr)
-                return existing
-            start = unfinished(out, planned, overwrite)
-            if not is_complete(out):
-                encode, workers = Encoder.of(tokenizer, planned), workers or os.cpu_count() or 1
-                start = _tokenise(out, start, [source for source, _ in found], encode, workers, progress)
-            return publish(out, start)
+            yield
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise ReflowlensError(f"cannot prepare {str(out)!r}: {what}{_kept(out)}") from error
