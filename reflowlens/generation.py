@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from reflowlens.arguments import integer, is_one_of, random_seed, real, whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, NamesFilter, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.hooking import NamesFilter
 from reflowlens.models.pass_context import growing_text
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
 

@@ -30,7 +30,8 @@ from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers.targets import Target, target_ids
 
 if TYPE_CHECKING:
-    from reflowlens.models.base import HookedModel, TextInput
+    from reflowlens.models.base import HookedModel
+    from reflowlens.models.text import TextInput
 
 ReadPosition: TypeAlias = "int | Literal['last', 'all']"
 

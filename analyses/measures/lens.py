@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from analyses.statistics.draws import derive_generator
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Position, Steer
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 from reflowlens.sweeps.stages import stages_of
 from reflowlens.sweeps.suffixes import Layout
 

@@ -28,7 +28,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import bind
 from reflowlens.interventions.values import Ablate, Source
 from reflowlens.metrics import read_positions
-from reflowlens.models.base import TextInput, read_once
+from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
 from reflowlens.models.residual import Readout, ResidualModel
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of

@@ -29,7 +29,8 @@ from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
 from reflowlens.activations.stream import Places, measured
 from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.storage.model_hash import model_hash

@@ -24,7 +24,8 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import check_lengths_known
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 
 Part = TypeVar("Part")
 _ROWS_AT_ONCE = 16  # of tokens that come as one array

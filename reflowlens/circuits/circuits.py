@@ -29,7 +29,7 @@ from reflowlens.circuits.graph import Edge, Graph
 from reflowlens.circuits.runs import Ablation, Circuit, CircuitRuns, mask_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded
 

@@ -27,9 +27,9 @@ from reflowlens.circuits.runs import mask_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Steer
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.patching_result import PatchingResult

@@ -18,8 +18,8 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.circuits.graph import Edge, Graph, by_node, with_node_axis
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free

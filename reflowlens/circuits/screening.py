@@ -17,7 +17,7 @@ from reflowlens.arguments import whole_number
 from reflowlens.circuits.gradients import estimate_cells, steps_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput, read_once
+from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.grids import CellSpec

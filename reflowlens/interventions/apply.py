@@ -17,7 +17,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED, noting_passes
 from reflowlens.interventions.selection import Prompt, Selection, hook_names, select
 from reflowlens.interventions.values import Intervention, Patch, Source
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import hooked_model
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from reflowlens.arguments import integer, random_seed, real
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import read_once
+from reflowlens.models.text import read_once
 
 Position: TypeAlias = "int | slice | Sequence[int] | str | None"
 Selector: TypeAlias = "int | slice | Sequence[int] | None"

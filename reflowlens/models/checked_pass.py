@@ -11,10 +11,11 @@ from torch import Tensor
 from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput, is_cheap_to_read
+from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Places, packed_places
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import ReadPositions, read_before
+from reflowlens.models.text import TextInput, is_cheap_to_read
 
 ReturnType = Literal["logits", "loss", "both"] | None
 

@@ -15,11 +15,12 @@ from transformer_lens import FactoredMatrix
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import ReturnType, checked_pass
 from reflowlens.models.components import Positions
 from reflowlens.models.loss import cross_entropy
 from reflowlens.models.past import ReadPositions
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 
 ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters at both ends

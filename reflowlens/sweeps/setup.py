@@ -15,7 +15,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
 from reflowlens.interventions.selection import hook_names
 from reflowlens.interventions.values import Patch
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
 from reflowlens.sweeps.grids import Cell, Cells, CellSpec, make_cells
 
 

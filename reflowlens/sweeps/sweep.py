@@ -24,7 +24,7 @@ from reflowlens.circuits.gradients import estimate_cells, steps_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import to_json
 from reflowlens.metrics import Metric
-from reflowlens.models.base import TextInput
+from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.storage.model_hash import model_hash

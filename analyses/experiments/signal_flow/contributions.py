@@ -20,8 +20,9 @@ from torch import Tensor
 from analyses.measures.lens import lens_log_probabilities, residual_stack
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import HEADS_AND_MLPS
-from reflowlens.models.base import HookedModel, TextInput
+from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Block, plus
+from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
 
 

@@ -1,0 +1,213 @@
+"""Named activations of a model: hooks that read or change them, and the hooks that keep them in a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+from reflowlens.config import nearest
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.hook_names import ModelHooks
+from reflowlens.models.text import TextModel
+from reflowlens.models.threads import changing
+
+NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
+Hooks: TypeAlias = "Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]"
+
+_LEVELS = itertools.count(1)  # of blocks that attach hooks, as TransformerLens counts them
+# Points that hold a [pos, pos] square or a copy of the residual stream a head: cached only when named or switched on.
+_LARGE_POINTS = {
+    "hook_attn_scores": "",
+    "hook_pattern": "",
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+# Axes of the activations that are not [batch, pos, d_model], by the last part of their point's name.
+_PER_HEAD = ("batch", "pos", "head", "d_head")
+_PER_HEAD_STREAM = ("batch", "pos", "head", "d_model")
+_SQUARE = ("batch", "head", "pos", "key_pos")
+AXES: dict[str, tuple[str, ...]] = {
+    "hook_recipe": ("batch", "pos", "signal"),
+    "hook_signal": ("batch", "pos", "signal"),
+    "hook_basis": ("signal", "d_model"),
+    **dict.fromkeys(("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z"), _PER_HEAD),
+    **dict.fromkeys(("hook_result", "hook_q_input", "hook_k_input", "hook_v_input"), _PER_HEAD_STREAM),
+    **dict.fromkeys(("hook_attn_scores", "hook_pattern"), _SQUARE),
+    **dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), ("batch", "pos", "d_mlp")),
+    "hook_scale": ("batch", "pos", "one"),
+}
+
+
+class HookingModel(TextModel):
+    """A model whose activations have names, to which hooks are attached."""
+
+    point_axes = AXES  # a family with points of its own adds theirs
+
+    def check_hook_name(self, name: str) -> None:
+        """Raise unless the model has this hook point; the message names the nearest ones."""
+        if not isinstance(name, str):
+            raise ReflowlensError(f"a hook point is named by its text, such as 'hook_embed', got {name!r}")
+        if name in self.hook_dict:
+            return
+        parts = name.split(".")
+        if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= self.cfg.n_layers:
+            raise ReflowlensError(f"no hook {name!r}: this model has blocks 0 to {self.cfg.n_layers - 1}")
+        raise ReflowlensError(
+            f"no hook {name!r}{nearest(name, list(self.hook_dict)) or '; model.hook_dict lists them'}"
+        )
+
+    def hook_axes(self, name: str) -> tuple[str, ...]:
+        """Names of the axes of a point's activation.
+
+        >>> from reflowlens.models import build_model
+        >>> build_model("reflow_1_small", device="meta").hook_axes("blocks.0.attn.hook_z")
+        ('batch', 'pos', 'head', 'd_head')
+        """
+        self.check_hook_name(name)
+        return self.point_axes.get(name.rsplit(".", 1)[-1], ("batch", "pos", "d_model"))
+
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
+        if isinstance(name, str):
+            self.check_hook_name(name)
+        elif not callable(name):
+            raise ReflowlensError(f"a hook goes with a point's name or a predicate of names, got {name!r}")
+        super().add_hook(name, hook, *args, **kwargs)
+
+    @property
+    def hooks(self) -> ModelHooks:
+        """``with model.hooks([(name, function)]):`` attaches hooks; ``model.hooks.blocks[3].`` completes names."""
+        return ModelHooks(list(self.hook_dict), self._attached)
+
+    @contextlib.contextmanager
+    def _attached(
+        self, fwd_hooks: Hooks, bwd_hooks: Hooks, reset_hooks_end: bool, clear_contexts: bool
+    ) -> Iterator[HookingModel]:
+        fwd_hooks, bwd_hooks = _hooks(fwd_hooks, "fwd_hooks"), _hooks(bwd_hooks, "bwd_hooks")
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            if isinstance(name, str):
+                self.check_hook_name(name)
+            elif not any(map(name, self.hook_dict)):
+                raise ReflowlensError("a hook's name filter matches none of the model's hook points")
+        fired: set[int] = set()
+        watched = [(name, partial(_watched, hook, fired, i)) for i, (name, hook) in enumerate(fwd_hooks)]
+        level = next(_LEVELS)  # its own: whichever of several blocks is closed first removes its own hooks
+        with changing(self):
+            try:
+                for name, observed in watched:
+                    self.add_hook(name, observed, "fwd", level=level)
+                for name, hook in bwd_hooks:
+                    self.add_hook(name, hook, "bwd", level=level)
+                yield self
+            finally:
+                if reset_hooks_end:
+                    self.reset_hooks(clear_contexts, level=level)
+        silent = [name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str)]
+        if silent and reset_hooks_end:
+            raise ReflowlensError(
+                f"the hook on {silent[0]!r} never ran: no forward pass reached it (see start_at_layer, stop_at_layer)"
+            )
+
+    def default_names(self, name: str) -> bool:
+        """Whether a point is cached when no filter is given: all but attention squares and per-head residual copies."""
+        switch = _LARGE_POINTS.get(name.rsplit(".", 1)[-1])
+        return switch is None or bool(switch and getattr(self.cfg, switch))
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict | None = None,
+        pos_slice: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[dict, list, list]:
+        """As TransformerLens's, but a filter that matches nothing is an error and ``pos_slice`` cuts positions alone.
+
+        A point that was named must be reached; of a predicate's, or of the default, those that are reached are cached.
+
+        Args:
+            dtype: what floating-point activations become before they are kept.
+        """
+        names: list[str] = []
+        matches: Callable[[str], bool] = self.default_names
+        if callable(names_filter):
+            matches = names_filter
+        elif names_filter is not None:
+            is_one = isinstance(names_filter, str) or not isinstance(names_filter, Iterable)
+            names = [names_filter] if is_one else list(names_filter)  # type: ignore[list-item]
+            matches = names.__contains__
+        for name in names:
+            self.check_hook_name(name)
+        if not any(map(matches, self.hook_dict)):
+            raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+            raise ReflowlensError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype!r}")
+        _check_device(device)
+        cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
+        _position_slice(pos_slice)
+        fwd, bwd = (
+            [(name, partial(self._save_part, save, pos_slice, dtype)) for name, save in hooks] for hooks in (fwd, bwd)
+        )
+        return cache, fwd if names else [(matches, fwd[0][1])], bwd
+
+    def _save_part(
+        self, save: Callable, pos_slice: Any, dtype: torch.dtype | None, tensor: Tensor, hook: HookPoint
+    ) -> None:
+        axes, positions = self.hook_axes(hook.name or ""), _position_slice(pos_slice)
+        if "pos" in axes and positions.mode != "identity":
+            tensor = _at_positions(tensor, axes.index("pos"), positions, pos_slice)
+        save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
+
+
+def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable]]:
+    """Pairs of a name and a function, which may come from an iterator, as a list."""
+    pairs = list(hooks) if isinstance(hooks, Iterable) else [hooks]
+    for pair in pairs:
+        name, hook = pair if isinstance(pair, Sequence) and len(pair) == 2 else (None, None)
+        if not (isinstance(name, str) or callable(name)) or not callable(hook):
+            raise ReflowlensError(f"{what} must be a list of pairs (hook point, function), got {pair!r}")
+    return pairs
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"no device {device!r}: 'cpu' and 'cuda' are devices, if the machine has them") from error
+
+
+def _position_slice(pos_slice: Any) -> Slice:
+    try:
+        if not isinstance(pos_slice, bool):
+            return Slice.unwrap(pos_slice)
+    except ValueError:
+        pass
+    raise ReflowlensError(f"pos_slice must be an index, a slice or several indices, got {pos_slice!r}")
+
+
+def _at_positions(tensor: Tensor, axis: int, positions: Slice, pos_slice: Any) -> Tensor:
+    n = tensor.shape[axis]
+    try:
+        found = len(positions.indices(n))
+    except (IndexError, TypeError):
+        found = 0
+    if not found:
+        raise ReflowlensError(f"pos_slice={pos_slice} selects nothing: this pass has positions 0 to {n - 1}")
+    return positions.apply(tensor, dim=axis).clone()  # a view would keep every position alive
+
+
+def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
+    fired.add(index)
+    return function(tensor, hook=hook)

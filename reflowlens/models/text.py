@@ -1,0 +1,158 @@
+"""Text in and out of a model: prompts as tokens, tokens as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedRootModule
+
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.loss import IGNORE
+from reflowlens.tokenizers.base import Tokenizer
+from reflowlens.tokenizers.by_name import get_tokenizer
+
+TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
+
+
+def read_once(input: Any) -> Any:
+    """Prompts as they are; those of an iterator, which gives them only once, as a list that can be read again."""
+    return list(input) if isinstance(input, Iterator) else input
+
+
+def is_cheap_to_read(tokens: Int[Tensor, "*tokens"]) -> bool:
+    """Whether there are values to look at, on no other device, which would be waited for, and in no compiled graph."""
+    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel() > 0
+
+
+class TextModel(HookedRootModule):
+    """A model that reads text, one or several, as the tokens of its tokenizer."""
+
+    cfg: ModelConfig
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model was configured with."""
+        return get_tokenizer(self.cfg.tokenizer_name)
+
+    def to_tokens(self, input: TextInput, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+        """Token ids of a text or of several, padded on the right with the document end.
+
+        Args:
+            prepend_bos: begin each text with the tokenizer's ``bos_token``, or with the document end where it has none.
+                By default as the model was trained: an imported Llama with one, the architectures here without.
+
+        Raises:
+            ReflowlensError: the text is empty, too long for ``n_ctx``, or an id is outside the vocabulary.
+        """
+        return self.tokens_and_lengths(input, prepend_bos=prepend_bos)[0]
+
+    def next_tokens(self, tokens: Int[Tensor, "batch pos"], lengths: list[int]) -> Int[Tensor, "batch pos"]:
+        """What each position should predict: the next id, -100 at a row's end and over padding."""
+        if max(lengths, default=0) < 2:
+            raise ReflowlensError("a loss needs two tokens at least: one to predict from and one to predict")
+        last = torch.as_tensor(lengths, device=tokens.device)[:, None] - 1
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens.roll(-1, dims=1).masked_fill(positions >= last, IGNORE)
+
+    def tokens_and_lengths(
+        self, input: TextInput, *, prepend_bos: bool | None = None, offset: int = 0
+    ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
+        """Ids padded on the right, and how many of each row are the prompt's own; ``offset`` were read before."""
+        if isinstance(input, np.ndarray) and input.dtype.kind in "iu":
+            input = torch.from_numpy(input.astype(np.int64))
+        if isinstance(input, Tensor):
+            tokens = input[None] if input.ndim == 1 else input
+            if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+                raise ReflowlensError(f"tokens must be integers [batch, pos], got {input.dtype} {list(input.shape)}")
+            tokens = tokens.long()
+            self.check_length(tokens.shape[1], offset)
+            self._check_ids(tokens)
+            return tokens.to(self.cfg.device), [tokens.shape[1]] * tokens.shape[0]
+        several = isinstance(input, Iterable) and not isinstance(input, str | Mapping)
+        texts: list[Any] = list(input) if several else [input]
+        if strange := [text for text in texts if not isinstance(text, str)]:
+            raise ReflowlensError(
+                "a prompt is a text, a list of texts, or a tensor or array of token ids [batch, pos]; "
+                f"got {'a list with ' if several else ''}{strange[0]!r}"
+            )
+        end = self.tokenizer.eot_token or 0
+        begin = self.text_start(prepend_bos) if offset == 0 else []
+        rows = [self.tokenizer.encode(text) for text in texts]
+        if not rows or any(not row and not begin for row in rows):
+            raise ReflowlensError("the prompt is empty: give at least one token of text")
+        rows = [begin + row for row in rows]
+        lengths = [len(row) for row in rows]
+        self.check_length(max(lengths), offset)
+        padded = [row + [end] * (max(lengths) - len(row)) for row in rows]
+        tokens = torch.tensor(padded)
+        self._check_ids(tokens)
+        return tokens.to(self.cfg.device), lengths
+
+    def text_start(self, prepend_bos: bool | None = None) -> list[int]:
+        """What :meth:`to_tokens` puts in front of a text: a beginning-of-sequence token, or nothing."""
+        tokenizer = self.tokenizer
+        begin = next((i for i in (tokenizer.bos_token, tokenizer.eot_token) if i is not None), 0)
+        wanted = tokenizer.bos_token is not None if prepend_bos is None else prepend_bos
+        return [begin] if wanted else []
+
+    def check_length(self, length: int, offset: int = 0) -> None:
+        """Raise unless the model can read so many tokens after ``offset`` others."""
+        if length == 0:
+            raise ReflowlensError("the prompt is empty: give at least one token")
+        if offset + length > self.cfg.n_ctx:
+            raise ReflowlensError(
+                f"the prompt is too long: {offset + length} tokens, but this model reads at most n_ctx={self.cfg.n_ctx}"
+            )
+
+    def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        if not is_cheap_to_read(tokens):
+            return
+        lowest, highest = map(int, tokens.aminmax())
+        if lowest < 0 or highest >= self.cfg.d_vocab:
+            raise ReflowlensError(
+                f"no token {lowest if lowest < 0 else highest}: this model's ids are 0 to {self.cfg.d_vocab - 1}"
+            )
+
+    def _as_ids(self, tokens: Any) -> Int[Tensor, "*tokens"]:
+        """Ids of any shape as a tensor: of a number, a list, an array or a tensor."""
+        try:
+            ids = tokens if isinstance(tokens, Tensor) else torch.as_tensor(np.asarray(tokens))
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.tensor(torch.nan)
+        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            raise ReflowlensError(f"token ids are integers, got {tokens!r}")
+        return ids.long()
+
+    def to_string(self, tokens: Int[Tensor, "*batch pos"] | Sequence[int]) -> str | list[str]:
+        """The text of ids [pos], or a list of texts of ids [batch, pos]."""
+        ids = self._as_ids(tokens)
+        if ids.ndim == 2:
+            return [self.tokenizer.decode(row.tolist()) for row in ids]
+        return self.tokenizer.decode(ids.reshape(-1).tolist())
+
+    def to_str_tokens(
+        self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
+    ) -> list[str]:
+        """The text of each token of one prompt, for labels; of ids of any shape those in order."""
+        if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
+            raise ReflowlensError("to_str_tokens takes one text, or ids: call it for each text")
+        ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
+        return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
+
+    def to_single_token(self, word: str) -> int:
+        """The id of a word that is one token.
+
+        Raises:
+            ReflowlensError: it is several; the message shows the pieces.
+        """
+        return self.tokenizer.single_token(word)
+
+    def to_single_str_token(self, token: int) -> str:
+        """The text of one id."""
+        return self.tokenizer.token_str(token)
