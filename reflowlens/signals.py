@@ -37,7 +37,8 @@ from transformer_lens import FactoredMatrix
 from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Norm, wide, without_autocast
+from reflowlens.models.numerics import wide, without_autocast
+from reflowlens.models.parts import Norm
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers.targets import target_ids
 from reflowlens.varimax import varimax_rotation

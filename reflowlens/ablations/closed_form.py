@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.components import without_autocast
+from reflowlens.models.numerics import without_autocast
 from reflowlens.signals import SignalView
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.tokenizers.targets import Target, target_ids

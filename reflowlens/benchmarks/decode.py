@@ -10,8 +10,8 @@ from torch import Tensor
 from reflowlens.benchmarks.timing import comparison
 from reflowlens.benchmarks.variants import forming
 from reflowlens.models import build_model
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import KeyValueCache
 
 
 def bench_decode(steps: int = 24) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.models import MODEL_CLASSES
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Positions
+from reflowlens.models.places import Positions
 from reflowlens.models.reflow import ReFlow
 from reflowlens.models.residual import Unembed
 

@@ -23,8 +23,8 @@ from reflowlens.circuits.gradients import GradientRuns, Row, steps_of
 from reflowlens.circuits.graph import Edge, Graph, by_node
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
-from reflowlens.models.components import weighted_sum, without_autocast
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.numerics import weighted_sum, without_autocast
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model

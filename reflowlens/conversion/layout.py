@@ -13,7 +13,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import check_memory, parameter_shapes
-from reflowlens.models.components import is_bias
+from reflowlens.models.parts import is_bias
 from reflowlens.storage.opening import shown
 
 Reader: TypeAlias = "Callable[[], Tensor]"

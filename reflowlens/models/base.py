@@ -19,8 +19,8 @@ from reflowlens.arguments import integer
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import Architecture
-from reflowlens.models.components import Norm
 from reflowlens.models.hooking import HookingModel, NamesFilter
+from reflowlens.models.parts import Norm
 from reflowlens.models.pass_context import lengths_given
 from reflowlens.models.past import read_before
 from reflowlens.models.text import TextInput, read_once

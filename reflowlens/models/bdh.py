@@ -28,10 +28,12 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import FLOAT32
-from reflowlens.models.components import Norm, Places, Positions, is_hooked, weighted_sum, wide
 from reflowlens.models.hooking import AXES
 from reflowlens.models.linear_attention import Alikeness, attend_in_chunks, chunks_are_cheaper
+from reflowlens.models.numerics import weighted_sum, wide
+from reflowlens.models.parts import Norm, is_hooked
 from reflowlens.models.past import ReadPositions
+from reflowlens.models.places import Places, Positions
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
 _NEURONS = ("batch", "pos", "head", "neuron")

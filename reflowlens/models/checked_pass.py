@@ -12,9 +12,9 @@ from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Places, packed_places
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import ReadPositions, read_before
+from reflowlens.models.places import Places, packed_places
 from reflowlens.models.text import TextInput, is_cheap_to_read
 
 ReturnType = Literal["logits", "loss", "both"] | None

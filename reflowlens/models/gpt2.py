@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
-from reflowlens.models.components import Positions, through_copy
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import through_copy
+from reflowlens.models.places import Positions
 
 
 class PosEmbed(nn.Module):

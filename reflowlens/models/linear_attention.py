@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.models.components import weighted_sum
+from reflowlens.models.numerics import weighted_sum
 
 
 class Alikeness(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.models.components import wide
+from reflowlens.models.numerics import wide
 
 IGNORE = -100  # torch's own convention for a target that does not count
 

@@ -15,8 +15,9 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.architecture import FLOAT32
-from reflowlens.models.components import Positions, is_hooked, through_copy
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import is_hooked, through_copy
+from reflowlens.models.places import Positions
 from reflowlens.models.residual import Readout, Unembed
 
 

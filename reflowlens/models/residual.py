@@ -17,9 +17,9 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import ReturnType, checked_pass
-from reflowlens.models.components import Positions
 from reflowlens.models.loss import cross_entropy
 from reflowlens.models.past import ReadPositions
+from reflowlens.models.places import Positions
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 

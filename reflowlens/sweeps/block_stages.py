@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.models.components import Places
+from reflowlens.models.places import Places
 from reflowlens.models.residual import ResidualModel
 from reflowlens.sweeps.suffixes import Layout
 

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.models.components import Places, Positions, weighted_sum
 from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_cheaper, remembered
+from reflowlens.models.numerics import weighted_sum
+from reflowlens.models.places import Places, Positions
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.suffixes import Layout
 

@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reflowlens.models.components import Attention, Block, Places
+from reflowlens.models.attention import Attention
+from reflowlens.models.components import Block
+from reflowlens.models.places import Places
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 import reflowlens as rl
 from reflowlens.circuits.circuits import CircuitScore
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import weighted_sum
+from reflowlens.models.numerics import weighted_sum
 from tests.reflowlens.models.test_bdh import random_bdh
 from tests.support.tiny import random_model
 

@@ -21,7 +21,8 @@ from analyses.measures.lens import lens_log_probabilities, residual_stack
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import Block, plus
+from reflowlens.models.components import Block
+from reflowlens.models.parts import plus
 from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import reflowlens as rl
 from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import KeyValueCache
 from tests.support.tiny import assert_close, random_model, random_tokens
 
 

@@ -40,8 +40,8 @@ from reflowlens.conversion.hf_tokenizer import packaged_json
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
+from reflowlens.models.attention import scaled
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import scaled
 from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.reflowlens.tokenizers.test_ranks import TEXT
 from tests.support.tiny import assert_close, random_model, random_tokens, tiny_config

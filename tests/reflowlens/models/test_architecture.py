@@ -28,8 +28,10 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.flops import forward_flops_per_token
 from reflowlens.models import MODEL_CLASSES
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import MLP, Block, Norm, Places
+from reflowlens.models.components import MLP, Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import Norm
+from reflowlens.models.places import Places
 from reflowlens.models.residual import ResidualModel
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns

@@ -19,8 +19,8 @@ from transformer_lens.model_protocol import TransformerLensModelWithWeights
 from reflowlens.config import PRESETS
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model, parameter_shapes
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import KeyValueCache
 from reflowlens.models.reflow import forming_is_cheaper
 from reflowlens.models.reflow_topk import topk_rows
 from tests.support.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens, tiny_config

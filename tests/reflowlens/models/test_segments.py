@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import KeyValueCache
 from tests.support.tiny import assert_close, random_tokens
 
 # Lengths of a row's texts and the id of each; 24 positions in all. An id may come again: a text is a run of equal ids.

@@ -16,8 +16,8 @@ from reflowlens.checkpoints import load_model, save_model
 from reflowlens.conversion.hf_tokenizer import packaged_json
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
-from reflowlens.models.components import KeyValueCache
 from reflowlens.tokenizers.by_name import get_tokenizer
 from reflowlens.tokenizers.file import OPENED, FileTokenizer, open_tokenizer
 from tests.reflowlens.tokenizers.test_ranks import TEXT

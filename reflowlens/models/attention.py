@@ -1,0 +1,232 @@
+"""Causal softmax attention with rotary or learned positions, and its key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from reflowlens.config import ModelConfig, RotaryScaling
+from reflowlens.models.numerics import all_finite, weighted_sum, wide
+from reflowlens.models.parts import Norm, bias, is_hooked, plus
+from reflowlens.models.past import ReadPositions
+from reflowlens.models.places import Places, Positions
+
+
+class Rotary(nn.Module):
+    """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021).
+
+    Llama 3.1 slows the slow pairs down: see :class:`reflowlens.config.RotaryScaling`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.adjacent = bool(cfg.rotary_adjacent_pairs)
+        frequency = cfg.rotary_base ** (-torch.arange(0, cfg.d_head, 2, dtype=torch.float64, device="cpu") / cfg.d_head)
+        if cfg.rotary_scaling is not None:
+            frequency = scaled(frequency, cfg.rotary_scaling)
+        angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)
+        pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
+        self.register_buffer("cos", pairs.cos().float(), persistent=False)
+        self.register_buffer("sin", pairs.sin().float(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        cos, sin = self.cos, self.sin
+        super()._apply(fn, recurse)
+        self.cos, self.sin = cos.to(self.cos.device), sin.to(self.sin.device)  # a 16-bit model turns by exact angles
+        return self
+
+    def forward(
+        self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        pairs = wide(x)
+        if self.adjacent:
+            even, odd = pairs[..., 0::2], pairs[..., 1::2]
+            quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
+        else:
+            first, second = pairs.chunk(2, dim=-1)
+            quarter_turn = torch.cat((-second, first), dim=-1)
+        return (pairs * cos + quarter_turn * sin).to(x.dtype)
+
+
+def scaled(frequency: Float[Tensor, " pair"], scaling: RotaryScaling) -> Float[Tensor, " pair"]:
+    """Radians a position, divided by ``scaling.factor`` where a wavelength is long and kept where it is short."""
+    turns = scaling.original_context * frequency / (2 * torch.pi)  # over the context of the pretraining
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return frequency * torch.lerp(torch.full_like(kept, 1 / scaling.factor), torch.ones_like(kept), kept.clamp(0, 1))
+
+
+class Past(Protocol):
+    """Keys and values that a pass attends to beside its own."""
+
+    def mix(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention of a pass's queries to earlier positions and its own."""
+        ...
+
+
+class KeyValueCache(ReadPositions):
+    """Keys (already rotated) and values of the positions a model has read, one pair a layer.
+
+    Example: ``past = KeyValueCache(model.cfg, batch=1); model(tokens[:, :5], past_kv_cache=past);
+    model(tokens[:, 5:6], past_kv_cache=past)`` gives the logits of position 5 alone.
+    """
+
+    def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(cfg, batch, dtype)
+        shape = (self.batch, cfg.n_ctx, cfg.kv_heads, cfg.d_head)
+        # Room for n_ctx positions; once a gradient may be asked for, as many as were read.
+        self.keys: list[Float[Tensor, "batch room kv_head d_head"]] = [
+            torch.empty(shape, dtype=dtype, device=cfg.device) for _ in range(cfg.n_layers)
+        ]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+
+    @classmethod
+    def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
+        return cfg.n_layers, cfg.n_ctx, cfg.kv_heads, cfg.d_head
+
+    def mix(
+        self,
+        attn: Attention,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention of the new positions to all so far."""
+        return attn.mix(q, *self.extend(attn.layer, k, v), mask=None)
+
+    def extend(
+        self, layer: int, k: Float[Tensor, "batch pos kv_head d_head"], v: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> tuple[Float[Tensor, "batch all_pos kv_head d_head"], Float[Tensor, "batch all_pos kv_head d_head"]]:
+        """Store the new positions of one layer and return all of its positions so far."""
+        self.keys[layer] = self._extended(self.keys[layer], k)
+        self.values[layer] = self._extended(self.values[layer], v)
+        end = self.length + k.shape[1]
+        return self.keys[layer][:, :end].to(k.dtype), self.values[layer][:, :end].to(v.dtype)
+
+    def _extended(
+        self, kept: Float[Tensor, "batch room kv_head d_head"], new: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> Float[Tensor, "batch room kv_head d_head"]:
+        """In place where there is room and no backward pass needs what it saved unchanged."""
+        end = self.length + new.shape[1]
+        if torch.is_grad_enabled() or kept.requires_grad or kept.shape[1] < end:
+            return torch.cat([kept[:, : self.length], new.to(kept.dtype)], dim=1)
+        kept[:, self.length : end] = new
+        return kept
+
+
+def _head_matrix(n_heads: int, d_model: int, d_head: int) -> nn.Parameter:
+    """[n_heads, d_model, d_head], laid out in memory so that all heads are one [d_model, n_heads * d_head] matrix."""
+    return nn.Parameter(torch.empty(d_model, n_heads, d_head).permute(1, 0, 2))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, grouped-query when ``n_key_value_heads`` is smaller than ``n_heads``."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.layer = cfg, layer
+        self.W_Q = _head_matrix(cfg.n_heads, cfg.d_model, cfg.d_head)
+        self.W_K = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
+        self.W_V = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
+        self.W_O = nn.Parameter(torch.empty(cfg.n_heads, cfg.d_head, cfg.d_model))
+        self.b_Q = bias(cfg.qkv_bias, cfg.n_heads, cfg.d_head)
+        self.b_K = bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
+        self.b_V = bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
+        self.b_O = bias(cfg.attn_out_bias, cfg.d_model)
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        if cfg.positional_embedding_type == "rotary":
+            self.rotary = Rotary(cfg)
+            self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
+            self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf where not allowed
+        self.hook_pattern = HookPoint()  # [batch, head, query_pos, key_pos]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, places: Places, past: Past | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        q, k, v = self.queries_keys_values(resid, ln1)
+        if self.cfg.positional_embedding_type == "rotary":
+            q = self.hook_rot_q(self.rotary(q, places.positions))
+            k = self.hook_rot_k(self.rotary(k, places.positions))
+        mixed = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)
+        return self.output(self.hook_z(mixed))
+
+    def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the heads add to the residual stream."""
+        if is_hooked(self.hook_result):
+            return plus(self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(dim=2), self.b_O)
+        return plus(z.flatten(2) @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model"), self.b_O)
+
+    def queries_keys_values(
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; from per-head copies of the residual stream where one of those is hooked."""
+        x = ln1(resid)
+        q = plus(self._project(x, self.W_Q, self.hook_q_input, resid, ln1), self.b_Q)
+        k = plus(self._project(x, self.W_K, self.hook_k_input, resid, ln1), self.b_K)
+        v = plus(self._project(x, self.W_V, self.hook_v_input, resid, ln1), self.b_V)
+        return self.hook_q(q), self.hook_k(k), self.hook_v(v)
+
+    def _project(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        W: Float[Tensor, "head d_model d_head"],
+        fork: HookPoint,
+        resid: Float[Tensor, "batch pos d_model"],
+        ln1: Norm,
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        if not is_hooked(fork):
+            return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, W.shape[::2])
+        copies = fork(resid.unsqueeze(2).repeat(1, 1, W.shape[0], 1))
+        # What ln1's own points made of the stream is x, and they run once: an edited copy adds what it changes.
+        change = ln1(copies, hooked=False) - ln1(resid, hooked=False).unsqueeze(2)
+        return torch.einsum("bphd,hde->bphe", x.unsqueeze(2) + change, W)
+
+    def mix(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch all_pos kv_head d_head"],
+        v: Float[Tensor, "batch all_pos kv_head d_head"],
+        mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows."""
+        q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
+        new, total = q.shape[2], k.shape[2]
+        if is_hooked(self.hook_attn_scores, self.hook_pattern) or (new > 1 and not all_finite(k, v)):
+            allowed = _causal(new, total, q.device) if mask is None else mask
+            group = self.cfg.n_heads // self.cfg.kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+            scores = wide(q @ k.transpose(-1, -2)) / self.cfg.d_head**0.5
+            scores = scores.masked_fill(~allowed, float("-inf"))
+            pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
+            z = weighted_sum(pattern.to(v.dtype), v)
+        else:
+            if mask is None and new not in (1, total):
+                mask = _causal(new, total, q.device)
+            grouped = self.cfg.kv_heads != self.cfg.n_heads
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
+            )
+        return rearrange(z, "batch head pos d_head -> batch pos head d_head")
+
+
+def _causal(new: int, total: int, device: torch.device) -> Tensor:
+    """[new, total] mask, True where one of the last ``new`` positions may look."""
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
