@@ -22,7 +22,8 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import Bound, apply, bind_all, resolve
-from reflowlens.interventions.selection import Prompt, Selection
+from reflowlens.interventions.selection import Selection
+from reflowlens.interventions.selectors import Prompt
 from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder

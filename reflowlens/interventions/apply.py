@@ -15,7 +15,8 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED, noting_passes
-from reflowlens.interventions.selection import Prompt, Selection, hook_names, select
+from reflowlens.interventions.selection import Selection
+from reflowlens.interventions.selectors import Prompt, hook_names, select
 from reflowlens.interventions.values import Intervention, Patch, Source
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.selection import Prompt
+from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
 from reflowlens.models.pass_context import giving_lengths, growing_rows
 from reflowlens.models.past import read_before

@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.arguments import integer, random_seed, real
+from reflowlens.arguments import integer, random_seed
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.fields import as_factor, check_number, fit, from_plain, same, selector, to_plain
 from reflowlens.models.text import read_once
 
 Position: TypeAlias = "int | slice | Sequence[int] | str | None"
@@ -68,12 +69,12 @@ class Intervention:
         if not isinstance(self.hook, str):
             raise ReflowlensError(f"{type(self).__name__}.hook must be a hook point's name, got {self.hook!r}")
         for name in ("layer", "position", "head", "index"):
-            object.__setattr__(self, name, _selector(getattr(self, name), f"{type(self).__name__}.{name}"))
+            object.__setattr__(self, name, selector(getattr(self, name), f"{type(self).__name__}.{name}"))
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
 
     def __hash__(self) -> int:
         return hash((self.kind, self.hook))  # of what is hashable whatever the selectors and directions are
@@ -109,7 +110,7 @@ class Intervention:
             ReflowlensError: a source is a cache of activations: give its text or tokens instead.
         """
         names = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
-        return {"kind": self.kind} | {name: _to_plain(getattr(self, name), f"{self.kind}.{name}") for name in names}
+        return {"kind": self.kind} | {name: to_plain(getattr(self, name), f"{self.kind}.{name}") for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,13 +203,13 @@ class Steer(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number(self.alpha, "Steer.alpha")
+        check_number(self.alpha, "Steer.alpha")
 
     def given_shape(self) -> tuple[int, ...]:
         return np.shape(self.direction)
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return part + _factor(self.alpha) * fit(self.direction, part, "Steer.direction")
+        return part + as_factor(self.alpha) * fit(self.direction, part, "Steer.direction")
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,10 +236,10 @@ class Scale(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number(self.factor, "Scale.factor")
+        check_number(self.factor, "Scale.factor")
 
     def new_value(self, part: Tensor, source: Tensor | None) -> Tensor:
-        return part * _factor(self.factor)
+        return part * as_factor(self.factor)
 
 
 KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (Ablate, Patch, Steer, Replace, Scale)}
@@ -278,96 +279,6 @@ def _from_dict(item: dict[str, Any]) -> Intervention:
         if name != "kind" and name not in known:
             raise ReflowlensError(f"unknown field {name!r} of {kind!r}{nearest(name, known)}")
     try:
-        return KINDS[kind](**{name: _from_plain(value) for name, value in item.items() if name != "kind"})
+        return KINDS[kind](**{name: from_plain(value) for name, value in item.items() if name != "kind"})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ReflowlensError(f"a {kind!r} is incomplete or malformed: {error}") from error
-
-
-def _selector(value: Any, name: str) -> int | slice | list[int] | str | None:
-    """A selector as plain Python, so that it compares, prints and is written as one."""
-    if value is None or type(value) is int:
-        return value
-    if isinstance(value, str):
-        if name.endswith(".position") or (name.endswith(".layer") and value == "all"):
-            return value
-    elif isinstance(value, slice):
-        start, stop, step = (part if part is None else integer(part) for part in (value.start, value.stop, value.step))
-        if step != 0 and (start, stop, step) == (value.start, value.stop, value.step) and not name.endswith(".layer"):
-            return slice(start, stop, step)
-    elif (one := integer(value)) is not None:
-        return one
-    elif isinstance(value, Sequence | Tensor | np.ndarray) and len(value):
-        several = [integer(item) for item in value]
-        if None not in several:
-            return several  # type: ignore[return-value]
-    shown = f"a mask or list like {value[:3]!r}..." if isinstance(value, list) and len(value) > 3 else repr(value)
-    words = {"layer": ", or 'all'", "position": ", 'last', or the text of a token"}.get(name.rsplit(".", 1)[-1], "")
-    ranges = "" if name.endswith(".layer") else ", a slice"
-    raise ReflowlensError(f"{name} must be an index{ranges}, or several indices (no mask){words}; got {shown}")
-
-
-def _check_number(value: Any, name: str) -> None:
-    is_number = isinstance(value, int | float) and real(value) is not None
-    if not (is_number or isinstance(value, np.number) or _is_scalar(value)):
-        raise ReflowlensError(f"{name} must be a number, got {value!r}")
-
-
-def _factor(number: float | Tensor) -> float | Tensor:
-    """A tensor as it is, for its gradient; torch takes no Python integer of more than 64 bits."""
-    return float(number) if isinstance(number, int) else number
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray) and value.ndim == 0
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equality of two fields; of tensors and arrays that of type, shape and values, of caches identity."""
-    if one is other:
-        return True
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    not_values = Tensor | np.ndarray | Mapping
-    return not isinstance(one, not_values) and not isinstance(other, not_values) and bool(one == other)
-
-
-def _to_plain(value: Any, name: str) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(value, Tensor):
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, slice):
-        return {"slice": [value.start, value.stop, value.step]}
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, Sequence):
-        return list(value)
-    raise ReflowlensError(f"{name} is a cache of activations and cannot be JSON: give its text or tokens instead")
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, dict) and "slice" in value:
-        return slice(*value["slice"])
-    if isinstance(value, dict) and "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
-    return value
-
-
-def fit(value: Any, part: Tensor, name: str) -> Tensor:
-    """A number, or numbers that broadcast to the selected part, in its shape and type.
-
-    Raises:
-        ReflowlensError: they are no numbers, or do not fit.
-    """
-    try:
-        tensor = torch.as_tensor(value, dtype=part.dtype, device=part.device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ReflowlensError(f"{name} must be numbers, got {value!r}") from error
-    try:
-        return tensor.expand_as(part)
-    except RuntimeError as error:
-        raise ReflowlensError(f"{name} has shape {list(tensor.shape)}, the selected part {list(part.shape)}") from error

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.interventions.apply import Bound, apply, resolve
-from reflowlens.interventions.selection import Prompt, Selection
+from reflowlens.interventions.selection import Selection
+from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.stages import EMBEDDINGS, READOUT_SIGNAL, Stages
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.interventions.apply import bind_all, intervene
-from reflowlens.interventions.selection import Prompt
+from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import ResidualModel
 from reflowlens.sweeps.batching import in_batches, items_within, measure_peak

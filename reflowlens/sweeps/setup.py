@@ -13,7 +13,7 @@ from torch import Tensor
 from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.apply import source_cache
-from reflowlens.interventions.selection import hook_names
+from reflowlens.interventions.selectors import hook_names
 from reflowlens.interventions.values import Patch
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
