@@ -43,20 +43,22 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     verify: bool = True,
 ) -> HookedModel:
-    """A trained model: a packaged name, a checkpoint folder, or a safetensors file written by :func:`save_model`.
-
-    Weights stored in 16 bits are widened to ``dtype``.
+    """Load a trained model, in evaluation mode.
 
     Args:
-        verify: the weights must be those whose hash the ``manifest.json`` beside them records, if it does; False opens
-            weights that were changed since.
+        name_or_path: a packaged name (:func:`list_models`), a checkpoint folder, the folder of a training run, or a
+            safetensors file written by :func:`save_model`.
+        device: where to put it.
+        dtype: floating-point type of its weights, however they are stored.
+        verify: check the weights against the SHA-256 that the ``manifest.json`` beside them records, if it does; False
+            opens weights that were changed since.
 
     Raises:
         ReflowlensError: there is no such model, the file is corrupt or not the one its manifest was written with, was
             not written by reflowlens, does not fit its own configuration, or holds values that are not finite; or the
             tokenizer beside it is another than its.
 
-    Example: ``model = load_model("reflow-nano")``
+    Example: ``load_model("reflow-nano")("The king").shape  # [1, 2, d_vocab]``
     """
     path = find_model(name_or_path)
     file = open_safetensors(path)
@@ -88,7 +90,7 @@ def model_from_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HookedModel:
-    """A model in evaluation mode with these weights, which are known to fit.
+    """A model in evaluation mode with these weights, whose names and shapes are known to fit.
 
     Raises:
         ReflowlensError: there is no such device, or the model is larger than the machine's memory.
@@ -108,15 +110,22 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a checkpoint folder, replacing an earlier one only when the new one is complete.
+    """Write a checkpoint folder; an earlier one is replaced when the new one is complete.
 
     Args:
-        manifest: what else to record (tokens seen, losses, the command that made it).
-        dtype: store the weights in this type, e.g. ``torch.float16``.
+        folder: gets ``model.safetensors``, ``manifest.json`` and, if the tokenizer is a file, ``tokenizer.json``.
+        model: a hooked model, compiled or not.
+        manifest: further entries of ``manifest.json``, such as tokens seen, losses, or the command that made it.
+        dtype: type in which weights are stored, e.g. ``torch.float16``; None: as they are.
+
+    Returns:
+        The folder.
 
     Raises:
         ReflowlensError: a weight is not finite (in ``dtype``) or is pruned, the folder holds something other than a
             checkpoint, the disk is full or the folder cannot be written; then nothing has changed.
+
+    Example: ``load_model(save_model("out/model", model))``
     """
     folder = as_path(folder)
     model = hooked_model(model)

@@ -103,35 +103,44 @@ class RotaryScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model, in TransformerLens's field names.
+    """The sizes and choices that make up a model, in TransformerLens's field names.
 
     Args:
         architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``, ``bdh``.
         n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
             Of ``bdh`` ``n_layers`` are its levels, ``d_mlp`` the neurons of a level and ``d_head`` those of a head.
-        n_key_value_heads: heads that own keys and values (grouped-query attention); None means one for every head.
-        d_vocab: rows of the embedding, padding included; at least the tokenizer's number of tokens.
+        n_key_value_heads: heads that own keys and values (grouped-query attention); None: one per query head.
+        d_vocab: rows of the embedding, at least as many as the tokenizer has tokens.
         n_ctx: longest input in tokens.
-        n_signals: S, the width of the recipe; None for a model whose embedding is not factored.
-        topk: entries kept in each row of the recipe (``reflow_topk`` only).
+        n_signals: S, the width of the recipe, the first factor of the embedding; None if it is not factored.
+        topk: entries kept per row of the recipe, its largest positive ones (``reflow_topk`` only).
+        act_fn: activation of the MLPs: ``gelu``, ``gelu_new`` (its tanh approximation), ``relu`` or ``silu``.
+        gated_mlp: MLPs multiply their activation by a second projection (SwiGLU with ``silu``).
+        normalization_type: ``LN`` (LayerNorm) or ``RMS`` (RMSNorm).
+        eps: added to the variance, or to the mean square, inside norms.
+        positional_embedding_type: ``standard`` (learned) or ``rotary``.
+        rotary_base: θ of rotary positions: channel pair i turns by ``θ ** (-2 i / d_head)`` radians per position.
         rotary_adjacent_pairs: rotate channels (0, 1), (2, 3), … instead of (i, i + d_head / 2).
-        rotary_scaling: a :class:`RotaryScaling` (or its fields); None turns every pair by the plain formula.
-        norm_bias: norms have a bias ``b`` beside their weight.
+        rotary_scaling: a :class:`RotaryScaling` (or its fields); None: frequencies are not rescaled.
+        norm_bias: norms have a bias ``b``.
         qkv_bias, attn_out_bias: attention has ``b_Q``, ``b_K``, ``b_V``; it has ``b_O``.
         mlp_bias: MLPs have ``b_in`` and ``b_out``, gated ones ``b_gate`` too.
         tie_word_embeddings: logits are read through the embedding; False gives the model a matrix ``unembed.W_U``.
-        dropout: share of the neurons that training silences at random (``bdh`` only).
+        dropout: probability with which training zeroes a neuron (``bdh`` only).
         tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
             weights (:func:`reflowlens.tokenizers.ranks.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
             ``gpt2`` draws the basis like every other matrix.
+        model_name: what the model is called; free text.
         device: where the parameters are; kept up to date by the model.
-        use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. The points behind
-            them exist always and are computed when hooked; a switch adds them to the default cache.
+        use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
+            exist and are computed when hooked; a switch adds them to the default cache.
+
+    ``None``, ``""`` and an ``eps`` of 0 mean the architecture's own choice.
 
     Raises:
-        ReflowlensError: a field has a value it cannot have; the message names the field and the allowed values.
+        ReflowlensError: a field has a value that is not allowed; the message names the field and the allowed values.
 
     >>> ModelConfig(architecture="gpt2_new", n_layers=2, d_model=64, n_heads=2, d_head=32, d_mlp=256, d_vocab=512,
     ...             n_ctx=64).normalization_type
@@ -291,7 +300,7 @@ class ModelConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ReflowlensError: a field is unknown, missing or has a value it cannot have.
+            ReflowlensError: a field is unknown, missing or has a value that is not allowed.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         for name in fields:

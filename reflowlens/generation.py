@@ -51,7 +51,7 @@ def generate(
         model: a hooked model, compiled or not.
         input: a text, a list of texts, or tokens [batch, pos], a tensor or an array.
         max_new_tokens: tokens to add to each prompt.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        temperature: divides the logits before the softmax; 0 takes the most probable token.
         top_k: sample among the k most probable tokens.
         top_p: sample among the smallest set of most probable tokens whose probabilities sum to at least p.
         stop_at_eos: end a row after the document-end token.
@@ -116,8 +116,7 @@ def generate(
 
 
 def _texts(model: HookedModel, input: TextInput, tokens: Int[Tensor, "batch pos"], ends: list[int]) -> str | list[str]:
-    """Each row up to its end: one text for one text, otherwise a list. Of a text's beginning what the tokenizer put in
-    front is left out."""
+    """Each row up to its end, without a ``bos_token`` that was prepended; one text if the input is one."""
     start = 0 if isinstance(input, Tensor | np.ndarray) else len(model.text_start())
     texts = [model.tokenizer.decode(row[start:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
     return texts[0] if isinstance(input, str) else texts
@@ -151,7 +150,7 @@ def sample(
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
-    # One uniform number a row against the cumulated probabilities: `torch.multinomial` would draw one a token.
+    # One uniform number per row against the cumulated probabilities: `torch.multinomial` would draw one per token.
     cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1).cpu()
     uniform = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=own) for own in generators])
     total = cumulated[:, -1:].contiguous()

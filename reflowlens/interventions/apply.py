@@ -26,7 +26,7 @@ from reflowlens.models.unwrapping import hooked_model
 
 @dataclass
 class Bound:
-    """An intervention at one point, its source's activation at hand."""
+    """An intervention at one hook point, with the activation of its source."""
 
     intervention: Intervention
     name: str
@@ -41,16 +41,19 @@ def intervene(
 ) -> Iterator[HookedModel]:
     """Run a model under interventions for the duration of a ``with`` block.
 
-    They act in the order of the list, out of place, on every forward pass of the block, generation included (where
-    positions count from the start of the text). Always undone, also after an exception or Ctrl-C; where blocks overlap,
-    each undoes its own, in whatever order they are closed. A compiled model runs uncompiled meanwhile, for a compiled
-    graph does not see new hooks. Passes of another thread, which would see the hooks too, raise.
+    They act in the order of the list, out of place, on every forward pass inside the block, generation included, where
+    positions count from the start of the text. On exit, also after an exception or Ctrl-C, they are undone; blocks that
+    overlap each undo their own, in any order. A compiled model runs uncompiled inside the block, because a compiled
+    graph does not see new hooks. A pass in another thread, which would see the hooks too, is an error.
 
     Args:
         model: a hooked model, compiled or not.
-        interventions: one or several; their sources are run first, on the model as it is when the block begins.
-        lengths: of each row, how many tokens are its own, where passes of the block are given tokens padded on the
-            right; of texts this is known.
+        interventions: one or several. Their sources are run when the block begins, on the model as it is then.
+        lengths: number of tokens per row without padding, needed only if passes are given tokens padded on the right;
+            for texts it is known.
+
+    Yields:
+        The hooked model.
 
     Raises:
         ReflowlensError: a hook point does not exist, a selector is out of range, an intervention was never applied, or
@@ -88,6 +91,16 @@ def intervene(
 def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | Intervention, **kwargs: Any) -> Any:
     """One forward pass under interventions: ``model(prompt, **kwargs)`` inside :func:`intervene`.
 
+    Args:
+        model, interventions: as for :func:`intervene`.
+        prompt, kwargs: arguments of the forward pass.
+
+    Returns:
+        What the forward pass returns: by default logits [batch, pos, d_vocab].
+
+    Raises:
+        ReflowlensError: as for :func:`intervene`.
+
     Example: ``rl.run(model, "The capital of France is", [rl.Ablate("z", layer=2, head=1)])`` gives logits
     [1, pos, d_vocab].
     """
@@ -96,7 +109,7 @@ def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | I
 
 
 def bind(model: HookedModel, interventions: Sequence[Intervention]) -> list[Bound]:
-    """Find the points and run the sources, each once, for the points that it is asked for."""
+    """Find the hook points and run the sources, each once, caching the points that are asked of it."""
     return bind_all(model, [interventions])[0]
 
 
@@ -205,7 +218,7 @@ def resolve(model: HookedModel, bound: Bound, shape: torch.Size, prompt: Prompt)
     """The part of an activation that a bound intervention acts on in a pass; None as in :func:`select`.
 
     Raises:
-        ReflowlensError: a selector does not fit, or a token would be given what its source has behind its end.
+        ReflowlensError: a selector does not fit, or a token would be given what its source has after its end.
     """
     selection = select(model, bound.intervention, bound.name, shape, prompt)
     if selection is not None and bound.source is not None and (bound.source_lengths or prompt.padded):
@@ -228,7 +241,7 @@ def _check_keys(bound: Bound, prompt: Prompt) -> None:
 
 
 def _check_positions(bound: Bound, selection: Selection, prompt: Prompt) -> None:
-    """Raise where a token would be given what its source has behind its end."""
+    """Raise where a token would be given what its source has after its end."""
     if prompt.lengths and len(prompt.lengths) != len(bound.source_lengths):
         return  # `apply` says so
     lengths = torch.tensor(bound.source_lengths)[:, None]

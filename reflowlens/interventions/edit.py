@@ -25,15 +25,16 @@ Indices: TypeAlias = "int | str | slice | Sequence[int] | Sequence[str] | None"
 
 @dataclass(frozen=True)
 class SetWeights:
-    """Put values into rows and columns of a parameter.
+    """Set rows and columns of a parameter.
 
     Args:
-        parameter: its name, e.g. ``embed.W_recipe`` (a row a token, a column a signal) or ``embed.W_basis`` (a row a
-            signal).
+        parameter: its name, e.g. ``embed.W_recipe`` [d_vocab, signal] or ``embed.W_basis`` [signal, d_model].
         value: a number, or numbers that broadcast to the selected part.
-        rows: an index, a slice or indices of the first axis; of an embedding or a recipe also words of one token. None
-            is all.
-        columns: the same of the last axis, without words.
+        rows: an index, a slice or indices along the first axis, or, if that axis is the vocabulary, words of one token
+            each; None: all.
+        columns: an index, a slice or indices along the last axis; None: all.
+
+    Example: ``rl.SetWeights("embed.W_recipe", 0.0, rows=" king", columns=[3, 5])``
     """
 
     parameter: str
@@ -47,7 +48,7 @@ class SetWeights:
 
 @dataclass(frozen=True)
 class AddWeights(SetWeights):
-    """Add a value to rows and columns of a parameter."""
+    """Add ``value`` to rows and columns of a parameter; arguments as for :class:`SetWeights`."""
 
     def new(self, part: Tensor) -> Tensor:
         return part + fit(self.value, part, f"{type(self).__name__}.value")
@@ -55,7 +56,10 @@ class AddWeights(SetWeights):
 
 @dataclass(frozen=True)
 class ScaleWeights(SetWeights):
-    """Multiply rows and columns of a parameter: by 0 silences a signal, by 2 doubles it."""
+    """Multiply rows and columns of a parameter by ``value``; arguments as for :class:`SetWeights`.
+
+    Example: ``rl.ScaleWeights("embed.W_basis", 0, rows=3)`` silences signal 3.
+    """
 
     def new(self, part: Tensor) -> Tensor:
         return part * fit(self.value, part, f"{type(self).__name__}.value")
@@ -63,7 +67,18 @@ class ScaleWeights(SetWeights):
 
 @dataclass(frozen=True)
 class SwapWeights:
-    """Exchange two rows of a parameter, or two columns: two words' recipes, two signals."""
+    """Exchange two rows of a parameter, or two columns.
+
+    Args:
+        parameter: its name.
+        rows: two indices along the first axis, or, if that axis is the vocabulary, two words of one token each.
+        columns: two indices along the last axis, in place of ``rows``.
+
+    Raises:
+        ReflowlensError: not exactly two rows or two columns are given.
+
+    Example: ``rl.SwapWeights("embed.W_recipe", rows=(" king", " queen"))``
+    """
 
     parameter: str
     rows: tuple[int | str, int | str] | None = None
@@ -87,11 +102,18 @@ _OPEN: WeakKeyDictionary[HookedModel, list[_Kept]] = WeakKeyDictionary()
 
 @contextlib.contextmanager
 def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[HookedModel]:
-    """Change weights for the duration of a ``with`` block, in the order of the list.
+    """Change weights for the duration of a ``with`` block.
 
-    On exit, also after an exception or Ctrl-C, every parameter is bit for bit what it was. Blocks that overlap are
-    closed in the reverse of the order in which they were opened, as nested ones are. Passes of another thread, which
-    would see the edited weights, raise.
+    On exit, also after an exception or Ctrl-C, every parameter is bit for bit what it was. Blocks that overlap must be
+    closed in the reverse of the order in which they were opened, as nested ones are. A pass in another thread, which
+    would see the edited weights, is an error.
+
+    Args:
+        model: a hooked model, compiled or not.
+        edits: one or several, applied in order.
+
+    Yields:
+        The hooked model.
 
     Raises:
         ReflowlensError: there is no such parameter, row or column, or a value does not fit, or another thread is using
@@ -137,7 +159,7 @@ def edit(model: Any, edits: Sequence[WeightEdit] | WeightEdit) -> Iterator[Hooke
 
 
 def _undo(open_blocks: list[_Kept], kept: _Kept) -> int:
-    """Undo a block, and before it those that were opened later, whose number is returned."""
+    """Undo a block, and before it those that were opened later; returns how many these are."""
     later = 0
     while any(block is kept for block in open_blocks):  # unless an earlier one has undone it
         block = open_blocks.pop()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 
-Where: TypeAlias = "slice | Tensor"  # contiguous, or a list of indices [n]; positions may be a list a row [batch, n]
+Where: TypeAlias = "slice | Tensor"  # contiguous, or indices [n]; positions may be indices per row [batch, n]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Selection:
         return changed
 
     def where_counted(self, part: Tensor, otherwise: Tensor | float) -> Tensor:
-        """A selected part, and something else at the places of a row that ``put`` leaves as they are."""
+        """A selected part, and ``otherwise`` at the places of a row that ``put`` leaves unchanged."""
         between = [1] * (part.ndim - 2)
         if self.counted is not None:
             counted = self.counted.to(part.device)

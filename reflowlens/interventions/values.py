@@ -36,24 +36,24 @@ Source: TypeAlias = "str | Sequence[str] | Tensor | Mapping[str, Tensor] | None"
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Where an intervention acts. The kinds below say what it does there.
+    """Where an intervention acts; its subclasses say what it does there.
 
     Args:
         hook: a hook point's full name (``"blocks.3.attn.hook_z"``), or its short name (``"z"``, ``"resid_pre"``,
             ``"mlp.hook_post"``) together with ``layer``.
         layer: one block, several, or ``"all"``; negative counts from the end.
-        position: index, slice, indices, ``"last"`` or the text of a token, which selects its every occurrence; None is
-            every position. ``"last"`` and negative numbers count from each prompt's own end, padding left out; while
-            text is generated ``"last"`` is the prompt's last token and then each new one. Of attention squares it is
-            the query's.
-        head: which heads, where the activation has a head axis (grouped-query keys and values: key/value heads).
-        index: which entries of the last axis: signals, neurons, features; rows of ``hook_basis``; key positions, of
-            which negative ones count from each prompt's own end, and padding is never among them.
+        position: index, slice, indices, ``"last"``, or the text of a token, which selects its every occurrence; None:
+            all. ``"last"`` and negative numbers count from the end of each prompt, padding left out; during generation
+            ``"last"`` is the last token of the prompt and then each new one. In attention scores and patterns it is the
+            query position.
+        head: which heads, if the activation has a head axis (of grouped-query keys and values: key/value heads).
+        index: which entries of the last axis: signals, neurons, features; rows of ``hook_basis``; key positions, where
+            negative numbers count from the end of each prompt and padding is never selected.
 
-    Selectors may be NumPy's or torch's integers, ranges and arrays of integers; they become plain ones.
+    Selectors may be integers, ranges and integer arrays of NumPy or torch; they are stored as plain Python.
 
     Raises:
-        ReflowlensError: the hook is no name, or a selector is empty, a mask, or neither an index, a slice, nor several
+        ReflowlensError: ``hook`` is not a text, or a selector is empty, a mask, or not an index, a slice or several
             indices.
     """
 
@@ -118,13 +118,18 @@ class Ablate(Intervention):
     """Remove: zero, the mean over a reference batch, or values drawn from it.
 
     Args:
-        by: ``"zero"``; ``"mean"`` over every position of every reference prompt; ``"resample"``, where each selected
-            place takes the values of a place of the reference drawn at random.
-        reference: text, texts, tokens [batch, pos] or a cache, all of whose positions count; the padding of texts, and
-            of a cache of texts, is left out. Not for ``"zero"``.
-        seed: of the draw. Each pass draws anew from it, one place after the other through the rows of the batch: rows
-            of the same text draw different places, and so does a text alone from what it draws in a batch, or written
-            with a key-value cache from what it draws when read whole.
+        by: ``"zero"``; ``"mean"``, over all positions of all reference prompts; ``"resample"``: each selected position
+            takes the values at a position of the reference, drawn at random with replacement.
+        reference: text, texts, tokens [batch, pos] or a cache, padding of texts left out; needed unless ``"zero"``.
+        seed: of the draw. Each pass starts from it anew and draws in order through the rows of the batch. So two rows
+            with the same text draw different positions, and a text draws others alone than in a batch, and with a
+            key-value cache than when read whole.
+
+    Raises:
+        ReflowlensError: as for :class:`Intervention`; or ``by`` is unknown, the reference is missing or superfluous, or
+            ``seed`` is not an integer.
+
+    Example: ``rl.Ablate("z", layer=3, head=2, by="mean", reference=["Some text.", "More."])``
     """
 
     kind = "ablate"
@@ -157,12 +162,18 @@ class Ablate(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Patch(Intervention):
-    """Put in what another run has at the same places.
+    """Replace by the activation of another run (activation patching).
 
     Args:
-        prompt: that run: text, texts, tokens or a cache; one row serves every row. In a sweep None is the clean run.
-        from_position: take this position of the other run for every selected one; ``"last"`` is its last. Of several
-            prompts it counts within each one's own tokens.
+        prompt: the input of the other run, text, texts or tokens, or its cache; one row is used for all rows. In a
+            sweep None is the clean run.
+        from_position: the position of the other run to take for all selected ones; ``"last"`` is its last; None: the
+            same positions. Of several prompts it counts within each, padding left out.
+
+    Raises:
+        ReflowlensError: as for :class:`Intervention`; or ``from_position`` is neither an index nor ``"last"``.
+
+    Example: ``rl.Patch("resid_pre", "The capital of Italy is", layer=4, position="last")``
     """
 
     kind = "patch"
@@ -194,8 +205,18 @@ class Patch(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Steer(Intervention):
-    """Add ``alpha`` times a direction, [feature] or any shape that broadcasts to the selected part of the activation,
-    its axes in the order of ``model.hook_axes``."""
+    """Add ``alpha * direction``.
+
+    Args:
+        direction: [feature], or any shape that broadcasts to the selected part of the activation, whose axes are in the
+            order of ``model.hook_axes``.
+        alpha: a number, in units of ``direction``: it is not normalised.
+
+    Raises:
+        ReflowlensError: as for :class:`Intervention`; or ``alpha`` is not a number.
+
+    Example: ``rl.Steer("resid_post", direction, 4.0, layer=[2, 3], position=" France")``
+    """
 
     kind = "steer"
     direction: Float[Tensor, "*shape"] | Sequence[float]
@@ -214,8 +235,17 @@ class Steer(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Replace(Intervention):
-    """Put in a number, or a tensor that broadcasts to the selected part, its axes in the order of ``model.hook_axes``:
-    a cached activation, for example."""
+    """Replace by given numbers.
+
+    Args:
+        value: a number, or any shape that broadcasts to the selected part of the activation, whose axes are in the
+            order of ``model.hook_axes``; a cached activation, for example.
+
+    Raises:
+        ReflowlensError: as for :class:`Intervention`.
+
+    Example: ``rl.Replace("resid_post", cache["resid_post", 2], layer=2)``
+    """
 
     kind = "replace"
     value: float | Float[Tensor, "*shape"] | Sequence[float]
@@ -229,7 +259,13 @@ class Replace(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Intervention):
-    """Multiply by a factor."""
+    """Multiply by a factor.
+
+    Raises:
+        ReflowlensError: as for :class:`Intervention`; or ``factor`` is not a number.
+
+    Example: ``rl.Scale("mlp.hook_post", 0.5, layer=1, index=[5, 7])`` halves two neurons.
+    """
 
     kind = "scale"
     factor: float
@@ -246,7 +282,7 @@ KINDS: dict[str, type[Intervention]] = {cls.kind: cls for cls in (Ablate, Patch,
 
 
 def to_json(interventions: Sequence[Intervention] | Intervention) -> str:
-    """Interventions, one or several, as a JSON list.
+    """Interventions, one or several, as a JSON list, for :func:`from_json`.
 
     >>> from_json(to_json([Ablate("unembed.hook_signal", index=17)])) == [Ablate("unembed.hook_signal", index=17)]
     True

@@ -36,7 +36,7 @@ _FIRST_BLOCK = "blocks.0."
 
 @contextlib.contextmanager
 def float32_by_default() -> Iterator[None]:
-    """Tensors that are made without a type are float32, whatever ``torch.set_default_dtype`` was given."""
+    """Tensors created without a dtype are float32, whatever ``torch.set_default_dtype`` says."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -46,7 +46,7 @@ def float32_by_default() -> Iterator[None]:
 
 
 def unfilled_model(cfg: ModelConfig) -> HookedModel:
-    """A model in float32 whose parameters hold anything."""
+    """A model in float32 whose parameters are not initialised."""
     with float32_by_default():
         return MODEL_CLASSES[cfg.architecture](cfg)
 
@@ -56,7 +56,7 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
 
     Args:
         config: a configuration or a preset's name, e.g. ``"reflow_1_small"``.
-        seed: of the initialisation; the same seed gives the same weights on every device.
+        seed: of the initialisation; weights are drawn on the CPU, so that a seed gives the same ones on every device.
         device: ``"meta"`` builds the shapes alone and costs no memory.
 
     Raises:
@@ -80,7 +80,7 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Shapes of the parameters of a model, by their names; however large it is, one layer is built, of shapes alone."""
+    """Shapes of a model's parameters by name; only one layer is built, on the meta device, however large the model."""
     # Rotary angles are no parameters, and would be computed.
     n_ctx = 1 if cfg.positional_embedding_type == "rotary" else cfg.n_ctx
     built = build_model(dataclasses.replace(cfg, n_layers=1, n_ctx=n_ctx), device="meta")

@@ -55,7 +55,7 @@ class Architecture:
 
     @classmethod
     def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
-        """Operations of one forward pass a token, by part of the model: matrix products alone, two a multiplication.
+        """Operations of one forward pass per token, by part: matrix products alone, two per multiplication.
 
         Args:
             context: tokens of an example; attention is counted causally, as its mean over them.

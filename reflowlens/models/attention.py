@@ -60,14 +60,14 @@ class Rotary(nn.Module):
 
 
 def scaled(frequency: Float[Tensor, " pair"], scaling: RotaryScaling) -> Float[Tensor, " pair"]:
-    """Radians a position, divided by ``scaling.factor`` where a wavelength is long and kept where it is short."""
+    """Radians per position: divided by ``scaling.factor`` for long wavelengths, unchanged for short ones."""
     turns = scaling.original_context * frequency / (2 * torch.pi)  # over the context of the pretraining
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return frequency * torch.lerp(torch.full_like(kept, 1 / scaling.factor), torch.ones_like(kept), kept.clamp(0, 1))
 
 
 class Past(Protocol):
-    """Keys and values that a pass attends to beside its own."""
+    """Earlier keys and values that a pass attends to beside its own."""
 
     def mix(self, attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         """Attention of a pass's queries to earlier positions and its own."""
@@ -75,7 +75,7 @@ class Past(Protocol):
 
 
 class KeyValueCache(ReadPositions):
-    """Keys (already rotated) and values of the positions a model has read, one pair a layer.
+    """Keys (already rotated) and values of the positions that a model has read, a pair per layer.
 
     Example: ``past = KeyValueCache(model.cfg, batch=1); model(tokens[:, :5], past_kv_cache=past);
     model(tokens[:, 5:6], past_kv_cache=past)`` gives the logits of position 5 alone.

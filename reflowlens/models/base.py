@@ -38,17 +38,27 @@ class HookedModel(Architecture, HookingModel):
         self.cfg = cfg
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
-        """The direction that a *normalised* residual is read along for each token's logit, the norm's weight included.
+        """The unembedding direction of each token, ``W_U[:, token]`` times the final norm's weight.
 
-        With it TransformerLens's ``logit_attrs``, which divides by the norm's scale alone, sums to the logit, rounded;
-        where the final norm has a bias b, to the logit less ``b · W_U[:, token]``, which nothing in the stream writes.
+        The inner product with the residual stream divided by the final norm's scale is the token's logit, less
+        ``b · W_U[:, token]`` if that norm has a bias b. TransformerLens's ``logit_attrs``, which divides by the scale
+        alone, therefore sums to it.
+
+        Args:
+            tokens: a text that is one token, an id, or ids of any shape.
+
+        Returns:
+            [*tokens, d_model].
+
+        Raises:
+            ReflowlensError: a text is several tokens, or an id is outside the vocabulary.
         """
         ids = self._as_ids(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
         self._check_ids(ids)
         return self.unembedding_rows(ids.to(self.cfg.device)) * self.ln_final.w
 
     def unembedding_rows(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
-        """Columns of W_U as rows, without forming the others of a tied embedding."""
+        """Columns of ``W_U`` for some tokens, [*tokens, d_model]; of a factored embedding only these are formed."""
         matrix = self.W_E if self.cfg.tie_word_embeddings else self.W_U.T
         rows = matrix[tokens.reshape(-1)]
         dense = rows if isinstance(rows, Tensor) else rows.AB
@@ -64,20 +74,36 @@ class HookedModel(Architecture, HookingModel):
         raise NotImplementedError
 
     def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> Any:
-        """What the model keeps of texts that it reads piece by piece, empty: the ``past_kv_cache`` of its passes."""
+        """An empty cache for incremental decoding, the ``past_kv_cache`` of forward passes.
+
+        Args:
+            batch: rows it is made for.
+            dtype: floating-point type in which activations are kept.
+
+        Returns:
+            A :class:`~reflowlens.models.past.ReadPositions`: keys and values per layer, or a recurrent state. Each pass
+            appends its positions to it.
+
+        Raises:
+            ReflowlensError: ``batch`` is not a positive integer, or ``dtype`` not a floating-point type.
+        """
         raise NotImplementedError
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """What biases have added to the stream that block ``layer`` (or its MLP) reads: nothing where there are none.
+        """Sum of the output biases of earlier blocks; zeros if bias-free.
 
         Args:
-            mlp_input: count the attention bias of block ``layer`` too.
-            include_mlp_biases: False counts those of attention alone.
+            layer: biases of blocks before this one; ``n_layers`` for all.
+            mlp_input: add the attention bias of block ``layer`` too: what its MLP reads.
+            include_mlp_biases: False sums those of attention alone.
+
+        Returns:
+            float32 [d_model].
 
         Raises:
-            ReflowlensError: the layer is none of 0 to ``n_layers``.
+            ReflowlensError: ``layer`` is not an integer from 0 to ``n_layers``.
         """
         n_layers, index = self.cfg.n_layers, integer(layer)
         if index is None or not 0 <= index <= n_layers:
@@ -85,7 +111,7 @@ class HookedModel(Architecture, HookingModel):
         return torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=torch.float32)
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Parameters under TransformerLens's names: ``unembed.W_U`` always, shared keys and values per query head."""
+        """Parameters by TransformerLens's names: ``unembed.W_U`` even if tied, keys and values once per query head."""
         return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedModel:
@@ -125,21 +151,25 @@ class HookedModel(Architecture, HookingModel):
         """Run the model and keep its activations.
 
         Args:
-            names_filter: full hook names, one, or a predicate; default: everything but attention squares and per-head
-                copies of the residual stream.
+            args, kwargs: arguments of the forward pass.
+            names_filter: full hook names, one of them, or a predicate of names; None: all but attention scores and
+                patterns and per-head copies of the residual stream.
             device, dtype: where activations are kept and in which floating-point type, e.g. ``torch.bfloat16`` for half
-                the memory; each is converted when it is cached, not at the end.
-            pos_slice: keep these positions alone: an index, a slice, or several indices.
-            incl_bwd: run the output (a loss) backward and keep gradients too, under names ending in ``_grad``.
+                the memory; each is converted as it is cached.
+            pos_slice: keep only these positions: an index, a slice, or several indices.
+            incl_bwd: run the output, a loss, backward and keep gradients too, under names ending in ``_grad``.
             return_cache_object: False gives a plain dict.
             remove_batch_dim, reset_hooks_end, clear_contexts: as in TransformerLens.
 
         Returns:
-            What the model returns, and an :class:`reflowlens.activations.cache.ActivationCache`.
+            The output of the forward pass, and an :class:`reflowlens.activations.cache.ActivationCache` of tensors
+            whose axes :meth:`hook_axes` names.
 
         Raises:
             ReflowlensError: a point does not exist or was not reached, ``pos_slice`` selects nothing,
                 ``remove_batch_dim`` with several prompts, or the memory does not hold what is kept.
+
+        Example: ``logits, cache = model.run_with_cache("The king"); cache["resid_post", 2]  # [1, 2, d_model]``
         """
         from reflowlens.activations.cache import ActivationCache
 
@@ -170,7 +200,7 @@ class HookedModel(Architecture, HookingModel):
     def _tokens_of_pass(
         self, input: Any, kwargs: dict[str, Any]
     ) -> tuple[Int[Tensor, "batch pos"] | None, list[int] | None]:
-        """What a pass reads, where it starts from tokens, and how much of each row is its own, where that is known."""
+        """The tokens of a pass, if it starts from tokens, and the number per row without padding, if known."""
         given = lengths_given(self, input)
         if kwargs.get("start_at_layer") is not None:
             return None, given

@@ -23,7 +23,7 @@ NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
 Hooks: TypeAlias = "Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]"
 
 _LEVELS = itertools.count(1)  # of blocks that attach hooks, as TransformerLens counts them
-# Points that hold a [pos, pos] square or a copy of the residual stream a head: cached only when named or switched on.
+# Points that hold [pos, pos] or a copy of the residual stream per head: cached only when named or switched on.
 _LARGE_POINTS = {
     "hook_attn_scores": "",
     "hook_pattern": "",
@@ -55,7 +55,7 @@ class HookingModel(TextModel):
     point_axes = AXES  # a family with points of its own adds theirs
 
     def check_hook_name(self, name: str) -> None:
-        """Raise unless the model has this hook point; the message names the nearest ones."""
+        """Raise unless the model has a hook point of this full name; the message suggests similar ones."""
         if not isinstance(name, str):
             raise ReflowlensError(f"a hook point is named by its text, such as 'hook_embed', got {name!r}")
         if name in self.hook_dict:
@@ -68,7 +68,10 @@ class HookingModel(TextModel):
         )
 
     def hook_axes(self, name: str) -> tuple[str, ...]:
-        """Names of the axes of a point's activation.
+        """Names of the axes of a hook point's activation, in order.
+
+        Raises:
+            ReflowlensError: there is no such hook point.
 
         >>> from reflowlens.models import build_model
         >>> build_model("reflow_1_small", device="meta").hook_axes("blocks.0.attn.hook_z")
@@ -119,7 +122,7 @@ class HookingModel(TextModel):
             )
 
     def default_names(self, name: str) -> bool:
-        """Whether a point is cached when no filter is given: all but attention squares and per-head residual copies."""
+        """Whether a hook point is cached by default: all but attention squares and per-head residual copies."""
         switch = _LARGE_POINTS.get(name.rsplit(".", 1)[-1])
         return switch is None or bool(switch and getattr(self.cfg, switch))
 
@@ -133,12 +136,19 @@ class HookingModel(TextModel):
         pos_slice: Any = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[dict, list, list]:
-        """As TransformerLens's, but a filter that matches nothing is an error and ``pos_slice`` cuts positions alone.
+        """As in TransformerLens, but a filter that matches nothing is an error, and ``pos_slice`` cuts positions only.
 
-        A point that was named must be reached; of a predicate's, or of the default, those that are reached are cached.
+        A hook point that is named must be reached by the pass; of those that a predicate or the default matches, the
+        ones that are reached are cached.
 
         Args:
-            dtype: what floating-point activations become before they are kept.
+            dtype: floating-point type in which activations are kept; None: as computed.
+
+        Returns:
+            The cache, which the hooks fill, and pairs (hook point, function) for the forward and the backward pass.
+
+        Raises:
+            ReflowlensError: a name does not exist, nothing matches, or ``device``, ``dtype`` or ``pos_slice`` is none.
         """
         names: list[str] = []
         matches: Callable[[str], bool] = self.default_names
@@ -172,7 +182,7 @@ class HookingModel(TextModel):
 
 
 def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable]]:
-    """Pairs of a name and a function, which may come from an iterator, as a list."""
+    """Pairs (name, function), perhaps from an iterator, as a list."""
     pairs = list(hooks) if isinstance(hooks, Iterable) else [hooks]
     for pair in pairs:
         name, hook = pair if isinstance(pair, Sequence) and len(pair) == 2 else (None, None)

@@ -47,7 +47,7 @@ def attend_in_chunks(
         state: Σ q_sᵀ x_s of earlier positions; without gradients it is updated in place.
 
     Returns:
-        The sums, and the state behind the last position.
+        The sums, and the state after the last position.
     """
     parts = []
     for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):

@@ -1,4 +1,4 @@
-"""What a model keeps of the positions that it has read, so that a later pass reads on from there."""
+"""Caches for incremental decoding: what a model keeps of the positions that it has read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from reflowlens.errors import ReflowlensError
 
 
 def read_before(past: Any) -> int:
-    """How many positions a pass with this ``past_kv_cache`` finds read.
+    """Number of positions that a pass with this ``past_kv_cache`` finds already read.
 
     Raises:
-        ReflowlensError: it is none.
+        ReflowlensError: it is not a cache from ``make_cache``.
     """
     if past is None:
         return 0
@@ -26,12 +26,12 @@ def read_before(past: Any) -> int:
 
 
 class ReadPositions:
-    """Base class of what passes extend, a ``past_kv_cache``; the families say what they keep of a position.
+    """Base class of caches, the ``past_kv_cache`` of a pass; a family of models says what it keeps of a position.
 
     Attributes:
-        length: how many positions were read.
-        batch: how many rows it is made for.
-        sizes: of what is kept of a row, which a model must share.
+        length: number of positions read so far.
+        batch: number of rows.
+        sizes: the sizes of what is kept per row, which the model must share.
     """
 
     def __init__(self, cfg: ModelConfig, batch: int, dtype: torch.dtype) -> None:
@@ -44,7 +44,7 @@ class ReadPositions:
 
     @classmethod
     def sizes_for(cls, cfg: ModelConfig) -> tuple[int, ...]:
-        """The sizes of what is kept of a row."""
+        """The sizes of what is kept per row."""
         raise NotImplementedError
 
     def check(self, model: Any, batch: int) -> None:

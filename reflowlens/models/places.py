@@ -1,4 +1,4 @@
-"""Where tokens stand in their texts: one text a row, or several packed into one."""
+"""Positions of tokens within their texts: one text per row, or several packed into one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Places(NamedTuple):
 
 
 def packed_places(segments: Int[Tensor, "batch pos"]) -> Places:
-    """Texts that share a row unseen by each other: one is a run of equal ids, and its positions start at 0.
+    """Places of texts packed into rows: a run of equal ids is a text, which attends to itself alone, from position 0.
 
     >>> packed_places(torch.tensor([[5, 5, 5, 7, 7]])).positions
     tensor([[0, 1, 2, 0, 1]])

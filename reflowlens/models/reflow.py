@@ -45,7 +45,7 @@ class RecipeUnembed(Unembed):
 
 
 def forming_is_cheaper(n: int, recipe: Float[Tensor, "d_vocab S"], basis: Float[Tensor, "S d_model"]) -> bool:
-    """Whether reading n positions through E = R B takes fewer multiplications than through R and B in turn."""
+    """Whether reading n positions through E = R B takes fewer multiplications than through B and then R."""
     (d_vocab, S), d_model = recipe.shape, basis.shape[1]
     factored = n * (d_model * S + S * d_vocab)
     formed = d_vocab * S * d_model + n * d_model * d_vocab

@@ -128,16 +128,19 @@ class ResidualModel(HookedModel):
             targets: what each position should predict, negative where nothing counts; default: the input shifted by
                 one.
             start_at_layer: first block to run; negative counts from the end.
-            stop_at_layer: first block not to run; the residual stream in front of it is returned.
-            past_kv_cache: what :meth:`make_cache` gave: what the model keeps of earlier positions; extended by the new
-                ones. It goes with whole passes over rows of one length.
-            segments: several texts in a row, each a run of equal ids and read as if alone: attention stays within it,
-                its positions start at 0, and its last token is left out of the default targets, as is padding, which
-                negative ids mark.
+            stop_at_layer: first block not to run; the residual stream that it would read is returned.
+            past_kv_cache: a cache from :meth:`make_cache` with the earlier positions, to which the new ones are
+                appended; only for passes through all layers over rows of one length.
+            segments: ids [batch, pos] of texts packed into one row. A run of equal ids is one text, read as if alone:
+                attention stays within it and its positions start at 0. Its last token is left out of the default
+                targets, as is padding, which negative ids mark.
+
+        Returns:
+            As ``return_type`` says; with ``stop_at_layer`` the residual stream [batch, pos, d_model].
 
         Raises:
             ReflowlensError: the input is empty, too long for ``n_ctx`` or holds ids outside the vocabulary, a layer
-                does not exist or the first lies behind the last, a loss is asked for without targets, targets or
+                does not exist or the first comes after the last, a loss is asked for without targets, targets or
                 segments do not fit the input, or a cache comes with segments, with a part of the layers or with texts
                 of several lengths, or is another model's or made for another batch.
         """

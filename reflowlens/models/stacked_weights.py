@@ -111,7 +111,7 @@ class StackedWeights:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """W_Q W_Kᵀ [layer, head, d_model, d_model]: how alike a query's and a key's stream are to a head.
+        """W_Q W_Kᵀ [layer, head, d_model, d_model]: the bilinear form of each head's attention scores.
 
         Rotary positions turn queries and keys in between: of such a model it is the score of two tokens at one
         position, times √d_head.

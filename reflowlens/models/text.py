@@ -21,17 +21,17 @@ TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch po
 
 
 def read_once(input: Any) -> Any:
-    """Prompts as they are; those of an iterator, which gives them only once, as a list that can be read again."""
+    """Prompts as given; those of an iterator, which can be read only once, as a list."""
     return list(input) if isinstance(input, Iterator) else input
 
 
 def is_cheap_to_read(tokens: Int[Tensor, "*tokens"]) -> bool:
-    """Whether there are values to look at, on no other device, which would be waited for, and in no compiled graph."""
+    """Whether values can be checked at little cost: on the CPU (a GPU would be waited for) and not being compiled."""
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel() > 0
 
 
 class TextModel(HookedRootModule):
-    """A model that reads text, one or several, as the tokens of its tokenizer."""
+    """A model that reads text through a tokenizer."""
 
     cfg: ModelConfig
 
@@ -41,19 +41,37 @@ class TextModel(HookedRootModule):
         return get_tokenizer(self.cfg.tokenizer_name)
 
     def to_tokens(self, input: TextInput, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
-        """Token ids of a text or of several, padded on the right with the document end.
+        """Token ids of one text or several.
 
         Args:
-            prepend_bos: begin each text with the tokenizer's ``bos_token``, or with the document end where it has none.
-                By default as the model was trained: an imported Llama with one, the architectures here without.
+            input: a text, a list of texts, or token ids [batch, pos] or [pos].
+            prepend_bos: begin each text with the tokenizer's ``bos_token``, or with its end-of-document token if it has
+                no other. None: as the model was trained, an imported Llama with one, the architectures here without.
+
+        Returns:
+            int64 [batch, pos] on the model's device; shorter texts are padded on the right with the end-of-document
+            token.
 
         Raises:
             ReflowlensError: the text is empty, too long for ``n_ctx``, or an id is outside the vocabulary.
+
+        Example: ``model.to_tokens("The capital of France is").shape  # [1, 5]``
         """
         return self.tokens_and_lengths(input, prepend_bos=prepend_bos)[0]
 
     def next_tokens(self, tokens: Int[Tensor, "batch pos"], lengths: list[int]) -> Int[Tensor, "batch pos"]:
-        """What each position should predict: the next id, -100 at a row's end and over padding."""
+        """Targets of next-token prediction.
+
+        Args:
+            tokens: padded on the right.
+            lengths: tokens per row, padding left out.
+
+        Returns:
+            For each position the id at the next one; -100, which counts nothing, at the end of a row and over padding.
+
+        Raises:
+            ReflowlensError: no row has two tokens.
+        """
         if max(lengths, default=0) < 2:
             raise ReflowlensError("a loss needs two tokens at least: one to predict from and one to predict")
         last = torch.as_tensor(lengths, device=tokens.device)[:, None] - 1
@@ -63,7 +81,15 @@ class TextModel(HookedRootModule):
     def tokens_and_lengths(
         self, input: TextInput, *, prepend_bos: bool | None = None, offset: int = 0
     ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
-        """Ids padded on the right, and how many of each row are the prompt's own; ``offset`` were read before."""
+        """Token ids padded on the right, and the number of tokens per row, padding left out.
+
+        Args:
+            input, prepend_bos: as in :meth:`to_tokens`.
+            offset: tokens that were read before, which count towards ``n_ctx``; then no ``bos_token`` is prepended.
+
+        Raises:
+            ReflowlensError: as in :meth:`to_tokens`.
+        """
         if isinstance(input, np.ndarray) and input.dtype.kind in "iu":
             input = torch.from_numpy(input.astype(np.int64))
         if isinstance(input, Tensor):
@@ -95,14 +121,14 @@ class TextModel(HookedRootModule):
         return tokens.to(self.cfg.device), lengths
 
     def text_start(self, prepend_bos: bool | None = None) -> list[int]:
-        """What :meth:`to_tokens` puts in front of a text: a beginning-of-sequence token, or nothing."""
+        """The ids that :meth:`to_tokens` prepends to a text: one beginning-of-sequence token, or none."""
         tokenizer = self.tokenizer
         begin = next((i for i in (tokenizer.bos_token, tokenizer.eot_token) if i is not None), 0)
         wanted = tokenizer.bos_token is not None if prepend_bos is None else prepend_bos
         return [begin] if wanted else []
 
     def check_length(self, length: int, offset: int = 0) -> None:
-        """Raise unless the model can read so many tokens after ``offset`` others."""
+        """Raise unless ``length`` tokens after ``offset`` others fit into ``n_ctx``."""
         if length == 0:
             raise ReflowlensError("the prompt is empty: give at least one token")
         if offset + length > self.cfg.n_ctx:
@@ -130,7 +156,14 @@ class TextModel(HookedRootModule):
         return ids.long()
 
     def to_string(self, tokens: Int[Tensor, "*batch pos"] | Sequence[int]) -> str | list[str]:
-        """The text of ids [pos], or a list of texts of ids [batch, pos]."""
+        """Decode token ids.
+
+        Returns:
+            A text for ids [pos], a list of texts for ids [batch, pos].
+
+        Raises:
+            ReflowlensError: they are not integers, or one is outside the vocabulary.
+        """
         ids = self._as_ids(tokens)
         if ids.ndim == 2:
             return [self.tokenizer.decode(row.tolist()) for row in ids]
@@ -139,20 +172,32 @@ class TextModel(HookedRootModule):
     def to_str_tokens(
         self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
     ) -> list[str]:
-        """The text of each token of one prompt, for labels; of ids of any shape those in order."""
+        """The text of each token of one prompt, for labels.
+
+        Args:
+            input: one text, or ids of any shape, which are taken in order.
+
+        Returns:
+            One string per token, its leading space included.
+
+        Raises:
+            ReflowlensError: several texts, or ids that are not integers.
+
+        Example: ``model.to_str_tokens("The king")  # ["The", " king"]``
+        """
         if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
             raise ReflowlensError("to_str_tokens takes one text, or ids: call it for each text")
         ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
     def to_single_token(self, word: str) -> int:
-        """The id of a word that is one token.
+        """The id of a text that is a single token, such as ``" king"``.
 
         Raises:
-            ReflowlensError: it is several; the message shows the pieces.
+            ReflowlensError: it is several tokens; the message shows them.
         """
         return self.tokenizer.single_token(word)
 
     def to_single_str_token(self, token: int) -> str:
-        """The text of one id."""
+        """The text of one token id, its leading space included."""
         return self.tokenizer.token_str(token)
