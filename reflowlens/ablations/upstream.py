@@ -36,9 +36,10 @@ from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.packed import Packed, UnpatchedRun
 from reflowlens.sweeps.patching_result import PatchingResult
+from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, attached_points
-from reflowlens.sweeps.runs import PackedRuns
 from reflowlens.sweeps.suffixes import Layout
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
@@ -89,12 +90,13 @@ def ablate_upstream(
     hooked = _checked(model, metric, site)
     chosen = view_of(hooked, view)
     wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
-    tokens, lengths = hooked.tokens_and_lengths(prompt)
-    runs = _Removals(chosen, tokens, ViewReader(chosen, metric, tokens, lengths), lengths, site)
+    reader = ViewReader(chosen, metric, Prompts.of(hooked, prompt))
+    unablated = UnpatchedRun(hooked, reader.prompts.tokens)
+    removals = _Removals(reader, unablated, site)
     show = sys.stderr.isatty() if progress is None else progress
     parts = []
     with tqdm(total=len(wanted), unit="signal", disable=not show) as bar:
-        for some, part in in_batches(wanted, runs.values, tokens.device, memory):
+        for some, part in in_batches(wanted, removals.values, unablated.final.device, memory):
             parts.append(part)
             bar.update(len(some))
     return PatchingResult(
@@ -103,18 +105,16 @@ def ablate_upstream(
         index_df=pd.DataFrame({"signal": wanted}),
         metric_names=[metric.name],
         reduced=False,
-        baseline=runs.base.baseline,
+        baseline=reader.of_final(unablated.final),
     )
 
 
 class ViewReader(Reader):
     """Reads logits through a view instead of the model's own unembedding; the clean run is the unablated one."""
 
-    def __init__(
-        self, view: SignalView, metric: Metric, tokens: Int[Tensor, "prompt pos"], lengths: Sequence[int]
-    ) -> None:
+    def __init__(self, view: SignalView, metric: Metric, prompts: Prompts) -> None:
         self.view = view
-        super().__init__(cast(ResidualModel, view.model), metric, tokens, lengths, tokens)
+        super().__init__(cast(ResidualModel, view.model), metric, prompts.as_clean())
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
         return Readout(self.view.readout(resid), self.view.recipe)
@@ -131,54 +131,33 @@ class ViewReader(Reader):
 class _Removals:
     """The unablated run, and what a site removes from it."""
 
-    def __init__(
-        self,
-        view: SignalView,
-        tokens: Int[Tensor, "prompt pos"],
-        reader: ViewReader,
-        lengths: Sequence[int],
-        site: Site,
-    ) -> None:
-        self.reader, self.at_readout = reader, site == "everywhere"
-        self.base = PackedRuns(reader.model, tokens, lengths, [], reader)
-        self.first = site if isinstance(site, int) else 0
-        n_layers = reader.model.cfg.n_layers
-        stream = self.base.final if self.first == n_layers else self.base.cache[f"blocks.{self.first}.hook_resid_pre"]
-        self.stream = stream.to(view.basis.dtype)
+    def __init__(self, reader: ViewReader, unablated: UnpatchedRun, site: Site) -> None:
+        self.reader, self.unablated, self.at_readout = reader, unablated, site == "everywhere"
+        self.layer, basis = site if isinstance(site, int) else 0, reader.view.basis
+        self.stream = unablated.resid(self.layer).to(basis.dtype)
         # The stream loses ``amount[..., s] * directions[s]``.
-        self.directions = F.normalize(view.basis, dim=-1) if isinstance(site, int) else view.basis
-        self.amount = self.stream @ self.directions.T if isinstance(site, int) else view.recipe[tokens]
+        self.directions = F.normalize(basis, dim=-1) if isinstance(site, int) else basis
+        recipes = reader.view.recipe
+        self.amount = self.stream @ self.directions.T if isinstance(site, int) else recipes[reader.prompts.tokens]
 
     def values(self, signals: list[int]) -> Float[Tensor, "signal prompt"]:
         """The metric after removing each of some signals."""
         n_prompts, n_positions = self.amount.shape[:2]
-        device = self.stream.device
-        signal = torch.tensor(signals, device=device).repeat_interleave(n_prompts)
-        prompt = torch.arange(n_prompts, device=device).repeat(len(signals))
+        final, stages = self.unablated.final, self.unablated.stages
+        signal = torch.tensor(signals, device=final.device).repeat_interleave(n_prompts)
+        prompt = self.reader.each.repeat(len(signals))
         removed = self.amount[prompt, :, signal]
         start = torch.where((removed != 0).any(dim=1), (removed != 0).int().argmax(dim=1), n_positions)
         start = start.masked_fill(start > self.reader.last_position[prompt], n_positions)
         layout = Layout.of_suffixes(prompt, start, n_positions)
         row, position = layout.row, layout.position
         resid = self.stream[prompt[row], position] - removed[row, position, None] * self.directions[signal[row]]
-        layout, resid = self._through_blocks(layout, resid.to(self.base.final.dtype)[None])
-        final = layout.over(self.base.final, resid)
-        read = final[torch.arange(len(prompt), device=device)[:, None], self.reader.positions[prompt]]
+        entering = Packed(layout, signal, resid.to(final.dtype)[None])
+        packed = self.unablated.finish({self.layer * stages.per_block: [entering]}, is_read=self.reader.is_read)
+        read = self.reader.read_packed(final, packed)
         if self.at_readout:
             return self.reader.without_signal(read, prompt, signal).unflatten(0, (-1, n_prompts))
         return self.reader.of_residual(read, prompt).unflatten(0, (-1, n_prompts))
-
-    def _through_blocks(
-        self, layout: Layout, resid: Float[Tensor, "1 token d_model"]
-    ) -> tuple[Layout, Float[Tensor, "1 kept d_model"]]:
-        """The stream behind the last block, of the tokens that are read."""
-        stages = self.base.stages
-        for at in range(self.first * stages.per_block, len(stages.streams) - 1) if len(layout.row) else []:
-            resid = stages.run(at, resid, layout, self.base.cache)
-            if at == stages.last_mixing:  # what follows treats each position by itself
-                keep = self.reader.column[layout.prompt[layout.row], layout.position] >= 0
-                layout, resid = layout.kept(keep), resid[:, keep]
-        return layout, resid
 
 
 def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:

@@ -29,7 +29,7 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.setup import paired_tokens
+from reflowlens.sweeps.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ def edge_attribution(
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
     hooked = cast(Decoder, hooked_model(model))
     with torch.inference_mode(False):
-        clean_tokens, tokens, lengths = paired_tokens(hooked, clean, corrupted)
-        runs = GradientRuns(hooked, metric, tokens, lengths, clean_tokens)
-        changes = (sent(hooked, clean_tokens) - sent(hooked, tokens)).float()
+        prompts = Prompts.pair(hooked, clean, corrupted)
+        runs = GradientRuns(hooked, metric, prompts)
+        changes = sent_otherwise(hooked, prompts).float()
         graph = Graph.of(hooked)
         names = list(graph.receiver_points)
 
@@ -137,11 +137,11 @@ def edge_attribution(
             with without_autocast(changes):
                 return rearrange(weighted_sum(slopes, changed), "row receiver sender -> sender receiver row")
 
-        values = changes.new_zeros(*graph.possible.shape, len(tokens))
+        values = changes.new_zeros(*graph.possible.shape, len(prompts))
         todo = runs.rows(steps_of(mode, steps))
         for rows, part in in_batches(todo, scores, changes.device, memory):
-            prompts = torch.tensor([prompt for prompt, _ in rows], device=changes.device)
-            values.index_add_(2, prompts, part, alpha=len(tokens) / len(todo))
+            owners = torch.tensor([prompt for prompt, _ in rows], device=changes.device)
+            values.index_add_(2, owners, part, alpha=len(prompts) / len(todo))
     check_finite(values, graph, graph.possible)
     return EdgeScores(graph, graph.only_edges(values), runs.baseline)
 
@@ -158,8 +158,13 @@ def check_finite(
 
 
 @torch.no_grad()
-def sent(model: Decoder, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos sender d_model"]:
-    """What every sender writes."""
+def sent_otherwise(model: Decoder, prompts: Prompts) -> Float[Tensor, "prompt pos sender d_model"]:
+    """What every sender writes in the clean run, less what it writes in the corrupted one."""
     points = list(Graph.of(model).sender_points)
-    _, cache = model.run_with_cache(tokens, names_filter=points, return_type=None, return_cache_object=False)
-    return by_node(cache, points)
+
+    def sent(tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos sender d_model"]:
+        _, cache = model.run_with_cache(tokens, names_filter=points, return_type=None, return_cache_object=False)
+        return by_node(cache, points)
+
+    assert prompts.clean is not None
+    return sent(prompts.clean) - sent(prompts.tokens)

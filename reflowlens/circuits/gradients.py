@@ -28,6 +28,7 @@ from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
 from reflowlens.sweeps.setup import Setup
 
@@ -54,16 +55,15 @@ def estimate_cells(
         ReflowlensError: there is nothing to interpolate to, or a selector does not fit.
     """
     model = cast(Decoder, setup.model)
-    runs = GradientRuns(model, metric, setup.corrupted, setup.lengths, setup.clean)
+    runs = GradientRuns(model, metric, setup.prompts)
     cells = bind_all(model, setup.cells.cells)
     names = sorted({bound.name for cell in cells for bound in cell})
     gradients = runs.mean_gradients(names, steps, memory)
     with torch.no_grad():
-        _, cache = model.run_with_cache(
-            setup.corrupted, names_filter=names, return_type=None, return_cache_object=False
-        )
+        tokens = setup.prompts.tokens
+        _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)
         points = {name: Slope(model, name, cache[name], gradients[name]) for name in names}
-        prompt = Prompt(setup.corrupted.shape[1], setup.corrupted, setup.lengths)
+        prompt = setup.prompts.as_pass()
         values = [runs.baseline + _estimate(model, cell, points, prompt) for cell in cells]
     return torch.stack(values), runs.baseline
 
@@ -166,24 +166,18 @@ class GradientRuns:
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: Decoder,
-        metric: Metric,
-        tokens: Int[Tensor, "prompt pos"],
-        lengths: Sequence[int],
-        clean: Int[Tensor, "prompt pos"] | None,
-    ) -> None:
-        self.model, self.metric, self.tokens = model, metric, tokens
+    def __init__(self, model: Decoder, metric: Metric, prompts: Prompts) -> None:
+        self.model, self.metric, self.tokens = model, metric, prompts.tokens
         check_readout_is_free(model)
-        self.reader = Reader(model, metric, tokens, lengths, clean)
+        self.reader = Reader(model, metric, prompts)
         point = "hook_recipe" if "hook_recipe" in model.hook_dict else "hook_embed"
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        cache = model.run_with_cache(tokens, names_filter=[point, last], return_type=None)[1]
-        self.baseline = self.reader.of_residual(self.reader.read(cache[last]), self.reader.prompts)
+        cache = model.run_with_cache(self.tokens, names_filter=[point, last], return_type=None)[1]
+        self.baseline = self.reader.of_final(cache[last])
         target = None
-        if clean is not None:
-            target = model.run_with_cache(clean, names_filter=point, return_type=None, stop_at_layer=0)[1][point]
+        if prompts.clean is not None:
+            _, clean = model.run_with_cache(prompts.clean, names_filter=point, return_type=None, stop_at_layer=0)
+            target = clean[point]
         self.path = InputPath(point, cache[point], target)
 
     def rows(self, steps: int | None) -> list[Row]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.arguments import names_given
-from reflowlens.circuits.edges import EdgeScores, check_finite, sent
+from reflowlens.circuits.edges import EdgeScores, check_finite, sent_otherwise
 from reflowlens.circuits.graph import Edge, Graph
 from reflowlens.circuits.runs import mask_of
 from reflowlens.errors import ReflowlensError
@@ -33,9 +33,9 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.patching_result import PatchingResult
+from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, attached_points
 from reflowlens.sweeps.runs import PackedRuns
-from reflowlens.sweeps.setup import paired_tokens
 
 _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held together
 
@@ -132,7 +132,7 @@ def exact_edges(
     if edges is not None and not isinstance(edges, Iterable):
         raise ReflowlensError(f"edges must be a list of pairs (sender, receiver), got {edges!r}")
     wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
-    values = pair.baseline.new_full((*pair.graph.possible.shape, len(pair.tokens)), torch.nan)
+    values = pair.baseline.new_full((*pair.graph.possible.shape, len(pair.prompts)), torch.nan)
     show = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=len(wanted), unit="edge", disable=not show) as bar:
         for some in pair.folded(wanted):
@@ -155,19 +155,19 @@ class _Pair:
         if attached_points(self.model):
             raise ReflowlensError("paths are patched in the model as it is: leave rl.intervene and remove hooks first")
         self.graph = Graph.of(self.model)
-        clean_tokens, self.tokens, self.lengths = paired_tokens(self.model, clean, corrupted)
-        self.reader = Reader(self.model, metric, self.tokens, self.lengths, clean_tokens)
-        self.changes = sent(self.model, clean_tokens) - sent(self.model, self.tokens)
+        self.prompts = Prompts.pair(self.model, clean, corrupted)
+        self.reader = Reader(self.model, metric, self.prompts)
+        self.changes = sent_otherwise(self.model, self.prompts)
         n_layers = self.graph.n_layers
         names = [f"blocks.{layer}.hook_resid_{at}" for layer in range(n_layers) for at in ("pre", "mid")]
         names.append(f"blocks.{n_layers - 1}.hook_resid_post")
-        _, cache = self.model.run_with_cache(self.tokens, names_filter=names, return_type=None)
+        _, cache = self.model.run_with_cache(self.prompts.tokens, names_filter=names, return_type=None)
         self.streams = [cache[name] for name in names]  # what each half-block starts from, the readout last
-        self.baseline = self.reader.of_residual(self.reader.read(self.streams[-1]), self.reader.prompts)
+        self.baseline = self.reader.of_final(self.streams[-1])
 
     def packed(self, cells: Sequence[Sequence[Steer]]) -> PackedRuns:
         """The corrupted run under each cell's changes."""
-        return PackedRuns(self.model, self.tokens, self.lengths, [tuple(cell) for cell in cells], self.reader)
+        return PackedRuns([tuple(cell) for cell in cells], self.reader)
 
     def path(self, sender: str, receivers: Sequence[str], through: Sequence[str]) -> list[Steer]:
         """What each receiver reads otherwise when a sender's clean output reaches it along the allowed paths."""

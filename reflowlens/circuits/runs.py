@@ -22,6 +22,7 @@ from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
 
 Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
@@ -55,7 +56,8 @@ class CircuitRuns:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
         self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)
-        self.tokens, lengths = self.model.tokens_and_lengths(clean)
+        prompts = Prompts.of(self.model, clean).as_clean()
+        self.tokens, lengths = prompts.tokens, prompts.lengths
         others, other_lengths = self.model.tokens_and_lengths(corrupted)
         if ablation not in ("corrupted", "mean"):
             raise ReflowlensError(f"ablation must be 'corrupted' or 'mean', got {ablation!r}")
@@ -66,7 +68,7 @@ class CircuitRuns:
                 "(model.to_str_tokens shows them)"
             )
         check_readout_is_free(self.model)
-        self.reader = Reader(self.model, metric, self.tokens, lengths, self.tokens)
+        self.reader = Reader(self.model, metric, prompts)
         streams = [place.stream for place in self.graph.receiver_places.values()]
         points = list(self.graph.sender_points)
         _, cache = self.model.run_with_cache(others, names_filter=[*points, *streams], return_type=None)
@@ -103,7 +105,7 @@ class CircuitRuns:
         hooks += [(name, partial(read, r, places[r.start].stream)) for name, r in self.graph.receiver_points.items()]
         with self.model.hooks(hooks):
             final = self.model(self.tokens.repeat(n, 1), stop_at_layer=self.model.cfg.n_layers)
-        prompts = self.reader.prompts.repeat(n)
+        prompts = self.reader.each.repeat(n)
         rows = torch.arange(len(prompts), device=prompts.device)
         read_off = final[rows[:, None], self.reader.positions[prompts]]
         return self.reader.of_residual(read_off, prompts).unflatten(0, (n, n_prompts))

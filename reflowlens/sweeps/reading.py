@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
@@ -15,6 +14,8 @@ from reflowlens.interventions.passes import check_lengths_known
 from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, check_metric, read_positions
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import Readout, ResidualModel
+from reflowlens.sweeps.packed import Packed
+from reflowlens.sweeps.prompts import Prompts
 
 _LOGITS_AT_ONCE = 2**24  # entries of a [row, read, d_vocab] block
 
@@ -40,25 +41,20 @@ class Reader:
         positions: read positions of each prompt, [prompt, read].
         column: where each position is among them, -1 where it is not read, [prompt, pos].
         last_position: the last that is read, [prompt]; what happens behind it cannot matter.
+        each: the number of every prompt, 0, 1, ...
         ends: of a recovery the values of the corrupted and the clean run that it lies between, [prompt] each.
     """
 
-    def __init__(
-        self,
-        model: ResidualModel,
-        metric: Metric,
-        tokens: Int[Tensor, "prompt pos"],
-        lengths: Sequence[int],
-        clean: Int[Tensor, "prompt pos"] | None,
-    ) -> None:
+    def __init__(self, model: ResidualModel, metric: Metric, prompts: Prompts) -> None:
+        tokens, lengths, clean = prompts.tokens, prompts.lengths, prompts.clean
         check_metric(metric)
         check_lengths_known(model, lengths)
-        self.model = model
+        self.model, self.prompts = model, prompts
         self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)
         reading = torch.arange(self.positions.shape[1], device=tokens.device).expand_as(self.positions)
         self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
         self.last_position = self.positions.max(dim=1).values
-        self.prompts = torch.arange(len(tokens), device=tokens.device)
+        self.each = torch.arange(len(prompts), device=tokens.device)
         clean_logits = self._logits(clean) if clean is not None else None
         self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
         self.ends: tuple[Tensor, Tensor] | None = None
@@ -67,13 +63,32 @@ class Reader:
                 raise ReflowlensError("recovery needs the clean prompts: it is the share of the way to their value")
             self.ends = self._value(tokens), self._value(clean)
 
+    @property
+    def is_read(self) -> Bool[Tensor, "prompt pos"]:
+        """Whether a position is read."""
+        return self.column >= 0
+
     @functools.cached_property
     def weights(self) -> tuple[Tensor, ...]:
         return self.model.tied_weights()
 
     def read(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt read d_model"]:
         """A stream at the positions that are read."""
-        return final[self.prompts[:, None], self.positions]
+        return final[self.each[:, None], self.positions]
+
+    def read_packed(
+        self, final: Float[Tensor, "prompt pos d_model"], packed: Packed
+    ) -> Float[Tensor, "row read d_model"]:
+        """The last stream of each row at the positions that are read: its own, over the unpatched run's."""
+        whole = self.read(final)[packed.layout.prompt]
+        column = self.column[packed.token_prompt, packed.layout.position]
+        is_read = column >= 0
+        whole[packed.layout.row[is_read], column[is_read]] = packed.resid[0, is_read].to(whole.dtype)
+        return whole
+
+    def of_final(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, " prompt"]:
+        """The metric of whole runs whose last residual stream is this."""
+        return self.of_residual(self.read(final), self.each)
 
     def of_residual(
         self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"]
@@ -89,8 +104,8 @@ class Reader:
     def _value(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, " prompt"]:
         """The metric of a run, before it is normalised."""
         if attached_points(self.model):
-            return self._score(self._logits(tokens), self.prompts)
-        return self.of_residual(self.read(self._final(tokens)), self.prompts)
+            return self._score(self._logits(tokens), self.each)
+        return self.of_final(self._final(tokens))
 
     def _final(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
         resid = self.model(tokens, stop_at_layer=self.model.cfg.n_layers)
@@ -123,7 +138,7 @@ class Reader:
 
     def of_logits(self, logits: Float[Tensor, "prompt pos d_vocab"]) -> Float[Tensor, " prompt"]:
         """The metric of whole runs whose logits are these."""
-        return self._normalise(self._score(WholeLogits(self.read(logits)), self.prompts), self.prompts)
+        return self._normalise(self._score(WholeLogits(self.read(logits)), self.each), self.each)
 
 
 def attached_points(model: HookedModel) -> list[str]:

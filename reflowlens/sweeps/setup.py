@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.activations.cache import ActivationCache
@@ -18,6 +17,7 @@ from reflowlens.interventions.values import Patch
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.sweeps.grids import Cell, Cells, CellSpec, make_cells
+from reflowlens.sweeps.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -25,45 +25,25 @@ class Setup:
     """A sweep's prompts and cells: with the clean run's activations bound, and as they were asked for."""
 
     model: HookedModel
-    clean: Int[Tensor, "prompt pos"] | None
-    corrupted: Int[Tensor, "prompt pos"]
-    lengths: list[int]
+    prompts: Prompts
     cells: Cells
     asked: list[Cell]
 
 
 def prepare_sweep(model: HookedModel, clean: TextInput | None, corrupted: TextInput, spec: CellSpec) -> Setup:
     """Check the prompts, make the cells and give patches without a prompt the clean run's activations."""
-    clean_tokens: Tensor | None = None
-    if clean is None:
-        tokens, lengths = model.tokens_and_lengths(corrupted)
-    else:
-        clean_tokens, tokens, lengths = paired_tokens(model, clean, corrupted)
-    cells = make_cells(model, spec, tokens.shape[1])
+    prompts = Prompts.of(model, corrupted) if clean is None else Prompts.pair(model, clean, corrupted)
+    cells = make_cells(model, spec, prompts.tokens.shape[1])
     asked = cells.cells
     unbound = {name for cell in cells.cells for part in cell if _is_unbound(part) for name in hook_names(model, part)}
     if unbound:
-        if clean_tokens is None:
+        if prompts.clean is None:
             raise ReflowlensError("these cells patch from the clean run: give the clean prompts")
-        cache = source_cache(model, clean_tokens, unbound)
-        clean_run = ActivationCache(dict(cache), model, tokens=clean_tokens, lengths=lengths)
+        cache = source_cache(model, prompts.clean, unbound)
+        clean_run = ActivationCache(dict(cache), model, tokens=prompts.clean, lengths=prompts.lengths)
         bound = [tuple(_bound(part, clean_run) for part in cell) for cell in cells.cells]
         cells = dataclasses.replace(cells, cells=bound)
-    return Setup(model, clean_tokens, tokens, lengths, cells, asked)
-
-
-def paired_tokens(
-    model: HookedModel, clean: TextInput, corrupted: TextInput
-) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"], list[int]]:
-    """Tokens of the clean and of the corrupted prompts, and their lengths, in which they have to agree."""
-    tokens, lengths = model.tokens_and_lengths(corrupted)
-    clean_tokens, clean_lengths = model.tokens_and_lengths(clean)
-    if clean_lengths != lengths:
-        raise ReflowlensError(
-            f"clean and corrupted prompts must have as many tokens: {clean_lengths} against {lengths} "
-            "(model.to_str_tokens shows them)"
-        )
-    return clean_tokens, tokens, lengths
+    return Setup(model, prompts, cells, asked)
 
 
 def _is_unbound(part: Any) -> bool:

@@ -118,7 +118,7 @@ def _exact(
     n = len(setup.cells.cells)
     rank, world_size = _processes()
     mine = range(rank, n, world_size)
-    values = torch.zeros(n, len(setup.corrupted), device=runs.baseline.device, dtype=runs.baseline.dtype)
+    values = torch.zeros(n, len(setup.prompts), device=runs.baseline.device, dtype=runs.baseline.dtype)
     show = sys.stderr.isatty() if progress is None else progress
     identity = "" if results is None else _identity(setup, metric, runs)
     size = runs.batch_size(mine, memory)
@@ -144,16 +144,14 @@ def _exact(
 
 def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
     """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
-    model = setup.model
-    reader = Reader(model, metric, setup.corrupted, setup.lengths, setup.clean)
-    kind = WholeRuns if attached_points(model) else PackedRuns
-    return kind(model, setup.corrupted, setup.lengths, setup.cells.cells, reader)
+    kind = WholeRuns if attached_points(setup.model) else PackedRuns
+    return kind(setup.cells.cells, Reader(setup.model, metric, setup.prompts))
 
 
 def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str:
     """What decides a sweep's values; the metric's targets show in its baseline, or in the ends of a recovery, whose
     baseline is 0 whatever they are."""
-    prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.clean, setup.corrupted)]
+    prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.prompts.clean, setup.prompts.tokens)]
     what = [
         model_hash(setup.model),
         prompts,

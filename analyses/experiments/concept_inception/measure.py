@@ -13,9 +13,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.measures.steering import Critical, Injections, critical_strength, lost_again, rms
+from analyses.measures.steering import Critical, critical_strength, lost_again
 from analyses.statistics.draws import derive_generator
 from reflowlens.signals import SignalView
+from reflowlens.sweeps.injections import Injections, rms
 
 DOUBLINGS = 8  # from the smallest strength that is tried to the limit
 _LOGITS_AT_ONCE = 2**22

@@ -14,9 +14,10 @@ from torch import Tensor
 from analyses.measures.damage import Damage, NeutralTexts
 from analyses.measures.lens import residual_stack
 from analyses.measures.sentiment import Poles
-from analyses.measures.steering import Injections, Where, of_unit_rms
+from analyses.measures.steering import of_unit_rms
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView
+from reflowlens.sweeps.injections import Injections, Where
 
 _ROWS = 2**13  # injections whose directions are spelled out at once
 

@@ -37,7 +37,7 @@ from analyses.experiments.emotion_surgery.frames import (
 )
 from analyses.measures.lens import lens_log_probabilities
 from analyses.measures.sentiment import sentiment_poles
-from analyses.measures.steering import Where, random_directions, rms
+from analyses.measures.steering import random_directions
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
@@ -49,6 +49,7 @@ from analyses.words.tokens import listed
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.sweeps.injections import Where, rms
 
 MINIMUM_PROMPTS = 20
 STRENGTHS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

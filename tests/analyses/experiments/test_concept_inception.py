@@ -8,10 +8,11 @@ import torch
 import reflowlens as rl
 from analyses.controls.nulls import untrained_model
 from analyses.experiments.concept_inception.experiment import closing_verdict, concept_inception, delay_verdict
-from analyses.measures.steering import Injections, critical_strength, steer
+from analyses.measures.steering import critical_strength, steer
 from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.sweeps.injections import Injections
 from tests.planted_results import CLOSING, CRITICAL, missed, no_return
 from tests.support.planted import closing_model, concept_lexicon, concepts, heavy_model, of_architecture, turning_model
 

@@ -155,8 +155,7 @@ def test_several_interventions_meet_in_whole_rows() -> None:
         [rl.Patch("hook_embed", position=1)],
     ]
     setup = prepare_sweep(model, clean, corrupted, cells)
-    reader = Reader(model, METRIC, corrupted, setup.lengths, clean)
-    runs = PackedRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)
+    runs = PackedRuns(setup.cells.cells, Reader(model, METRIC, setup.prompts))
     assert [plan is not None for plan in runs.plans] == [True, True, False]
     assert_close(rl.sweep(model, clean, corrupted, cells, METRIC).values, whole(model, clean, corrupted, cells, METRIC))
 

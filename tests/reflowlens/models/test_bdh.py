@@ -18,7 +18,7 @@ from transformer_lens import patching
 
 import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
-from analyses.measures.steering import Injections, steer
+from analyses.measures.steering import steer
 from analyses.words.lexicon import load_lexicon
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import prepare
@@ -34,6 +34,7 @@ from reflowlens.flops import forward_flops_by_part
 from reflowlens.interventions.values import Intervention
 from reflowlens.models import bdh, build_model
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.injections import Injections
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
 from reflowlens.sweeps.setup import prepare_sweep
@@ -414,9 +415,7 @@ def test_all_but_the_scores_are_packed() -> None:
     model, tokens = random_bdh(), random_tokens(CONFIG, batch=1, pos=5)
     cells = [rl.Scale(f"blocks.1.hook_{point}", 0.5) for point in STREAM_POINTS]
     setup = prepare_sweep(model, None, tokens, cells)
-    runs = PackedRuns(
-        model, tokens, setup.lengths, setup.cells.cells, Reader(model, rl.metrics.kl(), tokens, [5], tokens)
-    )
+    runs = PackedRuns(setup.cells.cells, Reader(model, rl.metrics.kl(), setup.prompts.as_clean()))
     unplanned = [cell.hook for cell, plan in zip(cells, runs.plans, strict=True) if plan is None]
     assert unplanned == ["blocks.1.hook_attn_scores"]
 

@@ -66,8 +66,7 @@ def pair(model: HookedModel) -> tuple[Tensor, Tensor]:
 def whole(model: HookedModel, clean: Tensor, corrupted: Tensor, cells: Any, metric: Metric) -> Tensor:
     """One forward pass a cell."""
     setup = prepare_sweep(model, clean, corrupted, cells)
-    reader = Reader(model, metric, corrupted, setup.lengths, clean)  # type: ignore[arg-type]
-    runs = WholeRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)
+    runs = WholeRuns(setup.cells.cells, Reader(model, metric, setup.prompts))  # type: ignore[arg-type]
     with torch.no_grad():
         return torch.cat([values for _, values in runs.values(range(len(setup.cells.cells)))])
 
@@ -184,8 +183,7 @@ def test_most_cells_are_packed() -> None:
     clean, corrupted = pair(model)
     cells = [[rl.Scale(point, 0.5)] for point in POINTS if point in model.hook_dict]
     setup = prepare_sweep(model, clean, corrupted, cells)
-    reader = Reader(model, metrics.logit_diff(A, B), corrupted, setup.lengths, clean)  # type: ignore[arg-type]
-    runs = PackedRuns(model, corrupted, setup.lengths, setup.cells.cells, reader)  # type: ignore[arg-type]
+    runs = PackedRuns(setup.cells.cells, Reader(model, metrics.logit_diff(A, B), setup.prompts))  # type: ignore[arg-type]
     unplanned = {cell[0].hook for cell, plan in zip(cells, runs.plans, strict=True) if plan is None}
     assert unplanned == {"hook_basis", "ln_final.hook_scale"}
 

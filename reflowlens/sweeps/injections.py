@@ -1,0 +1,113 @@
+"""What directions added to the residual stream do from their layer on, for many at once.
+
+Prompts are read once. An injection into layer l changes nothing before l, nor at earlier positions, so each of many
+injections runs only its own positions through the blocks from l on (:mod:`reflowlens.sweeps.packed`); the numbers are
+those of one whole pass with :class:`reflowlens.interventions.values.Steer` each. Layer ``n_layers`` is the end: the
+stream that is unembedded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.models.text import TextInput
+from reflowlens.sweeps.packed import Packed, UnpatchedRun
+from reflowlens.sweeps.reading import attached_points
+from reflowlens.sweeps.suffixes import Layout
+
+Where: TypeAlias = "Literal['last', 'all'] | str"
+_AT_ONCE = 2**22  # entries of a [row, pos, d_model] block: 16 MB, of which a pass holds a few
+
+
+class Injections:
+    """Prompts read once, and the streams that they end in when directions are added on the way.
+
+    Args:
+        model: a hooked model to which nothing is attached.
+        where: the positions that a direction is added to: ``"last"``, each prompt's last; ``"all"``; or the text of a
+            token (``" film"``), from whose last occurrence on it is added.
+
+    Raises:
+        ReflowlensError: hooks are attached to the model, or a prompt lacks the token.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> runs = Injections(rl.load_model("reflow-nano"), ["The film was", "The food is"])
+        >>> runs.final(3, torch.tensor([0, 0, 1]), torch.ones(3, 256)).shape
+        torch.Size([3, 256])
+    """
+
+    def __init__(self, model: HookedModel, prompts: TextInput, where: Where = "last") -> None:
+        if attached_points(model):
+            raise ReflowlensError(
+                "directions are added to the model as it is: leave rl.intervene and remove hooks first"
+            )
+        self.model = model
+        self.tokens, lengths = model.tokens_and_lengths(prompts)
+        self.last = torch.tensor(lengths, device=self.tokens.device) - 1
+        self.start = self._starts(where)
+        self._unsteered = UnpatchedRun(model, self.tokens)
+        self.streams = [self._unsteered.resid(layer) for layer in self.layers]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def layers(self) -> range:
+        """Where a direction can be added: the stream that each block reads, and the end."""
+        return range(self.model.cfg.n_layers + 1)
+
+    def unsteered(self, layer: int) -> Float[Tensor, "prompt d_model"]:
+        """The stream at each prompt's last position as it is."""
+        return self.streams[layer][torch.arange(len(self), device=self.last.device), self.last]
+
+    def rms(self) -> Float[Tensor, "layer prompt"]:
+        """Root mean square of the unsteered streams, the unit of strength."""
+        return torch.stack([rms(self.unsteered(layer)) for layer in self.layers])
+
+    def final(
+        self, layer: int, prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
+    ) -> Float[Tensor, "row d_model"]:
+        """The stream that each row ends in at its last position: a prompt of these with a change added at a layer."""
+        rows = max(1, _AT_ONCE // self.streams[0][0].numel())
+        parts = zip(prompt.split(rows), change.split(rows), strict=True)
+        return torch.cat([self._run(layer, some, added) for some, added in parts])
+
+    @torch.no_grad()
+    def _run(self, layer: int, prompt: Tensor, change: Tensor) -> Float[Tensor, "row d_model"]:
+        layout, stream = self._layout(prompt), self.streams[layer]
+        row, position = layout.row, layout.position
+        resid = stream[prompt[row], position] + change.to(stream)[row]
+        entering = Packed(layout, torch.arange(len(prompt), device=prompt.device), resid[None])
+        packed = self._unsteered.finish({layer * self._unsteered.stages.per_block: [entering]})
+        return packed.resid[0, position == self.last[prompt[row]]]
+
+    def _layout(self, prompt: Int[Tensor, " row"]) -> Layout:
+        """Each row's positions from where its prompt is steered to its last token."""
+        position = torch.arange(self.tokens.shape[1], device=prompt.device)
+        steered = (position >= self.start[prompt, None]) & (position <= self.last[prompt, None])
+        row, place = steered.nonzero(as_tuple=True)
+        return Layout(prompt, row, place, len(position))
+
+    def _starts(self, where: Where) -> Int[Tensor, " prompt"]:
+        if where in ("last", "all"):
+            return self.last if where == "last" else torch.zeros_like(self.last)
+        wanted = self.model.to_single_token(where)
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        found = torch.where((self.tokens == wanted) & (position <= self.last[:, None]), position, -1).amax(dim=1)
+        if bool((found < 0).any()):
+            missing = int(found.argmin())
+            text = self.model.to_string(self.tokens[missing, : int(self.last[missing]) + 1])
+            raise ReflowlensError(f"the prompt {text!r} has no token {where!r} to steer from")
+        return found
+
+
+def rms(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Root mean square of the entries, ‖x‖ / √d."""
+    return vectors.float().pow(2).mean(dim=-1).sqrt()
