@@ -208,15 +208,37 @@ class GradientRuns:
         return totals
 
     def gradients(self, names: Sequence[str], rows: Sequence[Row]) -> dict[str, Float[Tensor, "row *rest"]]:
-        """The gradient of each row's own metric at some points.
+        """The gradient of each row's own metric at some points."""
+        prompts = torch.tensor([prompt for prompt, _ in rows], device=self.tokens.device)
+        shares = torch.tensor([share for _, share in rows], device=self.tokens.device, dtype=torch.float32)
+        shared = [name for name in names if "batch" not in self.model.hook_axes(name)]  # one activation for all rows
+        own = [name for name in names if name not in shared]
+        values, fired = self._values(names, prompts, shares, basis_is_wanted=bool(shared))
+        tensors = [tensor for name in own for tensor in fired[name]]
+        found = torch.autograd.grad(values.sum(), tensors, retain_graph=True, materialize_grads=True) if own else ()
+        gradients = dict(zip(own, found, strict=True))
+        for name in own:
+            if name.startswith(("ln_final.", "unembed.")):  # they saw the positions that are read
+                gradients[name] = _at_positions(gradients[name], self.reader.positions[prompts], self.tokens.shape[1])
+        for name in shared:  # a backward pass for each row
+            each = [torch.autograd.grad(value, fired[name], retain_graph=True) for value in values]
+            gradients[name] = torch.stack([torch.stack(parts).sum(dim=0) for parts in each])
+        return gradients
+
+    def _values(
+        self,
+        names: Sequence[str],
+        prompts: Int[Tensor, " row"],
+        shares: Float[Tensor, " row"],
+        basis_is_wanted: bool,
+    ) -> tuple[Float[Tensor, " row"], dict[str, list[Tensor]]]:
+        """Each row's metric, and the activations of some points that autograd can go back to from it.
 
         Positions behind the last that a metric reads cannot matter, and are zeros here: what overflows there would come
         back from a norm or a softmax as 0 · inf, and through attention to the positions before it.
         """
-        model, device = self.model, self.tokens.device
-        prompts = torch.tensor([prompt for prompt, _ in rows], device=device)
-        shares = torch.tensor([share for _, share in rows], device=device, dtype=torch.float32)
-        behind = torch.arange(self.tokens.shape[1], device=device) > self.reader.last_position[prompts, None]
+        model = self.model
+        behind = torch.arange(self.tokens.shape[1], device=prompts.device) > self.reader.last_position[prompts, None]
         inputs = self.path.at(prompts, shares).masked_fill(behind[..., None], 0.0).requires_grad_()
         fired: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -234,27 +256,15 @@ class GradientRuns:
         streams = [name for name in model.hook_dict if name.endswith((".hook_resid_pre", ".hook_resid_mid"))]
         hooks = [(self.path.point, start), *[(name, finite) for name in streams if bool(behind.any())]]
         hooks += [(name, keep) for name in names]
-        shared = [name for name in names if "batch" not in model.hook_axes(name)]
         with torch.enable_grad(), model.hooks(hooks):
             final = model(self.tokens[prompts], stop_at_layer=model.cfg.n_layers)
             reader = copy.copy(self.reader)
-            if shared:  # the basis is used at both ends of a run
+            if basis_is_wanted:  # it is used at both ends of a run
                 reader.weights = model.tied_weights()
-            read = reader.positions[prompts]
-            values = reader.of_residual(final[torch.arange(len(rows), device=device)[:, None], read], prompts)
+            values = reader.of_residual(reader.read(final, prompts), prompts)
         if not values.requires_grad:
             raise ReflowlensError(f"{self.metric.name} has no gradient: use mode='exact', or a smooth metric")
-        own = [name for name in names if name not in shared]
-        tensors = [tensor for name in own for tensor in fired[name]]
-        found = torch.autograd.grad(values.sum(), tensors, retain_graph=True, materialize_grads=True) if own else ()
-        gradients = dict(zip(own, found, strict=True))
-        for name in own:
-            if name.startswith(("ln_final.", "unembed.")):  # they saw the positions that are read
-                gradients[name] = _at_positions(gradients[name], read, self.tokens.shape[1])
-        for name in shared:  # one activation for all rows: a backward pass for each
-            each = [torch.autograd.grad(value, fired[name], retain_graph=True) for value in values]
-            gradients[name] = torch.stack([torch.stack(parts).sum(dim=0) for parts in each])
-        return gradients
+        return values, fired
 
 
 def _at_positions(

@@ -9,6 +9,7 @@ sender's, and that of every node on the way.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -171,10 +172,10 @@ class _Pair:
 
     def path(self, sender: str, receivers: Sequence[str], through: Sequence[str]) -> list[Steer]:
         """What each receiver reads otherwise when a sender's clean output reaches it along the allowed paths."""
-        first = self.graph.sender_places[sender].stage
-        change = self.changes[:, :, self.graph.sender(sender)]
         nodes = [self.graph.sender_places[name] for name in through]
         places = [self.graph.receiver_places[name] for name in receivers]
+        first = self.graph.sender_places[sender].stage
+        change = self.changes[:, :, self.graph.sender(sender)]  # of the stream, by the sender and the nodes so far
         steers = []
         for stage in range(first + 1, 2 * self.graph.n_layers + 1):
             for place in places:
@@ -190,30 +191,39 @@ class _Pair:
         self, stage: int, change: Float[Tensor, "prompt pos d_model"], heads: list[int | None]
     ) -> Float[Tensor, "prompt pos d_model"]:
         """By how much a half-block's nodes write otherwise when their whole input changes."""
-        block, stream = self._block(stage), self.streams[stage]
         if stage % 2:
-            return block.mlp(block.ln2(stream + change)) - block.mlp(block.ln2(stream))
+            return self._mlp_rewritten(stage, change)
+        stream = self.streams[stage]
         z = self._mix(stage, self._queries_keys_values(stage, stream + change))
         z = z - self._mix(stage, self._queries_keys_values(stage, stream))
-        return torch.einsum("bphe,hed->bpd", z[:, :, heads], block.attn.W_O[heads])
+        return torch.einsum("bphe,hed->bpd", z[:, :, heads], self._block(stage).attn.W_O[heads])
+
+    def _mlp_rewritten(
+        self, stage: int, change: Float[Tensor, "*batch prompt pos d_model"]
+    ) -> Float[Tensor, "*batch prompt pos d_model"]:
+        """By how much an MLP writes otherwise when its input changes."""
+        block, stream = self._block(stage), self.streams[stage]
+        return block.mlp(block.ln2(stream + change)) - block.mlp(block.ln2(stream))
 
     def folded(self, wanted: Collection[Edge]) -> Iterator[dict[Edge, Steer]]:
         """Edges as changes of the stream behind the receiver's half-block, some at a time."""
+        change_size = self.changes[:, :, 0].numel()
+        receivers_of_heads = self.graph.n_heads + 2 * self.graph.n_key_value_heads
+        at_once = max(1, _NUMBERS_AT_ONCE // (change_size * receivers_of_heads))
+        by_stage: dict[int, list[str]] = {}
+        for name, place in self.graph.receiver_places.items():
+            by_stage.setdefault(place.stage, []).append(name)
         found: dict[Edge, Steer] = {}
-        per_sender = self.changes[:, :, 0].numel() * (self.graph.n_heads + 2 * self.graph.n_key_value_heads)
-        at_once = max(1, _NUMBERS_AT_ONCE // per_sender)
-        stages = [place.stage for place in self.graph.receiver_places.values()]
-        for stage in sorted(set(stages)):
-            receivers = [name for name, at in zip(self.graph.receivers, stages, strict=True) if at == stage]
+        for stage, receivers in sorted(by_stage.items()):
             senders = [s for s in self.graph.senders if any((s, receiver) in wanted for receiver in receivers)]
             for i in range(0, len(senders), at_once):
                 some = senders[i : i + at_once]
                 changes = self.changes[:, :, [self.graph.sender(name) for name in some]]
                 written = self._written(stage, rearrange(changes, "prompt pos s d -> s prompt pos d"))
-                for edge, change in zip(((s, r) for s in some for r in receivers), written.flatten(0, 1), strict=True):
+                for edge, change in zip(itertools.product(some, receivers), written.flatten(0, 1), strict=True):
                     if edge in wanted:
                         found[edge] = _behind(stage, self.graph.n_layers, change)
-                if len(found) * self.changes[:, :, 0].numel() > _NUMBERS_AT_ONCE:
+                if len(found) * change_size > _NUMBERS_AT_ONCE:
                     yield found
                     found = {}
         if found:
@@ -223,20 +233,30 @@ class _Pair:
         self, stage: int, changes: Float[Tensor, "sender prompt pos d_model"]
     ) -> Float[Tensor, "sender receiver prompt pos d_model"]:
         """By how much each receiver of a half-block writes otherwise, for each change of its input alone."""
-        if stage == 2 * self.graph.n_layers:
+        if stage == 2 * self.graph.n_layers:  # the logits read the stream itself
             return changes.unsqueeze(1)
-        block, stream = self._block(stage), self.streams[stage]
         if stage % 2:
-            return (block.mlp(block.ln2(stream + changes)) - block.mlp(block.ln2(stream))).unsqueeze(1)
-        q, k, v = self._queries_keys_values(stage, (stream + changes).flatten(0, 1))
-        base = self._queries_keys_values(stage, stream)
-        q0, k0, v0 = (repeat(x, "prompt ... -> (s prompt) ...", s=len(changes)) for x in base)
-        z0 = repeat(self._mix(stage, base), "prompt ... -> (s prompt) ...", s=len(changes))
-        mixed = [self._mix(stage, inputs) - z0 for inputs in ((q, k0, v0), (q0, k, v0), (q0, k0, v))]
-        by_query, by_key, by_value = (torch.einsum("bphe,hed->hbpd", z, block.attn.W_O) for z in mixed)
-        n = self.graph.n_key_value_heads
-        shared = [reduce(x, "(kv group) b pos d -> kv b pos d", "sum", kv=n) for x in (by_key, by_value)]
-        return rearrange(torch.cat([by_query, *shared]), "r (s prompt) pos d -> s r prompt pos d", s=len(changes))
+            return self._mlp_rewritten(stage, changes).unsqueeze(1)
+        return self._heads_written(stage, changes)
+
+    def _heads_written(
+        self, stage: int, changes: Float[Tensor, "sender prompt pos d_model"]
+    ) -> Float[Tensor, "sender receiver prompt pos d_model"]:
+        """The same of attention, whose receivers are the heads of queries, then those of keys, then those of values."""
+        stream, n, n_key_value = self.streams[stage], len(changes), self.graph.n_key_value_heads
+        before = self._queries_keys_values(stage, stream)
+        after = self._queries_keys_values(stage, (stream + changes).flatten(0, 1))
+        *unchanged, z_before = (
+            repeat(x, "prompt ... -> (s prompt) ...", s=n) for x in (*before, self._mix(stage, before))
+        )
+        written = []
+        for i, changed in enumerate(after):  # alone: the other two are as they were
+            z = self._mix(stage, [*unchanged[:i], changed, *unchanged[i + 1 :]]) - z_before
+            by_head = torch.einsum("bphe,hed->hbpd", z, self._block(stage).attn.W_O)
+            if i:  # a head of keys or values is read by a group of heads
+                by_head = reduce(by_head, "(kv group) b pos d -> kv b pos d", "sum", kv=n_key_value)
+            written.append(by_head)
+        return rearrange(torch.cat(written), "r (s prompt) pos d -> s r prompt pos d", s=n)
 
     def _block(self, stage: int) -> Block:
         return cast(Block, self.model.blocks[stage // 2])
@@ -252,7 +272,7 @@ class _Pair:
             q, k = block.attn.rotary(q, positions), block.attn.rotary(k, positions)
         return q, k, v
 
-    def _mix(self, stage: int, inputs: tuple[Tensor, Tensor, Tensor]) -> Float[Tensor, "row pos head d_head"]:
+    def _mix(self, stage: int, inputs: Sequence[Tensor]) -> Float[Tensor, "row pos head d_head"]:
         return self._block(stage).attn.mix(*inputs, mask=None)
 
 

@@ -106,6 +106,4 @@ class CircuitRuns:
         with self.model.hooks(hooks):
             final = self.model(self.tokens.repeat(n, 1), stop_at_layer=self.model.cfg.n_layers)
         prompts = self.reader.each.repeat(n)
-        rows = torch.arange(len(prompts), device=prompts.device)
-        read_off = final[rows[:, None], self.reader.positions[prompts]]
-        return self.reader.of_residual(read_off, prompts).unflatten(0, (n, n_prompts))
+        return self.reader.of_residual(self.reader.read(final, prompts), prompts).unflatten(0, (n, n_prompts))

@@ -72,9 +72,12 @@ class Reader:
     def weights(self) -> tuple[Tensor, ...]:
         return self.model.tied_weights()
 
-    def read(self, final: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt read d_model"]:
-        """A stream at the positions that are read."""
-        return final[self.each[:, None], self.positions]
+    def read(
+        self, stream: Float[Tensor, "row pos feature"], prompts: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "row read feature"]:
+        """Streams at the positions that are read; by default one row a prompt."""
+        positions = self.positions if prompts is None else self.positions[prompts]
+        return stream[torch.arange(len(stream), device=stream.device)[:, None], positions]
 
     def read_packed(
         self, final: Float[Tensor, "prompt pos d_model"], packed: Packed
@@ -98,8 +101,7 @@ class Reader:
 
     def of_signals(self, signals: Float[Tensor, "row pos S"], prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         """The metric of rows whose readout signals at all positions are these."""
-        rows = torch.arange(len(signals), device=signals.device)[:, None]
-        return self._of_readout(Readout(signals[rows, self.positions[prompts]], self.weights[0]), prompts)
+        return self._of_readout(Readout(self.read(signals, prompts), self.weights[0]), prompts)
 
     def _value(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, " prompt"]:
         """The metric of a run, before it is normalised."""
