@@ -1,7 +1,7 @@
 """Steering: what a direction added to the residual stream does from its layer on, for many strengths at once.
 
-Many injections are run at once by :class:`reflowlens.sweeps.injections.Injections`; :func:`steer` is one of them as an
-intervention. Layer ``n_layers`` is the end: the stream that is unembedded.
+Many are run at once by :class:`reflowlens.sweeps.injections.Injections`. Layer ``n_layers`` is the end: the stream that
+is unembedded.
 
 A direction is written in write coordinates, r B, which is the same through every exact view of a model. Its *strength*
 is the root mean square of what is added over that of the stream that it is added to: at 1 it is as large as the stream.
@@ -23,22 +23,8 @@ from torch import Tensor
 
 from analyses.statistics.draws import derive_generator
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.values import Position, Steer
-from reflowlens.models.base import HookedModel
 
 Reached: TypeAlias = "Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[np.bool_]]"
-
-
-def steer(
-    model: HookedModel, layer: int, direction: Float[Tensor, " d_model"], alpha: float, position: Position = None
-) -> Steer:
-    """The same injection as an intervention for ``rl.intervene``: into the stream that a block reads, or the last one.
-
-    Example: ``with rl.intervene(model, steer(model, 3, direction, 40.0)): model.generate("The film was")``
-    """
-    at_end = layer == model.cfg.n_layers
-    hook, block = ("resid_post", layer - 1) if at_end else ("resid_pre", layer)
-    return Steer(hook, direction, alpha, layer=block, position=position)
 
 
 def of_unit_rms(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

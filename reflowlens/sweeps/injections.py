@@ -2,8 +2,7 @@
 
 Prompts are read once. An injection into layer l changes nothing before l, nor at earlier positions, so each of many
 injections runs only its own positions through the blocks from l on (:mod:`reflowlens.sweeps.packed`); the numbers are
-those of one whole pass with :class:`reflowlens.interventions.values.Steer` each. Layer ``n_layers`` is the end: the
-stream that is unembedded.
+those of one whole pass with :func:`steer` each. Layer ``n_layers`` is the end: the stream that is unembedded.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.interventions.values import Position, Steer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.sweeps.packed import Packed, UnpatchedRun
@@ -106,6 +106,18 @@ class Injections:
             text = self.model.to_string(self.tokens[missing, : int(self.last[missing]) + 1])
             raise ReflowlensError(f"the prompt {text!r} has no token {where!r} to steer from")
         return found
+
+
+def steer(
+    model: HookedModel, layer: int, direction: Float[Tensor, " d_model"], alpha: float, position: Position = None
+) -> Steer:
+    """The same injection as an intervention for ``rl.intervene``: into the stream that a block reads, or the last one.
+
+    Example: ``with rl.intervene(model, steer(model, 3, direction, 40.0)): model.generate("The film was")``
+    """
+    at_end = layer == model.cfg.n_layers
+    hook, block = ("resid_post", layer - 1) if at_end else ("resid_pre", layer)
+    return Steer(hook, direction, alpha, layer=block, position=position)
 
 
 def rms(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:

@@ -14,12 +14,11 @@ from tqdm import tqdm
 from analyses.experiments.emotion_surgery.carriers import Carriers, Steered, SteeredTexts
 from analyses.measures.damage import Damage
 from analyses.measures.sentiment import text_valence
-from analyses.measures.steering import steer
 from analyses.statistics.intervals import rate_band
 from analyses.statistics.pvalues import holm, permutation_pvalue
 from reflowlens.interventions.apply import intervene
 from reflowlens.models.base import HookedModel
-from reflowlens.sweeps.injections import Where
+from reflowlens.sweeps.injections import Where, steer
 
 CONTROLS = ("shuffled_labels", "random_direction", "untrained")
 FRONTIER_DRAWS = 2

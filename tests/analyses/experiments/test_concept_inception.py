@@ -3,16 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import reflowlens as rl
 from analyses.controls.nulls import untrained_model
 from analyses.experiments.concept_inception.experiment import closing_verdict, concept_inception, delay_verdict
-from analyses.measures.steering import critical_strength, steer
+from analyses.measures.steering import critical_strength
 from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from reflowlens.sweeps.injections import Injections
+from reflowlens.sweeps.injections import steer
 from tests.planted_results import CLOSING, CRITICAL, missed, no_return
 from tests.support.planted import closing_model, concept_lexicon, concepts, heavy_model, of_architecture, turning_model
 
@@ -87,24 +86,6 @@ def test_a_reported_strength_suffices_in_a_whole_pass_and_a_smaller_one_does_not
             assert (top == model.to_single_token(f" {row.concept}")) == said
 
 
-@pytest.mark.parametrize("where", ["last", "all", " a"])
-def test_injections_equal_whole_passes(model, where):
-    text = ["a cat a dog", "a b"] if where != " a" else ["xa", "yya"]
-    where = "a" if where == " a" else where
-    runs = Injections(model, text, where)
-    changes = torch.randn(4, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
-    prompt = torch.tensor([0, 1, 1, 0])
-    for layer in runs.layers:
-        actual = runs.final(layer, prompt, changes)
-        for i, row in enumerate(prompt.tolist()):
-            position = slice(int(runs.start[row]), None)
-            end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-            with rl.intervene(model, steer(model, layer, changes[i], 1.0, position)):
-                _, cache = model.run_with_cache(text[row], names_filter=end)
-            expected = cache[end].reshape(-1, model.cfg.d_model)[-1]
-            torch.testing.assert_close(actual[i], expected, rtol=1e-5, atol=1e-5)
-
-
 def test_the_search_brackets_by_doubling_and_bisects_to_its_tolerance():
     needed = np.array([0.0, 0.03, 1.0, 7.9, 8.1])
     found = critical_strength(lambda i, s: s >= needed[i], 5, smallest=0.5, largest=8, tolerance=0.01)
@@ -155,16 +136,6 @@ def test_what_cannot_be_asked_is_an_error(options, message):
 def test_one_word_is_not_taken_for_its_letters():
     with pytest.raises(ReflowlensError, match="concepts: a list was expected, got the text 'Paris'"):
         concept_inception(heavy_model(), "Paris")
-
-
-def test_hooks_and_prompts_without_the_token_are_errors():
-    model = heavy_model()
-    with pytest.raises(ReflowlensError, match="has no token ' film' to steer from"):
-        Injections(model, ["The king saw the"], " film")
-    with rl.intervene(model, rl.Ablate("resid_pre", layer=0)):
-        model("The king saw the")
-        with pytest.raises(ReflowlensError, match="remove hooks"):
-            Injections(model, ["The king saw the"])
 
 
 def test_the_verdicts_follow_their_rules():

@@ -14,10 +14,10 @@ from analyses.experiments.emotion_surgery.carriers import SteeredTexts, affordab
 from analyses.experiments.emotion_surgery.experiment import boundary_verdict, emotion_surgery, flip_verdict
 from analyses.measures.damage import NeutralTexts, continuation_losses
 from analyses.measures.sentiment import Poles, distinct_ngrams, sentiment_poles, text_valence, word_valences
-from analyses.measures.steering import steer
 from analyses.words.lexicon import load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.sweeps.injections import steer
 from tests.planted_results import STRENGTHS, SURGERY, last_effective, missed
 from tests.support.planted import FEELING, empty_model, feeling_lexicon, feeling_model, of_architecture
 from tests.support.tiny import tiny_config

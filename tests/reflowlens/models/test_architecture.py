@@ -14,7 +14,6 @@ from transformer_lens.hook_points import HookPoint
 
 import reflowlens as rl
 from analyses.experiments.signal_flow.contributions import component_outputs
-from analyses.measures.steering import Injections, steer
 from analyses.units.counts import write_norms
 from analyses.units.firing import unit_statistics
 from analyses.units.points import default_points
@@ -33,6 +32,7 @@ from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
 from reflowlens.models.places import Places
 from reflowlens.models.residual import ResidualModel
+from reflowlens.sweeps.injections import Injections, steer
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
 from reflowlens.sweeps.setup import prepare_sweep

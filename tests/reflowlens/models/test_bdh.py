@@ -18,7 +18,6 @@ from transformer_lens import patching
 
 import reflowlens as rl
 from analyses import basis_geometry, causal_ablation, layer_evolution, signal_flow, sparsity_profile
-from analyses.measures.steering import steer
 from analyses.words.lexicon import load_lexicon
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.data import prepare
@@ -34,7 +33,7 @@ from reflowlens.flops import forward_flops_by_part
 from reflowlens.interventions.values import Intervention
 from reflowlens.models import bdh, build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.sweeps.injections import Injections
+from reflowlens.sweeps.injections import Injections, steer
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
 from reflowlens.sweeps.setup import prepare_sweep
