@@ -273,7 +273,8 @@ class _Pair:
         return q, k, v
 
     def _mix(self, stage: int, inputs: Sequence[Tensor]) -> Float[Tensor, "row pos head d_head"]:
-        return self._block(stage).attn.mix(*inputs, mask=None)
+        q, k, v = inputs
+        return self._block(stage).attn.mix(q, k, v, mask=None)
 
 
 def _behind(stage: int, n_layers: int, change: Float[Tensor, "prompt pos d_model"]) -> Steer:

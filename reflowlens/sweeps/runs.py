@@ -162,10 +162,10 @@ class PackedRuns:
         before = unpatched.cache[name]
         patched = torch.stack([plan.leading.apply(before) for plan in plans])
         start = self._first_change(name, before, patched)
-        for member, plan in enumerate(plans):
+        for i, plan in enumerate(plans):
             for edit in plan.others:
                 first = edit.first_position(len(before), unpatched.n_positions)
-                start[member] = torch.minimum(start[member], first.to(start.device))
+                start[i] = torch.minimum(start[i], first.to(start.device))
         member, prompt = (start <= self.reader.last_position).nonzero(as_tuple=True)
         if not len(member):
             return None
