@@ -7,7 +7,7 @@ above 0; of units that can be negative, only the positive part is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analyses.measures.sparsity import gini, hoyer, participation_ratio
 from analyses.units.points import written_by
-from reflowlens.activations.stream import Batch, Part, Places, measured
+from reflowlens.activations.stream import Measure, Part, measured
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
@@ -110,6 +110,7 @@ class _Running:
         self.n, self.active = 0, (0.0, 0.0)
         self.row_rates: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
+        self.above = torch.zeros(len(SHARES), 1, dtype=torch.long, device=tokens.device)
 
     def add(self, name: str, x: Float[Tensor, "n *unit"]) -> None:
         values = x.flatten(1).float().clamp(min=0)
@@ -158,7 +159,12 @@ class _Running:
         lower, upper = self.top[below], self.top[max(below - 1, 0)]
         return lower + (upper - lower) * share
 
-    def finish(self, above: Int[Tensor, "share unit"]) -> UnitCounts:
+    def add_above(self, x: Float[Tensor, "n *unit"]) -> None:
+        """In a second pass: only after the first are the percentiles known."""
+        thresholds = [(share * self.percentile()).clamp(min=0) for share in SHARES]
+        self.above = self.above + torch.stack([(x.flatten(1) > t).float().sum(dim=0).long() for t in thresholds])
+
+    def finish(self) -> UnitCounts:
         sparsity = torch.cat(self.measured).mean(dim=0).tolist()  # NaN where no unit fires
         return UnitCounts(
             self.n,
@@ -169,7 +175,7 @@ class _Running:
             self.largest.cpu(),
             self.where.cpu(),
             self.percentile().cpu(),
-            above.cpu(),
+            self.above.cpu(),
             torch.cat(self.row_rates).cpu(),
             self.active,
             self.stretch_events.cpu(),
@@ -204,19 +210,11 @@ def count_units(
     """
     read = partial(_read, model, tokens, points, batch_size, progress)
     running = {name: _Running(tokens, write_norms(model, name)) for name in points}
-    for _ in read("counting units", lambda name, x, _: running[name].add(name, x)):
-        pass  # what is counted is small and grows in place
-    percentiles = {name: part.percentile() for name, part in running.items()}
-
-    def count(name: str, x: Float[Tensor, "n *unit"], _: Places) -> Int[Tensor, "share unit"]:
-        thresholds = [(share * percentiles[name]).clamp(min=0) for share in SHARES]
-        return torch.stack([(x.flatten(1) > threshold).float().sum(dim=0).long() for threshold in thresholds])
-
-    above: dict[str, Tensor | int] = dict.fromkeys(points, 0)
-    for batch in read("above thresholds", count):
-        for name, part in batch.parts.items():
-            above[name] = above[name] + part
-    return {name: part.finish(torch.as_tensor(above[name])) for name, part in running.items()}
+    for _ in read("counting units", lambda name, x, places: running[name].add(name, x)):
+        pass  # counts are small, and grow in place
+    for _ in read("above thresholds", lambda name, x, places: running[name].add_above(x)):
+        pass
+    return {name: part.finish() for name, part in running.items()}
 
 
 def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
@@ -251,16 +249,13 @@ def firing_overlap(
     points = list(dict.fromkeys(name for pair in pairs for name in pair))
     both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
     events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
-
-    def fires(_: str, x: Float[Tensor, "n *unit"], __: Places) -> Float[Tensor, "n unit"]:
-        return (x.flatten(1) > 0).float()
-
-    for batch in _read(model, tokens, points, batch_size, progress, "comparing levels", fires):
+    read = partial(_read, model, tokens, points, batch_size, progress)
+    for fires, *_ in read("comparing levels", lambda name, x, places: (x.flatten(1) > 0).float()):
         for name in points:
-            events[name] = events[name] + batch.parts[name].sum(dim=0).long()
+            events[name] = events[name] + fires[name].sum(dim=0).long()
         for first, second in pairs:
-            both[first, second] = both[first, second] + (batch.parts[first] * batch.parts[second]).sum(dim=0).long()
-        batch.parts.clear()  # the next batch is read into the same memory
+            both[first, second] = both[first, second] + (fires[first] * fires[second]).sum(dim=0).long()
+        fires.clear()  # the next batch is read into the same memory
     shared = {pair: torch.as_tensor(both[pair]).double() for pair in pairs}
     return {pair: (n / (events[pair[0]] + events[pair[1]] - n)).cpu() for pair, n in shared.items()}
 
@@ -272,8 +267,8 @@ def _read(
     batch_size: int,
     progress: bool,
     what: str,
-    measure: Callable[[str, Float[Tensor, "n *unit"], Places], Part],
-) -> Iterator[Batch[Part]]:
+    measure: Measure[Part],
+) -> Iterator[tuple[dict[str, Part], int, int]]:
     """Measure the points in so few rows at once that every activation is small."""
     _, one = model.run_with_cache(tokens[:1, :1], names_filter=list(points), return_type=None)
     largest = max(one[name].numel() for name in points) * tokens.shape[1]

@@ -301,12 +301,12 @@ def activations(
     while n_units is None or start < n_units:
         held: Tensor | None = None  # filled row by row: joining parts would hold them twice
         n_read = 0
-        for batch in measured(model, tokens.split(batch_size), [point], lambda name, x, places: x.flatten(1)):
-            n_units = batch.parts[point].shape[-1]
-            some = batch.parts[point][:, start : start + size].float().clamp(min=0).cpu()
+        for parts, n_rows, _ in measured(model, tokens.split(batch_size), [point], lambda _, x, places: x.flatten(1)):
+            n_units = parts[point].shape[-1]
+            some = parts[point][:, start : start + size].float().clamp(min=0).cpu()
             held = some.new_empty(*tokens.shape, some.shape[-1]) if held is None else held
-            held[n_read : n_read + batch.n_rows] = some.unflatten(0, (batch.n_rows, -1))
-            n_read += batch.n_rows
+            held[n_read : n_read + n_rows] = some.unflatten(0, (n_rows, -1))
+            n_read += n_rows
         assert held is not None  # a text has one row at least
         yield start, held
         start += size

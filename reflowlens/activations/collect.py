@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -102,20 +102,13 @@ def collect(
     total = int(np.prod(batches.shape)) if isinstance(batches, np.ndarray | Tensor) else None
     show = sys.stderr.isatty() if progress is None else progress
     saved = time.monotonic()
-    stream = measured(
-        hooked,
-        batches,
-        choices.names,
-        partial(_of_activation, choices),
-        positions=slice(*choices.positions),
-        skip=collected.n_rows,
-    )
+    measure, chosen = partial(_of_activation, choices), slice(*choices.positions)
+    stream = measured(hooked, batches, choices.names, measure, positions=chosen, skip=collected.n_rows)
     try:
         with tqdm(total=total, unit="position", unit_scale=True, disable=not show) as bar:
-            for batch in stream:
-                part = Collected(batch.parts, batch.n_rows, choices, collected.model, collected.model_hash)
-                collected = collected.merge(part)
-                bar.update(batch.n_positions)
+            for parts, n_rows, n_positions in stream:
+                collected = collected.merge(replace(collected, points=parts, n_rows=n_rows))
+                bar.update(n_positions)
                 if results is not None and time.monotonic() - saved > _SAVE_EVERY:
                     collected.save(results)
                     saved = time.monotonic()

@@ -3,8 +3,8 @@
     def measure(name: str, x: Float[Tensor, "n *feature"], places: Places) -> Moments:
         return Moments.of(x.flatten(1), pairs=False)
 
-    for batch in measured(model, texts, ["hook_embed"], measure):
-        total = merge(total, batch.parts["hook_embed"])
+    for parts, *_ in measured(model, texts, ["hook_embed"], measure):
+        total = parts["hook_embed"] if total is None else total.merge(parts["hook_embed"])
 
 A statistic of a long text is one that can be made of a batch and merged with that of the batches before it. The memory
 of a pass is then that of one batch, and of what is made of it.
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -46,30 +47,18 @@ class Places:
     token: Int[Tensor, " n"]
 
 
-@dataclass(frozen=True, eq=False)
-class Batch(Generic[Part]):
-    """What was made of one batch.
-
-    Args:
-        parts: by hook point; empty if no position of the batch counts.
-        n_rows: prompts that were run.
-        n_positions: positions of the batch, without padding, those of skipped prompts included.
-    """
-
-    parts: dict[str, Part]
-    n_rows: int
-    n_positions: int
+Measure: TypeAlias = Callable[[str, Float[Tensor, "n *feature"], Places], Part]
 
 
 def measured(
     model: HookedModel,
     batches: Iterable[TextInput] | Int[Tensor, "row pos"] | np.ndarray,
     names: Sequence[str],
-    measure: Callable[[str, Float[Tensor, "n *feature"], Places], Part],
+    measure: Measure[Part],
     *,
     positions: slice = slice(None),
     skip: int = 0,
-) -> Iterator[Batch[Part]]:
+) -> Iterator[tuple[dict[str, Part], int, int]]:
     """Run a model over a stream, and measure the activations of each batch at the moment that they exist.
 
     Args:
@@ -83,7 +72,9 @@ def measured(
         skip: so many prompts of the stream are read, and not run.
 
     Yields:
-        Each batch, when all its points are measured; an error leaves nothing half done.
+        For each batch, once all its points are measured: what was made of each point (nothing if no position of the
+        batch counts), the number of its prompts that were run, and the number of its positions, without padding, those
+        of skipped prompts included.
 
     Raises:
         ReflowlensError: the batches are not what a model reads, or a point does not exist or has no positions.
@@ -93,35 +84,28 @@ def measured(
         check_lengths_known(model, lengths)
         skipped = min(skip, len(tokens))
         skip -= skipped
-        parts = _measure(model, tokens[skipped:], lengths[skipped:], names, measure, positions)
-        yield Batch(parts, len(tokens) - skipped, sum(lengths))
+        rows = tokens[skipped:]
+        places = _places(rows, lengths[skipped:], positions)
+        parts: dict[str, Part] = {}
+        if len(places.row):
+            watch = partial(_watch, parts, measure, places)
+            with torch.no_grad(), model.hooks([(name, watch) for name in dict.fromkeys(names)]):
+                model(rows, return_type=None, stop_at_layer=_first_unneeded_block(names))
+        yield {name: parts[name] for name in names if parts}, len(rows), sum(lengths)
 
 
-@torch.no_grad()
-def _measure(
-    model: HookedModel,
-    tokens: Int[Tensor, "batch pos"],
-    lengths: Sequence[int],
-    names: Sequence[str],
-    measure: Callable[[str, Float[Tensor, "n *feature"], Places], Part],
-    positions: slice,
-) -> dict[str, Part]:
+def _places(tokens: Int[Tensor, "batch pos"], lengths: Sequence[int], positions: slice) -> Places:
     counts = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, length in zip(counts, lengths, strict=True):
-        row[:length][positions] = True
-    if not counts.any():
-        return {}
-    at = counts.nonzero().to(tokens.device).unbind(dim=1)
-    every, places = bool(counts.all()), Places(*at, tokens[at])
-    parts: dict[str, Part] = {}
+    for of_row, length in zip(counts, lengths, strict=True):
+        of_row[:length][positions] = True
+    row, position = counts.nonzero().to(tokens.device).unbind(dim=1)
+    return Places(row, position, tokens[row, position])
 
-    def watch(activation: Float[Tensor, "batch pos *feature"], hook: HookPoint) -> None:
-        assert hook.name is not None
-        parts[hook.name] = measure(hook.name, activation.flatten(0, 1) if every else activation[at], places)
 
-    with model.hooks([(name, watch) for name in dict.fromkeys(names)]):
-        model(tokens, return_type=None, stop_at_layer=_first_unneeded_block(names))
-    return {name: parts[name] for name in names}
+def _watch(parts: dict[str, Part], measure: Measure[Part], places: Places, activation: Tensor, hook: HookPoint) -> None:
+    every = activation.shape[:2].numel() == len(places.row)
+    x = activation.flatten(0, 1) if every else activation[places.row, places.position]
+    parts[str(hook.name)] = measure(str(hook.name), x, places)
 
 
 def _first_unneeded_block(names: Sequence[str]) -> int | None:
@@ -141,6 +125,4 @@ def _split(batches: Iterable[TextInput] | Tensor | np.ndarray) -> Iterator[TextI
         return
     if batches.ndim != 2:
         raise ReflowlensError(f"an array of tokens must be [row, pos], got {list(batches.shape)}")
-    for start in range(0, len(batches), _ROWS_AT_ONCE):
-        rows = batches[start : start + _ROWS_AT_ONCE]
-        yield torch.from_numpy(rows.astype(np.int64)) if isinstance(rows, np.ndarray) else rows
+    yield from (batches[start : start + _ROWS_AT_ONCE] for start in range(0, len(batches), _ROWS_AT_ONCE))

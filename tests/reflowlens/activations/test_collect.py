@@ -281,6 +281,7 @@ def test_what_cannot_be_read_or_merged_is_an_error(tmp_path: Path) -> None:
         ("one text", "not one text"),
         ([], "batches are empty"),
         (torch.zeros(3), r"\[row, pos\]"),
+        (np.array([[1.5, 2.5]]), "token ids"),
     ):
         with pytest.raises(ReflowlensError, match=message):
             rl.collect(model, batches, "hook_embed")

@@ -24,14 +24,15 @@ def seen(name: str, x: Tensor, places: Places) -> tuple[Tensor, Places]:
 def test_what_is_seen_of_each_prompt_is_what_it_gives_alone(
     model: HookedModel, batches: list, positions: slice
 ) -> None:
-    for batch, texts in zip(measured(model, batches, POINTS, seen, positions=positions), batches, strict=True):
+    stream = measured(model, batches, POINTS, seen, positions=positions)
+    for (parts, n_rows, n_positions), texts in zip(stream, batches, strict=True):
         texts = [texts] if isinstance(texts, str) else texts
         alone = [model.run_with_cache(text, names_filter=POINTS)[1] for text in texts]
         own = [torch.arange(cache.tokens.shape[1])[positions] for cache in alone]
-        assert batch.n_rows == len(texts)
-        assert batch.n_positions == sum(cache.tokens.shape[1] for cache in alone)
-        assert list(batch.parts) == ([] if not sum(map(len, own)) else POINTS)
-        for name, (x, places) in batch.parts.items():
+        assert n_rows == len(texts)
+        assert n_positions == sum(cache.tokens.shape[1] for cache in alone)
+        assert list(parts) == ([] if not sum(map(len, own)) else POINTS)
+        for name, (x, places) in parts.items():
             expected = torch.cat([cache[name][0, at] for cache, at in zip(alone, own, strict=True)])
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
             assert places.row.tolist() == [row for row, at in enumerate(own) for _ in at]
@@ -44,8 +45,9 @@ def test_prompts_that_are_skipped_are_not_run() -> None:
     with model.hooks([("hook_embed", lambda x, hook: ran.append(len(x)))]):
         batches = list(measured(model, [TEXTS[:2], TEXTS[2:4], TEXTS[4]], ["hook_embed"], seen, skip=3))
     assert ran == [1, 1]
-    assert [(batch.n_rows, len(batch.parts)) for batch in batches] == [(0, 0), (1, 1), (1, 1)]
-    assert batches[1].parts["hook_embed"][1].row.tolist() == [0]  # the text "x", counted from the first that is run
+    assert [(len(parts), n_rows) for parts, n_rows, _ in batches] == [(0, 0), (1, 1), (1, 1)]
+    assert [n_positions for *_, n_positions in batches] == [sum(map(len, TEXTS[:2])), sum(map(len, TEXTS[2:4])), 15]
+    assert batches[1][0]["hook_embed"][1].row.tolist() == [0]  # the text "x", counted from the first that is run
 
 
 def test_a_batch_is_measured_at_every_point_or_not_at_all() -> None:
@@ -58,6 +60,6 @@ def test_a_batch_is_measured_at_every_point_or_not_at_all() -> None:
         return len(x)
 
     with pytest.raises(ReflowlensError, match="a fault"):
-        made.extend(batch.parts for batch in measured(model, TEXTS, POINTS, refuse))
+        made.extend(parts for parts, *_ in measured(model, TEXTS, POINTS, refuse))
     assert made == [dict.fromkeys(POINTS, len(TEXTS[0]))]
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
