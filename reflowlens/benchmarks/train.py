@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from reflowlens.benchmarks.memory import peak_memory
+from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import DTYPES, OURS, VARIANTS, TrainBench, training_step
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.errors import ReflowlensError

@@ -35,8 +35,8 @@ _IN_BLOCK = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a node writes or reads.
+class Endpoint:
+    """An end of an edge: where a node writes or reads.
 
     Args:
         kind: what writes: ``"embed"``, ``"head"``, ``"mlp_out"``; what reads: ``"q"``, ``"k"``, ``"v"``, ``"mlp_in"``,
@@ -100,22 +100,22 @@ class Graph:
         return cls(model.cfg.n_layers, model.cfg.n_heads, model.cfg.kv_heads)
 
     @cached_property
-    def sender_places(self) -> dict[str, Place]:
-        places = {"embed": Place("embed", 0)}
+    def sender_places(self) -> dict[str, Endpoint]:
+        places = {"embed": Endpoint("embed", 0)}
         for layer in range(self.n_layers):
-            places |= {f"a{layer}.h{head}": Place("head", layer, head) for head in range(self.n_heads)}
-            places[f"m{layer}"] = Place("mlp_out", layer)
+            places |= {f"a{layer}.h{head}": Endpoint("head", layer, head) for head in range(self.n_heads)}
+            places[f"m{layer}"] = Endpoint("mlp_out", layer)
         return places
 
     @cached_property
-    def receiver_places(self) -> dict[str, Place]:
-        places: dict[str, Place] = {}
+    def receiver_places(self) -> dict[str, Endpoint]:
+        places: dict[str, Endpoint] = {}
         heads = {"q": self.n_heads, "k": self.n_key_value_heads, "v": self.n_key_value_heads}
         for layer in range(self.n_layers):
             for kind, n in heads.items():
-                places |= {f"a{layer}.h{head}<{kind}>": Place(kind, layer, head) for head in range(n)}
-            places[f"m{layer}"] = Place("mlp_in", layer)
-        return places | {"logits": Place("logits", self.n_layers - 1)}
+                places |= {f"a{layer}.h{head}<{kind}>": Endpoint(kind, layer, head) for head in range(n)}
+            places[f"m{layer}"] = Endpoint("mlp_in", layer)
+        return places | {"logits": Endpoint("logits", self.n_layers - 1)}
 
     @cached_property
     def senders(self) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ class Graph:
         shared = place.head * self.n_key_value_heads // self.n_heads
         return [f"{sender}<q>", *(f"a{place.layer}.h{shared}<{kind}>" for kind in "kv")]
 
-    def places(self, edge: Edge) -> tuple[Place, Place]:
+    def places(self, edge: Edge) -> tuple[Endpoint, Endpoint]:
         sender, receiver = self.edge(edge)
         return self.sender_places[sender], self.receiver_places[receiver]
 
@@ -205,7 +205,7 @@ def _index(name: str, names: Sequence[str], what: str) -> int:
     return names.index(name)
 
 
-def _by_point(places: Iterable[Place]) -> dict[str, slice]:
+def _by_point(places: Iterable[Endpoint]) -> dict[str, slice]:
     points: dict[str, slice] = {}
     for i, place in enumerate(places):
         points[place.point] = slice(points[place.point].start if place.point in points else i, i + 1)

@@ -17,13 +17,13 @@ from reflowlens.tokenizers.by_name import get_tokenizer
 RECIPE, BASIS = "embed.W_recipe", "embed.W_basis"
 
 
-def effective_rank(basis: Float[Tensor, "S d_model"]) -> float:
+def matrix_effective_rank(basis: Float[Tensor, "S d_model"]) -> float:
     """exp of the entropy of the squared singular values as shares of their sum.
 
     Roy and Vetterli (2007), on the energies σ² instead of the singular values: 1 for a matrix of rank one,
     min(S, d_model) for an orthogonal one, NaN where a value is not finite.
 
-    >>> round(effective_rank(torch.eye(4)), 6)
+    >>> round(matrix_effective_rank(torch.eye(4)), 6)
     4.0
     """
     if not torch.isfinite(basis).all():
@@ -68,7 +68,7 @@ def signals_frame(weights: Weights, cfg: ModelConfig) -> pd.DataFrame:
         ("dead signals", float((~used).sum()), 0.0, "signals that no token has"),
         (
             "effective rank",
-            effective_rank(weights.whole(BASIS)),
+            matrix_effective_rank(weights.whole(BASIS)),
             _gaussian_rank(*weights.tensors[BASIS].shape),
             "of the basis: exp of the entropy of σ² / Σσ²",
         ),
@@ -86,4 +86,6 @@ def _real_tokens(weights: Weights, cfg: ModelConfig) -> int:
 
 
 def _gaussian_rank(rows: int, columns: int) -> float:
-    return effective_rank(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32))
+    return matrix_effective_rank(
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    )

@@ -28,7 +28,7 @@ from analyses.experiments.emotion_surgery.carriers import Carriers, SteeredTexts
 from analyses.experiments.emotion_surgery.figures import emotion_figures
 from analyses.experiments.emotion_surgery.frames import (
     CONTROLS,
-    Place,
+    SteeredLayer,
     frontier_frame,
     generations_frame,
     layers_frame,
@@ -144,7 +144,7 @@ def emotion_surgery(
         outcomes = {name: steered.steer(layer, strength, some) for name, some in directions.items()}
         outcomes["untrained"] = untrained.steer(layer, strength, untrained.directions([words]))
         damage = texts.damage(layer, strength * steered.scale[layer] * directions["sentiment"][0])
-        places.append(Place(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
+        places.append(SteeredLayer(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
         bar.update()
     at_layers = layers_frame(places, seed)
     best = places[int(at_layers.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]
@@ -245,7 +245,7 @@ def _heldout_probability(steered: Carriers) -> NDArray[np.float64]:
 
 
 def _at_best(
-    places: Sequence[Place], best: Place, frames: Mapping[str, pd.DataFrame], max_cost: float, seed: int
+    places: Sequence[SteeredLayer], best: SteeredLayer, frames: Mapping[str, pd.DataFrame], max_cost: float, seed: int
 ) -> tuple[dict[str, Finding], str]:
     """What steering does at the best layer and what it costs there, beside the same of the controls; and a note."""
     flipped, shift = best.outcomes["sentiment"].flipped[0], best.outcomes["sentiment"].shift[0]
@@ -274,7 +274,7 @@ def _at_best(
     )
 
 
-def _controls_cost(frontier: pd.DataFrame, best: Place, max_cost: float) -> dict[str, dict[str, float]]:
+def _controls_cost(frontier: pd.DataFrame, best: SteeredLayer, max_cost: float) -> dict[str, dict[str, float]]:
     """Metric -> control -> what it costs at the strength of the best layer, and what strength it can afford there."""
     costs = {}
     for name, rows in frontier[frontier["series"].isin(CONTROLS)].groupby("series", sort=False):
@@ -290,13 +290,13 @@ def _controls_cost(frontier: pd.DataFrame, best: Place, max_cost: float) -> dict
     return {metric: {name: cost[metric] for name, cost in costs.items()} for metric in metrics}
 
 
-def _best_flip_rates(places: Sequence[Place], series: str) -> NDArray[np.float64]:
+def _best_flip_rates(places: Sequence[SteeredLayer], series: str) -> NDArray[np.float64]:
     """The flip rate of each draw of a series at the layer that is best for it, chosen as the metric's own is."""
     return np.max([place.outcomes[series].flipped.mean(axis=1) for place in places], axis=0)
 
 
 def _last_effective(
-    places: Sequence[Place], layers: pd.DataFrame, flips: bool, seed: int
+    places: Sequence[SteeredLayer], layers: pd.DataFrame, flips: bool, seed: int
 ) -> tuple[dict[str, Finding], str]:
     """The last layer with an effect, and a note; its interval resamples carriers against a fixed threshold, the null's
     quantile that Bonferroni's correction asks of every layer. ``flips``: whether best_flip_rate is supported."""

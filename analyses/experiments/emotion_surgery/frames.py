@@ -26,7 +26,7 @@ NEW_TOKENS = 20
 
 
 @dataclass(frozen=True)
-class Place:
+class SteeredLayer:
     """A layer at equal cost: the strength that can be afforded there and what it does, by direction."""
 
     layer: int
@@ -64,7 +64,7 @@ def sweep_frame(
     return pd.DataFrame(rows)
 
 
-def layers_frame(places: Sequence[Place], seed: int) -> pd.DataFrame:
+def layers_frame(places: Sequence[SteeredLayer], seed: int) -> pd.DataFrame:
     """A row a series and layer: of sentiment and untrained the interval over carriers, of the other controls
     the range of the middle 95% of their draws."""
     frames = []
@@ -95,13 +95,13 @@ def layers_frame(places: Sequence[Place], seed: int) -> pd.DataFrame:
     return frame.assign(p=p, p_holm=adjusted, perplexity_cost=cost)
 
 
-def _pvalue(place: Place) -> float:
+def _pvalue(place: SteeredLayer) -> float:
     """That the labels do not matter for the flip rate at this layer."""
     null = place.outcomes["shuffled_labels"].flipped.mean(axis=1)
     return permutation_pvalue(float(place.outcomes["sentiment"].flipped.mean()), null)
 
 
-def prompts_frame(model: HookedModel, carriers: list[str], place: Place) -> pd.DataFrame:
+def prompts_frame(model: HookedModel, carriers: list[str], place: SteeredLayer) -> pd.DataFrame:
     """Each carrier at one layer: its most probable held-out continuation before and after."""
     outcome = place.outcomes["sentiment"]
     ids = outcome.poles.ids
@@ -125,7 +125,7 @@ def frontier_frame(
     steered: Carriers,
     texts: SteeredTexts,
     directions: dict[str, Float[Tensor, "direction d_model"]],
-    best: Place,
+    best: SteeredLayer,
     strengths: Sequence[float],
     sweep: pd.DataFrame,
 ) -> pd.DataFrame:
@@ -151,7 +151,7 @@ def generations_frame(
     steered: Carriers,
     carriers: list[str],
     direction: Float[Tensor, " d_model"],
-    best: Place,
+    best: SteeredLayer,
     where: Where,
     seed: int,
     examples: int = 3,

@@ -10,7 +10,7 @@ import torch
 
 from reflowlens.benchmarks import TrainBench, bench_sweep, bench_train
 from reflowlens.benchmarks import train as train_module
-from reflowlens.benchmarks.memory import peak_memory
+from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
 from reflowlens.benchmarks.sweep import make_case
 from reflowlens.benchmarks.timing import alternate, comparison, ratio

@@ -19,7 +19,7 @@ from reflowlens.checkpoints import WEIGHTS, save_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
-from reflowlens.inspection.signals import effective_rank
+from reflowlens.inspection.signals import matrix_effective_rank
 from reflowlens.inspection.weights import Weights, part_of
 from reflowlens.tokenizers.by_name import get_tokenizer
 from tests.support.tiny import FACTORED, random_model
@@ -116,10 +116,10 @@ def test_the_recipe_is_measured_over_real_tokens(name, tmp_path):
 
 
 def test_effective_rank_of_matrices_whose_rank_is_known():
-    assert effective_rank(torch.linalg.qr(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))[0]) == (
+    assert matrix_effective_rank(torch.linalg.qr(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))[0]) == (
         pytest.approx(5)
     )
-    assert effective_rank(torch.outer(torch.arange(1.0, 5), torch.ones(3))) == pytest.approx(1)
+    assert matrix_effective_rank(torch.outer(torch.arange(1.0, 5), torch.ones(3))) == pytest.approx(1)
 
 
 def test_a_gaussian_recipe_shows_the_figures_given_beside(tmp_path):

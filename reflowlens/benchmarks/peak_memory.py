@@ -4,7 +4,7 @@ On a GPU, ``torch.cuda.max_memory_allocated``: model, gradients, optimiser and a
 count, so a process of its own takes the steps, and what counts is how far its largest resident size rises above what it
 was after a step of a tiny model, libraries loaded: the same things, and what the allocator keeps.
 
-python -m reflowlens.benchmarks.memory BENCH VARIANT
+python -m reflowlens.benchmarks.peak_memory BENCH VARIANT
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _take_steps(bench: TrainBench, variant: str) -> None:
 def _in_own_process(bench: TrainBench, variant: str) -> int | None:
     described = json.dumps(dataclasses.asdict(bench) | {"model": bench.model.to_dict()})
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "reflowlens.benchmarks.memory", described, variant]
+    command = [sys.executable, "-m", "reflowlens.benchmarks.peak_memory", described, variant]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode in (_OUT_OF_MEMORY, -9):  # -9: the system ended the largest process
         return None
