@@ -21,6 +21,7 @@ class Architecture:
     ``sublayers``                 graphs and circuits, contributions, ablation at every layer, weights in slices (FSDP2)
     ``units``                     unit statistics and monosemanticity
     ``blocks_share_weights``      checkpoints, the comparison of a unit between blocks
+    ``recipe_is_stored``          edits of recipes
     ``table_bytes``               the check whether a model fits into memory
     ``forward_flops``             utilisation, estimates of a training run, the choice whether to compile
     ``activation_bytes``          the estimate of a training run's memory
@@ -47,6 +48,10 @@ class Architecture:
 
     blocks_share_weights: ClassVar[bool] = False
     """Whether every block uses the same weights, which lie outside ``blocks``: a unit is then the same in each."""
+
+    recipe_is_stored: ClassVar[bool] = True
+    """Whether the recipe (or an unfactored embedding) is a stored parameter as it is, not computed from one: a change
+    of the parameter is then the same change of the recipe."""
 
     @classmethod
     def table_bytes(cls, cfg: ModelConfig) -> int:

@@ -14,6 +14,8 @@ from reflowlens.models.reflow import ReFlow
 class ReFlowTopK(ReFlow):
     """Each token keeps its ``cfg.topk`` largest positive signals; gradients reach kept entries only."""
 
+    recipe_is_stored = False
+
     @classmethod
     def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
         """The rectified recipe too, where its largest entries are, and, if no 16-bit copy stands for it, the pruned."""

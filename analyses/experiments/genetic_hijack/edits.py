@@ -23,7 +23,6 @@ from transformer_lens import FactoredMatrix
 from analyses.statistics.draws import derive_generator
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.edit import AddWeights, SetWeights, SwapWeights, WeightEdit
-from reflowlens.models.reflow_topk import ReFlowTopK
 from reflowlens.signals import SignalView
 
 
@@ -60,10 +59,10 @@ class RecipeEdits:
         """
         model = view.model
         factored = isinstance(model.W_E, FactoredMatrix)
-        if isinstance(model, ReFlowTopK) and view.name != "native":
+        if not model.recipe_is_stored and view.name != "native":
             raise ReflowlensError(
-                f"the recipe of {model.cfg.architecture!r} passes ReLU and top-k: it can be edited in its native view, "
-                f"not in {view.name!r}"
+                f"the recipe of {model.cfg.architecture!r} is computed from the stored one: it can be edited in its "
+                f"native view, not in {view.name!r}"
             )
         if not model.cfg.tie_word_embeddings:
             parameter, stored = "unembed.W_U", None

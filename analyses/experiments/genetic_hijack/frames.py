@@ -13,7 +13,6 @@ from analyses.experiments.genetic_hijack.edits import RecipeEdits, replacements,
 from analyses.experiments.genetic_hijack.measure import Outcome, Probe, Written
 from analyses.measures.sentiment import Poles
 from analyses.statistics.intervals import bootstrap_band
-from reflowlens.models.reflow_topk import ReFlowTopK
 from reflowlens.signals import SignalView
 
 
@@ -35,7 +34,7 @@ class Run:
 def signals_frame(probe: Probe, view: SignalView, poles: Poles, rotations: int, seed: int) -> pd.DataFrame:
     """Silence and graft in the trained basis and in random rotations of it, a row a carrier."""
     bases = {view.name: view}
-    if not isinstance(view.model, ReFlowTopK):
+    if view.model.recipe_is_stored:
         bases |= rotated_views(view, rotations, seed, "genetic_hijack")
     before = probe.log_odds()
     frames = []
