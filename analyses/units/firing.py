@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from analyses.controls.nulls import untrained_model
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
@@ -126,7 +126,18 @@ def unit_statistics(
     for name, (each, read) in steps:
         steps.set_description(name.replace("_", " "))
         counts[name] = count_units(each, read, points, batch_size=batch_size, progress=progress)
-    result = Result(
+    frames = {
+        "levels": pd.concat([levels_frame(part, name, minimum_events) for name, part in counts.items()]),
+        "rates": pd.concat([rates_frame(part, name) for name, part in counts.items()]),
+        "top_units": top_units(model, counts["model"], tokens, top, minimum_events, seed),
+    }
+    if not (alike := levels_alike(model, counts["model"], tokens, batch_size, progress)).empty:
+        frames["alike"] = alike
+    kinds = list(dict.fromkeys(map(kind_of, counts["model"])))
+    findings = {
+        name: finding for kind in kinds for name, finding in _findings(counts, kind, minimum_events, seed).items()
+    }
+    return Result(
         name="unit_statistics",
         title="Unit Statistics",
         params={
@@ -142,53 +153,50 @@ def unit_statistics(
             "quick": quick,
             "model_hash": model_hash(model),
         },
-        frames={
-            "levels": pd.concat([levels_frame(part, name, minimum_events) for name, part in counts.items()]),
-            "rates": pd.concat([rates_frame(part, name) for name, part in counts.items()]),
-        },
+        findings=findings,
+        frames=frames,
+        figures=unit_figures({name: counts[name] for name in counts if name in SHOWN}, kind_of, minimum_events, seed),
+        definitions={metric: text for kind in kinds for metric, text in definitions(kind).items()},
+        published={metric: value for metric, value in PUBLISHED.items() if metric in findings},
+        notes=[
+            f"{tokens.numel():,} positions in {len(tokens)} rows of {context}; position 0 of a row sees nothing before "
+            "it: units that read earlier positions alone (y_sparse, and with it xy_sparse) are silent there",
+            "intervals draw runs of consecutive rows; windows that overlap are not independent, tiles nearly so",
+        ],
     )
-    result.frames["top_units"] = top_units(model, counts["model"], tokens, top, minimum_events, seed)
-    if not (alike := levels_alike(model, counts["model"], tokens, batch_size, progress)).empty:
-        result.frames["alike"] = alike
-    shown = {name: counts[name] for name in counts if name in SHOWN}
-    result.figures |= unit_figures(shown, kind_of, minimum_events, seed)
-    _add_metrics(result, counts, minimum_events, seed)
-    result.notes += [
-        f"{tokens.numel():,} positions in {len(tokens)} rows of {context}; position 0 of a row sees nothing before it: "
-        "units that read earlier positions alone (y_sparse, and with it xy_sparse) are silent there",
-        "intervals draw runs of consecutive rows; windows that overlap are not independent, tiles nearly so",
-    ]
-    return result
 
 
-def _add_metrics(result: Result, counts: dict[str, dict[str, UnitCounts]], minimum_events: int, seed: int) -> None:
-    """Add each kind's metrics over its levels, with those of the controls, and the verdict of its firing rate."""
-    for kind in dict.fromkeys(map(kind_of, counts["model"])):
-        parts = {name: [p for point, p in each.items() if kind_of(point) == kind] for name, each in counts.items()}
-        values = {name: headline(each, kind, minimum_events) for name, each in parts.items()}
-        metric = f"{kind}_firing_rate"
-        result.metrics |= values["model"]
-        result.definitions |= definitions(kind)
-        result.published |= {name: value for name, value in PUBLISHED.items() if name in values["model"]}
-        per_row = {name: torch.stack([p.row_rates for p in each]).mean(dim=0).numpy() for name, each in parts.items()}
-        rows = per_row["model"]
-        fresh = [name for name in values if name.startswith("untrained")]
-        if len(rows) > 1:
-            result.intervals[metric] = mean_interval(rows, seed)
-            result.intervals[f"{kind}_near_silent"] = near_silent_interval(parts["model"], NEAR_SILENT, seed)
-        for name in values["model"]:
-            beside: dict[str, float] = {}
-            if ours := [values[each][name] for each in fresh if name in values[each]]:
-                beside["untrained"] = float(np.mean(ours))
-            if name in values.get("shuffled_text", {}):
-                beside["shuffled_text"] = values["shuffled_text"][name]
-            if beside:
-                result.controls[name] = beside
-        if len(rows) > 1 and fresh:
-            p = paired_permutation_pvalue(np.mean([per_row[each] for each in fresh], axis=0) - rows, seed=seed)
-            low, high = result.intervals[metric]
-            control = result.controls[metric]["untrained"]
-            result.verdicts[metric] = verdict((-high, -low), -control, p, minimum_units=MINIMUM_ROWS, units=len(rows))
+def _findings(
+    counts: dict[str, dict[str, UnitCounts]], kind: str, minimum_events: int, seed: int
+) -> dict[str, Finding]:
+    """A kind's metrics over its levels, with those of the controls, and the verdict of its firing rate."""
+    parts = {name: [p for point, p in each.items() if kind_of(point) == kind] for name, each in counts.items()}
+    values = {name: headline(each, kind, minimum_events) for name, each in parts.items()}
+    per_row = {name: torch.stack([p.row_rates for p in each]).mean(dim=0).numpy() for name, each in parts.items()}
+    rows, fresh = per_row["model"], [name for name in values if name.startswith("untrained")]
+    rate, controls = f"{kind}_firing_rate", {name: _controls(values, fresh, name) for name in values["model"]}
+    intervals, verdicts = {}, {}
+    if len(rows) > 1:
+        intervals[rate] = mean_interval(rows, seed)
+        intervals[f"{kind}_near_silent"] = near_silent_interval(parts["model"], NEAR_SILENT, seed)
+    if len(rows) > 1 and fresh:
+        p = paired_permutation_pvalue(np.mean([per_row[each] for each in fresh], axis=0) - rows, seed=seed)
+        (low, high), control = intervals[rate], controls[rate]["untrained"]
+        verdicts[rate] = verdict((-high, -low), -control, p, minimum_units=MINIMUM_ROWS, units=len(rows))
+    return {
+        name: Finding(value, intervals.get(name), controls[name], verdicts.get(name))
+        for name, value in values["model"].items()
+    }
+
+
+def _controls(values: dict[str, dict[str, float]], fresh: list[str], metric: str) -> dict[str, float]:
+    """A metric's mean over the untrained models, and its value on shuffled text, where they have it."""
+    found: dict[str, float] = {}
+    if ours := [values[each][metric] for each in fresh if metric in values[each]]:
+        found["untrained"] = float(np.mean(ours))
+    if metric in values.get("shuffled_text", {}):
+        found["shuffled_text"] = values["shuffled_text"][metric]
+    return found
 
 
 def headline(parts: list[UnitCounts], kind: str, minimum_events: int) -> dict[str, float]:

@@ -23,13 +23,14 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls.nulls import untrained_model
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.units.concepts import CONCEPTS, label_tokens
@@ -163,7 +164,17 @@ def monosemanticity(
     units = frames["model"]
     if units.empty:
         raise ReflowlensError(f"no unit fires at {MINIMUM_EVENTS} positions of both halves of the text")
-    result = Result(
+    intervals = {
+        "telling_share": rate_interval((units["f1"] >= TELLS).astype(float)),
+        "best_f1": bootstrap_interval(units["f1"], np.median, seed=seed),
+    }
+    beside = {name: _headline(frame) for name, frame in frames.items() if name != "model" and not frame.empty}
+    tables, notes = {"units": units, "concepts": concepts_frame(units)}, []
+    if causal:
+        tables["ablation"], notes = ablate_concepts(model, read.tokens, read.labels, units, read.n_first, causal, seed)
+    if absent := [name for name, used in zip(NAMES, read.usable, strict=True) if not used]:
+        notes.append(f"left out, for they are too rare or too common in this text: {', '.join(absent)}")
+    return Result(
         name="monosemanticity",
         title="Monosemanticity",
         params={
@@ -178,29 +189,15 @@ def monosemanticity(
             "model_hash": model_hash(model),
             "matched_hash": None if matched is None else model_hash(matched),
         },
+        findings={
+            metric: Finding(value, intervals.get(metric), {name: values[metric] for name, values in beside.items()})
+            for metric, value in _headline(units).items()
+        },
+        frames=tables,
+        figures=_figures(frames),
         definitions=DEFINITIONS,
-        frames={"units": units, "concepts": concepts_frame(units)},
+        notes=[*notes, "intervals take units as units of replication: they say nothing of other texts or seeds"],
     )
-    result.metrics |= _headline(units)
-    result.intervals |= {
-        "telling_share": rate_interval((units["f1"] >= TELLS).astype(float)),
-        "best_f1": bootstrap_interval(units["f1"], np.median, seed=seed),
-    }
-    for name, frame in frames.items():
-        if name != "model" and not frame.empty:
-            for metric, value in _headline(frame).items():
-                result.controls.setdefault(metric, {})[name] = value
-    _add_figures(result, frames)
-    if causal:
-        result.frames["ablation"], notes = ablate_concepts(
-            model, read.tokens, read.labels, units, read.n_first, causal, seed
-        )
-        result.notes += notes
-    absent = [name for name, used in zip(NAMES, read.usable, strict=True) if not used]
-    if absent:
-        result.notes.append(f"left out, for they are too rare or too common in this text: {', '.join(absent)}")
-    result.notes.append("intervals take units as units of replication: they say nothing of other texts or seeds")
-    return result
 
 
 def score_units(
@@ -349,13 +346,13 @@ def _headline(units: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def _add_figures(result: Result, frames: dict[str, pd.DataFrame]) -> None:
+def _figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
     scored = pd.concat([frame.assign(model=name) for name, frame in frames.items()], ignore_index=True)
     controls = [name for name in frames if name != "model"]
-    result.figures["f1"] = histogram_with_control(
-        scored, "f1", "model", controls=controls, log_y=True, x_title="F1 on the second half of the text"
-    )
     best = scored.groupby(["concept", "model"], sort=False)["f1"].max().reset_index()
-    result.figures["concepts"] = bars(
-        best, "concept", "f1", color="model", controls=controls, y_title="F1 of the best unit"
-    )
+    return {
+        "f1": histogram_with_control(
+            scored, "f1", "model", controls=controls, log_y=True, x_title="F1 on the second half of the text"
+        ),
+        "concepts": bars(best, "concept", "f1", color="model", controls=controls, y_title="F1 of the best unit"),
+    }
