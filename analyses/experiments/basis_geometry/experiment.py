@@ -10,7 +10,7 @@ identity view has no basis of its own, only the embedding E = R B, which is meas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
     Bases,
-    add_basis_verdicts,
+    basis_verdicts,
     by_metric,
     in_bases,
 )
@@ -38,7 +38,7 @@ from analyses.experiments.basis_geometry.spectra import (
 )
 from analyses.measures.knockout import real_tokens
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import holm, predictive_pvalue
@@ -142,7 +142,14 @@ def basis_geometry(
         alignments, why = _alignments(chosen, untrained, texts, k, draws, seed)
         notes += why
     frames = geometry_frames(chosen, spectra, coherences, alignments, seed)
-    result = Result(
+    findings, told = _spectrum_findings(spectra)
+    for found, more in (
+        _coherence_findings(coherences, welch_bound(*chosen.basis.shape), seed),
+        _alignment_findings(alignments, seed),
+    ):
+        findings |= found
+        told += more
+    return Result(
         name="basis_geometry",
         title="Basis Geometry",
         params={
@@ -156,17 +163,12 @@ def basis_geometry(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings=findings,
         frames=frames,
         figures=geometry_figures(frames),
         definitions=definitions(k),
-        notes=notes,
+        notes=[*notes, *told],
     )
-    _add_spectra(result, spectra)
-    if coherences:
-        _add_coherence(result, coherences, chosen, seed)
-    if alignments:
-        _add_alignment(result, alignments, seed)
-    return result
 
 
 def concentrated_verdict(value: float, gaussian: Sequence[float], p: float) -> Verdict:
@@ -215,75 +217,82 @@ def _alignments(
     return (found, notes) if "trained" in found else ({}, notes)
 
 
-def _add_spectra(result: Result, spectra: dict[str, Spectrum]) -> None:
-    ranks = {}
+def _spectrum_findings(spectra: Mapping[str, Spectrum]) -> tuple[dict[str, Finding], list[str]]:
+    findings: dict[str, Finding] = {}
+    ranks, notes = {}, []
     for matrix, spectrum in spectra.items():
         suffix = "" if matrix == "B" else "_E"
         for name, measure in SPECTRAL_MEASURES.items():
             value, fresh = measure(spectrum.own), measure(spectrum.untrained)
             gaussian = [measure(draw) for draw in spectrum.gaussian]
             if not np.isfinite(value):
-                result.notes.append(f"{name}{suffix} is absent: {matrix} loses a dimension")
+                notes.append(f"{name}{suffix} is absent: {matrix} loses a dimension")
                 continue
-            result.metrics[name + suffix] = value
             # The median: the condition number of a square Gaussian matrix has no mean (Edelman, 1988).
             controls = {"gaussian": float(np.median(gaussian)), "untrained": fresh}
-            result.controls[name + suffix] = {key: each for key, each in controls.items() if np.isfinite(each)}
+            beside = {key: each for key, each in controls.items() if np.isfinite(each)}
+            findings[name + suffix] = Finding(value, controls=beside)
             if name == "effective_rank":
                 ranks[name + suffix] = gaussian
-    raw = [predictive_pvalue(result.metrics[metric], gaussian, "less") for metric, gaussian in ranks.items()]
+    raw = [predictive_pvalue(findings[metric].value, gaussian, "less") for metric, gaussian in ranks.items()]
     for (metric, gaussian), p, adjusted in zip(ranks.items(), raw, holm(raw).tolist(), strict=True):
-        result.verdicts[metric] = concentrated_verdict(result.metrics[metric], gaussian, adjusted)
-        result.notes.append(
+        judged = concentrated_verdict(findings[metric].value, gaussian, adjusted)
+        findings[metric] = dataclasses.replace(findings[metric], verdict=judged)
+        notes.append(
             f"{metric}: as that of one more Gaussian matrix p = {p:.2g}, Holm-adjusted {adjusted:.2g}; Gaussian "
             f"matrices {min(gaussian):.4g} to {max(gaussian):.4g}"
         )
     if "B" in spectra:
         found, rows = spectra["B"], spectra["B"].rows
-        result.metrics["above_edge"] = float(above_upper_edge(found.own, rows))
-        result.controls["above_edge"] = {
+        controls = {
             "gaussian": float(np.mean([above_upper_edge(draw, rows) for draw in found.gaussian])),
-            "untrained": float(above_upper_edge(found.untrained, rows)),
+            "untrained": above_upper_edge(found.untrained, rows),
         }
+        findings["above_edge"] = Finding(above_upper_edge(found.own, rows), controls=controls)
+    return findings, notes
 
 
-def _add_coherence(result: Result, coherences: Bases[Coherence], view: SignalView, seed: int) -> None:
-    values = by_metric(coherences.map(Coherence.headline))
-    for metric, found in values.items():
-        result.metrics[metric] = found.own
-        result.controls[metric] = found.controls()
-    result.controls["coherence_max"]["welch_bound"] = welch_bound(*view.basis.shape)
-    own = coherences.own.mean
-    result.intervals["coherence_mean"] = bootstrap_interval(own, seed=seed)
-    if values["coherence_max"].own < ORTHOGONAL:  # to the rotations it would be less by their rounding
-        result.notes.append("no verdict on coherence_mean: the signals of this basis are orthogonal by making")
-        return
-    add_basis_verdicts(
-        result, values, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
+def _coherence_findings(
+    coherences: Bases[Coherence] | None, bound: float, seed: int
+) -> tuple[dict[str, Finding], list[str]]:
+    if coherences is None:
+        return {}, []
+    values, own = by_metric(coherences.map(Coherence.headline)), coherences.own.mean
+    largest, mean = values["coherence_max"], values["coherence_mean"]
+    findings = {
+        "coherence_max": Finding(largest.own, controls=largest.controls() | {"welch_bound": bound}),
+        "coherence_mean": Finding(mean.own, bootstrap_interval(own, seed=seed), mean.controls()),
+    }
+    if largest.own < ORTHOGONAL:  # to the rotations it would be less by their rounding
+        return findings, ["no verdict on coherence_mean: the signals of this basis are orthogonal by making"]
+    return basis_verdicts(
+        findings, values, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
     )
 
 
-def _add_alignment(result: Result, alignments: dict[str, Alignment], seed: int) -> None:
+def _alignment_findings(alignments: Mapping[str, Alignment], seed: int) -> tuple[dict[str, Finding], list[str]]:
+    if not alignments:
+        return {}, []
     found = alignments["trained"]
     mean_p = predictive_pvalue(found.captured.mean(), found.random.mean(axis=0))
     adjusted = holm(found.pvalues())
     n_layers = len(adjusted)
-    judged = {
+    asked = {
         "alignment_first": ([0], adjusted[0]),
         "alignment_last": ([n_layers - 1], adjusted[-1]),
         "alignment_mean": (list(range(n_layers)), mean_p),
     }
-    for metric, (layers, p) in judged.items():
+    findings, notes = {}, []
+    for metric, (layers, p) in asked.items():
         own = found.captured[layers].mean(axis=0)
-        result.metrics[metric] = float(own.mean())
-        result.intervals[metric] = bootstrap_interval(own, seed=seed)
-        result.controls[metric] = {
+        interval = bootstrap_interval(own, seed=seed)
+        controls = {
             "random_direction": float(found.random[layers].mean()),
             "best_directions": float(found.best[layers].mean()),
         }
         if "untrained" in alignments:
-            result.controls[metric]["untrained"] = float(alignments["untrained"].captured[layers].mean())
-        result.verdicts[metric] = aligned_verdict(
-            result.intervals[metric], result.controls[metric]["random_direction"], p, len(own)
-        )
-        result.notes.append(f"{metric}: against random subspaces p = {p:.2g}")
+            controls["untrained"] = float(alignments["untrained"].captured[layers].mean())
+        judged = aligned_verdict(interval, controls["random_direction"], p, len(own))
+        findings[metric] = Finding(own.mean(), interval, controls, judged)
+        notes.append(f"{metric}: against random subspaces p = {p:.2g}")
+    return findings, notes

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.controls.bases import ROTATIONS, Bases, add_basis_verdicts, by_metric, check_rotations, rotated_views
+from analyses.controls.bases import ROTATIONS, Bases, basis_verdicts, by_metric, check_rotations, rotated_views
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.causal_ablation.figures import ablation_figures
 from analyses.measures.knockout import (
@@ -34,7 +34,7 @@ from analyses.measures.knockout import (
 )
 from analyses.measures.lens import first_settled, lens_log_probabilities, residual_stack
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
@@ -138,7 +138,11 @@ def causal_ablation(
         "curves": _curve_frame(bases, seed),
     }
     frames["sites"] = _site_frame(model, chosen, prompt, target_id, frames["signals"], own)
-    result = Result(
+    at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
+    least = views.map(lambda view: _least_without_one(view, detail, target_id))
+    signals = frames["signals"]
+    findings, notes = _findings(bases, seed)
+    return Result(
         name="causal_ablation",
         title="Causal Ablation",
         params={
@@ -151,18 +155,22 @@ def causal_ablation(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings={
+            "probability_before": Finding(
+                signals["probability_before"].iloc[0], controls={"untrained": float(at_start[0, target_id].exp())}
+            ),
+            "probability_after_one": Finding(
+                signals["after_zero"].min(),
+                controls={"random_signal": signals["after_zero"].mean(), **least.controls()},
+            ),
+            **findings,
+        },
         frames=frames,
         figures=ablation_figures(frames, prompt, seed),
         definitions=DEFINITIONS,
         published=PUBLISHED,
+        notes=notes,
     )
-    result = _with_metrics(result, bases, seed)
-    at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
-    result.controls["probability_before"] = {"untrained": float(at_start[0, target_id].exp())}
-    least = views.map(lambda view: _least_without_one(view, detail, target_id))
-    random_signal = {"random_signal": float(frames["signals"]["after_zero"].mean())}
-    result.controls["probability_after_one"] = random_signal | least.controls()
-    return result
 
 
 class Measured(NamedTuple):
@@ -223,26 +231,22 @@ def _measure(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int
     )
 
 
-def _with_metrics(result: Result, bases: Bases[Measured], seed: int) -> Result:
+def _findings(bases: Bases[Measured], seed: int) -> tuple[dict[str, Finding], list[str]]:
+    """The metrics over prompts, between their floor and their ceiling."""
     native = bases.own
-    beside = {
+    beside: dict[str, dict[str, NDArray[np.float64]]] = {
         "remaining_after_one": {name: native.single[name] for name in ("random_signal", "matched_signal")},
         "knockout_area": {"matched_signal": native.area("matched")},
         "sufficient_share": {},
     }
-    signals = result.frames["signals"]
-    result.metrics["probability_before"] = float(signals["probability_before"].iloc[0])
-    result.metrics["probability_after_one"] = float(signals["after_zero"].min())
     values = by_metric(bases.map(Measured.headline))
     means = {metric: found.map(lambda per_prompt: float(per_prompt.mean())) for metric, found in values.items()}
+    findings = {}
     for metric, per_prompt in values.items():
-        result.metrics[metric] = means[metric].own
-        result.intervals[metric] = bootstrap_interval(per_prompt.own, seed=seed)
-        result.controls[metric] = {name: float(each.mean()) for name, each in beside[metric].items()}
-        result.controls[metric] |= means[metric].controls()
+        controls = {name: float(each.mean()) for name, each in beside[metric].items()} | means[metric].controls()
+        findings[metric] = Finding(means[metric].own, bootstrap_interval(per_prompt.own, seed=seed), controls)
     units = dict.fromkeys(means, len(native.worst))
-    add_basis_verdicts(result, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
-    return result
+    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
 
 
 def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d_model"], target: str | None) -> int:

@@ -23,7 +23,7 @@ from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
     Bases,
-    add_basis_verdicts,
+    basis_verdicts,
     in_bases,
 )
 from analyses.controls.nulls import permuted_labels, recipe_nulls
@@ -48,7 +48,7 @@ from analyses.experiments.recipe_atlas.purity import Poles, codebook_poles
 from analyses.measures.knockout import real_tokens
 from analyses.measures.neighbors import word_tokens
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_rng, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import holm, permutation_pvalue
@@ -171,7 +171,10 @@ def recipe_atlas(
         metric: random_pair_cosines(chosen.recipe, tokens, candidates, RANDOM_PAIRS, derive_seed(own, metric))
         for metric, tokens in named.items()
     }
-    result = Result(
+    valid, note = _valid_pairs(spaces, words, seed)
+    cosines, cosine_notes = _named_cosines(spaces, random_cosines)
+    purity, purity_notes = _purity(poles, spaces["R"].rows, words, pole_words, seed)
+    return Result(
         name="recipe_atlas",
         title="Recipe Atlas",
         params={
@@ -187,18 +190,18 @@ def recipe_atlas(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings={
+            "valid_top_pairs": valid,
+            **cosines,
+            **({f"jaccard_at_{k}": _overlap(spaces, seed)} if has_embedding else {}),
+            **purity,
+        },
         frames=frames,
         figures=atlas_figures(frames, random_band(spaces["random_words"].rows)),
         definitions=definitions(k, pairs, pole_words),
         published={"valid_top_pairs": 1.0} | {_metric(pair): cosine for pair, cosine in NAMED_PAIRS.items()},
-        notes=[*notes, f"{INVARIANT}: all but codebook_purity."],
+        notes=[*notes, f"{INVARIANT}: all but codebook_purity.", note, *cosine_notes, *purity_notes],
     )
-    _add_top_pairs(result, spaces, words, seed)
-    _add_named(result, spaces, random_cosines)
-    if has_embedding:
-        _add_overlap(result, spaces, f"jaccard_at_{k}", seed)
-    _add_purity(result, poles, spaces["R"].rows, words, pole_words, seed)
-    return result
 
 
 @dataclass(frozen=True)
@@ -265,66 +268,54 @@ def _named_tokens(model: HookedModel) -> dict[str, tuple[int, int]]:
     }
 
 
-def _add_top_pairs(result: Result, spaces: Mapping[str, Space], words: LabelledWords, seed: int) -> None:
+def _valid_pairs(spaces: Mapping[str, Space], words: LabelledWords, seed: int) -> tuple[Finding, str]:
     shared = {name: share_label(space.pairs, words.labels) for name, space in spaces.items()}
     valid = shared.pop("R").astype(float)
     permuted = permuted_labels(words.labels, PERMUTATIONS, derive_seed(seed, "recipe_atlas", "valid_top_pairs"))
     null = share_label(spaces["R"].pairs, permuted).mean(axis=1)
-    p = permutation_pvalue(valid.mean(), null)
-    result.metrics["valid_top_pairs"] = float(valid.mean())
-    interval = result.intervals["valid_top_pairs"] = rate_interval(valid, seed=seed)
+    p, interval = permutation_pvalue(valid.mean(), null), rate_interval(valid, seed=seed)
     controls = {name: float(values.mean()) for name, values in shared.items()}
     controls["label_permutation"] = float(null.mean())
-    result.controls["valid_top_pairs"] = controls
-    result.verdicts["valid_top_pairs"] = valid_pairs_verdict(interval, controls, p, len(valid))
-    result.notes.append(f"valid_top_pairs: permuted categories p = {p:.2g}")
+    finding = Finding(valid.mean(), interval, controls, valid_pairs_verdict(interval, controls, p, len(valid)))
+    return finding, f"valid_top_pairs: permuted categories p = {p:.2g}"
 
 
-def _add_named(result: Result, spaces: Mapping[str, Space], random_cosines: Mapping[str, NDArray[np.float64]]) -> None:
+def _named_cosines(
+    spaces: Mapping[str, Space], random_cosines: Mapping[str, NDArray[np.float64]]
+) -> tuple[dict[str, Finding], list[str]]:
     """No verdict: a pair is one unit, and its cosine has no interval."""
-    raw = [permutation_pvalue(spaces["R"].named[metric], null) for metric, null in random_cosines.items()]
+    own = spaces["R"].named
+    others = {name: space.named for name, space in spaces.items() if name != "R" and space.named}
+    raw = [permutation_pvalue(own[metric], null) for metric, null in random_cosines.items()]
+    findings, notes = {}, []
     for (metric, null), p, adjusted in zip(random_cosines.items(), raw, holm(raw).tolist(), strict=True):
-        result.metrics[metric] = spaces["R"].named[metric]
-        controls = {name: space.named[metric] for name, space in spaces.items() if name != "R" and space.named}
-        result.controls[metric] = controls | {"random_words": float(null.mean())}
-        result.notes.append(f"{metric}: frequency-matched pairs p = {p:.2g}, Holm-adjusted {adjusted:.2g}")
-    for metric in map(_metric, NAMED_PAIRS):
-        if metric not in result.metrics:
-            result.notes.append(f"{metric} is absent: a word of it is several tokens")
+        controls = {name: named[metric] for name, named in others.items()} | {"random_words": float(null.mean())}
+        findings[metric] = Finding(own[metric], controls=controls)
+        notes.append(f"{metric}: frequency-matched pairs p = {p:.2g}, Holm-adjusted {adjusted:.2g}")
+    absent = [metric for metric in map(_metric, NAMED_PAIRS) if metric not in findings]
+    return findings, [*notes, *(f"{metric} is absent: a word of it is several tokens" for metric in absent)]
 
 
-def _add_overlap(result: Result, spaces: Mapping[str, Space], metric: str, seed: int) -> None:
+def _overlap(spaces: Mapping[str, Space], seed: int) -> Finding:
     overlaps = {name: space.overlap for name, space in spaces.items() if space.overlap is not None}
     own = overlaps.pop("R")
-    result.metrics[metric] = float(own.mean())
-    result.intervals[metric] = bootstrap_interval(own, seed=seed)
-    result.controls[metric] = {name: float(values.mean()) for name, values in overlaps.items()}
+    controls = {name: float(values.mean()) for name, values in overlaps.items()}
+    return Finding(own.mean(), bootstrap_interval(own, seed=seed), controls)
 
 
-def _add_purity(
-    result: Result,
-    poles: Bases[Poles],
-    rows: Float[Tensor, "word S"],
-    words: LabelledWords,
-    pole_words: int,
-    seed: int,
-) -> None:
-    means = poles.map(Poles.mean_purity)
+def _purity(
+    poles: Bases[Poles], rows: Float[Tensor, "word S"], words: LabelledWords, pole_words: int, seed: int
+) -> tuple[dict[str, Finding], list[str]]:
+    metric, means = "codebook_purity", poles.map(Poles.mean_purity)
     if not np.isfinite([means.own, *means.rotated.values(), means.varimax]).all():
-        result.notes.append(f"codebook_purity is absent: no signal has {pole_words} lexicon words of one sign")
-        return
-    orders = permuted_labels(words.labels, POLE_PERMUTATIONS, derive_seed(seed, "recipe_atlas", "codebook_purity"))
+        return {}, [f"{metric} is absent: no signal has {pole_words} lexicon words of one sign"]
+    orders = permuted_labels(words.labels, POLE_PERMUTATIONS, derive_seed(seed, "recipe_atlas", metric))
     permuted = [np.nanmean(codebook_poles(rows, labels, pole_words).signal_purity()) for labels in orders]
     own = poles.own.signal_purity()
     own = own[np.isfinite(own)]
-    result.metrics["codebook_purity"] = means.own
-    result.intervals["codebook_purity"] = bootstrap_interval(own, seed=seed)
     controls = {"label_permutation": float(np.mean(permuted)), **means.controls()}
-    result.controls["codebook_purity"] = {name: value for name, value in controls.items() if np.isfinite(value)}
-    add_basis_verdicts(
-        result,
-        {"codebook_purity": means},
-        {"codebook_purity": "greater"},
-        {"codebook_purity": len(own)},
-        minimum_units=MINIMUM_UNITS,
+    beside = {name: value for name, value in controls.items() if np.isfinite(value)}
+    finding = Finding(means.own, bootstrap_interval(own, seed=seed), beside)
+    return basis_verdicts(
+        {metric: finding}, {metric: means}, {metric: "greater"}, {metric: len(own)}, minimum_units=MINIMUM_UNITS
     )

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from analyses.controls.bases import (
     ROTATIONS,
     Bases,
-    add_basis_verdicts,
+    basis_verdicts,
     by_metric,
     check_rotations,
     random_rotations,
@@ -43,7 +43,7 @@ from analyses.experiments.signal_flow.contributions import (
 from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
@@ -150,7 +150,13 @@ def signal_flow(
         "split": _split_frame(readings, seed),
         "heads": _head_frame(readings, seed),
     }
-    result = Result(
+    leading, notes = _leading_findings(flows, chosen.n_signals, k, seed)
+    attention, why = _attention_share(readings, seed)
+    sum_error = {
+        "rotated_basis": max(flow.sum_error for flow in flows.rotated.values()),
+        "untrained": flows.nulls["untrained"].sum_error,
+    }
+    return Result(
         name="signal_flow",
         title="Signal Flow",
         params={
@@ -166,19 +172,17 @@ def signal_flow(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings={
+            **leading,
+            **attention,
+            "sum_error": Finding(flows.own.sum_error, controls=sum_error),
+            "split_error": Finding(reading.split_error(), controls={"untrained": untrained.split_error()}),
+        },
         frames=frames,
         figures=flow_figures(frames, prompt),
         definitions=definitions(k),
+        notes=[*notes, *why],
     )
-    _enter_leading(result, flows, chosen.n_signals, k, seed)
-    _enter_attention_share(result, readings, seed)
-    result.metrics |= {"sum_error": flows.own.sum_error, "split_error": reading.split_error()}
-    result.controls["sum_error"] = {
-        "rotated_basis": max(flow.sum_error for flow in flows.rotated.values()),
-        "untrained": flows.nulls["untrained"].sum_error,
-    }
-    result.controls["split_error"] = {"untrained": untrained.split_error()}
-    return result
 
 
 class Flow(NamedTuple):
@@ -218,21 +222,22 @@ class Flow(NamedTuple):
         }
 
 
-def _enter_leading(result: Result, flows: Bases[Flow], n_signals: int, k: int, seed: int) -> None:
+def _leading_findings(flows: Bases[Flow], n_signals: int, k: int, seed: int) -> tuple[dict[str, Finding], list[str]]:
     """The metrics that speak of single signals, between their floor and their ceiling."""
     values = by_metric(flows.map(Flow.headline))
     means = {metric: found.map(lambda per_prompt: float(per_prompt.mean())) for metric, found in values.items()}
-    for metric, per_prompt in values.items():
-        result.metrics[metric] = means[metric].own
-        result.intervals[metric] = bootstrap_interval(per_prompt.own, seed=seed)
-        result.controls[metric] = means[metric].controls()
+    controls = {metric: mean.controls() for metric, mean in means.items()}
+    controls["leading_share"]["random_signal"] = k / n_signals
+    controls["neighbour_overlap"]["random_signal"] = random_overlap(n_signals, k)
+    findings = {
+        metric: Finding(means[metric].own, bootstrap_interval(found.own, seed=seed), controls[metric])
+        for metric, found in values.items()
+    }
     units = dict.fromkeys(means, len(flows.own.share))
-    add_basis_verdicts(result, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
-    result.controls["leading_share"]["random_signal"] = k / n_signals
-    result.controls["neighbour_overlap"]["random_signal"] = random_overlap(n_signals, k)
+    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
 
 
-def _enter_attention_share(result: Result, readings: dict[str, Reading], seed: int) -> None:
+def _attention_share(readings: dict[str, Reading], seed: int) -> tuple[dict[str, Finding], list[str]]:
     """Who writes: the share of attention, where the blocks write anything."""
     shares = {}
     for name, reading in readings.items():
@@ -241,12 +246,11 @@ def _enter_attention_share(result: Result, readings: dict[str, Reading], seed: i
             for part in (reading.split.attention, reading.split.mlp)
         )
         shares[name] = attention[attention + mlp > 0] / (attention + mlp)[attention + mlp > 0]
-    if len(shares["model"]) < 2:
-        result.notes.append("attention_share: absent, for neither attention nor MLPs write anything")
-        return
-    result.metrics["attention_share"] = float(shares["model"].mean())
-    result.intervals["attention_share"] = bootstrap_interval(shares["model"], seed=seed)
-    result.controls["attention_share"] = {"untrained": float(shares["untrained"].mean())}
+    own = shares["model"]
+    if len(own) < 2:
+        return {}, ["attention_share: absent, for neither attention nor MLPs write anything"]
+    controls = {"untrained": float(shares["untrained"].mean())}
+    return {"attention_share": Finding(own.mean(), bootstrap_interval(own, seed=seed), controls)}, []
 
 
 def _prompt_frame(flows: Bases[Flow], prompts: list[str]) -> pd.DataFrame:

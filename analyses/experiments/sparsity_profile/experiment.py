@@ -9,7 +9,7 @@ trained signals are sparse; beside ``varimax``, the sparsest rotation of them an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
     Bases,
-    add_basis_verdicts,
+    basis_verdicts,
     by_metric,
     in_bases,
 )
@@ -30,7 +30,7 @@ from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profil
 from analyses.measures.knockout import real_tokens
 from analyses.measures.sparsity import Rule, active_signals, check_rule, gini
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import Interval, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
@@ -123,7 +123,11 @@ def sparsity_profile(
         progress=progress,
     )
     frames, notes = sparsity_frames(chosen, profiles, read, lexicon)
-    result = Result(
+    if not read:
+        notes.append("active_share_text and usage_gini_text are absent: there is no running text")
+    intervals = _intervals(profiles.own, active_signals(chosen.recipe.float(), rule, threshold), seed)
+    findings, told = _findings(profiles, intervals, model.cfg.topk)
+    return Result(
         name="sparsity_profile",
         title="Sparsity Profile",
         params={
@@ -138,33 +142,30 @@ def sparsity_profile(
             "lexicon": lexicon.version,
             "model_hash": hash_of(model),
         },
+        findings=findings,
         frames=frames,
         figures=sparsity_figures(frames),
         definitions=definitions(rule_text),
         published=PUBLISHED,
-        notes=notes,
+        notes=[*notes, *told],
     )
-    result.metrics |= profiles.own.headline()
-    result.intervals |= _intervals(profiles.own, active_signals(chosen.recipe.float(), rule, threshold), seed)
-    if not read:
-        result.notes.append("active_share_text and usage_gini_text are absent: there is no running text")
-    return _with_controls(result, profiles, model.cfg.topk)
 
 
-def _with_controls(result: Result, profiles: Bases[Profile], topk: int | None) -> Result:
-    """Every metric's value in the other bases, and the verdicts of `PRIVILEGED`."""
+def _findings(
+    profiles: Bases[Profile], intervals: Mapping[str, Interval], topk: int | None
+) -> tuple[dict[str, Finding], list[str]]:
+    """Every metric beside its value in the other bases, with the verdicts of `PRIVILEGED`, and notes."""
     trained, values = profiles.own, by_metric(profiles.map(Profile.headline))
-    for metric, found in values.items():
-        result.controls[metric] = found.controls()
+    controls = {metric: found.controls() for metric, found in values.items()}
+    if topk is not None:
+        controls["active_signals"]["topk"] = topk
+        controls["active_share"]["topk"] = topk / len(trained.usage)
     units = dict.fromkeys(PRIVILEGED, len(trained.active)) | {
         "signal_kurtosis": int(np.isfinite(trained.kurtosis).sum()),
         "support_share": len(trained.support),
     }
-    add_basis_verdicts(result, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
-    if topk is not None:
-        result.controls["active_signals"]["topk"] = float(topk)
-        result.controls["active_share"]["topk"] = topk / len(trained.usage)
-    return result
+    findings = {m: Finding(found.own, intervals.get(m), controls[m]) for m, found in values.items()}
+    return basis_verdicts(findings, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
 
 
 def _intervals(profile: Profile, active: Bool[Tensor, "token S"], seed: int) -> dict[str, Interval]:
