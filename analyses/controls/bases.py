@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.result.result import Finding, Result
+from analyses.result.result import Finding
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import Alternative, holm, predictive_pvalue
 from analyses.statistics.verdicts import verdict
@@ -157,7 +157,9 @@ def basis_verdicts(
     judged, notes = dict(findings), []
     for (metric, null), p, adjusted in zip(nulls.items(), raw, holm(raw).tolist(), strict=True):
         sign = 1 if alternatives[metric] == "greater" else -1
-        low, high = sorted(sign * end for end in findings[metric].interval or ())
+        interval = findings[metric].interval
+        assert interval is not None  # every metric that is judged is one over units
+        low, high = sorted(sign * end for end in interval)
         judgement = verdict(
             (low, high), sign * float(np.mean(null)), adjusted, minimum_units=minimum_units, units=units[metric]
         )
@@ -167,17 +169,3 @@ def basis_verdicts(
             f"rotations {min(null):.4g} to {max(null):.4g}"
         )
     return judged, notes
-
-
-def add_basis_verdicts(
-    result: Result,
-    values: Mapping[str, Bases[float]],
-    alternatives: Mapping[str, Alternative],
-    units: Mapping[str, int],
-    *,
-    minimum_units: int,
-) -> None:
-    """`basis_verdicts` of a result's findings."""
-    judged, notes = basis_verdicts(result.findings, values, alternatives, units, minimum_units=minimum_units)
-    result.verdicts |= {metric: finding.verdict for metric, finding in judged.items() if finding.verdict}
-    result.notes += notes

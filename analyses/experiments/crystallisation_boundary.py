@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from reflowlens.figures.builders import dots
 from reflowlens.figures.style import label
 
@@ -115,8 +115,8 @@ def _shared(params: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _reading(result: Result, metric: str, text: str) -> dict[str, object]:
-    low, high = result.intervals.get(metric, (math.nan, math.nan))
-    share, published = (table.get(metric, math.nan) for table in (result.metrics, result.published))
-    untrained = result.controls.get(metric, {}).get(UNTRAINED, math.nan)
-    place = {"reading": text, "metric": metric, "share": share, "low": low, "high": high}
-    return place | {"published": published, UNTRAINED: untrained}
+    finding = result.findings.get(metric, Finding(math.nan))
+    low, high = finding.interval or (math.nan, math.nan)
+    place = {"reading": text, "metric": metric, "share": finding.value, "low": low, "high": high}
+    untrained = finding.controls.get(UNTRAINED, math.nan)
+    return place | {"published": result.published.get(metric, math.nan), UNTRAINED: untrained}

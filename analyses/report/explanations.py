@@ -53,9 +53,10 @@ def reading(result: Result, metric: str) -> list[str]:
     explained = explanation(result.name, metric)
     if explained is None:
         return []
-    sentences, controls = [explained.says], result.controls.get(metric, {})
-    if metric not in result.verdicts:
+    sentences, finding = [explained.says], result.findings.get(metric)
+    if finding is None or finding.verdict is None:
         return sentences
+    controls = finding.controls
     deciding = [name for name in controls if name in explained.decides]
     others = [name for name in controls if name not in explained.decides]
     if deciding:
@@ -65,9 +66,9 @@ def reading(result: Result, metric: str) -> list[str]:
     if others:
         text = "Shown beside it, without a part in the verdict: {controls}."
         sentences.append(translate(text, controls=_listed(others)))
-    low, high = result.intervals.get(metric, (1.0, 0.0))
+    low, high = finding.interval or (1.0, 0.0)
     covered = [name for name in others if low <= controls[name] <= high]
-    if covered and result.verdicts[metric] == "supported":
+    if covered and finding.verdict == "supported":
         text = (
             "The interval covers {controls}; that takes nothing from “supported”, for the claim is about the controls "
             "that decide."

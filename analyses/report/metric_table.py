@@ -9,7 +9,7 @@ from html import escape
 
 from analyses.report.explanations import deciding, glossed
 from analyses.report.messages import NAMES, recognise, translate
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.statistics.verdicts import Verdict
 
 COLUMNS = {
@@ -104,36 +104,36 @@ def _sorted_as(column: str) -> str:
 
 
 def _row(result: Result, metric: str) -> str:
-    value, interval = number(result.metrics[metric]), ""
-    if metric in result.intervals:
-        low, high = map(number, result.intervals[metric])
+    finding = result.findings[metric]
+    value, interval = number(finding.value), ""
+    if finding.interval:
+        low, high = map(number, finding.interval)
         interval = f' <span class="interval">{translate("{low} to {high}", low=low, high=high)}</span>'
     decisive = deciding(result, metric)
     controls = "".join(
         f"<li{' class=decides' if name in decisive else ''}><span>{_svg(12, 12, [_control(i, 6, 6)])} "
         f"{glossed(recognise(words(name), *NAMES))}</span> <b>{number(control)}</b></li>"
-        for i, (name, control) in enumerate(result.controls.get(metric, {}).items())
+        for i, (name, control) in enumerate(finding.controls.items())
     )
-    published = number(result.published[metric]) if metric in result.published else ""
-    verdict = verdict_chip(result.verdicts[metric]) if metric in result.verdicts else ""
-    order = f' data-order="{[*_SIGNS].index(result.verdicts[metric])}"' if verdict else ""
+    published = "" if finding.published is None else number(finding.published)
+    verdict = verdict_chip(finding.verdict) if finding.verdict else ""
+    order = f' data-order="{[*_SIGNS].index(finding.verdict)}"' if finding.verdict else ""
     name = escape(recognise(words(metric), *NAMES))
     return (
         f'<tr><th scope="row"><a href="#{definition_id(result.name, metric)}">{name}</a></th>'
-        f'<td class="value" data-order="{result.metrics[metric]!r}"><div>{value}{interval}</div>'
-        f"{_drawing(result, metric)}</td>"
+        f'<td class="value" data-order="{finding.value!r}"><div>{value}{interval}</div>'
+        f"{_drawing(finding)}</td>"
         f'<td class="controls">{f"<ul>{controls}</ul>" if controls else ""}</td>'
         f'<td class="number published">{published}</td>'
         f'<td class="judged"{order}>{verdict}</td></tr>'
     )
 
 
-def _drawing(result: Result, metric: str) -> str:
+def _drawing(finding: Finding) -> str:
     """The numbers of a row on an axis of their own; hidden from screen readers, which read the numbers."""
-    value, interval = result.metrics[metric], result.intervals.get(metric)
-    controls = list(result.controls.get(metric, {}).values())
-    published = [result.published[metric]] if metric in result.published else []
-    numbers = [value, *(interval or ()), *controls, *published]
+    controls = list(finding.controls.values())
+    published = [] if finding.published is None else [finding.published]
+    numbers = [finding.value, *(finding.interval or ()), *controls, *published]
     low, high = min(numbers), max(numbers)
     if low == high:
         return ""
@@ -142,9 +142,9 @@ def _drawing(result: Result, metric: str) -> str:
         return f"{8 + 134 * (x - low) / (high - low):.1f}"
 
     marks = ['<path class="axis" d="M2 11h146"/>', *(_control(i, at(x), 11) for i, x in enumerate(controls))]
-    if interval:
-        marks.append('<path class="interval" d="M{} 11H{}"/>'.format(*map(at, interval)))
-    marks.append(f'<circle class="value" cx="{at(value)}" cy="11" r="4.5"/>')
+    if finding.interval:
+        marks.append('<path class="interval" d="M{} 11H{}"/>'.format(*map(at, finding.interval)))
+    marks.append(f'<circle class="value" cx="{at(finding.value)}" cy="11" r="4.5"/>')
     marks += [f'<path class="published" d="M{at(x)} 3l8 8-8 8-8-8z"/>' for x in published]
     return _svg(150, 22, marks)
 

@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from reflowlens.figures.export import Width
 
+T = TypeVar("T")
 _MANIFEST = "result.json"
 NONE: Mapping[str, Any] = MappingProxyType({})
 _TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
@@ -61,13 +62,22 @@ class Finding:
     published: float | None = None
 
 
+class Table(dict[str, T]):
+    """What the findings of a result say, by metric; for reading, as it is made of them anew each time."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ReflowlensError("a table of a result is made of its findings: set result.findings[metric] = Finding(...)")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+
 class Result:
     """The outcome of one experiment.
 
     `name`: file-safe ("layer_evolution"); `title`: for people ("Layer Evolution").
     `params`: every argument, the seed and the model's hash; anything JSON can hold (tuples become lists).
     `findings`: metric -> `Finding`. One that could not be computed is absent, with a note that says why. They can be
-    given as tables by metric too: `metrics` (the values), `controls`, `intervals` and `verdicts`.
+    given as tables by metric too, and are read as such: `metrics` (the values), `controls`, `intervals`, `verdicts`.
     `published` and `definitions`: metric -> value in the reFlow documents, and the definition used here; both may also
     speak of a metric that is absent.
     `frames`, `figures`: by file-safe names. Frames are copied on the way in, numbered anew from 0.
@@ -103,33 +113,21 @@ class Result:
         for file in (name, *frames, *figures):
             _check_file_name(file)
         self.params = {key: _json_value(value, f"params[{key!r}]") for key, value in params.items()}
-        self.metrics = _finite_floats(
-            dict(metrics) | {metric: finding.value for metric, finding in findings.items()}, "metrics"
-        )
-        stated = {metric: finding.published for metric, finding in findings.items() if finding.published is not None}
-        self.published = _finite_floats(dict(published) | stated, "published")
-        self.definitions = dict(definitions) | {
-            metric: finding.definition for metric, finding in findings.items() if finding.definition
+        findings = _joined(metrics, controls, intervals, verdicts) | dict(findings)
+        self._definitions = dict(definitions) | _table(findings, "definition")
+        self._published = _finite_floats(dict(published) | _table(findings, "published"), "published")
+        values = _finite_floats(_table(findings, "value"), "metrics")
+        self.findings = {
+            metric: Finding(
+                value,
+                _interval(findings[metric].interval, metric),
+                _finite_floats(findings[metric].controls, f"controls[{metric!r}]"),
+                _judgement(findings[metric].verdict, metric),
+                self._definitions.get(metric, ""),
+                self._published.get(metric),
+            )
+            for metric, value in values.items()
         }
-        controls = dict(controls) | {
-            metric: finding.controls for metric, finding in findings.items() if finding.controls
-        }
-        intervals = dict(intervals) | {
-            metric: finding.interval for metric, finding in findings.items() if finding.interval is not None
-        }
-        verdicts = dict(verdicts) | {metric: finding.verdict for metric, finding in findings.items() if finding.verdict}
-        for table, entries in {"controls": controls, "intervals": intervals, "verdicts": verdicts}.items():
-            for metric in entries:
-                if metric not in self.metrics:
-                    known = ", ".join(self.metrics) or "none"
-                    raise ReflowlensError(f"{table}[{metric!r}]: no such metric; the metrics are {known}")
-        self.controls = {metric: _finite_floats(values, f"controls[{metric!r}]") for metric, values in controls.items()}
-        self.intervals = {metric: _interval(ends, metric) for metric, ends in intervals.items()}
-        for metric, judgement in verdicts.items():
-            if judgement not in get_args(Verdict):
-                allowed = ", ".join(get_args(Verdict))
-                raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {judgement!r}; there are {allowed}")
-        self.verdicts = dict(verdicts)
         self.frames = {key: _tidy(frame, key) for key, frame in frames.items()}
         self.figures = dict(figures)
         self.notes = list(notes)
@@ -137,19 +135,34 @@ class Result:
             stamp(figure, experiment=name, title=title, figure=key, params=self.params)
 
     @property
-    def findings(self) -> dict[str, Finding]:
-        """Metric -> all that is known of it."""
-        return {
-            metric: Finding(
-                value,
-                self.intervals.get(metric),
-                self.controls.get(metric, {}),
-                self.verdicts.get(metric),
-                self.definitions.get(metric, ""),
-                self.published.get(metric),
-            )
-            for metric, value in self.metrics.items()
-        }
+    def metrics(self) -> Table[float]:
+        """Metric -> value."""
+        return Table(_table(self.findings, "value"))
+
+    @property
+    def controls(self) -> Table[Mapping[str, float]]:
+        """Metric -> control's name -> its value, of the metrics that have controls."""
+        return Table(_table(self.findings, "controls"))
+
+    @property
+    def intervals(self) -> Table[Interval]:
+        """Metric -> 95% interval, of the metrics that have one."""
+        return Table(_table(self.findings, "interval"))
+
+    @property
+    def verdicts(self) -> Table[Verdict]:
+        """Metric -> verdict, of the metrics that were judged."""
+        return Table(_table(self.findings, "verdict"))
+
+    @property
+    def definitions(self) -> Table[str]:
+        """Metric -> how it is computed, of those that are absent too."""
+        return Table(self._definitions | _table(self.findings, "definition"))
+
+    @property
+    def published(self) -> Table[float]:
+        """Metric -> value in the reFlow documents, of those that are absent too."""
+        return Table(self._published | _table(self.findings, "published"))
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
@@ -159,13 +172,13 @@ class Result:
         """{metric: {"value", "interval", "controls", "published", "verdict"}}, with None (controls: {}) for none."""
         return {
             metric: {
-                "value": value,
-                "interval": list(self.intervals[metric]) if metric in self.intervals else None,
-                "controls": self.controls.get(metric, {}),
-                "published": self.published.get(metric),
-                "verdict": self.verdicts.get(metric),
+                "value": finding.value,
+                "interval": None if finding.interval is None else list(finding.interval),
+                "controls": dict(finding.controls),
+                "published": finding.published,
+                "verdict": finding.verdict,
             }
-            for metric, value in self.metrics.items()
+            for metric, finding in self.findings.items()
         }
 
     def summary(self) -> pd.DataFrame:
@@ -173,20 +186,12 @@ class Result:
 
         A metric without controls has one row with control "". Numbers there are none of are NaN, a verdict is "".
         """
-        rows = [
-            {
-                "metric": metric,
-                "value": value,
-                "low": self.intervals.get(metric, (math.nan, math.nan))[0],
-                "high": self.intervals.get(metric, (math.nan, math.nan))[1],
-                "control": control,
-                "control_value": control_value,
-                "published": self.published.get(metric, math.nan),
-                "verdict": self.verdicts.get(metric, ""),
-            }
-            for metric, value in self.metrics.items()
-            for control, control_value in (self.controls.get(metric) or {"": math.nan}).items()
-        ]
+        rows = []
+        for metric, finding in self.findings.items():
+            low, high = finding.interval or (math.nan, math.nan)
+            published = math.nan if finding.published is None else finding.published
+            for control, value in (finding.controls or {"": math.nan}).items():
+                rows.append((metric, finding.value, low, high, control, value, published, finding.verdict or ""))
         columns = ["metric", "value", "low", "high", "control", "control_value", "published", "verdict"]
         return pd.DataFrame(rows, columns=columns)
 
@@ -197,13 +202,13 @@ class Result:
         rows = [
             (
                 metric,
-                entry["value"],
-                "" if entry["interval"] is None else "{:.4g} to {:.4g}".format(*entry["interval"]),
-                ", ".join(f"{name} {value:.4g}" for name, value in entry["controls"].items()),
-                "" if entry["published"] is None else f"{entry['published']:.4g}",
-                entry["verdict"] or "",
+                finding.value,
+                "{:.4g} to {:.4g}".format(*finding.interval) if finding.interval else "",
+                ", ".join(f"{name} {value:.4g}" for name, value in finding.controls.items()),
+                "" if finding.published is None else f"{finding.published:.4g}",
+                finding.verdict or "",
             )
-            for metric, entry in self.to_json_metrics().items()
+            for metric, finding in self.findings.items()
         ]
         columns = ["metric", "value", "95% interval", "controls", "published", "verdict"]
         holds = f"frames: {', '.join(self.frames) or 'none'}; figures: {', '.join(self.figures) or 'none'}"
@@ -225,8 +230,7 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".result-", dir=folder))
         try:
-            # a copy, so that what was added since __init__ is checked too
-            Result(**vars(self))._write(staging, pages, spreadsheet)
+            self._checked()._write(staging, pages, spreadsheet)
             for path in _listed_files(folder):
                 path.unlink(missing_ok=True)
             written = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
@@ -236,6 +240,21 @@ class Result:
         finally:
             shutil.rmtree(staging)
         return folder
+
+    def _checked(self) -> Result:
+        """A copy, so that what was added since `__init__` is checked too."""
+        return Result(
+            self.name,
+            self.title,
+            self.params,
+            published=self.published,
+            frames=self.frames,
+            figures=self.figures,
+            notes=self.notes,
+            definitions=self.definitions,
+            seconds=self.seconds,
+            findings=self.findings,
+        )
 
     def _write(self, folder: Path, pages: bool, spreadsheet: bool) -> None:
         manifest: dict[str, Any] = {"name": self.name, "title": self.title, "params": self.params}
@@ -285,6 +304,30 @@ class Result:
             return cls(**manifest)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ReflowlensError(f"the result in {folder} is damaged: {error}") from error
+
+
+def _joined(
+    metrics: Mapping[str, float],
+    controls: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, tuple[float, float]],
+    verdicts: Mapping[str, Verdict],
+) -> dict[str, Finding]:
+    """The findings of tables by metric."""
+    for table, entries in {"controls": controls, "intervals": intervals, "verdicts": verdicts}.items():
+        for metric in entries:
+            if metric not in metrics:
+                known = ", ".join(metrics) or "none"
+                raise ReflowlensError(f"{table}[{metric!r}]: no such metric; the metrics are {known}")
+    return {
+        metric: Finding(value, intervals.get(metric), controls.get(metric, {}), verdicts.get(metric))
+        for metric, value in metrics.items()
+    }
+
+
+def _table(findings: Mapping[str, Finding], name: str) -> dict[str, Any]:
+    """What the findings have in one field, those that have nothing there left out."""
+    entries = {metric: getattr(finding, name) for metric, finding in findings.items()}
+    return {metric: entry for metric, entry in entries.items() if entry is not None and entry not in ("", {})}
 
 
 def _frame_path(folder: Path, name: str) -> Path:
@@ -386,10 +429,19 @@ def _finite_floats(values: Mapping[str, float], where: str) -> dict[str, float]:
     return numbers
 
 
-def _interval(ends: tuple[float, float], metric: str) -> Interval:
+def _interval(ends: tuple[float, float] | None, metric: str) -> Interval | None:
+    if ends is None:
+        return None
     interval = Interval(*(float(end) for end in ends))
     if not (math.isfinite(interval.low) and math.isfinite(interval.high) and interval.low <= interval.high):
         raise ReflowlensError(
             f"intervals[{metric!r}]: finite ends with low ≤ high were expected, got {tuple(interval)}"
         )
     return interval
+
+
+def _judgement(verdict: Verdict | None, metric: str) -> Verdict | None:
+    if verdict is not None and verdict not in get_args(Verdict):
+        allowed = ", ".join(get_args(Verdict))
+        raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {verdict!r}; there are {allowed}")
+    return verdict

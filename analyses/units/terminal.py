@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.units.firing import SHOWN
 
 _LEVELS = ["model", "kind", "level", "firing_rate", "near_silent", "never", "selectivity", "max_over_active"]
@@ -25,7 +25,7 @@ def unit_report(result: Result, top: int = 10) -> str:
     levels = result.frames["levels"]
     levels = levels[levels["model"].isin(SHOWN)]
     lines = [f"{result.params['positions']:,} positions", "", table(levels[[*_LEVELS, *_SPARSITY]]), ""]
-    lines += [_metric_line(result, metric, value) for metric, value in result.metrics.items()]
+    lines += [_metric_line(metric, finding) for metric, finding in result.findings.items()]
     if "alike" in result.frames:
         lines += ["", "the same unit at two levels", table(result.frames["alike"])]
     for kind, units in result.frames["top_units"].groupby("kind", sort=False):
@@ -39,15 +39,12 @@ def table(frame: pd.DataFrame) -> str:
     return frame.to_string(index=False, float_format=lambda x: f"{x:.4g}", na_rep="-")
 
 
-def _metric_line(result: Result, metric: str, value: float) -> str:
-    said = []
-    if metric in result.intervals:
-        low, high = result.intervals[metric]
-        said.append(f"[{low:.4g}, {high:.4g}]")
-    said += [f"{name} {control:.4g}" for name, control in result.controls.get(metric, {}).items()]
-    said += [f"published {result.published[metric]:.4g}"] if metric in result.published else []
-    said += [result.verdicts[metric]] if metric in result.verdicts else []
-    return f"{metric:<32}{value:>12.4g}  {', '.join(said)}".rstrip()
+def _metric_line(metric: str, finding: Finding) -> str:
+    said = ["[{:.4g}, {:.4g}]".format(*finding.interval)] if finding.interval else []
+    said += [f"{name} {control:.4g}" for name, control in finding.controls.items()]
+    said += [f"published {finding.published:.4g}"] if finding.published is not None else []
+    said += [finding.verdict] if finding.verdict else []
+    return f"{metric:<32}{finding.value:>12.4g}  {', '.join(said)}".rstrip()
 
 
 def _unit_line(unit: dict[Any, Any]) -> str:

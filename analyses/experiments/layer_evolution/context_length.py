@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from analyses.measures.lens import first_settled, residual_stack
-from analyses.result.result import Result
+from analyses.result.result import Finding
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
@@ -39,45 +39,36 @@ DEFINITION = (
 )
 
 
-def add_context_length(result: Result, view: SignalView, untrained: SignalView, lexicon: Lexicon, seed: int) -> Result:
-    """The result with frame ``context`` (a row a series, number of words before the sentence and sentence:
-    ``crystallisation_share``), figure ``context`` and metric ``crystallisation_delay``, which has this verdict:
+def read_context(view: SignalView, untrained: SignalView, lexicon: Lexicon, seed: int) -> pd.DataFrame | None:
+    """The frame ``context`` of the lexicon's sentences (`context_frame`); None without two pairs of a sentence and its
+    clause that fit into the model's context.
 
-    Claim: a long clause settles predictions later, more than as many words in no order do. Supported if the interval of
-    the delay lies above those of ``shuffled_clause`` and ``untrained``, and the sign-flip tests of its difference from
-    either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger 1982);
-    underpowered with fewer than 20 prompts (`analyses.statistics.verdict`).
-
-    Without two pairs of a sentence and its clause that fit into the model's context it only says so in a note.
-
-    Example: `add_context_length(result, view, untrained_view(view, 0), load_lexicon(), seed=0).figures["context"]`
+    Example: `context_figure(read_context(view, untrained_view(view, 0), load_lexicon(), seed=0), seed=0)`
     """
     pairs = clauses(lexicon.short_prompts, lexicon.long_prompts)
     longest = min((len(clause) for clause, _ in pairs), default=0)
     prompts = context_prompts(pairs, [count for count in CLAUSE_WORDS if count <= longest], seed)
     prompts = {count: series for count, series in prompts.items() if _fit(view, series)}
-    if len(pairs) < 2 or len(prompts) < 2:
-        result.notes.append(f"{DELAY} is absent: the model cannot read two of the lexicon's sentences behind a clause")
-        return result
-    frame = context_frame(view, untrained, prompts)
+    return None if len(pairs) < 2 or len(prompts) < 2 else context_frame(view, untrained, prompts)
+
+
+def delay_finding(frame: pd.DataFrame, seed: int) -> tuple[Finding, str]:
+    """``crystallisation_delay`` of a frame ``context``, and a note.
+
+    Claim: a long clause settles predictions later, more than as many words in no order do. Supported if the interval of
+    the delay lies above those of ``shuffled_clause`` and ``untrained``, and the sign-flip tests of its difference from
+    either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger 1982);
+    underpowered with fewer than 20 prompts (`analyses.statistics.verdict`).
+    """
     values = delays(frame)
-    interval = bootstrap_interval(values["model"], seed=seed)
-    pvalues = {name: paired_permutation_pvalue(values["model"] - values[name], seed=seed) for name in CONTROLS}
-    result.frames["context"] = frame
-    result.figures["context"] = context_figure(frame, seed)
-    result.metrics[DELAY] = float(values["model"].mean())
-    result.intervals[DELAY] = interval
-    result.controls[DELAY] = {name: float(values[name].mean()) for name in CONTROLS}
-    result.verdicts[DELAY] = verdict(
-        interval,
-        max(result.controls[DELAY].values()),
-        max(pvalues.values()),
-        minimum_units=MINIMUM_PROMPTS,
-        units=len(pairs),
-    )
+    own = values["model"]
+    interval = bootstrap_interval(own, seed=seed)
+    pvalues = {name: paired_permutation_pvalue(own - values[name], seed=seed) for name in CONTROLS}
+    controls = {name: float(values[name].mean()) for name in CONTROLS}
+    highest, p = max(controls.values()), max(pvalues.values())
+    judged = verdict(interval, highest, p, minimum_units=MINIMUM_PROMPTS, units=len(own))
     told = ", ".join(f"{p:.2g} against {name}" for name, p in pvalues.items())
-    result.notes.append(f"{DELAY}: sign-flip p = {told}; {len(pairs)} prompts")
-    return result
+    return Finding(own.mean(), interval, controls, judged), f"{DELAY}: sign-flip p = {told}; {len(own)} prompts"
 
 
 def clauses(short_prompts: Sequence[str], long_prompts: Sequence[str]) -> list[tuple[list[str], str]]:

@@ -20,7 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from analyses.controls.nulls import untrained_view
-from analyses.experiments.layer_evolution.context_length import DEFINITION, DELAY, add_context_length
+from analyses.experiments.layer_evolution.context_length import (
+    DEFINITION,
+    DELAY,
+    context_figure,
+    delay_finding,
+    read_context,
+)
 from analyses.experiments.layer_evolution.figures import (
     depth_frame,
     evolution_figures,
@@ -106,9 +112,16 @@ def layer_evolution(
         "prompts": prompts_frame(readings, prompts, model.cfg.n_layers),
         "depth": depth_frame(readings, model.cfg.n_layers, seed),
     }
+    figures = evolution_figures(frames, prompt)
     findings, told = _findings(readings, model.cfg.n_layers, seed)
+    context = read_context(chosen, untrained, lexicon, seed)
+    if context is None:
+        delay = f"{DELAY} is absent: the model cannot read two of the lexicon's sentences behind a clause"
+    else:
+        frames["context"], figures["context"] = context, context_figure(context, seed)
+        findings[DELAY], delay = delay_finding(context, seed)
     skips = f"skipped {len(skipped)} prompts whose target is several tokens: {', '.join(skipped)}"
-    result = Result(
+    return Result(
         name="layer_evolution",
         title="Layer Evolution",
         params={
@@ -122,12 +135,11 @@ def layer_evolution(
         },
         findings=findings,
         frames=frames,
-        figures=evolution_figures(frames, prompt),
+        figures=figures,
         definitions=DEFINITIONS | {DELAY: DEFINITION},
         published={"crystallisation_share": 0.5, DELAY: 10 / 36},
-        notes=[*([skips] if skipped else []), told],
+        notes=[*([skips] if skipped else []), told, delay],
     )
-    return add_context_length(result, chosen, untrained, lexicon, seed)
 
 
 def crystallisation_verdict(shares: Sequence[float], interval: tuple[float, float], untrained: float) -> Verdict:

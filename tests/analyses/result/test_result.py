@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from reflowlens.errors import ReflowlensError
 
 
@@ -250,6 +250,40 @@ def test_numpy_numbers_become_floats_and_tuples_lists():
     assert result.params["layers"] == [0, 2]
 
 
+def test_findings_and_tables_by_metric_are_one_result():
+    tables = _result(published={"crystallisation": 18.0, "absent": 1.0}, definitions={"absent": "none"})
+    findings = {
+        "crystallisation": Finding(
+            4.5, (4.0, 5.0), {"untrained": 6.0, "shuffled_norm": 5.5}, "supported", published=18.0
+        ),
+        "entropy": Finding(2.0),
+    }
+    nothing = {table: {} for table in ("metrics", "controls", "intervals", "verdicts")}
+    other = _result(**nothing, findings=findings, published={"absent": 1.0}, definitions={"absent": "none"})
+    assert other.findings == tables.findings
+    for table in ("metrics", "controls", "intervals", "published", "verdicts", "definitions"):
+        assert getattr(other, table) == getattr(tables, table)
+    assert other.definitions == {"absent": "none"}
+    assert "absent" not in other.findings
+
+
+def test_tables_of_a_result_are_for_reading():
+    result = _result()
+    for change in (
+        lambda: result.metrics.update(entropy=1.0),
+        lambda: result.verdicts.setdefault("entropy", "supported"),
+        lambda: result.controls.__setitem__("entropy", {"untrained": 1.0}),
+    ):
+        with pytest.raises(ReflowlensError, match=r"set result.findings\[metric\] = Finding"):
+            change()
+    with pytest.raises(AttributeError):
+        result.metrics = {}
+    result.findings["late"] = Finding(1.0, controls={"untrained": 2.0}, definition="something")
+    assert result.metrics["late"] == 1.0
+    assert result.controls["late"] == {"untrained": 2.0}
+    assert result.definitions["late"] == "something"
+
+
 def test_frames_are_copied_and_renumbered():
     frame = pd.DataFrame({"layer": [0, 1, 2]})
     result = Result("any", "Any", frames={"odd": frame[frame["layer"] != 1]})
@@ -293,6 +327,6 @@ def test_what_cannot_be_kept_is_rejected(changes, message):
 
 def test_what_was_added_later_is_checked_when_saving(tmp_path):
     result = _result()
-    result.metrics["late"] = math.nan
+    result.findings["late"] = Finding(math.nan)
     with pytest.raises(ReflowlensError, match=r"metrics\['late'\] is nan"):
         result.save(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.crystallisation_boundary import compared_boundaries
 from analyses.registry import Experiment
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.runner.comparison import compare_models, side_by_side, write_comparison
 from reflowlens.checkpoints import model_hash, save_model
 from reflowlens.cli import main
@@ -26,11 +26,9 @@ def stubs(monkeypatch):
     def layer_evolution(model, *, view=None, seed=0, quick=False, progress=False):
         calls.append((model.cfg.architecture, view, seed, quick))
         value = {None: 1.0, "svd": 0.25, "rotated": 0.125}[view]
-        result = Result("layer_evolution", "Layer Evolution", metrics={"share": value, "plain": 1.0})
-        result.controls["share"] = {"untrained": 0.5, "shuffled_norm": 2.0}
-        result.intervals["share"] = (value / 2, value * 2)
-        result.verdicts["share"] = "supported"
-        return result
+        controls = {"untrained": 0.5, "shuffled_norm": 2.0}
+        share = Finding(value, (value / 2, value * 2), controls, "supported")
+        return Result("layer_evolution", "Layer Evolution", findings={"share": share, "plain": Finding(1.0)})
 
     def causal_ablation(model, *, seed=0, quick=False, progress=False):
         if model.cfg.architecture == "gpt2":
@@ -85,9 +83,8 @@ def test_the_untrained_model_is_the_first_ones_architecture(stubs, tmp_path):
 def test_the_untrained_model_is_not_its_own_control(monkeypatch):
     def layer_evolution(model, *, view=None, seed=0, quick=False, progress=False):
         control = untrained_view(signal_view(model), seed).model
-        result = Result("layer_evolution", "Layer Evolution", metrics={"norm": model.W_E.A.norm().item()})
-        result.controls["norm"] = {"untrained": control.W_E.A.norm().item()}
-        return result
+        norm = Finding(model.W_E.A.norm().item(), controls={"untrained": control.W_E.A.norm().item()})
+        return Result("layer_evolution", "Layer Evolution", findings={"norm": norm})
 
     monkeypatch.setattr(Experiment, "load", lambda self: layer_evolution)
     table = compare_models(["reflow-nano", "untrained"], experiments=7).set_index("model")

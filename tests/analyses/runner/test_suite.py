@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import json
@@ -18,7 +19,7 @@ import torch
 from analyses.experiments.crystallisation_boundary import boundary_figure, crystallisation_boundary
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import kept as result_cache
-from analyses.result.result import Result
+from analyses.result.result import Finding, Result
 from analyses.runner import suite
 from analyses.runner.comparison import compare_models
 from analyses.runner.suite import model_card, parse_selection, run_suite
@@ -180,7 +181,7 @@ def test_a_success_clears_the_error_of_an_earlier_run(tiny, stubs, tmp_path):
 def test_a_result_that_cannot_be_saved_is_an_error(tiny, stubs, tmp_path):
     def spoiled(model, **options):
         result = Result("layer_evolution", "Layer Evolution")
-        result.metrics["late"] = float("nan")
+        result.findings["late"] = Finding(float("nan"))
         return result
 
     stubs["layer_evolution"] = spoiled
@@ -524,7 +525,9 @@ def test_the_boundary_needs_two_of_the_experiments():
 
 def test_the_untrained_models_boundary_stands_beside_the_models():
     results = readings()
-    results["layer_evolution"].controls["crystallisation_share"] = {"untrained": 0.1, "shuffled_norm": 0.9}
+    findings = results["layer_evolution"].findings
+    controls = {"untrained": 0.1, "shuffled_norm": 0.9}
+    findings["crystallisation_share"] = dataclasses.replace(findings["crystallisation_share"], controls=controls)
     traces = {trace.name: trace for trace in crystallisation_boundary(results).figures["boundary"].data}
     assert list(traces) == ["model", "untrained", "published"]
     assert list(traces["untrained"].x) == [0.1]
