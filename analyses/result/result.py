@@ -68,7 +68,7 @@ class Table(dict[str, T]):
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
         raise ReflowlensError("a table of a result is made of its findings: set result.findings[metric] = Finding(...)")
 
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
 class Result:

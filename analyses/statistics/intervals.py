@@ -41,8 +41,9 @@ def bootstrap_interval(
     1.0
     """
     sample = finite(values, "values", dimensions=1)
-    low, high = bootstrap_band(sample, statistic, confidence=confidence, resamples=resamples, seed=seed)
-    return Interval(float(low), float(high))
+    ends = bootstrap_band(sample, statistic, confidence=confidence, resamples=resamples, seed=seed)
+    low, high = sorted(map(float, ends))  # of values all alike, rounding can put the low end above the high one
+    return Interval(low, high)
 
 
 def bootstrap_band(

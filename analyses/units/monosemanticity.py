@@ -169,7 +169,8 @@ def monosemanticity(
         "best_f1": bootstrap_interval(units["f1"], np.median, seed=seed),
     }
     beside = {name: _headline(frame) for name, frame in frames.items() if name != "model" and not frame.empty}
-    tables, notes = {"units": units, "concepts": concepts_frame(units)}, []
+    tables = {"units": units, "concepts": concepts_frame(units)}
+    notes: list[str] = []
     if causal:
         tables["ablation"], notes = ablate_concepts(model, read.tokens, read.labels, units, read.n_first, causal, seed)
     if absent := [name for name, used in zip(NAMES, read.usable, strict=True) if not used]:

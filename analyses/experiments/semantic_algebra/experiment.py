@@ -169,7 +169,7 @@ def _draw(asked: list[Analogy], per_section: int | None, total: int | None, seed
 def _findings(frames: Mapping[str, pd.DataFrame], seed: int) -> tuple[dict[str, Finding], str]:
     """The metrics of both spaces, their difference and the published analogies, and a note."""
     answers = answers_of(frames["quadruples"])
-    findings = {}
+    findings: dict[str, Finding] = {}
     for space in answers:
         findings |= _of_space(frames, answers, space)
     rotation = np.abs(answers["R"]["add"] - answers["R"]["rotated_basis"]).max()

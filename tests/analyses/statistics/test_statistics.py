@@ -74,6 +74,13 @@ def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
     assert 0.90 <= coverage <= 0.98  # a percentile interval of 40 units is slightly too short
 
 
+def test_the_ends_of_an_interval_are_in_order_where_values_are_all_alike():
+    for n in (2, 5, 20, 25):
+        low, high = bootstrap_interval([-1.2908833308092904] * n)
+        assert low <= high
+        assert low == pytest.approx(-1.2908833308092904)
+
+
 def test_bootstrap_interval_is_seeded_and_takes_other_statistics():
     values = np.random.default_rng(3).exponential(size=50)
     assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
