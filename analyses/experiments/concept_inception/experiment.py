@@ -212,7 +212,8 @@ def _critical(layers: pd.DataFrame, layer: int) -> tuple[dict[str, Finding], lis
     findings, notes = {}, []
     rows = layers.query("layer == @layer").set_index("series")
     for metric, column in (("critical_alpha", "alpha"), ("critical_strength", "strength")):
-        value, low, high = rows.loc["short", [column, f"{column}_low", f"{column}_high"]].to_numpy(dtype=float).tolist()
+        ends = rows.loc["short", [column, f"{column}_low", f"{column}_high"]].to_numpy(dtype=float)
+        value, low, high = map(float, ends)
         if np.isnan(value):
             notes.append(f"{metric} is absent: most concepts are unreachable after half of the blocks")
             continue
