@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.result.result import Finding
+from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import Alternative, holm, predictive_pvalue
 from analyses.statistics.verdicts import verdict

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from reflowlens.figures.builders import dots
 from reflowlens.figures.style import label
 

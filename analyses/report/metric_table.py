@@ -9,7 +9,8 @@ from html import escape
 
 from analyses.report.explanations import deciding, glossed
 from analyses.report.messages import NAMES, recognise, translate
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.statistics.verdicts import Verdict
 
 COLUMNS = {

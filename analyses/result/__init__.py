@@ -1,4 +1,4 @@
 """What an experiment returns, and how it is kept."""
 
-from analyses.result.result import Finding as Finding
+from analyses.result.finding import Finding as Finding
 from analyses.result.result import Result as Result

@@ -20,15 +20,15 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from analyses.result.spreadsheets import guarded, unguarded
+from analyses.result.finding import Finding, Table, checked, entries, finite_floats, joined
+from analyses.result.frames import read_frame, tidy
+from analyses.result.spreadsheets import guarded
 from analyses.statistics.intervals import Interval
 from analyses.statistics.verdicts import Verdict
 from reflowlens.errors import ReflowlensError
@@ -39,36 +39,9 @@ if TYPE_CHECKING:
 
     from reflowlens.figures.export import Width
 
-T = TypeVar("T")
 _MANIFEST = "result.json"
 NONE: Mapping[str, Any] = MappingProxyType({})
 _TABLES = ("metrics", "controls", "intervals", "published", "verdicts", "definitions")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is known of one headline metric.
-
-    `value`: finite. `interval`: its 95% interval. `controls`: control's name -> its value. `verdict`: "supported", "not
-    supported" or "underpowered" (`analyses.statistics.verdict`). `definition`: how the metric was computed.
-    `published`: its value in the reFlow documents.
-    """
-
-    value: float
-    interval: tuple[float, float] | None = None
-    controls: Mapping[str, float] = field(default_factory=dict)
-    verdict: Verdict | None = None
-    definition: str = ""
-    published: float | None = None
-
-
-class Table(dict[str, T]):
-    """What the findings of a result say, by metric; for reading, as it is made of them anew each time."""
-
-    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
-        raise ReflowlensError("a table of a result is made of its findings: set result.findings[metric] = Finding(...)")
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
 class Result:
@@ -113,22 +86,14 @@ class Result:
         for file in (name, *frames, *figures):
             _check_file_name(file)
         self.params = {key: _json_value(value, f"params[{key!r}]") for key, value in params.items()}
-        findings = _joined(metrics, controls, intervals, verdicts) | dict(findings)
-        self._definitions = dict(definitions) | _table(findings, "definition")
-        self._published = _finite_floats(dict(published) | _table(findings, "published"), "published")
-        values = _finite_floats(_table(findings, "value"), "metrics")
+        findings = joined(metrics, controls, intervals, verdicts) | dict(findings)
+        self._definitions = dict(definitions) | entries(findings, "definition")
+        self._published = finite_floats(dict(published) | entries(findings, "published"), "published")
         self.findings = {
-            metric: Finding(
-                value,
-                _interval(findings[metric].interval, metric),
-                _finite_floats(findings[metric].controls, f"controls[{metric!r}]"),
-                _judgement(findings[metric].verdict, metric),
-                self._definitions.get(metric, ""),
-                self._published.get(metric),
-            )
-            for metric, value in values.items()
+            metric: checked(finding, metric, self._definitions.get(metric, ""), self._published.get(metric))
+            for metric, finding in findings.items()
         }
-        self.frames = {key: _tidy(frame, key) for key, frame in frames.items()}
+        self.frames = {key: tidy(frame, key) for key, frame in frames.items()}
         self.figures = dict(figures)
         self.notes = list(notes)
         for key, figure in figures.items():
@@ -137,32 +102,32 @@ class Result:
     @property
     def metrics(self) -> Table[float]:
         """Metric -> value."""
-        return Table(_table(self.findings, "value"))
+        return Table(entries(self.findings, "value"))
 
     @property
     def controls(self) -> Table[Mapping[str, float]]:
         """Metric -> control's name -> its value, of the metrics that have controls."""
-        return Table(_table(self.findings, "controls"))
+        return Table(entries(self.findings, "controls"))
 
     @property
     def intervals(self) -> Table[Interval]:
         """Metric -> 95% interval, of the metrics that have one."""
-        return Table(_table(self.findings, "interval"))
+        return Table(entries(self.findings, "interval"))
 
     @property
     def verdicts(self) -> Table[Verdict]:
         """Metric -> verdict, of the metrics that were judged."""
-        return Table(_table(self.findings, "verdict"))
+        return Table(entries(self.findings, "verdict"))
 
     @property
     def definitions(self) -> Table[str]:
         """Metric -> how it is computed, of those that are absent too."""
-        return Table(self._definitions | _table(self.findings, "definition"))
+        return Table(self._definitions | entries(self.findings, "definition"))
 
     @property
     def published(self) -> Table[float]:
         """Metric -> value in the reFlow documents, of those that are absent too."""
-        return Table(self._published | _table(self.findings, "published"))
+        return Table(self._published | entries(self.findings, "published"))
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4g}" for name, value in self.metrics.items())
@@ -297,37 +262,13 @@ class Result:
         try:
             is_guarded = manifest.pop("spreadsheet", False)
             manifest["frames"] = {
-                name: _read_frame(_frame_path(folder, name), dtypes, is_guarded)
+                name: read_frame(_frame_path(folder, name), dtypes, is_guarded)
                 for name, dtypes in manifest["frames"].items()
             }
             manifest["figures"] = {name: read_figure(_figure_path(folder, name)) for name in manifest["figures"]}
             return cls(**manifest)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ReflowlensError(f"the result in {folder} is damaged: {error}") from error
-
-
-def _joined(
-    metrics: Mapping[str, float],
-    controls: Mapping[str, Mapping[str, float]],
-    intervals: Mapping[str, tuple[float, float]],
-    verdicts: Mapping[str, Verdict],
-) -> dict[str, Finding]:
-    """The findings of tables by metric."""
-    for table, entries in {"controls": controls, "intervals": intervals, "verdicts": verdicts}.items():
-        for metric in entries:
-            if metric not in metrics:
-                known = ", ".join(metrics) or "none"
-                raise ReflowlensError(f"{table}[{metric!r}]: no such metric; the metrics are {known}")
-    return {
-        metric: Finding(value, intervals.get(metric), controls.get(metric, {}), verdicts.get(metric))
-        for metric, value in metrics.items()
-    }
-
-
-def _table(findings: Mapping[str, Finding], name: str) -> dict[str, Any]:
-    """What the findings have in one field, those that have nothing there left out."""
-    entries = {metric: getattr(finding, name) for metric, finding in findings.items()}
-    return {metric: entry for metric, entry in entries.items() if entry is not None and entry not in ("", {})}
 
 
 def _frame_path(folder: Path, name: str) -> Path:
@@ -361,51 +302,6 @@ def _listed_files(folder: Path) -> list[Path]:
     return [folder / _MANIFEST, *frames, *figures, *(path.with_suffix(".html") for path in figures)]
 
 
-def _read_frame(path: Path, dtypes: Mapping[str, str], is_guarded: bool) -> pd.DataFrame:
-    cells = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skip_blank_lines=False)
-    cells = unguarded(cells) if is_guarded else cells
-    if list(cells.columns) != list(dtypes):
-        raise ReflowlensError(f"{path.name}: the columns {list(dtypes)} were expected, got {list(cells.columns)}")
-    return pd.DataFrame({column: _parse(cells[column], dtype) for column, dtype in dtypes.items()})
-
-
-def _parse(cells: pd.Series, dtype: str) -> pd.Series:
-    """Text to the dtype it was written from: through Python's parser, since not every pandas reads floats exactly."""
-    text = cells.to_numpy(dtype=object)
-    if dtype == "bool":
-        return pd.Series(text == "True")
-    if dtype.startswith("float"):
-        return pd.Series(np.where(text == "", "nan", text).astype(dtype))
-    if "int" in dtype:
-        return pd.Series(text.astype(dtype))
-    return cells
-
-
-def _tidy(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """A copy whose rows are numbered from 0 and whose columns a CSV can keep."""
-    if not isinstance(frame, pd.DataFrame):
-        raise ReflowlensError(f"frames[{name!r}]: a DataFrame was expected, got {type(frame).__name__}")
-    if frame.index.nlevels > 1 or frame.index.name is not None or not pd.api.types.is_integer_dtype(frame.index):
-        raise ReflowlensError(f"frames[{name!r}]: the index holds data; make it a column with reset_index()")
-    columns = list(frame.columns)
-    readable = all(isinstance(column, str) and column and column.isprintable() for column in columns)
-    if not readable or not 0 < len(columns) == len(set(columns)):
-        raise ReflowlensError(f"frames[{name!r}]: distinct, printable column names were expected, got {columns}")
-    return pd.DataFrame({column: _tidy_column(frame[column], f"frames[{name!r}][{column!r}]") for column in columns})
-
-
-def _tidy_column(values: pd.Series, where: str) -> pd.Series:
-    values = values.reset_index(drop=True)
-    if isinstance(values.dtype, np.dtype) and values.dtype.kind in "biuf":
-        return values
-    if values.isna().any():
-        raise ReflowlensError(f"{where}: a value is missing; write '' for text there is none of, NaN in a float column")
-    kind = pd.api.types.infer_dtype(values)
-    if isinstance(values.dtype, pd.CategoricalDtype) or kind not in ("string", "empty"):
-        raise ReflowlensError(f"{where} holds {kind}: whole numbers, floats, booleans or text were expected")
-    return values.astype(str)
-
-
 def _check_file_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ReflowlensError(f"{name!r} is used as a file name: letters, digits, '_' and '-' were expected")
@@ -417,31 +313,3 @@ def _json_value(value: Any, where: str) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ReflowlensError(f"{where}: a value that JSON can hold was expected, got {value!r} ({error})") from None
-
-
-def _finite_floats(values: Mapping[str, float], where: str) -> dict[str, float]:
-    numbers = {name: float(value) for name, value in values.items()}
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise ReflowlensError(
-                f"{where}[{name!r}] is {number}: leave out what could not be computed, and say why in the notes"
-            )
-    return numbers
-
-
-def _interval(ends: tuple[float, float] | None, metric: str) -> Interval | None:
-    if ends is None:
-        return None
-    interval = Interval(*(float(end) for end in ends))
-    if not (math.isfinite(interval.low) and math.isfinite(interval.high) and interval.low <= interval.high):
-        raise ReflowlensError(
-            f"intervals[{metric!r}]: finite ends with low ≤ high were expected, got {tuple(interval)}"
-        )
-    return interval
-
-
-def _judgement(verdict: Verdict | None, metric: str) -> Verdict | None:
-    if verdict is not None and verdict not in get_args(Verdict):
-        allowed = ", ".join(get_args(Verdict))
-        raise ReflowlensError(f"verdicts[{metric!r}]: no verdict {verdict!r}; there are {allowed}")
-    return verdict

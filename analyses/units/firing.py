@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from analyses.controls.nulls import untrained_model
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict

@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analyses.controls.nulls import untrained_model
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.units.concepts import CONCEPTS, label_tokens

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.units.firing import SHOWN
 
 _LEVELS = ["model", "kind", "level", "firing_rate", "near_silent", "never", "selectivity", "max_over_active"]

@@ -37,8 +37,9 @@ from analyses.experiments.basis_geometry.spectra import (
     gaussian_matrix,
 )
 from analyses.measures.knockout import real_tokens
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import holm, predictive_pvalue

@@ -33,8 +33,9 @@ from analyses.measures.knockout import (
     write_norms,
 )
 from analyses.measures.lens import first_settled, lens_log_probabilities, residual_stack
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative

@@ -24,8 +24,9 @@ from analyses.experiments.concept_inception.figures import inception_figures
 from analyses.experiments.concept_inception.frames import by_concept, layers_frame, long_clause, no_return
 from analyses.experiments.concept_inception.measure import Setup
 from analyses.measures.knockout import real_tokens
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue

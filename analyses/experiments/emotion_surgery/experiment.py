@@ -38,8 +38,9 @@ from analyses.experiments.emotion_surgery.frames import (
 from analyses.measures.lens import lens_log_probabilities
 from analyses.measures.sentiment import sentiment_poles
 from analyses.measures.steering import random_directions
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import permutation_pvalue

@@ -39,7 +39,8 @@ from analyses.experiments.genetic_hijack.figures import hijack_figures
 from analyses.experiments.genetic_hijack.frames import Run, carriers_frame, edits_frame, signals_frame
 from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import Poles, sentiment_poles
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import holm, predictive_pvalue

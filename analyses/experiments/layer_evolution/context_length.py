@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from analyses.measures.lens import first_settled, residual_stack
-from analyses.result.result import Finding
+from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue

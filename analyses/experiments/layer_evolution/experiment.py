@@ -35,8 +35,9 @@ from analyses.experiments.layer_evolution.figures import (
     prompts_frame,
 )
 from analyses.measures.lens import LensReading, read_lens, residual_stack
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue

@@ -47,8 +47,9 @@ from analyses.experiments.recipe_atlas.pairs import (
 from analyses.experiments.recipe_atlas.purity import Poles, codebook_poles
 from analyses.measures.knockout import real_tokens
 from analyses.measures.neighbors import word_tokens
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import holm, permutation_pvalue

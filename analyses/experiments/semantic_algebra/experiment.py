@@ -36,8 +36,9 @@ from analyses.experiments.semantic_algebra.measure import (
     spaces_of,
     usable_analogies,
 )
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.verdicts import Verdict, verdict

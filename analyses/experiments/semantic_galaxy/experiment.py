@@ -25,8 +25,9 @@ from analyses.experiments.semantic_galaxy.measure import (
     permuted_galaxy,
     word_spaces,
 )
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import holm, permutation_pvalue
 from analyses.statistics.verdicts import Verdict, verdict

@@ -42,8 +42,9 @@ from analyses.experiments.signal_flow.contributions import (
 )
 from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon

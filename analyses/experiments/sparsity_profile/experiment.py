@@ -29,8 +29,9 @@ from analyses.experiments.sparsity_profile.figures import sparsity_figures, spar
 from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profile, measure_profile, support_tokens
 from analyses.measures.knockout import real_tokens
 from analyses.measures.sparsity import Rule, active_signals, check_rule, gini
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import Interval, bootstrap_interval
 from analyses.statistics.pvalues import Alternative

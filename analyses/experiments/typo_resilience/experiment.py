@@ -34,8 +34,9 @@ from analyses.experiments.typo_resilience.measure import (
     others_of_same_length,
     pair_values,
 )
+from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
-from analyses.result.result import Finding, Result
+from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import holm

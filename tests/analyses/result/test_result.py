@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from reflowlens.errors import ReflowlensError
 
 

@@ -9,7 +9,8 @@ import pytest
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.crystallisation_boundary import compared_boundaries
 from analyses.registry import Experiment
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.runner.comparison import compare_models, side_by_side, write_comparison
 from reflowlens.checkpoints import model_hash, save_model
 from reflowlens.cli import main

@@ -19,7 +19,8 @@ import torch
 from analyses.experiments.crystallisation_boundary import boundary_figure, crystallisation_boundary
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import kept as result_cache
-from analyses.result.result import Finding, Result
+from analyses.result.finding import Finding
+from analyses.result.result import Result
 from analyses.runner import suite
 from analyses.runner.comparison import compare_models
 from analyses.runner.suite import model_card, parse_selection, run_suite
