@@ -239,12 +239,12 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     if not is_one_of(name, VIEWS):
         raise ReflowlensError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {name!r}")
     if name == "native":
-        if not factored:
+        factors = model.W_E
+        if not isinstance(factors, FactoredMatrix):
             raise ReflowlensError(
                 f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "
                 "use the 'identity' or 'svd' view"
             )
-        factors = model.W_E
         return SignalView("native", wide(factors.A.detach()), wide(factors.B.detach()), model.ln_final, model)
     if name == "rotated":
         view = signal_view(model)

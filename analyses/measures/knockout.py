@@ -33,7 +33,7 @@ def random_order(shape: tuple[int, ...], seed: int) -> Int[Tensor, "prompt S"]:
     return torch.rand(shape, generator=derive_generator(seed, "random_order")).argsort(dim=-1)
 
 
-def matched_order(order: Int[Tensor, "prompt S"], norms: Float[Tensor, "prompt S"]) -> Int[Tensor, "prompt S"]:
+def matched_order(order: Int[Tensor, "prompt k"], norms: Float[Tensor, "prompt S"]) -> Int[Tensor, "prompt k"]:
     """For each signal in turn the unused *other* signal whose write norm is nearest: an order that removes as much.
 
     >>> matched_order(torch.tensor([[0, 1, 2]]), torch.tensor([[3.0, 1.0, 2.9]]))

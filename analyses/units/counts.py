@@ -145,7 +145,7 @@ class _Running:
         self.rows += len(rows)
         self.n += len(values)
 
-    def _sparsity(self, values: Float[Tensor, "pos unit"]) -> Float[Tensor, "pos measure"]:
+    def _sparsity(self, values: Float[Tensor, "pos unit"]) -> Float[Tensor, "firing_pos measure"]:
         """Gini, Hoyer and the participation ratio of the writes at each position where a unit fires."""
         values = values[(values > 0).any(dim=1)].double()
         norms = torch.nan if self.write_norms is None else self.write_norms
@@ -231,7 +231,7 @@ def firing_overlap(
     *,
     batch_size: int = 8,
     progress: bool = False,
-) -> dict[tuple[str, str], Float[Tensor, " unit"]]:
+) -> dict[tuple[str, str], Float[Tensor, " _unit"]]:
     """Jaccard's index of the positions at which a unit fires at two points: |both| / |either|; NaN if at neither.
 
     Args:

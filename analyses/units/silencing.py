@@ -115,7 +115,7 @@ def _change(
     rows: Int[Tensor, "row pos"],
     losses: Float[Tensor, "row pred"],
     on: Bool[Tensor, "row pred"],
-    silenced: Mapping[str, Int[Tensor, " unit"]],
+    silenced: Mapping[str, Int[Tensor, " _unit"]],
 ) -> tuple[float, float]:
     """The change of the mean loss on a concept and off it when units are silenced."""
     with model.hooks(fwd_hooks=[(point, partial(_silence, index)) for point, index in silenced.items()]):
@@ -129,5 +129,5 @@ def _silence(index: Int[Tensor, " unit"], activation: Tensor, hook: HookPoint) -
     return flat.unflatten(2, activation.shape[2:])
 
 
-def _by_point(units: pd.DataFrame) -> dict[str, Int[Tensor, " unit"]]:
+def _by_point(units: pd.DataFrame) -> dict[str, Int[Tensor, " _unit"]]:
     return {str(point): torch.tensor(group["index"].to_numpy()) for point, group in units.groupby("point")}

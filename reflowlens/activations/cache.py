@@ -48,6 +48,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         torch.Size([1, 5, 256])
     """
 
+    model: HookedModel | None  # type: ignore[assignment] # TransformerLens's is its own protocol of models, never None
+
     def __init__(
         self,
         cache_dict: MutableMapping[str, Tensor],
@@ -58,7 +60,7 @@ class ActivationCache(transformer_lens.ActivationCache):
     ) -> None:
         if not isinstance(cache_dict, MutableMapping):
             raise ReflowlensError(f"a cache is made of a dict of activations by name, got {cache_dict!r}")
-        super().__init__(cache_dict, model, has_batch_dim)
+        super().__init__(cache_dict, model, has_batch_dim)  # type: ignore[arg-type] # it only reads, any mapping will do
         self.tokens = tokens
         self.lengths = lengths
         self._origin: dict[str, Any] = {"model": None, "model_hash": None}  # of a cache that was loaded without a model

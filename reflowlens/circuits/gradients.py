@@ -194,7 +194,7 @@ class GradientRuns:
 
     def mean_gradients(
         self, names: Sequence[str], steps: int | None, memory: float | None = None
-    ) -> dict[str, Float[Tensor, "prompt *rest"]]:
+    ) -> dict[str, Float[Tensor, "prompt ..."]]:
         """Gradients at some points, averaged over each prompt's runs; the prompt comes first on every point."""
         totals: dict[str, Tensor] = {}
         device, n_prompts = self.tokens.device, len(self.tokens)
@@ -207,7 +207,7 @@ class GradientRuns:
                 total.index_add_(0, prompts, gradient.float() / (steps or 1))
         return totals
 
-    def gradients(self, names: Sequence[str], rows: Sequence[Row]) -> dict[str, Float[Tensor, "row *rest"]]:
+    def gradients(self, names: Sequence[str], rows: Sequence[Row]) -> dict[str, Float[Tensor, "row ..."]]:
         """The gradient of each row's own metric at some points."""
         prompts = torch.tensor([prompt for prompt, _ in rows], device=self.tokens.device)
         shares = torch.tensor([share for _, share in rows], device=self.tokens.device, dtype=torch.float32)

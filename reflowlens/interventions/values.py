@@ -219,7 +219,7 @@ class Steer(Intervention):
     """
 
     kind = "steer"
-    direction: Float[Tensor, "*shape"] | Sequence[float]
+    direction: Float[Tensor, "*shape"] | Sequence[Any]
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
@@ -248,7 +248,7 @@ class Replace(Intervention):
     """
 
     kind = "replace"
-    value: float | Float[Tensor, "*shape"] | Sequence[float]
+    value: float | Float[Tensor, "*shape"] | Sequence[Any]
 
     def given_shape(self) -> tuple[int, ...]:
         return np.shape(self.value)

@@ -115,7 +115,7 @@ class KeyValueCache(ReadPositions):
 
     def _extended(
         self, kept: Float[Tensor, "batch room kv_head d_head"], new: Float[Tensor, "batch pos kv_head d_head"]
-    ) -> Float[Tensor, "batch room kv_head d_head"]:
+    ) -> Float[Tensor, "batch new_room kv_head d_head"]:
         """In place where there is room and no backward pass needs what it saved unchanged."""
         end = self.length + new.shape[1]
         if torch.is_grad_enabled() or kept.requires_grad or kept.shape[1] < end:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import FactoredMatrix
 
 from reflowlens.arguments import integer
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import Architecture
 from reflowlens.models.hooking import HookingModel, NamesFilter
+from reflowlens.models.numerics import dense
 from reflowlens.models.parts import Norm
 from reflowlens.models.pass_context import lengths_given
 from reflowlens.models.past import read_before
@@ -32,6 +34,7 @@ class HookedModel(Architecture, HookingModel):
 
     blocks: torch.nn.ModuleList
     ln_final: Norm
+    unembed: torch.nn.Module
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -60,9 +63,18 @@ class HookedModel(Architecture, HookingModel):
     def unembedding_rows(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
         """Columns of ``W_U`` for some tokens, [*tokens, d_model]; of a factored embedding only these are formed."""
         matrix = self.W_E if self.cfg.tie_word_embeddings else self.W_U.T
-        rows = matrix[tokens.reshape(-1)]
-        dense = rows if isinstance(rows, Tensor) else rows.AB
-        return dense.reshape(*tokens.shape, self.cfg.d_model)
+        rows = matrix[tokens.reshape(-1)]  # type: ignore[index] # of factors by a tensor too
+        return dense(rows).reshape(*tokens.shape, self.cfg.d_model)
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
+        """The embedding; a ``FactoredMatrix`` where the architecture factors it."""
+        raise NotImplementedError
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding as one matrix; a tied one is formed at each access."""
+        raise NotImplementedError
 
     @property
     def n_parameters(self) -> int:
@@ -112,7 +124,7 @@ class HookedModel(Architecture, HookingModel):
 
     def tl_parameters(self) -> dict[str, Tensor]:
         """Parameters by TransformerLens's names: ``unembed.W_U`` even if tied, keys and values once per query head."""
-        return dict(self.named_parameters()) | {"unembed.W_U": self.W_U}
+        return {**dict(self.named_parameters()), "unembed.W_U": self.W_U}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedModel:
         super()._apply(fn, recurse)

@@ -33,7 +33,7 @@ class MLP(nn.Module):
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return plus(self.hook_post(self.act(self.hook_pre(plus(x @ self.W_in, self.b_in)))) @ self.W_out, self.b_out)
 
 
@@ -53,7 +53,7 @@ class GatedMLP(nn.Module):
         self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp], x W_in
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], their product after the activation
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         gate = self.hook_pre(plus(x @ self.W_gate, self.b_gate))
         linear = self.hook_pre_linear(plus(x @ self.W_in, self.b_in))
         return plus(self.hook_post(self.act(gate) * linear) @ self.W_out, self.b_out)

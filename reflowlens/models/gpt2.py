@@ -40,7 +40,7 @@ class GPT2(Decoder):
         return self.pos_embed.W_pos
 
     @property
-    def W_E_pos(self) -> Float[Tensor, "d_vocab+n_ctx d_model"]:
+    def W_E_pos(self) -> Float[Tensor, "vocab_and_ctx d_model"]:
         """W_E above W_pos: all that the stream can begin with, a sum of one row of each."""
         return torch.cat([cast(Tensor, self.W_E), self.W_pos])
 

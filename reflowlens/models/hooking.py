@@ -88,7 +88,7 @@ class HookingModel(TextModel):
         super().add_hook(name, hook, *args, **kwargs)
 
     @property
-    def hooks(self) -> ModelHooks:
+    def hooks(self) -> ModelHooks:  # type: ignore[override] # a method of TransformerLens, which this is called like
         """``with model.hooks([(name, function)]):`` attaches hooks; ``model.hooks.blocks[3].`` completes names."""
         return ModelHooks(list(self.hook_dict), self._attached)
 
@@ -210,7 +210,7 @@ def _position_slice(pos_slice: Any) -> Slice:
 def _at_positions(tensor: Tensor, axis: int, positions: Slice, pos_slice: Any) -> Tensor:
     n = tensor.shape[axis]
     try:
-        found = len(positions.indices(n))
+        found = len(positions.indices(n))  # type: ignore[arg-type] # several, or a TypeError
     except (IndexError, TypeError):
         found = 0
     if not found:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import FactoredMatrix
+
+
+def dense(matrix: Tensor | FactoredMatrix) -> Tensor:
+    """A matrix as one: the product of its factors, where it has them."""
+    return matrix if isinstance(matrix, Tensor) else cast(Tensor, matrix.AB)
 
 
 def wide(x: Tensor) -> Tensor:

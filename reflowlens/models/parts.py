@@ -51,9 +51,7 @@ class Norm(nn.Module):
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
-    def forward(
-        self, x: Float[Tensor, "batch pos *head d_model"], hooked: bool = True
-    ) -> Float[Tensor, "batch pos *head d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"], hooked: bool = True) -> Float[Tensor, "*batch d_model"]:
         stream = wide(x)
         if self.centered:
             stream = stream - stream.mean(-1, keepdim=True)

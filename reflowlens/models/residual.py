@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import ReturnType, checked_pass
 from reflowlens.models.loss import cross_entropy
+from reflowlens.models.numerics import dense
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Positions
 from reflowlens.models.text import TextInput
@@ -84,6 +86,7 @@ class ResidualModel(HookedModel):
 
     embed: nn.Module
     unembed: Unembed
+    hook_embed: HookPoint
 
     @classmethod
     def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
@@ -175,8 +178,7 @@ class ResidualModel(HookedModel):
         """The unembedding as one matrix (TransformerLens's tools index it); a tied one is formed at each access."""
         if isinstance(self.unembed, OwnUnembed):
             return self.unembed.W_U
-        W_E = self.W_E
-        return (W_E.AB if isinstance(W_E, FactoredMatrix) else W_E).T
+        return dense(self.W_E).T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:

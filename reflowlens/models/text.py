@@ -136,7 +136,7 @@ class TextModel(HookedRootModule):
                 f"the prompt is too long: {offset + length} tokens, but this model reads at most n_ctx={self.cfg.n_ctx}"
             )
 
-    def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
+    def _check_ids(self, tokens: Int[Tensor, "*tokens"]) -> None:
         if not is_cheap_to_read(tokens):
             return
         lowest, highest = map(int, tokens.aminmax())

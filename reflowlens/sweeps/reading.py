@@ -26,7 +26,7 @@ class LazyLogits:
 
     readout: Readout
 
-    def tokens(self, ids: Int[Tensor, "row pos n"]) -> Float[Tensor, "row pos n"]:
+    def tokens(self, ids: Int[Tensor, "#row #pos n"]) -> Float[Tensor, "row pos n"]:
         features, matrix = self.readout
         return torch.einsum("rpk,rpnk->rpn", features, matrix[ids.expand(*features.shape[:2], -1)])
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
@@ -50,5 +47,5 @@ def _is_unbound(part: Any) -> bool:
     return isinstance(part, Patch) and part.prompt is None
 
 
-def _bound(part: Any, cache: Mapping[str, Tensor]) -> Any:
+def _bound(part: Any, cache: ActivationCache) -> Any:
     return dataclasses.replace(part, prompt=cache) if _is_unbound(part) else part

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from reflowlens.circuits.gradients import estimate_cells, steps_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import to_json
 from reflowlens.metrics import Metric
+from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -145,7 +146,8 @@ def _exact(
 def _runs(setup: Setup, metric: Metric) -> PackedRuns | WholeRuns:
     """Packed runs, or whole forward passes where something is attached to the model: hooks expect whole activations."""
     kind = WholeRuns if attached_points(setup.model) else PackedRuns
-    return kind(setup.cells.cells, Reader(setup.model, metric, setup.prompts))
+    model = cast(ResidualModel, setup.model)  # the readout that every architecture here has
+    return kind(setup.cells.cells, Reader(model, metric, setup.prompts))
 
 
 def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str:

@@ -124,7 +124,7 @@ def prompts_frame(model: HookedModel, carriers: list[str], place: SteeredLayer) 
 def frontier_frame(
     steered: Carriers,
     texts: SteeredTexts,
-    directions: dict[str, Float[Tensor, "direction d_model"]],
+    directions: dict[str, Float[Tensor, "_direction d_model"]],
     best: SteeredLayer,
     strengths: Sequence[float],
     sweep: pd.DataFrame,

@@ -58,7 +58,8 @@ class RecipeEdits:
             ReflowlensError: the view's recipe is no linear image of the stored one.
         """
         model = view.model
-        factored = isinstance(model.W_E, FactoredMatrix)
+        W_E = model.W_E
+        factored = isinstance(W_E, FactoredMatrix)
         if not model.recipe_is_stored and view.name != "native":
             raise ReflowlensError(
                 f"the recipe of {model.cfg.architecture!r} is computed from the stored one: it can be edited in its "
@@ -66,8 +67,10 @@ class RecipeEdits:
             )
         if not model.cfg.tie_word_embeddings:
             parameter, stored = "unembed.W_U", None
+        elif isinstance(W_E, FactoredMatrix):
+            parameter, stored = "embed.W_recipe", W_E.B
         else:
-            parameter, stored = ("embed.W_recipe", model.W_E.B) if factored else ("embed.W_E", None)
+            parameter, stored = "embed.W_E", None
         if view.name == ("native" if factored else "identity"):
             return cls(view, parameter, not model.cfg.tie_word_embeddings, None)
         to_stored = view.basis if stored is None else view.basis @ torch.linalg.pinv(stored.to(view.basis))

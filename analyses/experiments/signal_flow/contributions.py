@@ -156,7 +156,7 @@ class Split(NamedTuple):
         """The sum over parts and signals."""
         return torch.stack([part.sum(dim=(0, -1)) for part in self.parts().values()]).sum(dim=0)
 
-    def parts(self) -> dict[str, Float[Tensor, "block prompt S"]]:
+    def parts(self) -> dict[str, Float[Tensor, "_block prompt S"]]:
         """What sums to the logit, by name; of embedding and bias there is one."""
         return {
             "embedding": self.embedding[None],
