@@ -38,7 +38,7 @@ from analyses.experiments.basis_geometry.spectra import (
 )
 from analyses.measures.knockout import real_tokens
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
@@ -154,15 +154,11 @@ def basis_geometry(
         name="basis_geometry",
         title="Basis Geometry",
         params={
-            "view": chosen.name,
             "texts": len(texts),
             "directions": k,
             "rotations": rotations,
             "gaussians": draws,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

@@ -27,7 +27,7 @@ from analyses.measures.knockout import (
 )
 from analyses.measures.lens import lens_log_probabilities, residual_stack
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
@@ -139,12 +139,8 @@ def causal_ablation(
         params={
             "prompt": prompt,
             "target": frames["signals"]["target"].iloc[0],
-            "view": chosen.name,
             "rotations": rotations,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings={
             "probability_before": Finding(

@@ -25,7 +25,7 @@ from analyses.experiments.concept_inception.frames import by_concept, layers_fra
 from analyses.experiments.concept_inception.measure import Setup
 from analyses.measures.knockout import real_tokens
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
@@ -126,14 +126,10 @@ def concept_inception(
         title="Concept Inception",
         params={
             "concepts": words,
-            "view": chosen.name,
             "limit": limit,
             "tolerance": tolerance,
             "prompts_per_concept": len(pairs) // len(words),
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

@@ -39,7 +39,7 @@ from analyses.measures.lens import lens_log_probabilities
 from analyses.measures.sentiment import sentiment_poles
 from analyses.measures.steering import random_directions
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
@@ -168,15 +168,11 @@ def emotion_surgery(
         title="Emotion Surgery",
         params={
             "carriers": len(carriers),
-            "view": chosen.name,
             "where": where,
             "strengths": list(strengths),
             "max_cost": max_cost,
             "permutations": permutations,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings={
             "heldout_probability": Finding(probability.mean(), bootstrap_interval(probability, seed=seed), beside),

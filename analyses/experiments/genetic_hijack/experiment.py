@@ -40,6 +40,7 @@ from analyses.experiments.genetic_hijack.frames import Run, carriers_frame, edit
 from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.measures.sentiment import Poles, sentiment_poles
 from analyses.result.finding import Finding
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
@@ -127,7 +128,7 @@ def genetic_hijack(
     neutral = [text for text in lexicon.neutral_texts if _lacks(model, text, ids)]
     betas = sorted(betas)[-1 if quick else 0 :]
     _check(carriers, neutral, betas, rotations)
-    hash_before, own = model_hash(model), derive_seed(seed, "genetic_hijack")
+    common, own = run_params(chosen, lexicon, seed, quick), derive_seed(seed, "genetic_hijack")
     probe = Probe(model, carriers, heldout, neutral, edited=edited, new_tokens=new_tokens, seed=seed)
     shift = Shift.of(chosen, ids, poles.direction(chosen))
     directions = random_recipes(RANDOM_DRAWS, chosen, derive_seed(own, "shift"))
@@ -158,7 +159,7 @@ def genetic_hijack(
     signals = signals_frame(probe, chosen, poles, rotations, seed)
     bar.update()
     bar.close()
-    if model_hash(model) != hash_before:
+    if model_hash(model) != common["model_hash"]:
         raise ReflowlensError("an edit was not undone: the model's weights are not what they were")
     frames = {"edits": edits_frame(runs, seed), "carriers": carriers_frame(runs, carriers), "signals": signals}
     raw = shift.size / float(shift.direction.norm())
@@ -182,16 +183,12 @@ def genetic_hijack(
         title="Genetic Hijack",
         params={
             "words": edited,
-            "view": chosen.name,
             "betas": betas,
             "max_ratio": max_ratio,
             "rotations": rotations,
             "new_tokens": probe.new_tokens,
             "carriers": len(carriers),
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_before,
+            **common,
         },
         findings=findings,
         frames=frames,

@@ -36,7 +36,7 @@ from analyses.experiments.layer_evolution.figures import (
 )
 from analyses.measures.lens import LensReading, read_lens, residual_stack
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
@@ -128,11 +128,7 @@ def layer_evolution(
         params={
             "prompt": prompt,
             "target": target,
-            "view": chosen.name,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

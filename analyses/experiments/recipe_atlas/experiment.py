@@ -48,7 +48,7 @@ from analyses.experiments.recipe_atlas.purity import Poles, codebook_poles
 from analyses.measures.knockout import real_tokens
 from analyses.measures.neighbors import word_tokens
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
@@ -180,16 +180,12 @@ def recipe_atlas(
         title="Recipe Atlas",
         params={
             "probes": list(shown),
-            "view": chosen.name,
             "k": k,
             "pairs": pairs,
             "pole_words": pole_words,
             "words": len(words.ids),
             "rotations": rotations,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings={
             "valid_top_pairs": valid,

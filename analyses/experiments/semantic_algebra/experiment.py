@@ -37,7 +37,7 @@ from analyses.experiments.semantic_algebra.measure import (
     usable_analogies,
 )
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
@@ -115,13 +115,9 @@ def semantic_algebra(
         name="semantic_algebra",
         title="Semantic Algebra",
         params={
-            "model_hash": hash_of(model),
-            "view": chosen.name,
-            "lexicon": lexicon.version,
             "analogies": str(analogies) if isinstance(analogies, str | Path) else f"{len(given)} analogies",
             "max_per_section": max_per_section,
-            "seed": seed,
-            "quick": quick,
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

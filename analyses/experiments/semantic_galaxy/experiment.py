@@ -26,7 +26,7 @@ from analyses.experiments.semantic_galaxy.measure import (
     word_spaces,
 )
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import holm, permutation_pvalue
@@ -112,16 +112,12 @@ def semantic_galaxy(
         name="semantic_galaxy",
         title="Semantic Galaxy",
         params={
-            "view": chosen.name,
             "method": method,
             "k": k,
             "permutations": permutations,
             "words": len(words.ids),
             "categories": len(words.categories),
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

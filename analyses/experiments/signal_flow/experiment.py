@@ -43,7 +43,7 @@ from analyses.experiments.signal_flow.contributions import (
 from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import Alternative
@@ -166,12 +166,8 @@ def signal_flow(
             "position": position,
             "signal": int(frames["positions"]["signal"].iloc[0]),
             "k": k,
-            "view": chosen.name,
             "rotations": rotations,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings={
             **leading,

@@ -30,7 +30,7 @@ from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profil
 from analyses.measures.knockout import real_tokens
 from analyses.measures.sparsity import Rule, active_signals, check_rule, gini
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import Interval, bootstrap_interval
@@ -134,14 +134,10 @@ def sparsity_profile(
         params={
             "rule": rule,
             "threshold": threshold,
-            "view": chosen.name,
             "texts": len(read),
             "text_tokens": sum(map(len, read)),
             "rotations": rotations,
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,

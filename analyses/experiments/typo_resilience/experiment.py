@@ -35,7 +35,7 @@ from analyses.experiments.typo_resilience.measure import (
     pair_values,
 )
 from analyses.result.finding import Finding
-from analyses.result.model_identity import hash_of
+from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
@@ -140,15 +140,11 @@ def typo_resilience(
         name="typo_resilience",
         title="Typo Resilience",
         params={
-            "view": chosen.name,
             "carriers": list(carriers),
             "threshold": threshold,
             "pairs": len(pairs),
             "words": len(set(clean)),
-            "seed": seed,
-            "quick": quick,
-            "lexicon": lexicon.version,
-            "model_hash": hash_of(model),
+            **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
         frames=frames,
