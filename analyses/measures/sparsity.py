@@ -93,7 +93,7 @@ def hoyer(rows: Float[Tensor, "token S"]) -> Float[Tensor, " token"]:
     return (root - rows.abs().sum(dim=1) / rows.norm(dim=1)) / (root - 1)
 
 
-def participation_ratio(rows: Float[Tensor, "token S"]) -> Float[Tensor, " token"]:
+def participation_share(rows: Float[Tensor, "token S"]) -> Float[Tensor, " token"]:
     """(Σx²)² / Σx⁴ / S: the share of signals that a row would have if all of its signals were alike in size.
 
     NaN for a row of zeros. A Gaussian row has about 1/3.

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analyses.measures.sparsity import gini, hoyer, participation_ratio
+from analyses.measures.sparsity import gini, hoyer, participation_share
 from analyses.units.points import written_by
 from reflowlens.activations.stream import Measure, Part, measured
 from reflowlens.errors import ReflowlensError
@@ -150,7 +150,7 @@ class _Running:
         values = values[(values > 0).any(dim=1)].double()
         norms = torch.nan if self.write_norms is None else self.write_norms
         ginis = torch.from_numpy(gini(values.cpu().numpy())).to(values.device)
-        return torch.stack([ginis, hoyer(values), participation_ratio(values * norms)], dim=1)
+        return torch.stack([ginis, hoyer(values), participation_share(values * norms)], dim=1)
 
     def percentile(self) -> Float[Tensor, " unit"]:
         """Interpolated between the two values around it, counted from the largest."""

@@ -44,7 +44,7 @@ from analyses.experiments.recipe_atlas.pairs import (
     share_label,
     top_pairs,
 )
-from analyses.experiments.recipe_atlas.purity import Poles, codebook_poles
+from analyses.experiments.recipe_atlas.purity import Codebooks, codebooks_of
 from analyses.measures.knockout import real_tokens
 from analyses.measures.neighbors import word_tokens
 from analyses.result.finding import Finding
@@ -142,8 +142,8 @@ def recipe_atlas(
     for name, other in {"R": chosen, **nulls}.items():
         overlap = overlap_with_embedding(other, probed, candidates, k) if has_embedding else None
         spaces[name] = Space.of(other.recipe, words.ids, named, pairs, overlap)
-    poles = in_bases(
-        lambda each: codebook_poles(each.recipe[words.ids].float(), words.labels, pole_words),
+    codebooks = in_bases(
+        lambda each: codebooks_of(each.recipe[words.ids].float(), words.labels, pole_words),
         chosen,
         nulls,
         rotations=rotations,
@@ -165,8 +165,8 @@ def recipe_atlas(
             {"random_words": [text.strip(" ") for text in model.tokenizer.to_str_tokens(matched)]},
         ),
         "similarity": similarity_frame(spaces["R"].rows, words),
-        "codebooks": codebook_frame(words, poles.own),
-        "purity": purity_frame(poles),
+        "codebooks": codebook_frame(words, codebooks.own),
+        "purity": purity_frame(codebooks),
     }
     random_cosines = {
         metric: random_pair_cosines(chosen.recipe, tokens, candidates, RANDOM_PAIRS, derive_seed(own, metric))
@@ -174,7 +174,7 @@ def recipe_atlas(
     }
     valid, note = _valid_pairs(spaces, words, seed)
     cosines, cosine_notes = _named_cosines(spaces, random_cosines)
-    purity, purity_notes = _purity(poles, spaces["R"].rows, words, pole_words, seed)
+    purity, purity_notes = _purity(codebooks, spaces["R"].rows, words, pole_words, seed)
     return Result(
         name="recipe_atlas",
         title="Recipe Atlas",
@@ -301,14 +301,14 @@ def _overlap(spaces: Mapping[str, Space], seed: int) -> Finding:
 
 
 def _purity(
-    poles: Bases[Poles], rows: Float[Tensor, "word S"], words: LabelledWords, pole_words: int, seed: int
+    codebooks: Bases[Codebooks], rows: Float[Tensor, "word S"], words: LabelledWords, pole_words: int, seed: int
 ) -> tuple[dict[str, Finding], list[str]]:
-    metric, means = "codebook_purity", poles.map(Poles.mean_purity)
+    metric, means = "codebook_purity", codebooks.map(Codebooks.mean_purity)
     if not np.isfinite([means.own, *means.rotated.values(), means.varimax]).all():
         return {}, [f"{metric} is absent: no signal has {pole_words} lexicon words of one sign"]
     orders = permuted_labels(words.labels, POLE_PERMUTATIONS, derive_seed(seed, "recipe_atlas", metric))
-    permuted = [np.nanmean(codebook_poles(rows, labels, pole_words).signal_purity()) for labels in orders]
-    own = poles.own.signal_purity()
+    permuted = [np.nanmean(codebooks_of(rows, labels, pole_words).signal_purity()) for labels in orders]
+    own = codebooks.own.signal_purity()
     own = own[np.isfinite(own)]
     controls = {"label_permutation": float(np.mean(permuted)), **means.controls()}
     beside = {name: value for name, value in controls.items() if np.isfinite(value)}

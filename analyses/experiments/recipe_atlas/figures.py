@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analyses.controls.bases import Bases, as_one_basis
 from analyses.experiments.recipe_atlas.pairs import Pairs, label_cosines, share_label, top_pairs
-from analyses.experiments.recipe_atlas.purity import POLES, Poles
+from analyses.experiments.recipe_atlas.purity import POLES, Codebooks
 from analyses.measures.neighbors import cosine_neighbors
 from analyses.words.tokens import LabelledWords
 from reflowlens.figures.builders import bars, histogram_with_control
@@ -91,32 +91,32 @@ def similarity_frame(rows: Float[Tensor, "word S"], words: LabelledWords) -> pd.
     )
 
 
-def codebook_frame(words: LabelledWords, poles: Poles) -> pd.DataFrame:
+def codebook_frame(words: LabelledWords, codebooks: Codebooks) -> pd.DataFrame:
     """A row a signal and end, the purest first; without an entropy where too few words have an entry of the sign."""
     frames = []
     for pole, sign in enumerate(POLES):
-        labels = words.labels[poles.words[pole]]
+        labels = words.labels[codebooks.words[pole]]
         commonest = [int(np.bincount(row).argmax()) for row in labels]
         frames.append(
             pd.DataFrame(
                 {
                     "signal": range(len(labels)),
                     "sign": sign,
-                    "purity": poles.purity[pole],
-                    "entropy": poles.entropy[pole],
+                    "purity": codebooks.purity[pole],
+                    "entropy": codebooks.entropy[pole],
                     "category": [words.categories[label] for label in commonest],
                     "share": [(row == label).mean() for row, label in zip(labels, commonest, strict=True)],
-                    "words": [" ".join(words.words[i] for i in row) for row in poles.words[pole]],
+                    "words": [" ".join(words.words[i] for i in row) for row in codebooks.words[pole]],
                 }
             )
         )
     return pd.concat(frames).sort_values("purity", ascending=False, kind="stable", ignore_index=True)
 
 
-def purity_frame(poles: Bases[Poles]) -> pd.DataFrame:
+def purity_frame(codebooks: Bases[Codebooks]) -> pd.DataFrame:
     """A row a basis and signal; all rotations are one basis."""
     frames = []
-    for basis, each in poles.named("trained").items():
+    for basis, each in codebooks.named("trained").items():
         purity = each.signal_purity()
         frames.append(pd.DataFrame({"basis": basis, "signal": range(len(purity)), "purity": purity}))
     return as_one_basis(pd.concat(frames, ignore_index=True))

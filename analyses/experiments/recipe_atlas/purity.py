@@ -14,7 +14,7 @@ POLES = (1, -1)
 
 
 @dataclass(frozen=True)
-class Poles:
+class Codebooks:
     """The words with the largest and the smallest entries of each signal; arrays are [pole, signal, ...].
 
     Args:
@@ -39,13 +39,13 @@ class Poles:
         return float(np.nanmean(purity)) if np.isfinite(purity).any() else np.nan
 
 
-def codebook_poles(rows: Float[Tensor, "word S"], labels: NDArray[np.int64], n: int = 12) -> Poles:
+def codebooks_of(rows: Float[Tensor, "word S"], labels: NDArray[np.int64], n: int = 12) -> Codebooks:
     """The ``n`` labelled words at either end of each signal, and the purity of their labels.
 
     A pole of words that all share a label has purity 1; of words of as many labels as can be, 0. Random words lie
     above 0, for a few of them share a label by chance.
 
-    Example: ``codebook_poles(view.rows([" king", " queen", ...]), labels).signal_purity()``
+    Example: ``codebooks_of(view.rows([" king", " queen", ...]), labels).signal_purity()``
     """
     n = min(n, len(rows))
     words, entropy = [], []
@@ -55,7 +55,7 @@ def codebook_poles(rows: Float[Tensor, "word S"], labels: NDArray[np.int64], n: 
         entropy.append(np.where((values[-1] > 0).cpu().numpy(), label_entropy(labels[chosen]), np.nan))
         words.append(chosen)
     most = np.log(min(n, labels.max() + 1))
-    return Poles(np.stack(words), np.stack(entropy), 1 - np.stack(entropy) / most)
+    return Codebooks(np.stack(words), np.stack(entropy), 1 - np.stack(entropy) / most)
 
 
 def label_entropy(labels: NDArray[np.int64]) -> NDArray[np.float64]:

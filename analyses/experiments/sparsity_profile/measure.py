@@ -19,7 +19,7 @@ from analyses.measures.sparsity import (
     density_curve,
     gini,
     hoyer,
-    participation_ratio,
+    participation_share,
     support_size,
 )
 from analyses.statistics.draws import derive_generator
@@ -107,7 +107,7 @@ def measure_profile(
         usage += mask.sum(dim=0)
         usage_text += block_weights @ mask
         density += density_curve(block, FACTORS) * len(block) / n_tokens
-        parts.append(torch.stack([mask.sum(dim=1), hoyer(block), participation_ratio(block)]))
+        parts.append(torch.stack([mask.sum(dim=1), hoyer(block), participation_share(block)]))
     active, sparsity, participation = torch.cat(parts, dim=1).double().cpu().numpy()
     return Profile(
         active=active.astype(np.int64),

@@ -16,7 +16,7 @@ from analyses.measures.sparsity import (
     gini,
     hoyer,
     lorenz_curve,
-    participation_ratio,
+    participation_share,
     support_size,
 )
 from analyses.statistics.intervals import bootstrap_interval
@@ -178,10 +178,10 @@ def test_support_is_what_trying_every_number_finds():
 def test_the_ends_of_the_scales_and_a_gaussian():
     one, flat = torch.eye(16)[:1], torch.ones(1, 16)
     assert hoyer(torch.cat([one, flat])).tolist() == pytest.approx([1, 0], abs=1e-6)
-    assert participation_ratio(torch.cat([one, flat])).tolist() == pytest.approx([1 / 16, 1])
+    assert participation_share(torch.cat([one, flat])).tolist() == pytest.approx([1 / 16, 1])
     gaussian = torch.randn(400, 2000, generator=torch.Generator().manual_seed(0))
     assert float(hoyer(gaussian).mean()) == pytest.approx(1 - (2 / np.pi) ** 0.5, rel=0.03)
-    assert float(participation_ratio(gaussian).mean()) == pytest.approx(1 / 3, rel=0.01)
+    assert float(participation_share(gaussian).mean()) == pytest.approx(1 / 3, rel=0.01)
     assert density_curve(gaussian, [0.5, 2.0]) == pytest.approx(gaussian_density([0.5, 2.0]), rel=0.02)
     expected = stats.kurtosis(gaussian.double().numpy(), fisher=False)
     assert column_kurtosis(gaussian) == pytest.approx(expected, rel=1e-6)
