@@ -39,7 +39,7 @@ ReadPosition: TypeAlias = "int | Literal['last', 'all']"
 class Logits(Protocol):
     """Logits of some rows at the positions that a metric reads, not necessarily computed yet."""
 
-    def tokens(self, ids: Int[Tensor, "row pos n"]) -> Float[Tensor, "row pos n"]:
+    def tokens(self, ids: Int[Tensor, "#row #pos n"]) -> Float[Tensor, "row pos n"]:
         """Those of a few tokens."""
         ...
 
@@ -54,7 +54,7 @@ class WholeLogits:
 
     values: Float[Tensor, "row pos d_vocab"]
 
-    def tokens(self, ids: Int[Tensor, "row pos n"]) -> Float[Tensor, "row pos n"]:
+    def tokens(self, ids: Int[Tensor, "#row #pos n"]) -> Float[Tensor, "row pos n"]:
         return self.values.gather(-1, ids.expand(*self.values.shape[:2], -1))
 
     def vocabulary(self) -> Float[Tensor, "row pos d_vocab"]:

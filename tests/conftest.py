@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from reflowlens.models.base import HookedModel
-from tests.support.runs import tokens_folder, write  # noqa: F401 (fixtures)
-from tests.support.tiny import NAMES, random_model, random_tokens
+from tests.support.shapes import check_shapes
+
+check_shapes("reflowlens", "analyses")  # before anything imports them
+
+from reflowlens.models.base import HookedModel  # noqa: E402
+from tests.support.runs import tokens_folder, write  # noqa: E402, F401 (fixtures)
+from tests.support.tiny import NAMES, random_model, random_tokens  # noqa: E402
 
 _EXACT = ("torch.equal(", "rtol=0, atol=0", "check_exact=True", "same_files(", "same_weights(", "assert_same(")
 
