@@ -49,4 +49,6 @@ def test_every_planted_answer_is_found_and_every_metric_has_its_control():
     table = table_of(results)
     assert table["ok"].all(), shown(pd.DataFrame(table[~table["ok"]]))
     for case, result in results:
-        assert set(result.metrics) - set(result.controls) <= WITHOUT_CONTROL, case.experiment
+        bare = set(result.metrics) - set(result.controls) - WITHOUT_CONTROL
+        for name in bare:  # a control that has no value here is told of
+            assert any(note.startswith(f"{name}: without ") for note in result.notes), (case.experiment, name)
