@@ -64,7 +64,7 @@ def test_contributions_sum_to_the_logit_and_effects_agree_with_the_model(planted
     logits = model(planted.params["prompt"])[0, -1]
     target = model.to_single_token(" Paris")
     assert signals["contribution"].sum() == pytest.approx(float(logits[target].detach()), rel=1e-4)
-    p = float(logits[: model.tokenizer.n_vocab].softmax(-1)[target])
+    p = logits[: model.tokenizer.n_vocab].softmax(-1)[target].item()
     assert signals["probability_before"].iloc[0] == pytest.approx(p, rel=1e-4)
     assert signals["contribution"].is_monotonic_decreasing
     assert signals.loc[0, "codebook"].startswith("' Paris'")
