@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from pretraining.batches import batch_at, blocks_per_epoch, sequential_batches, spread_batches
 from pretraining.encoding import Encoded, Encoder, added, encoded_documents
-from pretraining.sources import Selection, Source, find_sources
+from pretraining.local_files import Selection, Source
+from pretraining.sources import find_sources
 from pretraining.staging import (
     SplitWriter,
     discard,

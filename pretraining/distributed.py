@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:  # some builds of torch have no processes that work together
+    from torch.distributed.distributed_c10d import Store
 
 _GRACE = 10.0  # seconds that a process waits for the launcher to end it, so that the launcher's report blames another
 Made = TypeVar("Made")
@@ -62,8 +65,11 @@ def processes(advice: Callable[[], str] = str) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, device)
         return
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"group {next(_groups)}", store)
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://"))
+    store = PrefixStore(f"group {next(_groups)}", store)
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size)
     try:
         yield Processes(rank, world_size, device)
@@ -133,7 +139,7 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def _first_to_fail(store: dist.Store, rank: int) -> bool:
+def _first_to_fail(store: Store, rank: int) -> bool:
     try:
         return store.compare_set("first to fail", "", str(rank)) == str(rank).encode()
     except RuntimeError:  # the store went down with its process: better said twice than not at all

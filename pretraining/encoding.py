@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from pretraining.sources import Source
+from pretraining.local_files import Source
 from pretraining.token_files import SPLITS, Manifest, SplitRecord
 from reflowlens.tokenizers.base import Tokenizer
 from reflowlens.tokenizers.by_name import get_tokenizer

@@ -129,7 +129,7 @@ def _mean_with_interval(
 ) -> tuple[float, float, float]:
     """Mean over tokens of documents' sums, with the percentile interval over documents drawn with replacement."""
 
-    def mean(a: NDArray, b: NDArray, axis: int = -1) -> NDArray:
+    def mean(a: NDArray[Any], b: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         return np.asarray(a.sum(axis=axis) / b.sum(axis=axis))
 
     interval = stats.bootstrap(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 _SECONDS = 10.0  # at least, between two lines of the same work
 
 
-class _Lines(tqdm):
+class _Lines(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     """A bar that writes whole lines: a log keeps every redrawn bar."""
 
     written = ""

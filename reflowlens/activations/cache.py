@@ -11,7 +11,7 @@ import torch
 import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from reflowlens.activations.cache_functions import with_checked_arguments
 from reflowlens.arguments import integer
@@ -65,7 +65,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         self.lengths = lengths
         self._origin: dict[str, Any] = {"model": None, "model_hash": None}  # of a cache that was loaded without a model
 
-    def __getitem__(self, key: str | tuple) -> Tensor:
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
         """An activation by name, or by TransformerLens's shorthand such as ``("resid_pre", 3)``.
 
         Raises:
@@ -213,7 +213,7 @@ class ActivationCache(transformer_lens.ActivationCache):
 
         Example: ``cache.save("out/cache"); rl.ActivationCache.load("out/cache", model)["resid_post", -1]``
         """
-        first: dict[tuple, str] = {}
+        first: dict[tuple[Any, ...], str] = {}
         same_as = {name: other for name, x in self.items() if (other := first.setdefault(_identity(x), name)) != name}
         stored = _with_own_memory({name: x for name, x in self.items() if name not in same_as})
         model = self.model
@@ -324,7 +324,7 @@ class _OnDisk(MutableMapping[str, Tensor]):
         return len(self._names)
 
 
-def _identity(x: Tensor) -> tuple:
+def _identity(x: Tensor) -> tuple[Any, ...]:
     """The same for tensors that are the same part of memory."""
     return x.data_ptr(), tuple(x.shape), x.stride(), x.dtype
 

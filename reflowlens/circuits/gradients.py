@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -88,7 +88,7 @@ class Slope:
 
     def __init__(self, model: Decoder, name: str, activation: Tensor, gradient: Float[Tensor, "prompt *rest"]) -> None:
         self.axes, self.activation, self.gradient = model.hook_axes(name), activation, gradient
-        self._products: dict[tuple, Tensor] = {}
+        self._products: dict[tuple[Any, ...], Tensor] = {}
 
     def estimate(self, edits: Sequence[tuple[Bound, Selection]]) -> Float[Tensor, " prompt"]:
         """The first-order effect of interventions, one after the other."""

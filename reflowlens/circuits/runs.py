@@ -101,7 +101,9 @@ class CircuitRuns:
             return (in_rows(self.streams[stream]).unsqueeze(2) + change).reshape(activation.shape)
 
         places = list(self.graph.receiver_places.values())
-        hooks: list[tuple[str, Callable]] = [(name, partial(write, s)) for name, s in self.graph.sender_points.items()]
+        hooks: list[tuple[str, Callable[..., Any]]] = [
+            (name, partial(write, s)) for name, s in self.graph.sender_points.items()
+        ]
         hooks += [(name, partial(read, r, places[r.start].stream)) for name, r in self.graph.receiver_points.items()]
         with self.model.hooks(hooks):
             final = self.model(self.tokens.repeat(n, 1), stop_at_layer=self.model.cfg.n_layers)

@@ -127,7 +127,7 @@ def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> lis
         key: (source_cache(model, source, names), _source_lengths(model, source))
         for key, (source, names) in wanted.items()
     }
-    taken: dict[tuple, tuple[Tensor, Sequence[int]]] = {}  # many cells may take the same
+    taken: dict[tuple[Any, ...], tuple[Tensor, Sequence[int]]] = {}  # many cells may take the same
 
     def bound(intervention: Intervention, name: str) -> Bound:
         source = intervention.source()

@@ -15,7 +15,7 @@ from torch import Tensor
 from reflowlens.arguments import integer
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.values import fit
+from reflowlens.interventions.fields import fit
 from reflowlens.models.base import HookedModel
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import hooked_model

@@ -59,7 +59,7 @@ def same(one: Any, other: Any) -> bool:
         return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
-    not_values = Tensor | np.ndarray | Mapping
+    not_values = (Tensor, np.ndarray, Mapping)
     return not isinstance(one, not_values) and not isinstance(other, not_values) and bool(one == other)
 
 

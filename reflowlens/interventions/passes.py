@@ -57,7 +57,7 @@ class _Block:
 class _Noted:
     """The open blocks of a model, and the ``forward`` that it had of its own before them."""
 
-    own_forward: Callable | None
+    own_forward: Callable[..., Any] | None
     blocks: list[_Block] = field(default_factory=list)
 
 
@@ -91,7 +91,7 @@ def noting_passes(model: HookedModel, passes: list[Prompt], lengths: Sequence[in
                 model.forward = noted.own_forward
 
 
-def _noting(model: HookedModel, forward: Callable) -> Callable:
+def _noting(model: HookedModel, forward: Callable[..., Any]) -> Callable[..., Any]:
     def noting(self: HookedModel, input: Any, *args: Any, **kwargs: Any) -> Any:
         if self is not model:  # a deepcopy, which would answer with the weights of the original
             raise ReflowlensError("this model was copied inside rl.intervene: copy it outside of the block")

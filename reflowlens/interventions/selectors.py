@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Selection, Where

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities.slice import Slice
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
@@ -80,7 +80,7 @@ class HookingModel(TextModel):
         self.check_hook_name(name)
         return self.point_axes.get(name.rsplit(".", 1)[-1], ("batch", "pos", "d_model"))
 
-    def add_hook(self, name: str | Callable[[str], bool], hook: Callable, *args: Any, **kwargs: Any) -> None:
+    def add_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str):
             self.check_hook_name(name)
         elif not callable(name):
@@ -132,10 +132,10 @@ class HookingModel(TextModel):
         incl_bwd: bool = False,
         device: Any = None,
         remove_batch_dim: bool = False,
-        cache: dict | None = None,
+        cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
         dtype: torch.dtype | None = None,
-    ) -> tuple[dict, list, list]:
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
         """As in TransformerLens, but a filter that matches nothing is an error, and ``pos_slice`` cuts positions only.
 
         A hook point that is named must be reached by the pass; of those that a predicate or the default matches, the
@@ -173,7 +173,12 @@ class HookingModel(TextModel):
         return cache, fwd if names else [(matches, fwd[0][1])], bwd
 
     def _save_part(
-        self, save: Callable, pos_slice: Any, dtype: torch.dtype | None, tensor: Tensor, hook: HookPoint
+        self,
+        save: Callable[..., Any],
+        pos_slice: Any,
+        dtype: torch.dtype | None,
+        tensor: Tensor,
+        hook: HookPoint,
     ) -> None:
         axes, positions = self.hook_axes(hook.name or ""), _position_slice(pos_slice)
         if "pos" in axes and positions.mode != "identity":
@@ -181,7 +186,7 @@ class HookingModel(TextModel):
         save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
 
 
-def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable]]:
+def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable[..., Any]]]:
     """Pairs (name, function), perhaps from an iterator, as a list."""
     pairs = list(hooks) if isinstance(hooks, Iterable) else [hooks]
     for pair in pairs:
@@ -218,6 +223,6 @@ def _at_positions(tensor: Tensor, axis: int, positions: Slice, pos_slice: Any) -
     return positions.apply(tensor, dim=axis).clone()  # a view would keep every position alive
 
 
-def _watched(function: Callable, fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
+def _watched(function: Callable[..., Any], fired: set[int], index: int, tensor: Tensor, hook: HookPoint) -> Any:
     fired.add(index)
     return function(tensor, hook=hook)

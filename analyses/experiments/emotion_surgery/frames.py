@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ def sweep_frame(
     direction: Float[Tensor, "1 d_model"],
     strengths: Sequence[float],
     unit_alpha: Float[Tensor, " layer"],
-    bar: tqdm,
+    bar: tqdm[Any],
 ) -> pd.DataFrame:
     rows = []
     for layer in steered.runs.layers:
