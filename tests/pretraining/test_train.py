@@ -408,7 +408,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(write: Callable[
 
 HOLDS = """
 import sys, time
-from reflowlens.files import sole_writer
+from reflowlens.storage.atomic import sole_writer
 with sole_writer(sys.argv[1], "training in"):
     print("held", flush=True)
     time.sleep(60)
