@@ -149,7 +149,23 @@ def completeness(
 ) -> CircuitScore:
     """How much of the model's behaviour is left when a circuit is replaced and all else is kept: the less, the better.
 
-    Arguments and errors as in :func:`faithfulness`; ``pvalue`` counts random circuits whose removal leaves as little.
+    Args:
+        model, clean, corrupted, circuit, metric, ablation, controls, match, seed, memory: as in :func:`faithfulness`.
+
+    Returns:
+        ``value`` is 0 where nothing of the behaviour is left, 1 where all of it is; ``pvalue`` counts random circuits
+        whose removal leaves as little.
+
+    Raises:
+        ReflowlensError: as :func:`faithfulness`.
+
+    Example:
+        >>> import reflowlens as rl
+        >>> model = rl.load_model("reflow-nano")
+        >>> texts = "The king of France", "The king of China"
+        >>> everything = rl.Graph.of(model).edges
+        >>> round(abs(rl.completeness(model, *texts, everything, rl.metrics.kl(), controls=0).value), 4)
+        0.0
     """
     runs = CircuitRuns(model, clean, corrupted, metric, ablation)
     return _score(runs, circuit, controls, match, seed, memory, removed=True)
@@ -178,6 +194,12 @@ def grow_circuit(
         clean, corrupted, metric, ablation: as in :func:`faithfulness`.
         scores: of :func:`reflowlens.circuits.edges.edge_attribution` or ``exact_edges``.
         sizes: of the circuits; default: every number of nodes, about twenty numbers of edges, evenly on a log scale.
+
+    Returns:
+        ``frame`` has a row per size, with faithfulness and completeness; ``circuits`` the circuits themselves.
+
+    Raises:
+        ReflowlensError: as :func:`faithfulness`; or a size is below one.
     """
     if of not in ("edges", "nodes"):
         raise ReflowlensError(f"a circuit is of 'edges' or of 'nodes', not of {of!r}")

@@ -99,8 +99,8 @@ def edge_attribution(
 ) -> EdgeScores:
     """Estimate the effect of patching each edge from the clean run into the corrupted one.
 
-    Costs one forward and one backward pass a prompt, with ``"integrated"`` one a prompt and step, whatever the number
-    of edges. Scores are summed over positions.
+    Costs one forward and one backward pass per prompt, with ``"integrated"`` one per prompt and step, whatever the
+    number of edges. Scores are summed over positions.
 
     Args:
         clean, corrupted: prompts of equal length in tokens.

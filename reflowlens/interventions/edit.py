@@ -48,7 +48,10 @@ class SetWeights:
 
 @dataclass(frozen=True)
 class AddWeights(SetWeights):
-    """Add ``value`` to rows and columns of a parameter; arguments as for :class:`SetWeights`."""
+    """Add ``value`` to rows and columns of a parameter; arguments as for :class:`SetWeights`.
+
+    Example: ``rl.AddWeights("embed.W_recipe", 1.0, rows=" king", columns=3)``
+    """
 
     def new(self, part: Tensor) -> Tensor:
         return part + fit(self.value, part, f"{type(self).__name__}.value")
