@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test exact slow lint types contracts docs notebooks clean
+.PHONY: run test exact slow lint types contracts shapes docs notebooks clean
 
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
@@ -18,6 +18,11 @@ EXACT := $(BIN)/python -m pytest -q -m "exact and not slow" --numprocesses auto 
 exact: .venv/.dev
 	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(EXACT)
 	ATEN_CPU_CAPABILITY=default $(EXACT)
+
+# Shapes in annotations, of what the tests of models, interventions and activations call; torch.compile has no room for it.
+shapes: .venv/.dev
+	REFLOWLENS_SHAPES=1 $(BIN)/python -m pytest -q -m "not slow" -k "not compiled" --numprocesses auto --maxprocesses 4 \
+		--dist loadfile tests/reflowlens/models tests/reflowlens/interventions tests/reflowlens/activations
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -197,8 +197,8 @@ class Level(nn.Module):
         return self.hook_resid_post(self.write(x, out))
 
     def write(
-        self, x: Float[Tensor, "*batch d_model"], out: Float[Tensor, "*batch d_model"]
-    ) -> Float[Tensor, "*batch d_model"]:
+        self, x: Float[Tensor, "*#batch d_model"], out: Float[Tensor, "*#batch d_model"]
+    ) -> Float[Tensor, "*#batch d_model"]:
         """The stream after the level, from what it read and what came out of it."""
         return normalized(x + normalized(out, self.cfg.eps), self.cfg.eps)
 
