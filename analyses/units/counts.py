@@ -210,9 +210,9 @@ def count_units(
     """
     read = partial(_read, model, tokens, points, batch_size, progress)
     running = {name: _Running(tokens, write_norms(model, name)) for name in points}
-    for _ in read("counting units", lambda name, x, places: running[name].add(name, x)):
+    for _ in read("counting units", lambda name, x, occurrences: running[name].add(name, x)):
         pass  # counts are small, and grow in place
-    for _ in read("above thresholds", lambda name, x, places: running[name].add_above(x)):
+    for _ in read("above thresholds", lambda name, x, occurrences: running[name].add_above(x)):
         pass
     return {name: part.finish() for name, part in running.items()}
 
@@ -250,7 +250,7 @@ def firing_overlap(
     both: dict[tuple[str, str], Tensor | int] = dict.fromkeys(pairs, 0)
     events: dict[str, Tensor | int] = dict.fromkeys(points, 0)
     read = partial(_read, model, tokens, points, batch_size, progress)
-    for fires, *_ in read("comparing levels", lambda name, x, places: (x.flatten(1) > 0).float()):
+    for fires, *_ in read("comparing levels", lambda name, x, occurrences: (x.flatten(1) > 0).float()):
         for name in points:
             events[name] = events[name] + fires[name].sum(dim=0).long()
         for first, second in pairs:

@@ -300,7 +300,9 @@ def activations(
     while n_units is None or start < n_units:
         held: Tensor | None = None  # filled row by row: joining parts would hold them twice
         n_read = 0
-        for parts, n_rows, _ in measured(model, tokens.split(batch_size), [point], lambda _, x, places: x.flatten(1)):
+        for parts, n_rows, _ in measured(
+            model, tokens.split(batch_size), [point], lambda _, x, occurrences: x.flatten(1)
+        ):
             n_units = parts[point].shape[-1]
             some = parts[point][:, start : start + size].float().clamp(min=0).cpu()
             held = some.new_empty(*tokens.shape, some.shape[-1]) if held is None else held

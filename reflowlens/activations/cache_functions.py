@@ -74,7 +74,7 @@ def _checked(function: Function) -> Function:
             shown = ", ".join(f"{key}={_short(value)}" for key, value in list(given.items())[1:])
             raise ReflowlensError(f"cache.{name}({shown}) cannot be computed: {error or 'a wrong type'}") from error
 
-    return call  # type: ignore[return-value]
+    return call  # type: ignore[return-value] # called as the function is
 
 
 def _layer(layer: Any, cache: Any) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
-from reflowlens.activations.stream import Places, measured
+from reflowlens.activations.stream import Occurrences, measured
 from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -256,16 +256,16 @@ def _choices(
     threshold: float | None,
     positions: slice | Literal["last"] | None,
 ) -> Choices:
-    names, statistics = names_given(names, "names"), names_given(statistics, "statistics")  # type: ignore[assignment]
-    for name in names:
+    points, kinds = names_given(names, "names"), names_given(statistics, "statistics")
+    for name in points:
         if model.hook_axes(name)[:2] != ("batch", "pos"):
             raise ReflowlensError(f"{name!r} has axes {model.hook_axes(name)}: statistics are of [batch, pos, ...]")
-    for statistic in statistics:
+    for statistic in kinds:
         if statistic not in STATISTICS:
             raise ReflowlensError(f"statistics are {', '.join(map(repr, STATISTICS))}, got {statistic!r}")
     k = whole_number(k, "k", 1)
     threshold = None if threshold is None else real_number(threshold, "threshold")
-    if not names or (not statistics and threshold is None):
+    if not points or (not kinds and threshold is None):
         raise ReflowlensError("there is nothing to collect: name a hook point, and a statistic or a threshold")
     chosen = slice(-1, None) if positions == "last" else slice(None) if positions is None else positions
     if not isinstance(chosen, slice):
@@ -273,15 +273,17 @@ def _choices(
     bounds = [None if bound is None else integer(bound) for bound in (chosen.start, chosen.stop, chosen.step)]
     if slice(*bounds) != chosen or (chosen.step is not None and chosen.step < 1):
         raise ReflowlensError(f"positions must be a slice of integers, its step at least 1, got {positions!r}")
-    return Choices(names, sorted(statistics), k, threshold, bounds)
+    return Choices(points, sorted(kinds), k, threshold, bounds)
 
 
-def _of_activation(choices: Choices, name: str, x: Float[Tensor, "n *feature"], places: Places) -> PointStatistics:
+def _of_activation(
+    choices: Choices, name: str, x: Float[Tensor, "n *feature"], occurrences: Occurrences
+) -> PointStatistics:
     features = x.flatten(1)
     if not features.isfinite().all():
         raise ReflowlensError(f"{name!r} holds NaN or infinite values")
     pairs, means = "covariance" in choices.statistics, "mean" in choices.statistics
-    where = places.row, places.position, places.token
+    where = occurrences.row, occurrences.position, occurrences.token
     return PointStatistics(
         len(features),
         tuple(x.shape[1:]),

@@ -1,6 +1,6 @@
 """Activations of a stream of text: batches are read once, and what a hook point holds is measured and let go.
 
-    def measure(name: str, x: Float[Tensor, "n *feature"], places: Places) -> Moments:
+    def measure(name: str, x: Float[Tensor, "n *feature"], occurrences: Occurrences) -> Moments:
         return Moments.of(x.flatten(1), pairs=False)
 
     for parts, *_ in measured(model, texts, ["hook_embed"], measure):
@@ -34,7 +34,7 @@ _BEFORE_BLOCKS = ("hook_recipe", "hook_embed", "hook_pos_embed")
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class Occurrences:
     """Where the n vectors of a batch are, prompt after prompt.
 
     Args:
@@ -47,7 +47,7 @@ class Places:
     token: Int[Tensor, " n"]
 
 
-Measure: TypeAlias = Callable[[str, Float[Tensor, "n *feature"], Places], Part]
+Measure: TypeAlias = Callable[[str, Float[Tensor, "n *feature"], Occurrences], Part]
 
 
 def measured(
@@ -85,27 +85,29 @@ def measured(
         skipped = min(skip, len(tokens))
         skip -= skipped
         rows = tokens[skipped:]
-        places = _places(rows, lengths[skipped:], positions)
+        occurrences = _occurrences(rows, lengths[skipped:], positions)
         parts: dict[str, Part] = {}
-        if len(places.row):
-            watch = partial(_watch, parts, measure, places)
+        if len(occurrences.row):
+            watch = partial(_watch, parts, measure, occurrences)
             with torch.no_grad(), model.hooks([(name, watch) for name in dict.fromkeys(names)]):
                 model(rows, return_type=None, stop_at_layer=_first_unneeded_block(names))
         yield {name: parts[name] for name in names if parts}, len(rows), sum(lengths)
 
 
-def _places(tokens: Int[Tensor, "batch pos"], lengths: Sequence[int], positions: slice) -> Places:
+def _occurrences(tokens: Int[Tensor, "batch pos"], lengths: Sequence[int], positions: slice) -> Occurrences:
     counts = torch.zeros(tokens.shape, dtype=torch.bool)
     for of_row, length in zip(counts, lengths, strict=True):
         of_row[:length][positions] = True
     row, position = counts.nonzero().to(tokens.device).unbind(dim=1)
-    return Places(row, position, tokens[row, position])
+    return Occurrences(row, position, tokens[row, position])
 
 
-def _watch(parts: dict[str, Part], measure: Measure[Part], places: Places, activation: Tensor, hook: HookPoint) -> None:
-    every = activation.shape[:2].numel() == len(places.row)
-    x = activation.flatten(0, 1) if every else activation[places.row, places.position]
-    parts[str(hook.name)] = measure(str(hook.name), x, places)
+def _watch(
+    parts: dict[str, Part], measure: Measure[Part], occurrences: Occurrences, activation: Tensor, hook: HookPoint
+) -> None:
+    every = activation.shape[:2].numel() == len(occurrences.row)
+    x = activation.flatten(0, 1) if every else activation[occurrences.row, occurrences.position]
+    parts[str(hook.name)] = measure(str(hook.name), x, occurrences)
 
 
 def _first_unneeded_block(names: Sequence[str]) -> int | None:

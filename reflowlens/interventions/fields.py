@@ -27,9 +27,9 @@ def selector(value: Any, name: str) -> int | slice | list[int] | str | None:
     elif (one := integer(value)) is not None:
         return one
     elif isinstance(value, Sequence | Tensor | np.ndarray) and len(value):
-        several = [integer(item) for item in value]
-        if None not in several:
-            return several  # type: ignore[return-value]
+        several = [index for index in map(integer, value) if index is not None]
+        if len(several) == len(value):
+            return several
     shown = f"a mask or list like {value[:3]!r}..." if isinstance(value, list) and len(value) > 3 else repr(value)
     words = {"layer": ", or 'all'", "position": ", 'last', or the text of a token"}.get(name.rsplit(".", 1)[-1], "")
     ranges = "" if name.endswith(".layer") else ", a slice"

@@ -156,7 +156,7 @@ class HookingModel(TextModel):
             matches = names_filter
         elif names_filter is not None:
             is_one = isinstance(names_filter, str) or not isinstance(names_filter, Iterable)
-            names = [names_filter] if is_one else list(names_filter)  # type: ignore[list-item]
+            names = [names_filter] if is_one else list(names_filter)  # type: ignore[list-item] # what is no name is refused below
             matches = names.__contains__
         for name in names:
             self.check_hook_name(name)

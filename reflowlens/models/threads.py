@@ -88,7 +88,7 @@ def reading_forward(forward: Forward) -> Forward:
         with reading(model):
             return forward(model, *args, **kwargs)
 
-    return guarded  # type: ignore[return-value]
+    return guarded  # type: ignore[return-value] # called as the function is
 
 
 def _check_free(use: _Use, me: int) -> None:

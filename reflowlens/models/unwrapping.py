@@ -58,6 +58,6 @@ def guarded(
             with hold(hooked_model(model)), lower_if_it_does_not_fit(lower):
                 return function(model, *args, **kwargs)
 
-        return held  # type: ignore[return-value]
+        return held  # type: ignore[return-value] # called as the function is
 
     return decorate

@@ -115,7 +115,7 @@ def _grid(model: HookedModel, name: str, n_positions: int) -> Cells:
     shape = tuple(sizes[axis] for axis in axes)
     places = list(itertools.product(*map(range, shape)))
     cells: list[Cell] = [
-        (Patch(point, **{_SELECTORS[axis]: place[i] for i, axis in enumerate(axes)}),)  # type: ignore[arg-type]
+        (Patch(point, **{_SELECTORS[axis]: place[i] for i, axis in enumerate(axes)}),)  # type: ignore[arg-type] # by names
         for place in places
     ]
     return Cells(cells, pd.DataFrame(places, columns=list(axes)), list(axes), shape)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reflowlens.activations.stream import Places, measured
+from reflowlens.activations.stream import Occurrences, measured
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from tests.support.tiny import random_model
@@ -15,8 +15,8 @@ TEXTS = ["The king of France", "A stone", "Water runs down", "x", "Of all the da
 POINTS = ["blocks.1.hook_resid_post", "blocks.0.attn.hook_z"]
 
 
-def seen(name: str, x: Tensor, places: Places) -> tuple[Tensor, Places]:
-    return x.clone(), places
+def seen(name: str, x: Tensor, occurrences: Occurrences) -> tuple[Tensor, Occurrences]:
+    return x.clone(), occurrences
 
 
 @pytest.mark.parametrize("positions", [slice(None), slice(1, None), slice(-1, None)])
@@ -32,12 +32,14 @@ def test_what_is_seen_of_each_prompt_is_what_it_gives_alone(
         assert n_rows == len(texts)
         assert n_positions == sum(cache.tokens.shape[1] for cache in alone)
         assert list(parts) == ([] if not sum(map(len, own)) else POINTS)
-        for name, (x, places) in parts.items():
+        for name, (x, occurrences) in parts.items():
             expected = torch.cat([cache[name][0, at] for cache, at in zip(alone, own, strict=True)])
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
-            assert places.row.tolist() == [row for row, at in enumerate(own) for _ in at]
-            assert torch.equal(places.position, torch.cat(own))
-            assert torch.equal(places.token, torch.cat([c.tokens[0, at] for c, at in zip(alone, own, strict=True)]))
+            assert occurrences.row.tolist() == [row for row, at in enumerate(own) for _ in at]
+            assert torch.equal(occurrences.position, torch.cat(own))
+            assert torch.equal(
+                occurrences.token, torch.cat([c.tokens[0, at] for c, at in zip(alone, own, strict=True)])
+            )
 
 
 def test_prompts_that_are_skipped_are_not_run() -> None:
@@ -54,7 +56,7 @@ def test_a_batch_is_measured_at_every_point_or_not_at_all() -> None:
     """An error at the second point: what was made of earlier batches is all that the reader has."""
     model, made = random_model("reflow"), []
 
-    def refuse(name: str, x: Tensor, places: Places) -> int:
+    def refuse(name: str, x: Tensor, occurrences: Occurrences) -> int:
         if name == POINTS[0] and len(x) == len(TEXTS[1]):
             raise ReflowlensError("a fault")
         return len(x)
