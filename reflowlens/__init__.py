@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from reflowlens.circuits.screening import screen as screen
     from reflowlens.config import PRESETS as PRESETS
     from reflowlens.config import ModelConfig as ModelConfig
+    from reflowlens.dictionaries.dictionary import Dictionary as Dictionary
+    from reflowlens.dictionaries.files import list_dictionaries as list_dictionaries
+    from reflowlens.dictionaries.files import load_dictionary as load_dictionary
+    from reflowlens.dictionaries.files import save_dictionary as save_dictionary
     from reflowlens.errors import ReflowlensError as ReflowlensError
     from reflowlens.generation import generate as generate
     from reflowlens.interventions.apply import intervene as intervene
@@ -63,6 +67,7 @@ _HOMES = {
     "Ablate": "interventions.values",
     "ActivationCache": "activations.cache",
     "AddWeights": "interventions.edit",
+    "Dictionary": "dictionaries.dictionary",
     "Graph": "circuits.graph",
     "Collected": "activations.collect",
     "ModelConfig": "config",
@@ -91,11 +96,14 @@ _HOMES = {
     "get_tokenizer": "tokenizers",
     "grow_circuit": "circuits.circuits",
     "intervene": "interventions.apply",
+    "list_dictionaries": "dictionaries.files",
     "list_models": "checkpoints",
+    "load_dictionary": "dictionaries.files",
     "load_model": "checkpoints",
     "model_hash": "storage.model_hash",
     "path_patch": "circuits.path_patching",
     "run": "interventions.apply",
+    "save_dictionary": "dictionaries.files",
     "save_model": "checkpoints",
     "screen": "circuits.screening",
     "show_attention": "notebook.attention",

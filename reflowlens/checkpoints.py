@@ -22,12 +22,19 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.storage.model_hash import model_hash as model_hash
-from reflowlens.storage.opening import as_path, file_hash, open_safetensors, read_json, shown
+from reflowlens.storage.opening import (
+    as_path,
+    check_tensors,
+    file_hash,
+    open_safetensors,
+    read_json,
+    shown,
+    stated_config,
+)
 from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
 
 FORMAT = "reflowlens-1"
 WEIGHTS = "model.safetensors"
-FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 
@@ -62,7 +69,7 @@ def load_model(
     """
     path = find_model(name_or_path)
     file = open_safetensors(path)
-    cfg = ModelConfig.from_dict(_stated_config(path, file.metadata() or {}))
+    cfg = ModelConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
     _check_fit(path, cfg, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (it is no dictionary)
     if verify and not is_as_written(path):
         raise ReflowlensError(
@@ -205,21 +212,6 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
-def _stated_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration that a safetensors header carries."""
-    if metadata.get("format") != FORMAT:
-        raise ReflowlensError(
-            f"{path} was not written by reflowlens (format {metadata.get('format')!r}, expected {FORMAT!r})"
-        )
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ReflowlensError(f"{path} holds no readable configuration")
-    return config
-
-
 def _open_tokenizer(path: Path, cfg: ModelConfig) -> None:
     """Make the tokenizer beside the weights known by its name; without one the model reads token ids alone."""
     if not cfg.has_file_tokenizer or not path.with_name(TOKENIZER).is_file():
@@ -248,13 +240,4 @@ def _check_fit(path: Path, cfg: ModelConfig, stored: Mapping[str, Any]) -> None:
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
     if reason := impossible_size(cfg, shapes):
         raise ReflowlensError(f"{path}: {reason}")
-    expected = parameter_shapes(cfg)
-    if missing := sorted(set(expected) - set(shapes)):
-        raise ReflowlensError(f"{path} lacks {missing[0]!r} ({len(missing)} parameters missing)")
-    if extra := sorted(set(shapes) - set(expected)):
-        raise ReflowlensError(f"{path} holds {shown(extra[0])}, which its configuration does not have")
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            raise ReflowlensError(f"{path}: {name} has shape {list(shapes[name])}, expected {list(shape)}")
-        if stored[name].get_dtype() not in FLOATS:
-            raise ReflowlensError(f"{path}: {name} is of type {stored[name].get_dtype()}, expected {', '.join(FLOATS)}")
+    check_tensors(path, stored, parameter_shapes(cfg))

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from reflowlens.arguments import random_seed
 from reflowlens.config import ModelConfig, preset
@@ -30,6 +32,8 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "reflow_lite": ReFlowLite,
     "bdh": BDH,
 }
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _FIRST_BLOCK = "blocks.0."
 
@@ -107,7 +111,7 @@ def check_memory(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         )
 
 
-def moved(model: HookedModel, device: str | torch.device, dtype: torch.dtype | None = None) -> HookedModel:
+def moved(model: Module, device: str | torch.device, dtype: torch.dtype | None = None) -> Module:
     """``model.to(device, dtype)``, where a device that torch does not know or have is a readable error."""
     try:
         return model.to(device=device, dtype=dtype)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reflowlens.errors import ReflowlensError
+
+FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 
 
 def as_path(value: object) -> Path:
@@ -81,3 +84,35 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def stated_config(path: Path, metadata: Mapping[str, str], format: str) -> dict[str, Any]:
+    """The configuration that the header of a safetensors file of ours carries.
+
+    Raises:
+        ReflowlensError: the file is of another format, or its configuration is no JSON object.
+    """
+    if metadata.get("format") != format:
+        raise ReflowlensError(
+            f"{path} was not written by reflowlens (format {metadata.get('format')!r}, expected {format!r})"
+        )
+    try:
+        config = json.loads(metadata["config"])
+    except (KeyError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ReflowlensError(f"{path} holds no readable configuration")
+    return config
+
+
+def check_tensors(path: Path, stored: Mapping[str, Any], expected: Mapping[str, Sequence[int]]) -> None:
+    """Raise unless slices of a safetensors file, of which no number was read, are the parameters of these shapes."""
+    if missing := sorted(set(expected) - set(stored)):
+        raise ReflowlensError(f"{path} lacks {missing[0]!r} ({len(missing)} parameters missing)")
+    if extra := sorted(set(stored) - set(expected)):
+        raise ReflowlensError(f"{path} holds {shown(extra[0])}, which its configuration does not have")
+    for name, shape in expected.items():
+        if list(stored[name].get_shape()) != list(shape):
+            raise ReflowlensError(f"{path}: {name} has shape {list(stored[name].get_shape())}, expected {list(shape)}")
+        if stored[name].get_dtype() not in FLOATS:
+            raise ReflowlensError(f"{path}: {name} is of type {stored[name].get_dtype()}, expected {', '.join(FLOATS)}")

@@ -1,0 +1,64 @@
+"""Whether a dictionary can be used on a model: its hook points, their widths, and the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from reflowlens.config import nearest
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
+from reflowlens.storage.model_hash import model_hash
+
+
+def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = False) -> HookedModel:
+    """The hooked model itself, if the dictionary is one of it; otherwise an error.
+
+    Args:
+        dictionary: with ``cfg.model_hash`` empty, the model's weights are not compared.
+        model: a hooked model, compiled or not. It sees one token, for the widths of its activations.
+        other_model: on purpose a model of other weights, e.g. with the dictionary of its untrained twin: then only the
+            hook points and their widths must be there.
+
+    Raises:
+        ReflowlensError: the model lacks a hook point, has another width there, or is another model.
+    """
+    model, cfg = hooked_model(model), dictionary.cfg
+    for point in (*cfg.reads, *cfg.writes):
+        if point not in model.hook_dict:
+            raise ReflowlensError(
+                f"{_of(dictionary)} has {point!r}, and this model has no such hook point"
+                f"{nearest(point, list(model.hook_dict))}"
+            )
+    shapes = _shapes(model, (*cfg.reads, *cfg.writes))
+    for points, width in ((cfg.reads, cfg.d_in), (cfg.writes, cfg.d_out)):
+        for point in points:
+            if shapes.get(point) != [1, 1, width]:
+                raise ReflowlensError(
+                    f"{_of(dictionary)} expects activations [batch, pos, {width}] at {point}; one token of this model "
+                    f"has {shapes.get(point, 'none')} there"
+                )
+    if not other_model and cfg.model_hash and model_hash(model) != cfg.model_hash:
+        raise ReflowlensError(
+            f"{_of(dictionary)} was trained on a model of other weights (hash {cfg.model_hash[:12]}…, this one has "
+            f"{model_hash(model)[:12]}…; edits and other types of numbers count): load that model, or use this one on "
+            "purpose: other_model=True"
+        )
+    return model
+
+
+def _of(dictionary: Dictionary) -> str:
+    cfg = dictionary.cfg
+    return f"the dictionary {cfg.name or 'without a name'}" + (f" of {cfg.model_name}" if cfg.model_name else "")
+
+
+@torch.no_grad()
+def _shapes(model: HookedModel, points: Sequence[str]) -> dict[str, list[int]]:
+    """Shapes of the activations of one token at these points; those that a pass does not reach are missing."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    _, cache = model.run_with_cache(token, names_filter=list(points))
+    return {point: list(cache[point].shape) for point in points if point in cache}

@@ -1,0 +1,179 @@
+"""Dictionaries on disk: a folder with ``dictionary.safetensors`` and ``manifest.json``, or the safetensors file alone.
+
+The configuration travels in the safetensors header too, so that one file is a whole dictionary. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reflowlens.config import nearest
+from reflowlens.dictionaries.belonging import check_belongs
+from reflowlens.dictionaries.config import DictionaryConfig
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import float32_by_default, moved
+from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
+from reflowlens.storage.opening import (
+    as_path,
+    check_tensors,
+    file_hash,
+    open_safetensors,
+    read_json,
+    shown,
+    stated_config,
+)
+
+FORMAT = "reflowlens-dictionary-1"
+WEIGHTS = "dictionary.safetensors"
+ASSETS = Path(__file__).parents[1] / "assets" / "dictionaries"
+
+
+def list_dictionaries() -> list[str]:
+    """Names of the packaged dictionaries, for :func:`load_dictionary`."""
+    return sorted(folder.name for folder in ASSETS.glob("*") if (folder / WEIGHTS).is_file())
+
+
+def save_dictionary(folder: str | Path, dictionary: Dictionary, manifest: Mapping[str, Any] | None = None) -> Path:
+    """Write a dictionary's folder; an earlier one is replaced when the new one is complete.
+
+    Args:
+        folder: gets ``dictionary.safetensors`` and ``manifest.json``.
+        dictionary: what is in its configuration is written with it: hook points, name and hash of its model, its name.
+        manifest: further entries of ``manifest.json``, such as ``tokens_seen`` and ``metrics``: its ``l0`` and ``fvu``
+            are a number a layer.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ReflowlensError: a weight is not finite, the folder holds something other than a dictionary, the disk is full or
+            the folder cannot be written; then nothing has changed.
+
+    Example: ``load_dictionary(save_dictionary("out/dictionary", dictionary))``
+    """
+    folder = as_path(folder)
+    check_replaceable(folder, (WEIGHTS, MANIFEST), "dictionary")
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in dictionary.state_dict().items()}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{name} holds NaN or infinite values: the dictionary is not saved")
+    config = dictionary.cfg.to_dict()
+
+    def write(folder: Path) -> None:
+        write_tensors(folder / WEIGHTS, weights, {"format": FORMAT, "config": json.dumps(config)})
+        own = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS)}
+        record = own | dict(manifest or {}) | own  # what is recorded may be another dictionary's manifest
+        (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
+
+    return write_folder(folder, write)
+
+
+def load_dictionary(
+    name_or_folder: str | Path,
+    *,
+    model: Any = None,
+    other_model: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    verify: bool = True,
+) -> Dictionary:
+    """Load a dictionary, in evaluation mode.
+
+    Args:
+        name_or_folder: a packaged name (:func:`list_dictionaries`), a folder written by :func:`save_dictionary`, that
+            of a training run, or the safetensors file alone.
+        model: the model that it is for: checked to be the one that it was trained on. None: not checked here, but where
+            the dictionary is used on a model.
+        other_model: a model of other weights on purpose, which has the hook points and their widths.
+        device: where to put it.
+        dtype: floating-point type of its weights, however they are stored.
+        verify: check the file against the SHA-256 that the ``manifest.json`` beside it records, if it does.
+
+    Raises:
+        ReflowlensError: there is no such dictionary, the file is corrupt or not the one its manifest was written with,
+            was not written by reflowlens, does not fit its own configuration, or holds values that are not finite; or
+            it is no dictionary of ``model``.
+
+    Example: ``load_dictionary("reflow-nano-plt", model=model).layers[0].W_dec.shape  # [feature, 1, d_out]``
+    """
+    path = find_dictionary(name_or_folder)
+    file = open_safetensors(path)
+    cfg = DictionaryConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
+    stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    _check_size(path, cfg, sum(math.prod(tensor.get_shape()) for tensor in stored.values()))
+    dictionary = _unfilled(cfg)
+    check_tensors(path, stored, {name: tensor.shape for name, tensor in dictionary.state_dict().items()})
+    recorded = dictionary_manifest(path).get("weights_sha256") if verify else None
+    if recorded is not None and recorded != file_hash(path):
+        raise ReflowlensError(
+            f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or take "
+            "it as it is: load_dictionary(..., verify=False)"
+        )
+    weights = {name: file.get_tensor(name) for name in stored}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
+    dictionary.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    if model is not None:
+        check_belongs(dictionary, model, other_model=other_model)
+    return moved(dictionary, device).eval()
+
+
+def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
+    """What the JSON beside a dictionary's weights records; empty for a single file.
+
+    Raises:
+        ReflowlensError: there is no such dictionary, or the JSON is damaged.
+    """
+    path = find_dictionary(name_or_folder)
+    manifest = path.with_name(MANIFEST)
+    if path.name != WEIGHTS or not manifest.is_file():
+        return {}
+    found = read_json(manifest)
+    if not isinstance(found, dict):
+        raise ReflowlensError(f"{manifest} is damaged: it holds no JSON object")
+    return found
+
+
+def find_dictionary(name_or_folder: str | Path) -> Path:
+    """The weights file that a dictionary's folder, a training run, a file or a packaged name stands for.
+
+    What lies at a path comes first.
+    """
+    path = as_path(name_or_folder)
+    if path.is_file():
+        return path
+    packaged = list_dictionaries()
+    named = [ASSETS / str(name_or_folder)] if str(name_or_folder) in packaged else []
+    for folder in (path, *sorted(path.glob("step_*"), reverse=True), *named):
+        if (folder / WEIGHTS).is_file():
+            return folder / WEIGHTS
+    if path.exists():
+        raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a dictionary's folder")
+    raise ReflowlensError(
+        f"no dictionary {shown(str(name_or_folder))}: neither one of the packaged ({', '.join(packaged) or 'none'}) "
+        f"nor a dictionary's folder or safetensors file that exists{nearest(str(name_or_folder), packaged)}"
+    )
+
+
+def _check_size(path: Path, cfg: DictionaryConfig, held: int) -> None:
+    """Raise, before anything is built, if a file of so few numbers cannot hold a dictionary of these sizes."""
+    needed = cfg.n_layers * cfg.n_features * (cfg.d_in + cfg.d_out)
+    if needed > held:
+        raise ReflowlensError(
+            f"{path}: its configuration ({cfg.n_layers} layers of {cfg.n_features:,} features, {cfg.d_in:,} to "
+            f"{cfg.d_out:,} wide) needs {needed:,} numbers or more, and the file holds {held:,}"
+        )
+
+
+def _unfilled(cfg: DictionaryConfig) -> Dictionary:
+    """A dictionary of shapes alone."""
+    with torch.device("meta"), float32_by_default():
+        return Dictionary(cfg)
