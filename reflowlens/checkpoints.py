@@ -24,7 +24,7 @@ from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder
 from reflowlens.storage.model_hash import model_hash as model_hash
 from reflowlens.storage.opening import (
     as_path,
-    check_tensors,
+    check_shapes,
     file_hash,
     open_safetensors,
     read_json,
@@ -35,6 +35,7 @@ from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
 
 FORMAT = "reflowlens-1"
 WEIGHTS = "model.safetensors"
+FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 
@@ -240,4 +241,7 @@ def _check_fit(path: Path, cfg: ModelConfig, stored: Mapping[str, Any]) -> None:
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
     if reason := impossible_size(cfg, shapes):
         raise ReflowlensError(f"{path}: {reason}")
-    check_tensors(path, stored, parameter_shapes(cfg))
+    check_shapes(path, shapes, parameter_shapes(cfg))
+    for name, tensor in stored.items():
+        if tensor.get_dtype() not in FLOATS:
+            raise ReflowlensError(f"{path}: {name} is of type {tensor.get_dtype()}, expected {', '.join(FLOATS)}")

@@ -1,17 +1,18 @@
 """Dictionaries on disk: a folder with ``dictionary.safetensors`` and ``manifest.json``, or the safetensors file alone.
 
-The configuration travels in the safetensors header too, so that one file is a whole dictionary. Nothing is unpickled.
+The configuration travels in the safetensors header too, so that one file is a whole dictionary. A packed one, as those
+that come with reflowlens, is ``dictionary.safetensors.gz`` (:mod:`reflowlens.storage.quantised`). Nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from reflowlens.config import nearest
 from reflowlens.dictionaries.belonging import check_belongs
@@ -22,53 +23,71 @@ from reflowlens.models import float32_by_default, moved
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.storage.opening import (
     as_path,
-    check_tensors,
+    check_shapes,
     file_hash,
     open_safetensors,
     read_json,
     shown,
     stated_config,
 )
+from reflowlens.storage.quantised import read_packed, write_packed
 
 FORMAT = "reflowlens-dictionary-1"
 WEIGHTS = "dictionary.safetensors"
+PACKED = "dictionary.safetensors.gz"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ASSETS = Path(__file__).parents[1] / "assets" / "dictionaries"
 
 
 def list_dictionaries() -> list[str]:
     """Names of the packaged dictionaries, for :func:`load_dictionary`."""
-    return sorted(folder.name for folder in ASSETS.glob("*") if (folder / WEIGHTS).is_file())
+    return sorted(folder.name for folder in ASSETS.glob("*") if _weights_in(folder))
 
 
-def save_dictionary(folder: str | Path, dictionary: Dictionary, manifest: Mapping[str, Any] | None = None) -> Path:
+def save_dictionary(
+    folder: str | Path,
+    dictionary: Dictionary,
+    manifest: Mapping[str, Any] | None = None,
+    *,
+    bits: float | None = None,
+) -> Path:
     """Write a dictionary's folder; an earlier one is replaced when the new one is complete.
 
     Args:
-        folder: gets ``dictionary.safetensors`` and ``manifest.json``.
+        folder: gets ``dictionary.safetensors``, or ``dictionary.safetensors.gz``, and ``manifest.json``.
         dictionary: what is in its configuration is written with it: hook points, name and hash of its model, its name.
         manifest: further entries of ``manifest.json``, such as ``tokens_seen`` and ``metrics``: its ``l0`` and ``fvu``
             are a number a layer.
+        bits: that a weight takes, from 1 to 8 (:func:`reflowlens.storage.quantised.quantise`); biases and thresholds
+            stay as they are. The error is 0.4% of a row's squared norm at 4.3, and a quarter of that for each bit more.
+            None: weights as they are.
 
     Returns:
         The folder.
 
     Raises:
-        ReflowlensError: a weight is not finite, the folder holds something other than a dictionary, the disk is full or
-            the folder cannot be written; then nothing has changed.
+        ReflowlensError: a weight is not finite, ``bits`` is out of range, the folder holds something other than a
+            dictionary, the disk is full or the folder cannot be written; then nothing has changed.
 
     Example: ``load_dictionary(save_dictionary("out/dictionary", dictionary))``
     """
     folder = as_path(folder)
-    check_replaceable(folder, (WEIGHTS, MANIFEST), "dictionary")
+    earlier = _weights_in(folder)
+    check_replaceable(folder, (earlier.name if earlier else WEIGHTS, MANIFEST), "dictionary")
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in dictionary.state_dict().items()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{name} holds NaN or infinite values: the dictionary is not saved")
     config = dictionary.cfg.to_dict()
+    header = {"format": FORMAT, "config": json.dumps(config)}
 
     def write(folder: Path) -> None:
-        write_tensors(folder / WEIGHTS, weights, {"format": FORMAT, "config": json.dumps(config)})
-        own = {"format": FORMAT, "config": config, "weights_sha256": file_hash(folder / WEIGHTS)}
+        path = folder / (WEIGHTS if bits is None else PACKED)
+        if bits is None:
+            write_tensors(path, weights, header)
+        else:
+            write_packed(path, weights, header, bits)
+        own = {"format": FORMAT, "config": config, "bits": bits, "weights_sha256": file_hash(path)}
         record = own | dict(manifest or {}) | own  # what is recorded may be another dictionary's manifest
         (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
 
@@ -104,20 +123,21 @@ def load_dictionary(
     Example: ``load_dictionary("reflow-nano-plt", model=model).layers[0].W_dec.shape  # [feature, 1, d_out]``
     """
     path = find_dictionary(name_or_folder)
-    file = open_safetensors(path)
-    cfg = DictionaryConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
-    stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    _check_size(path, cfg, sum(math.prod(tensor.get_shape()) for tensor in stored.values()))
+    metadata, weights = _read(path)
+    cfg = DictionaryConfig.from_dict(stated_config(path, metadata, FORMAT))
+    _check_size(path, cfg, sum(tensor.numel() for tensor in weights.values()))
     dictionary = _unfilled(cfg)
-    check_tensors(path, stored, {name: tensor.shape for name, tensor in dictionary.state_dict().items()})
+    expected = {name: tensor.shape for name, tensor in dictionary.state_dict().items()}
+    check_shapes(path, {name: tensor.shape for name, tensor in weights.items()}, expected)
     recorded = dictionary_manifest(path).get("weights_sha256") if verify else None
     if recorded is not None and recorded != file_hash(path):
         raise ReflowlensError(
             f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or take "
             "it as it is: load_dictionary(..., verify=False)"
         )
-    weights = {name: file.get_tensor(name) for name in stored}
     for name, tensor in weights.items():
+        if tensor.dtype not in FLOATS:
+            raise ReflowlensError(f"{path}: {name} is of {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
     dictionary.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
@@ -134,7 +154,7 @@ def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
     """
     path = find_dictionary(name_or_folder)
     manifest = path.with_name(MANIFEST)
-    if path.name != WEIGHTS or not manifest.is_file():
+    if path.name not in (WEIGHTS, PACKED) or not manifest.is_file():
         return {}
     found = read_json(manifest)
     if not isinstance(found, dict):
@@ -153,14 +173,27 @@ def find_dictionary(name_or_folder: str | Path) -> Path:
     packaged = list_dictionaries()
     named = [ASSETS / str(name_or_folder)] if str(name_or_folder) in packaged else []
     for folder in (path, *sorted(path.glob("step_*"), reverse=True), *named):
-        if (folder / WEIGHTS).is_file():
-            return folder / WEIGHTS
+        if found := _weights_in(folder):
+            return found
     if path.exists():
         raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a dictionary's folder")
     raise ReflowlensError(
         f"no dictionary {shown(str(name_or_folder))}: neither one of the packaged ({', '.join(packaged) or 'none'}) "
         f"nor a dictionary's folder or safetensors file that exists{nearest(str(name_or_folder), packaged)}"
     )
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The weights file in a folder, if there is one."""
+    return next((folder / name for name in (WEIGHTS, PACKED) if (folder / name).is_file()), None)
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file, packed or not."""
+    if path.suffix == ".gz":
+        return read_packed(path)
+    file = open_safetensors(path)
+    return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _check_size(path: Path, cfg: DictionaryConfig, held: int) -> None:

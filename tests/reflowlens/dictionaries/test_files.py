@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,11 @@ def test_what_is_no_dictionary(tmp_path: Path) -> None:
         ({"skip": True}, {}, r"lacks 'layers\.0\.W_skip' \(2 parameters missing\)"),
         ({}, {"layers.0.b_enc": None}, r"lacks 'layers\.0\.b_enc'"),
         ({}, {"more": torch.zeros(2)}, "holds 'more', which its configuration does not have"),
-        ({}, {"layers.0.b_enc": torch.zeros(48, dtype=torch.int8)}, r"b_enc is of type I8, expected F32"),
+        (
+            {},
+            {"layers.0.b_enc": torch.zeros(48, dtype=torch.int8)},
+            r"b_enc is of torch\.int8, expected one of torch\.float32",
+        ),
         ({}, {"layers.1.b_dec": torch.full((32,), torch.nan)}, r"layers\.1\.b_dec holds NaN or infinite values"),
     ],
 )
@@ -209,3 +215,47 @@ def test_only_a_dictionary_is_replaced(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ReflowlensError, match="holds other files and no dictionary to replace"):
         save_dictionary(tmp_path / "notes", random_dictionary())
+
+
+# -------------------------------------------------------------------------------------------------------------- packed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_dictionary_is_nearly_the_same(kind: str, tmp_path: Path) -> None:
+    dictionary = random_dictionary(KINDS[kind])
+    folder = save_dictionary(tmp_path / "packed", dictionary, bits=6)
+    assert sorted(path.name for path in folder.iterdir()) == ["dictionary.safetensors.gz", "manifest.json"]
+    assert dictionary_manifest(folder)["bits"] == 6
+    loaded = load_dictionary(folder)
+    assert loaded.cfg == dictionary.cfg
+    for (name, ours), theirs in zip(loaded.named_parameters(), dictionary.parameters(), strict=True):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error == 0 if theirs.ndim == 1 else 0 < error < 0.025, name
+    alone = (folder / "dictionary.safetensors.gz").rename(tmp_path / "alone.gz")
+    assert torch.equal(load_dictionary(alone).layers[1].W_dec, loaded.layers[1].W_dec)
+    again = save_dictionary(tmp_path / "again", dictionary, bits=6)
+    assert file_hash(again / "dictionary.safetensors.gz") == file_hash(alone)
+
+
+def test_packed_and_plain_replace_each_other(saved: Path) -> None:
+    save_dictionary(saved, random_dictionary(), bits=4.3)
+    assert sorted(path.name for path in saved.iterdir()) == ["dictionary.safetensors.gz", "manifest.json"]
+    whole = (saved / "dictionary.safetensors.gz").read_bytes()
+    (saved / "dictionary.safetensors.gz").write_bytes(whole[:-9])
+    with pytest.raises(ReflowlensError, match="is not a readable packed file"):
+        load_dictionary(saved)
+    save_dictionary(saved, random_dictionary())
+    assert sorted(path.name for path in saved.iterdir()) == ["dictionary.safetensors", "manifest.json"]
+    with pytest.raises(ReflowlensError, match="bits must be a number from 1 to 8, got 9"):
+        save_dictionary(saved, random_dictionary(), bits=9)
+    assert sorted(path.name for path in saved.iterdir()) == ["dictionary.safetensors", "manifest.json"]
+
+
+def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
+    folder = save_dictionary(tmp_path / "packed", random_dictionary(), bits=4.3)
+    code = (
+        "import sys, torch, reflowlens as rl\n"
+        "print([p.double().sum().item() for p in rl.load_dictionary(sys.argv[1]).parameters()])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout
+    assert json.loads(shown) == [p.double().sum().item() for p in load_dictionary(folder).parameters()]
