@@ -1,0 +1,1 @@
+"""Training of dictionaries: activations harvested from a model, and several dictionaries fitted to them at once."""
