@@ -51,12 +51,12 @@ _DEFAULTS = {
 }
 ARCHITECTURES = tuple(_DEFAULTS)
 _FACTORED = ("reflow", "reflow_topk", "reflow_lite")
-_NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons, some of which training may drop
+_NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons
 # What an architecture is made of, and no configuration changes.
 _FIXED: dict[str, dict[str, Any]] = {
     "bdh": {name: value for name, value in _BDH.items() if name != "eps"}
     | {"n_key_value_heads": None, "tie_word_embeddings": False, "rotary_scaling": None}
-    | dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias"), False)
+    | dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias"), False)
 }
 _CHOICES: dict[str, Collection[object]] = {
     "architecture": _DEFAULTS.keys(),
@@ -126,10 +126,13 @@ class ModelConfig:
         qkv_bias, attn_out_bias: attention has ``b_Q``, ``b_K``, ``b_V``; it has ``b_O``.
         mlp_bias: MLPs have ``b_in`` and ``b_out``, gated ones ``b_gate`` too.
         tie_word_embeddings: logits are read through the embedding; False gives the model a matrix ``unembed.W_U``.
-        dropout: probability with which training zeroes a neuron (``bdh`` only).
+        unembed_bias: logits have a bias ``unembed.b_U``, of a model whose ``tie_word_embeddings`` is False.
+        dropout: probability with which training zeroes an entry of an attention pattern and of what attention and MLP
+            add to the stream; of ``bdh`` a neuron.
         tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
             weights (:func:`reflowlens.tokenizers.ranks.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
+        scale_residual_init: decoders divide that of ``W_O`` and ``W_out`` by √(2 n_layers), as GPT-2 does.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
             ``gpt2`` draws the basis like every other matrix.
         model_name: what the model is called; free text.
@@ -171,9 +174,11 @@ class ModelConfig:
     attn_out_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = True
+    unembed_bias: bool = False
     dropout: float = 0.0
     tokenizer_name: str = "gpt2"
     initializer_range: float = 0.02
+    scale_residual_init: bool = True
     basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
     model_name: str = ""
     device: str = "cpu"
@@ -212,6 +217,7 @@ class ModelConfig:
         self._check_heads()
         self._check_rotary()
         self._check_signals()
+        self._check_readout()
         self._check_neurons()
 
     def _check_heads(self) -> None:
@@ -246,14 +252,16 @@ class ModelConfig:
         elif self.topk is not None:
             raise ReflowlensError(f"topk must be None for architecture {self.architecture!r}: only reflow_topk prunes")
 
+    def _check_readout(self) -> None:
+        if self.unembed_bias and self.tie_word_embeddings:
+            raise ReflowlensError(
+                "unembed_bias must be False with tie_word_embeddings=True: a readout of its own alone has a bias"
+            )
+
     def _check_neurons(self) -> None:
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ReflowlensError(f"dropout must be a number from 0 to below 1, got {self.dropout!r}")
         in_heads = self.architecture in _NEURONS_IN_HEADS
-        if self.dropout and not in_heads:
-            raise ReflowlensError(
-                f"dropout must be 0 for architecture {self.architecture!r}: only {', '.join(_NEURONS_IN_HEADS)} has it"
-            )
         if in_heads and self.d_mlp != self.n_heads * self.d_head:
             raise ReflowlensError(
                 f"d_mlp must be n_heads * d_head = {self.n_heads * self.d_head}, the neurons of a level, "
@@ -342,7 +350,9 @@ _OF_FEW_MODELS = {
     "attn_out_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": True,
+    "unembed_bias": False,
     "dropout": 0.0,
+    "scale_residual_init": True,
 }
 
 
@@ -386,8 +396,8 @@ def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:
     return ModelConfig(architecture=architecture, n_layers=n_layers, **(sizes | fields))
 
 
-# The seven published configurations of the reFlow family, and BDH's. The family's published parameter counts determine
-# the sizes; head counts do not show in a count and follow nanoGPT (head width 64).
+# The seven published configurations of the reFlow family, BDH's, and the GPT that TinyTranscoder explains. The family's
+# published parameter counts determine the sizes; head counts do not show in a count and follow nanoGPT (head width 64).
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": _published("gpt2", 36, d_mlp=4096),
     "gpt2_new": _published("gpt2_new", 36),
@@ -410,6 +420,24 @@ PRESETS: dict[str, ModelConfig] = {
         dropout=0.1,
         tie_word_embeddings=False,
         tokenizer_name="bytes",
+    ),
+    "tiny_transcoder_gpt": ModelConfig(
+        architecture="gpt2",
+        n_layers=2,
+        d_model=512,
+        n_heads=12,
+        d_head=42,  # 512 // 12: the heads are 504 channels together
+        d_mlp=2048,
+        d_vocab=50_257,
+        n_ctx=64,
+        act_fn="relu",
+        norm_bias=True,
+        attn_out_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        unembed_bias=True,
+        dropout=0.1,
+        scale_residual_init=False,
     ),
 }
 

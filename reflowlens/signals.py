@@ -1,7 +1,7 @@
 """Signals: the coordinates in which a prediction is read.
 
 A :class:`SignalView` is a recipe R [d_vocab, S] and a basis B [S, d_model] with R B = W_E. (Where a model has an
-unembedding of its own, W_E stands for W_Uᵀ here.) A reFlow model was trained with one, its ``native`` view. The other
+unembedding of its own, W_E stands for W_Uᵀ here, and its bias b_U, if it has one, is no signal's.) A reFlow model was trained with one, its ``native`` view. The other
 views are computed from any model's weights, of reFlow's too, so that a claim about signals can be compared with
 coordinates that were not trained:
 
@@ -38,7 +38,7 @@ from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import wide, without_autocast
-from reflowlens.models.parts import Norm
+from reflowlens.models.parts import Norm, plus
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers.targets import target_ids
 from reflowlens.varimax import varimax_rotation
@@ -57,6 +57,7 @@ class SignalView:
         basis: B, a row per signal.
         norm: the final norm, which a readout goes through.
         model: the model that the view was made from.
+        bias: what the readout adds to the logits whatever the signals are; None if it has no bias.
 
     Example:
         >>> import reflowlens as rl
@@ -73,6 +74,7 @@ class SignalView:
     basis: Float[Tensor, "S d_model"]
     norm: Norm = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
+    bias: Float[Tensor, " d_vocab"] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def n_signals(self) -> int:
@@ -97,7 +99,7 @@ class SignalView:
             return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
-        """The logits R a of readout coordinates a.
+        """The logits R a of readout coordinates a, with the readout's bias.
 
         Raises:
             ReflowlensError: the last axis is not S.
@@ -106,7 +108,19 @@ class SignalView:
         """
         _check_vectors("a readout", signals, "S", self.n_signals)
         with without_autocast(self.recipe):
-            return signals @ self.recipe.T
+            return plus(signals @ self.recipe.T, self.bias)
+
+    def bias_of(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """What the readout adds to some tokens' logits whatever the signals are; 0 where it has no bias."""
+        return self.recipe.new_zeros(tokens.shape) if self.bias is None else self.bias[tokens]
+
+    def of_tokens(self, n: int) -> SignalView:
+        """The view of the first n tokens alone.
+
+        Example: ``view.of_tokens(view.n_tokens)  # without padding, which no token id reaches``
+        """
+        bias = None if self.bias is None else self.bias[:n]
+        return dataclasses.replace(self, recipe=self.recipe[:n], bias=bias)
 
     def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
         """The vector r B that write coordinates r, such as a row of R, stand for in the residual stream.
@@ -123,7 +137,9 @@ class SignalView:
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch S"]:
-        """What each signal adds to the target's logit, aₛ · R[target, s], in logits; the sum over S is the logit.
+        """What each signal adds to the target's logit, aₛ · R[target, s], in logits.
+
+        The sum over S is the logit, less the readout's bias where it has one (:meth:`bias_of`).
 
         Args:
             resid: residual streams x, which are read out: a = B norm_final(x).
@@ -253,11 +269,12 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
         return varimax_view(signal_view(model), seed=seed)
     with without_autocast(model.ln_final.w):
         embedding = wide(model.W_U.T.detach())
+    bias = wide(model.b_U.detach()) if model.cfg.unembed_bias else None
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
-        return SignalView("identity", embedding, identity, model.ln_final, model)
+        return SignalView("identity", embedding, identity, model.ln_final, model, bias)
     U, singular_values, Vh = torch.linalg.svd(embedding, full_matrices=False)
-    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model)
+    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model, bias)
 
 
 def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int = 0) -> SignalView:

@@ -46,7 +46,8 @@ def gaussian_view(view: SignalView, seed: int) -> SignalView:
 
 def shuffled_view(view: SignalView, seed: int) -> SignalView:
     """The control ``shuffled_recipe``: entries of real tokens permuted within each signal, the same basis."""
-    return dataclasses.replace(view, recipe=shuffle_columns(view.recipe[: view.n_tokens], seed))
+    real = view.of_tokens(view.n_tokens)
+    return dataclasses.replace(real, recipe=shuffle_columns(real.recipe, seed))
 
 
 def recipe_nulls(view: SignalView, seed: int, experiment: str) -> Iterator[tuple[str, SignalView]]:

@@ -6,8 +6,6 @@ here is that of a token among the real ones (:func:`real_tokens`).
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +18,7 @@ from reflowlens.signals import SignalView
 
 def real_tokens(view: SignalView) -> SignalView:
     """The view without padding rows of the recipe, which no tokenizer id reaches."""
-    return dataclasses.replace(view, recipe=view.recipe[: view.n_tokens])
+    return view.of_tokens(view.n_tokens)
 
 
 def write_norms(view: SignalView, signals: Float[Tensor, "prompt S"]) -> Float[Tensor, "prompt S"]:

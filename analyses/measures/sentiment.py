@@ -52,7 +52,8 @@ class Poles:
 
     def logits(self, view: SignalView, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row word"]:
         """Logits of the words when the residual stream ends so."""
-        return view.readout(resid) @ view.recipe[self.ids].T
+        ids = torch.tensor(self.ids, device=view.recipe.device)
+        return view.readout(resid) @ view.recipe[ids].T + view.bias_of(ids)
 
     def log_odds(self, logits: Float[Tensor, "*row word"]) -> Float[Tensor, "*row"]:
         """log(probability of all positive words / probability of all negative ones), in nats."""

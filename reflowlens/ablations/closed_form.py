@@ -1,6 +1,6 @@
 """The readout with some of its signals replaced, in closed form.
 
-Logits are linear in the readout signals, ``logits = R a``, so replacing signal s moves them by ``d_s R_:s`` with
+Logits are affine in the readout signals, ``logits = R a + b``, so replacing signal s moves them by ``d_s R_:s`` with
 ``d = a' - a``. What that does to a prediction needs no further run of the model, whichever signals are replaced: each
 alone (:class:`SingleAblations`), or the first k of an order for each k (:class:`ProgressiveAblations`).
 """
@@ -115,14 +115,13 @@ class SingleAblations(ReadoutAblations):
         return "signal", range(self.view.n_signals)
 
     def logit(self, target: Target) -> Float[Tensor, "prompt S"]:
-        rows = self._rows(target)
-        return (self.signals * rows).sum(dim=-1, keepdim=True) + self._change * rows
+        return self._before(target)[:, None] + self._change * self._rows(target)
 
     def probability(self, target: Target) -> Float[Tensor, "prompt S"]:
         kl, mean, log_normaliser = self._divergence
         rows = self._rows(target)
-        before = (self.signals * rows).sum(dim=-1, keepdim=True) - log_normaliser[:, None]
-        return (before + self._change * (rows - mean) - kl).exp()
+        log_p = (self._before(target) - log_normaliser)[:, None]
+        return (log_p + self._change * (rows - mean) - kl).exp()
 
     def kl(self) -> Float[Tensor, "prompt S"]:
         return self._divergence[0]
@@ -168,6 +167,11 @@ class SingleAblations(ReadoutAblations):
     def _change(self) -> Float[Tensor, "prompt S"]:
         return self._replacement - self.signals
 
+    def _before(self, target: Target) -> Float[Tensor, " prompt"]:
+        """The target's logit with nothing replaced."""
+        ids = _target_ids(self.view, self.signals, target)
+        return (self.signals * self.view.recipe[ids]).sum(dim=-1) + self.view.bias_of(ids)
+
     def _rows(self, target: Target) -> Float[Tensor, "prompt S"]:
         return self.view.recipe[_target_ids(self.view, self.signals, target)]
 
@@ -211,8 +215,9 @@ class ProgressiveAblations(ReadoutAblations):
         return "count", self.counts
 
     def logit(self, target: Target) -> Float[Tensor, "prompt count"]:
-        rows = self.view.recipe[_target_ids(self.view, self.signals, target)]
-        return self._of_cells(lambda signals, prompts: (signals * rows[prompts]).sum(dim=-1))
+        ids = _target_ids(self.view, self.signals, target)
+        rows, bias = self.view.recipe[ids], self.view.bias_of(ids)
+        return self._of_cells(lambda signals, prompts: (signals * rows[prompts]).sum(dim=-1) + bias[prompts])
 
     def probability(self, target: Target) -> Float[Tensor, "prompt count"]:
         ids = _target_ids(self.view, self.signals, target)[:, None]

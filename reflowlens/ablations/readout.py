@@ -1,6 +1,6 @@
 """Removing signals at the readout, in closed form.
 
-Logits are linear in the readout signals, ``logits = R a``, so replacing signal s moves them by ``d_s R_:s`` with
+Logits are affine in the readout signals, ``logits = R a + b``, so replacing signal s moves them by ``d_s R_:s`` with
 ``d = a' - a``. What that does to a prediction needs no further run of the model, whichever signals are removed: each
 alone, or the first k of an order for each k (:mod:`reflowlens.ablations.closed_form`).
 

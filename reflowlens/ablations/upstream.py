@@ -117,15 +117,15 @@ class ViewReader(Reader):
         super().__init__(cast(ResidualModel, view.model), metric, prompts.as_clean())
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
-        return Readout(self.view.readout(resid), self.view.recipe)
+        return Readout(self.view.readout(resid), self.view.recipe, self.view.bias)
 
     def without_signal(
         self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"], signals: Int[Tensor, " row"]
     ) -> Float[Tensor, " row"]:
         """The metric of rows that end in these streams, each with one signal zeroed at the readout."""
-        features, recipe = self._readout(resid)
-        features[torch.arange(len(signals), device=signals.device), :, signals] = 0.0
-        return self._of_readout(Readout(features, recipe), prompts)
+        readout = self._readout(resid)
+        readout.features[torch.arange(len(signals), device=signals.device), :, signals] = 0.0
+        return self._of_readout(readout, prompts)
 
 
 class _Removals:

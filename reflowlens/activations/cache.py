@@ -136,7 +136,8 @@ class ActivationCache(transformer_lens.ActivationCache):
     ) -> Float[Tensor, "*batch pos S"]:
         """What each signal adds to the target's logit at every position: aₛ · R[target, s], in logits.
 
-        The sum over S is the target's logit at the end of the model, and that of the logit lens at earlier layers.
+        The sum over S is the target's logit at the end of the model, and that of the logit lens at earlier layers, less
+        the readout's bias ``model.b_U`` where it has one.
 
         Args:
             target: one token for all positions (its text or id), or ids [batch, pos], one per position.

@@ -66,7 +66,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
         raise ReflowlensError(
             f"this {model.cfg.architecture!r} model is neither a LlamaForCausalLM (RMSNorm, rotary positions, gated "
             "MLP, d_model a multiple of n_heads) nor a GPT2LMHeadModel (LayerNorm, learned positions, plain MLP, heads "
-            "that make up d_model): transformers has no class for it"
+            "that make up d_model), both with a readout without bias: transformers has no class for it"
         )
     cfg = family.as_family(model.cfg)
     dtype = dtype or next(model.parameters()).dtype

@@ -22,6 +22,7 @@ def fits(cfg: ModelConfig) -> bool:
         and cfg.kv_heads == cfg.n_heads
         and cfg.n_heads * cfg.d_head == cfg.d_model
         and not cfg.gated_mlp
+        and not cfg.unembed_bias
     )
 
 

@@ -33,6 +33,7 @@ def fits(cfg: ModelConfig) -> bool:
         and not cfg.norm_bias
         and cfg.positional_embedding_type == "rotary"
         and bool(cfg.gated_mlp)
+        and not cfg.unembed_bias
         and cfg.d_model % cfg.n_heads == 0
     )
 

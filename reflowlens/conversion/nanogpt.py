@@ -203,6 +203,7 @@ def _kinds(shapes: Shapes, adjacent: bool) -> dict[str, Any]:
         "attn_out_bias": "0.o.bias" in shapes,
         "mlp_bias": "0.down.bias" in shapes,
         "tie_word_embeddings": "head" not in shapes,
+        "unembed_bias": {"head", "head.bias"} <= set(shapes),
     }
 
 
@@ -245,6 +246,8 @@ def _layout(cfg: ModelConfig, names: Mapping[str, str], shapes: Shapes) -> list[
         entries.append(entry(at("final_norm.bias"), "ln_final.b", VECTOR))
     if not cfg.tie_word_embeddings:
         entries.append(entry(at("head"), "unembed.W_U", TRANSPOSED))
+    if cfg.unembed_bias:
+        entries.append(entry(at("head.bias"), "unembed.b_U", VECTOR))
     mlp = {"gate": "gate", "up": "in", "down": "out"} if cfg.gated_mlp else {"up": "in", "down": "out"}
     for layer in range(cfg.n_layers):
         ours = f"blocks.{layer}"

@@ -206,7 +206,11 @@ class Attention(nn.Module):
         v: Float[Tensor, "batch all_pos kv_head d_head"],
         mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows."""
+        """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows.
+
+        In training some entries of the pattern are dropped, as the configuration says.
+        """
+        dropped = self.cfg.dropout if self.training else 0.0
         q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
         new, total = q.shape[2], k.shape[2]
         if is_hooked(self.hook_attn_scores, self.hook_pattern) or (new > 1 and not all_finite(k, v)):
@@ -216,13 +220,13 @@ class Attention(nn.Module):
             scores = wide(q @ k.transpose(-1, -2)) / self.cfg.d_head**0.5
             scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
-            z = weighted_sum(pattern.to(v.dtype), v)
+            z = weighted_sum(F.dropout(pattern.to(v.dtype), dropped), v)
         else:
             if mask is None and new not in (1, total):
                 mask = _causal(new, total, q.device)
             grouped = self.cfg.kv_heads != self.cfg.n_heads
             z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
+                q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=mask is None and new > 1, enable_gqa=grouped
             )
         return rearrange(z, "batch head pos d_head -> batch pos head d_head")
 

@@ -44,7 +44,7 @@ class HookedModel(Architecture, HookingModel):
         """The unembedding direction of each token, ``W_U[:, token]`` times the final norm's weight.
 
         The inner product with the residual stream divided by the final norm's scale is the token's logit, less
-        ``b · W_U[:, token]`` if that norm has a bias b. TransformerLens's ``logit_attrs``, which divides by the scale
+        ``b · W_U[:, token]`` if that norm has a bias b, and less ``b_U[token]``. TransformerLens's ``logit_attrs``, which divides by the scale
         alone, therefore sums to it.
 
         Args:
@@ -74,6 +74,11 @@ class HookedModel(Architecture, HookingModel):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding as one matrix; a tied one is formed at each access."""
+        raise NotImplementedError
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias; zeros where it has none."""
         raise NotImplementedError
 
     @property

@@ -76,6 +76,7 @@ class Block(nn.Module):
         self.hook_resid_mid = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
+        self.dropout = cfg.dropout
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
@@ -87,10 +88,10 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The attention half: ``resid_pre`` to ``resid_mid``."""
         resid = self.hook_resid_pre(resid)
-        return self.hook_resid_mid(resid + self.hook_attn_out(self.attn(resid, self.ln1, places, past)))
+        out = self.hook_attn_out(self.attn(resid, self.ln1, places, past))
+        return self.hook_resid_mid(resid + F.dropout(out, self.dropout, self.training))
 
     def feed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The MLP half: ``resid_mid`` to ``resid_post``."""
-        return self.hook_resid_post(
-            resid + self.hook_mlp_out(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid))))
-        )
+        out = self.hook_mlp_out(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid))))
+        return self.hook_resid_post(resid + F.dropout(out, self.dropout, self.training))

@@ -50,8 +50,9 @@ class Decoder(StackedWeights, ResidualModel):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """N(0, initializer_range²), divided by √(2 n_layers) for residual projections (Radford et al., 2019)."""
+        """N(0, initializer_range²); residual projections divided by √(2 n_layers), as in GPT-2, unless told not to."""
         std = self.cfg.initializer_range
+        residual_std = std / (2 * self.cfg.n_layers) ** 0.5 if self.cfg.scale_residual_init else std
         for name, parameter in self.named_parameters():
             if name.endswith(".w"):
                 parameter.fill_(1.0)
@@ -59,7 +60,7 @@ class Decoder(StackedWeights, ResidualModel):
                 parameter.zero_()
             else:
                 residual = name.endswith(("attn.W_O", "mlp.W_out"))
-                parameter.normal_(0.0, std / (2 * self.cfg.n_layers) ** 0.5 if residual else std, generator=generator)
+                parameter.normal_(0.0, residual_std if residual else std, generator=generator)
 
     @classmethod
     def table_bytes(cls, cfg: ModelConfig) -> int:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.models.numerics import wide
+from reflowlens.models.parts import plus
 
 IGNORE = -100  # torch's own convention for a target that does not count
 
@@ -24,8 +25,9 @@ def cross_entropy(
     matrix: Float[Tensor, "d_vocab k"],
     targets: Int[Tensor, " n"],
     chunk: int = 1024,
+    bias: Float[Tensor, " d_vocab"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean of ``-log softmax(features @ matrix.T)[target]`` in nats, over the targets that are not negative.
+    """Mean of ``-log softmax(features @ matrix.T + bias)[target]`` in nats, over the targets that are not negative.
 
     Under autocast the products run in its dtype; the softmax and the sums are float32 at least.
 
@@ -35,24 +37,31 @@ def cross_entropy(
     True
     """
     targets = targets.masked_fill(targets < 0, IGNORE)  # others mark what does not count by -1
-    if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad):
-        return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk)
+    needs_bias = bias is not None and bias.requires_grad
+    if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad or needs_bias):
+        return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk, bias)
     losses = [
-        token_losses(features[i : i + chunk], matrix, targets[i : i + chunk]) for i in range(0, len(targets), chunk)
+        token_losses(features[i : i + chunk], matrix, targets[i : i + chunk], bias)
+        for i in range(0, len(targets), chunk)
     ]
     return torch.cat(losses).sum() / (targets != IGNORE).sum()
 
 
 def token_losses(
-    features: Float[Tensor, "n k"], matrix: Float[Tensor, "d_vocab k"], targets: Int[Tensor, " n"]
+    features: Float[Tensor, "n k"],
+    matrix: Float[Tensor, "d_vocab k"],
+    targets: Int[Tensor, " n"],
+    bias: Float[Tensor, " d_vocab"] | None = None,
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of each position in nats, 0 where the target is ``IGNORE``."""
-    return F.cross_entropy(wide(features @ matrix.T), targets, ignore_index=IGNORE, reduction="none")
+    return F.cross_entropy(wide(plus(features @ matrix.T, bias)), targets, ignore_index=IGNORE, reduction="none")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int, bias: Tensor | None
+    ) -> Tensor:
         dtype = features.dtype
         device = features.device.type
         if torch.is_autocast_enabled(device):
@@ -62,17 +71,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = counted.to(torch.promote_types(dtype, torch.float32)) / counted.sum()
         loss = torch.zeros((), device=features.device, dtype=weight.dtype)
         grad_features, grad_matrix = torch.empty_like(features), torch.zeros_like(matrix)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, features.shape[0], chunk):
             rows = slice(start, start + chunk)
             x = features[rows].to(dtype).masked_fill(~counted[rows, None], 0.0)  # 0 · NaN would count
             share = weight[rows, None]
             target = targets[rows, None].clamp(min=0)
-            log_p = wide(x @ W.T).log_softmax(dim=-1)
+            log_p = wide(plus(x @ W.T, bias)).log_softmax(dim=-1)
             loss = loss - (log_p.gather(1, target) * share).sum()
-            grad_logits = ((log_p.exp() * share).scatter_add(1, target, -share)).to(dtype)
+            grad_logits = (log_p.exp() * share).scatter_add(1, target, -share)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(dtype)
             grad_features[rows] = (grad_logits @ W).to(features.dtype)
             grad_matrix += grad_logits.T @ x
-        ctx.save_for_backward(grad_features, grad_matrix)
+        ctx.save_for_backward(grad_features, grad_matrix, grad_bias)
         return loss
 
     @staticmethod
@@ -81,6 +94,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.is_grad_enabled() and not torch.compiler.is_compiling()
         ):  # create_graph: their own part would be missing
             raise RuntimeError("the chunked loss has no second derivative: take F.cross_entropy of the logits")
-        grad_features, grad_matrix = ctx.saved_tensors
+        grad_features, grad_matrix, grad_bias = ctx.saved_tensors
         (scale,) = grad_output
-        return grad_features * scale, grad_matrix * scale, None, None
+        return grad_features * scale, grad_matrix * scale, None, None, None if grad_bias is None else grad_bias * scale

@@ -40,8 +40,8 @@ class RecipeUnembed(Unembed):
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         recipe, basis = weights
         if not is_hooked(self.hook_signal) and forming_is_cheaper(x.shape[0] * x.shape[1], recipe, basis):
-            return Readout(x, recipe @ basis)
-        return Readout(self.hook_signal(x @ basis.T), recipe)
+            return Readout(x, recipe @ basis, None)
+        return Readout(self.hook_signal(x @ basis.T), recipe, None)
 
 
 def forming_is_cheaper(n: int, recipe: Float[Tensor, "d_vocab S"], basis: Float[Tensor, "S d_model"]) -> bool:

@@ -20,6 +20,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import ReturnType, checked_pass
 from reflowlens.models.loss import cross_entropy
 from reflowlens.models.numerics import dense
+from reflowlens.models.parts import bias, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Positions
 from reflowlens.models.text import TextInput
@@ -29,18 +30,24 @@ ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters
 
 
 class Readout(NamedTuple):
-    """The last linear map, not yet applied: ``logits = features @ matrix.T``."""
+    """The last affine map, not yet applied: ``logits = features @ matrix.T + bias``."""
 
     features: Float[Tensor, "batch pos k"]
     matrix: Float[Tensor, "d_vocab k"]
+    bias: Float[Tensor, " d_vocab"] | None
 
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.features @ self.matrix.T
+        return plus(self.features @ self.matrix.T, self.bias)
+
+    def logits_of(self, tokens: Int[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos n"]:
+        """Those of a few tokens, which cost a few rows of the matrix."""
+        logits = torch.einsum("bpk,bpnk->bpn", self.features, self.matrix[tokens])
+        return plus(logits, None if self.bias is None else self.bias[tokens])
 
     def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
         if targets is None:
             raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
-        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten())
+        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten(), bias=self.bias)
 
 
 class Embed(nn.Module):
@@ -60,21 +67,22 @@ class Unembed(nn.Module):
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         (W_E,) = weights
-        return Readout(x, W_E)
+        return Readout(x, W_E, None)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.readout(x, self.tied_weights()).logits()
 
 
 class OwnUnembed(Unembed):
-    """A readout with a matrix of its own, as large Llamas have it."""
+    """A readout with a matrix of its own, as large Llamas have it, and perhaps a bias."""
 
     def __init__(self, model: ResidualModel) -> None:
         super().__init__(model)
         self.W_U = nn.Parameter(torch.empty(model.cfg.d_model, model.cfg.d_vocab))
+        self.b_U = bias(model.cfg.unembed_bias, model.cfg.d_vocab)
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        return Readout(x, self.W_U.T)
+        return Readout(x, self.W_U.T, self.b_U)
 
 
 class ResidualModel(HookedModel):
@@ -182,5 +190,7 @@ class ResidualModel(HookedModel):
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias: these architectures have none (a bias of the final norm is the norm's)."""
+        """The unembedding's bias; zeros where it has none (a bias of the final norm is the norm's)."""
+        if isinstance(self.unembed, OwnUnembed) and self.unembed.b_U is not None:
+            return self.unembed.b_U
         return torch.zeros(self.cfg.d_vocab, device=self.cfg.device, dtype=torch.float32)

@@ -27,8 +27,7 @@ class LazyLogits:
     readout: Readout
 
     def tokens(self, ids: Int[Tensor, "#row #pos n"]) -> Float[Tensor, "row pos n"]:
-        features, matrix = self.readout
-        return torch.einsum("rpk,rpnk->rpn", features, matrix[ids.expand(*features.shape[:2], -1)])
+        return self.readout.logits_of(ids.expand(*self.readout.features.shape[:2], -1))
 
     def vocabulary(self) -> Float[Tensor, "row pos d_vocab"]:
         return self.readout.logits()
@@ -101,7 +100,7 @@ class Reader:
 
     def of_signals(self, signals: Float[Tensor, "row pos S"], prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         """The metric of rows whose readout signals at all positions are these."""
-        return self._of_readout(Readout(self.read(signals, prompts), self.weights[0]), prompts)
+        return self._of_readout(Readout(self.read(signals, prompts), self.weights[0], None), prompts)
 
     def _value(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, " prompt"]:
         """The metric of a run, before it is normalised."""
@@ -124,10 +123,10 @@ class Reader:
         return self.model.unembed.readout(self.model.ln_final(resid), self.weights)
 
     def _of_readout(self, readout: Readout, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        features, matrix = readout
-        rows = max(1, _LOGITS_AT_ONCE // (features.shape[1] * matrix.shape[0]))
+        features = readout.features
+        rows = max(1, _LOGITS_AT_ONCE // (features.shape[1] * readout.matrix.shape[0]))
         parts = [
-            self._score(LazyLogits(Readout(features[i : i + rows], matrix)), prompts[i : i + rows])
+            self._score(LazyLogits(readout._replace(features=features[i : i + rows])), prompts[i : i + rows])
             for i in range(0, len(features), rows)
         ]
         return self._normalise(torch.cat(parts), prompts)

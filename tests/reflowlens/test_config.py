@@ -29,6 +29,7 @@ COUNTS = {
     "reflow_1_lite": (413_336_576, 413.34),
     "reflow_1_small": (46_471_680, 46.47),
     "bdh": (25_296_896, 25.30),
+    "tiny_transcoder_gpt": (57_816_145, 57.82),
 }
 
 
@@ -39,7 +40,7 @@ def test_presets_have_the_published_numbers_of_parameters(name: str) -> None:
     assert model.n_parameters == exact
     assert round(exact / 1e6, 2) == published
     assert model.cfg.model_name == name
-    assert model.cfg.n_ctx == (4096 if name == "bdh" else 1024)
+    assert model.cfg.n_ctx == {"bdh": 4096, "tiny_transcoder_gpt": 64}.get(name, 1024)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -125,6 +126,10 @@ def test_a_configuration_survives_json(cfg: ModelConfig) -> None:
         ("qkv_bias", 1, ("True or False",)),
         ("use_attn_result", "no", ("True or False",)),
         ("tie_word_embeddings", False, ("'reflow'", "both ends")),
+        ("unembed_bias", True, ("tie_word_embeddings=True",)),
+        ("unembed_bias", "yes", ("True or False",)),
+        ("scale_residual_init", 0, ("True or False",)),
+        ("dropout", 1.0, ("from 0 to below 1",)),
         ("rotary_scaling", 4.0, ("RotaryScaling",)),
         ("rotary_scaling", {"factor": 4.0}, ("low_freq_factor",)),
         ("rotary_scaling", SCALING | {"factor": 0}, ("positive number",)),
@@ -138,12 +143,14 @@ def test_errors_name_the_field_and_what_is_allowed(field: str, value: Any, also:
     assert all(text in str(error.value) for text in also)
 
 
-def test_what_imported_models_have_is_not_told_of_others() -> None:
+def test_what_few_models_have_is_not_told_of_others() -> None:
     """A configuration from before these fields reads as it did, and its description, which is hashed, is the same."""
-    only_imported = {"norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings", "rotary_scaling"}
-    only_imported.add("dropout")
-    for cfg in (*(cfg for name, cfg in PRESETS.items() if name != "bdh"), CONFIGS["reflow"]):
-        assert not only_imported & set(cfg.to_dict())
+    of_few = {"norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings", "rotary_scaling"}
+    of_few |= {"dropout", "unembed_bias", "scale_residual_init"}
+    others = ("bdh", "tiny_transcoder_gpt")
+    for cfg in (*(cfg for name, cfg in PRESETS.items() if name not in others), CONFIGS["reflow"]):
+        assert not of_few & set(cfg.to_dict())
+    assert of_few - set(PRESETS["tiny_transcoder_gpt"].to_dict()) == {"qkv_bias", "rotary_scaling"}
     assert {"qkv_bias", "tie_word_embeddings", "rotary_scaling"} < set(CONFIGS["llama_untied"].to_dict())
     cfg = tiny_config("llama_untied", rotary_scaling=SCALING)
     assert cfg.rotary_scaling == RotaryScaling(**SCALING)

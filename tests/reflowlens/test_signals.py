@@ -35,7 +35,7 @@ def test_contributions_sum_to_the_logit(name, view_name, tiny_models):
     model = tiny_models[name]
     logits, cache = model.run_with_cache([PROMPT, "Another one"])
     parts = cache.signal_contributions("e", view=view_name)
-    assert_close(parts.sum(-1), logits[..., ord("e")], 1e-5)
+    assert_close(parts.sum(-1) + model.b_U[ord("e")], logits[..., ord("e")], 1e-5)
 
 
 def test_the_final_signals_are_what_the_model_reads_out():

@@ -48,6 +48,17 @@ CONFIGS: dict[str, ModelConfig] = {
         rotary_scaling=RotaryScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=12),
         **_SIZES,
     ),
+    # Heads that do not make up d_model, and a readout with a bias.
+    "gpt2_own_readout": ModelConfig(
+        architecture="gpt2",
+        act_fn="relu",
+        norm_bias=True,
+        attn_out_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        unembed_bias=True,
+        **_SIZES | {"d_head": 7},
+    ),
 }
 NAMES = list(CONFIGS)
 FACTORED = [name for name in NAMES if name.startswith("reflow")]

@@ -143,7 +143,8 @@ def frozen_readout(
 class Split(NamedTuple):
     """What each part of the model contributes to a token's logit under the frozen norm.
 
-    `attention` holds its bias, `heads` do not; `embedding`, `attention`, `mlp` and `norm_bias` sum to the logit.
+    `attention` holds its bias, `heads` do not; `embedding`, `attention`, `mlp` and `norm_bias` sum to the logit, less the
+    readout's bias, which no part of the model writes.
     """
 
     embedding: Float[Tensor, "prompt S"]
@@ -153,7 +154,7 @@ class Split(NamedTuple):
     heads: Float[Tensor, "layer head prompt"]
 
     def logit(self) -> Float[Tensor, " prompt"]:
-        """The sum over parts and signals."""
+        """The sum over parts and signals: the logit less the readout's bias."""
         return torch.stack([part.sum(dim=(0, -1)) for part in self.parts().values()]).sum(dim=0)
 
     def parts(self) -> dict[str, Float[Tensor, "_block prompt S"]]:
@@ -191,7 +192,7 @@ class Reading(NamedTuple):
     """What a view reads of every prompt at every residual point.
 
     `readouts` are of the whole stream, `rows` the recipes of the targets, `logits` the model's own of these, computed
-    by its last norm and unembedding without the view.
+    by its last norm and unembedding without the view, less the readout's bias: what the signals make up.
     """
 
     readouts: Float[Tensor, "point prompt S"]
@@ -233,7 +234,7 @@ def read_contributions(view: SignalView, input: TextInput, target: int | None = 
     return Reading(
         view.readout(stack),
         view.recipe[targets],
-        model_logits(model, stack, targets),
+        model_logits(model, stack, targets) - view.bias_of(targets),
         targets,
         split_contributions(view, component_outputs(model, input), targets),
     )

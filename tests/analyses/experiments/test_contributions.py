@@ -112,7 +112,7 @@ def test_contributions_and_parts_sum_to_the_model_s_logit(name, view):
     for i, prompt in enumerate(PROMPTS):
         logits = model(prompt)[0, -1].detach()
         assert reading.targets[i] == logits[:256].argmax()
-        expected = logits[reading.targets[i]]
+        expected = logits[reading.targets[i]] - model.b_U[reading.targets[i]].detach()
         assert_close(reading.logits[-1, i], expected)
         assert_close(reading.contributions()[-1, i].sum(), expected)
         assert_close(reading.split.logit()[i], expected, relative=1e-4)

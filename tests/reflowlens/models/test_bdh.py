@@ -317,6 +317,7 @@ def test_the_commands_take_it_as_any_other(tmp_path: Path, capsys: pytest.Captur
         ("act_fn", "gelu", "'relu'"),
         ("tie_word_embeddings", True, "False"),
         ("mlp_bias", True, "False"),
+        ("unembed_bias", True, "False"),
         ("n_key_value_heads", 1, "None"),
         ("d_head", 7, "even"),
         ("n_signals", 8, "not factored"),
@@ -327,11 +328,6 @@ def test_errors_name_the_field(field: str, value: Any, also: str) -> None:
         dataclasses.replace(CONFIG, **{field: value})
     assert str(error.value).startswith(field)
     assert also in str(error.value)
-
-
-def test_dropout_is_refused_elsewhere() -> None:
-    with pytest.raises(ReflowlensError, match="dropout must be 0 for architecture 'reflow'"):
-        dataclasses.replace(preset("reflow_1_small"), dropout=0.1)
 
 
 # -- interventions and experiments ------------------------------------------------------------------------------------
