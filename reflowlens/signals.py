@@ -1,9 +1,9 @@
 """Signals: the coordinates in which a prediction is read.
 
 A :class:`SignalView` is a recipe R [d_vocab, S] and a basis B [S, d_model] with R B = W_E. (Where a model has an
-unembedding of its own, W_E stands for W_Uᵀ here, and its bias b_U, if it has one, is no signal's.) A reFlow model was trained with one, its ``native`` view. The other
-views are computed from any model's weights, of reFlow's too, so that a claim about signals can be compared with
-coordinates that were not trained:
+unembedding of its own, W_E stands for W_Uᵀ here; its bias b_U, if it has one, is no signal's.) A reFlow model was
+trained with one, its ``native`` view. The other views are computed from any model's weights, of reFlow's too, so that a
+claim about signals can be compared with coordinates that were not trained:
 
 =============  =================  =============  ==================================================================
 view           recipe             basis          what it is for
@@ -75,6 +75,13 @@ class SignalView:
     norm: Norm = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
     bias: Float[Tensor, " d_vocab"] | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.bias is not None and len(self.bias) != len(self.recipe):
+            raise ReflowlensError(
+                f"a view's bias has an entry for each row of its recipe, got {len(self.bias):,} for "
+                f"{len(self.recipe):,}: view.of_tokens(n) cuts both"
+            )
 
     @property
     def n_signals(self) -> int:

@@ -44,8 +44,8 @@ class HookedModel(Architecture, HookingModel):
         """The unembedding direction of each token, ``W_U[:, token]`` times the final norm's weight.
 
         The inner product with the residual stream divided by the final norm's scale is the token's logit, less
-        ``b · W_U[:, token]`` if that norm has a bias b, and less ``b_U[token]``. TransformerLens's ``logit_attrs``, which divides by the scale
-        alone, therefore sums to it.
+        ``b · W_U[:, token]`` if that norm has a bias b, and less ``b_U[token]``. TransformerLens's ``logit_attrs``,
+        which divides by the scale alone, therefore sums to it.
 
         Args:
             tokens: a text that is one token, an id, or ids of any shape.

@@ -59,9 +59,7 @@ def token_losses(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int, bias: Tensor | None) -> Tensor:
         dtype = features.dtype
         device = features.device.type
         if torch.is_autocast_enabled(device):

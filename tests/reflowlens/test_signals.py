@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,6 +92,16 @@ def test_a_recipe_written_to_the_stream_enters_as_the_token_does():
 def test_rotations_are_orthogonal(n, seed):
     A = random_rotation(n, seed)
     assert torch.allclose(A @ A.T, torch.eye(n), atol=1e-5)
+
+
+def test_a_view_of_fewer_tokens_keeps_their_biases():
+    model = random_model("gpt2_own_readout")
+    view = signal_view(model, "svd")
+    logits, cache = model.run_with_cache(PROMPT)
+    assert_close(view.of_tokens(256).logits(cache.signals(view=view)), logits[..., :256])
+    assert torch.equal(view.bias_of(torch.tensor([3, 70])), model.b_U[[3, 70]])
+    with pytest.raises(ReflowlensError, match="a view's bias has an entry for each row of its recipe, got 288 for 256"):
+        dataclasses.replace(view, recipe=view.recipe[:256])
 
 
 def test_a_rotation_changes_signals_and_keeps_cosines():

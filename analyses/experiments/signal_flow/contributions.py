@@ -143,8 +143,8 @@ def frozen_readout(
 class Split(NamedTuple):
     """What each part of the model contributes to a token's logit under the frozen norm.
 
-    `attention` holds its bias, `heads` do not; `embedding`, `attention`, `mlp` and `norm_bias` sum to the logit, less the
-    readout's bias, which no part of the model writes.
+    `attention` holds its bias, `heads` do not; `embedding`, `attention`, `mlp` and `norm_bias` sum to the logit, less
+    the readout's bias, which no part of the model writes.
     """
 
     embedding: Float[Tensor, "prompt S"]

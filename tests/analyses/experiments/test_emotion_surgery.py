@@ -17,10 +17,11 @@ from analyses.measures.sentiment import Poles, distinct_ngrams, sentiment_poles,
 from analyses.words.lexicon import load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from reflowlens.signals import signal_view
 from reflowlens.sweeps.injections import steer
 from tests.planted_results import STRENGTHS, SURGERY, last_effective, missed
 from tests.support.planted import FEELING, empty_model, feeling_lexicon, feeling_model, of_architecture
-from tests.support.tiny import tiny_config
+from tests.support.tiny import assert_close, random_model, tiny_config
 
 LEXICON = feeling_lexicon()
 
@@ -228,6 +229,14 @@ def test_log_odds_and_leaning():
     p = logits.exp()
     assert torch.allclose(poles.log_odds(logits), (p[:, :2].sum(1) / p[:, 2]).log())
     assert poles.leaning(logits).tolist() == [1, -1]
+
+
+def test_logits_of_the_poles_are_the_model_s():
+    model = random_model("gpt2_own_readout")
+    logits, cache = model.run_with_cache("The river")
+    poles = Poles((70, 80), (90,))
+    ours = poles.logits(signal_view(model), cache["resid_post", -1][0])
+    assert_close(ours, logits[0][:, poles.ids])
 
 
 def test_valence_and_distinctness():

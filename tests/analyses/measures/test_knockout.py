@@ -36,8 +36,9 @@ def test_a_matched_order_is_a_permutation_that_avoids_its_partner(n, seed):
     assert (matched[0, :-1] != order[0, :-1]).all()
 
 
-def test_real_tokens_are_those_of_the_tokenizer(model, final):
-    view = signal_view(model)
+@pytest.mark.parametrize("name", ["reflow", "gpt2_own_readout"])
+def test_real_tokens_are_those_of_the_tokenizer(name, final):
+    view = signal_view(random_model(name, seed=1))
     real = real_tokens(view)
     assert real.recipe.shape == (256, 32)
     a = view.readout(final)

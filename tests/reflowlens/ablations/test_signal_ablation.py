@@ -269,6 +269,23 @@ def performed(model: HookedModel, site: Site, signal: int) -> Tensor:
 METRICS = [rl.metrics.target_prob("e"), rl.metrics.loss(), rl.metrics.logit_diff("e", "x", position=2)]
 
 
+@pytest.mark.parametrize("site", [0, 1, 2])
+def test_a_readout_of_its_own_keeps_its_bias(tiny_models: dict[str, HookedModel], site: int) -> None:
+    model, metric = tiny_models["gpt2_own_readout"], rl.metrics.target_prob("e")
+    view = signal_view(model, "rotated")
+    name = f"blocks.{site}.hook_resid_pre" if site < 2 else "blocks.1.hook_resid_post"
+    result = rl.ablate_upstream(model, PROMPTS, metric, site, signals=[0, 3], view=view)
+    for signal, ours in zip([0, 3], result.values, strict=True):
+        logits = model.run_with_hooks(PROMPTS, fwd_hooks=[(name, without_direction(view.basis[signal]))]).detach()
+        assert_close(ours, last_logits(model, logits).softmax(-1)[:, TARGET])
+    order = torch.tensor([[0, 3, 5], [3, 0, 5]])
+    curve = rl.ablate_progressively(model, PROMPTS, order, view=view, counts=[0, 2])
+    a = view.readout(last_logits(model, model(PROMPTS, stop_at_layer=2)))
+    left = torch.stack([a, a.index_fill(1, torch.tensor([0, 3]), 0.0)], dim=1)
+    after = left @ view.recipe.T + model.b_U.detach()
+    check_against(curve, after, last_logits(model, model(PROMPTS)))
+
+
 @pytest.mark.parametrize("site", ["embed", "everywhere", 0, 1, 2])
 @pytest.mark.parametrize("name", FACTORED)
 def test_every_upstream_removal_is_what_hooks_do(tiny_models: dict[str, HookedModel], name: str, site: Site) -> None:

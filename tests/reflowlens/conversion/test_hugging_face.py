@@ -123,6 +123,14 @@ def same_function(ours: HookedModel, hf: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------- export
 
 
+@pytest.fixture
+def model(model: HookedModel) -> HookedModel:
+    """Every architecture that transformers has a class for."""
+    if model.cfg.unembed_bias:
+        pytest.skip("no class there has a bias of the readout: see test_models_that_transformers_has_no_class_for")
+    return model
+
+
 def test_transformers_opens_what_is_exported(model: HookedModel, tmp_path: Path) -> None:
     folder = export_hf(model, tmp_path / "hf")
     hf = AutoModelForCausalLM.from_pretrained(folder)
@@ -208,6 +216,8 @@ def test_weights_in_sixteen_bits(tmp_path: Path, dtype: torch.dtype) -> None:
         ("gpt2_new", {"d_model": 30}),
         ("gpt2", {"n_key_value_heads": 2}),
         ("gpt2", {"d_head": 6}),
+        ("gpt2", {"tie_word_embeddings": False, "unembed_bias": True}),
+        ("llama_untied", {"unembed_bias": True}),
         ("gpt2", {"positional_embedding_type": "rotary", "normalization_type": "RMS", "gated_mlp": True}),
     ],
 )

@@ -90,6 +90,17 @@ def test_tensors_alone(tmp_path: Path, kind: str) -> None:
         assert import_nanogpt(tmp_path / name, tokenizer="bytes").cfg.n_heads == 1
 
 
+def test_a_readout_of_its_own_with_a_bias(tmp_path: Path) -> None:
+    gpt = random_gpt(KINDS["gpt2"])
+    bias = torch.linspace(-1, 1, gpt.a.vocab_size)
+    state = gpt.state_dict()
+    expected = logits(gpt) * 2 + bias
+    state |= {"lm_head.weight": state["lm_head.weight"] * 2, "lm_head.bias": bias}
+    model = import_nanogpt(save(tmp_path / "c.pt", gpt, state), tokenizer="bytes")
+    assert_close(logits(model), expected)
+    assert torch.equal(model.b_U, bias)
+
+
 def test_matrices_stored_the_other_way_round(tmp_path: Path) -> None:
     """nn.Linear(S, d) and nn.Linear(V, S) keep [d, S] and [S, V]."""
     gpt = random_gpt(KINDS["reflow"])

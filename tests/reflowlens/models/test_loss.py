@@ -54,6 +54,22 @@ def test_equals_cross_entropy_of_the_whole(n: int, k: int, d_vocab: int, chunk: 
         torch.testing.assert_close(cross_entropy(features, matrix, targets, chunk), expected[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_a_bias_of_the_readout(chunk: int) -> None:
+    """In the loss, with and without gradients, and in every gradient; it alone may learn."""
+    features, matrix, targets = inputs(9, 4, 11, 0.3, 1)
+    bias = torch.linspace(-2, 2, 11).requires_grad_()
+    actual = with_gradients(lambda f, m: cross_entropy(f, m, targets, chunk, bias), features, matrix)
+    bias_grad, bias.grad = bias.grad, None
+    expected = with_gradients(lambda f, m: F.cross_entropy(f @ m.T + bias, targets), features, matrix)
+    for one, two in zip((*actual, bias_grad), (*expected, bias.grad), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    (alone,) = torch.autograd.grad(cross_entropy(features, matrix, targets, chunk, bias), bias)
+    assert_close(3 * alone, bias.grad, 1e-5)
+    with torch.no_grad():
+        assert_close(cross_entropy(features, matrix, targets, chunk, bias), expected[0], 1e-6)
+
+
 def test_one_side_may_be_fixed() -> None:
     """Features of a frozen model, or a frozen readout."""
     features, matrix, targets = inputs(9, 4, 11, 0.0, 1)

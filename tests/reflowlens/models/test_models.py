@@ -110,6 +110,32 @@ def test_initialisation(name: str) -> None:
         assert gpt2_like.embed.W_basis.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_residual_projections_may_start_as_wide_as_the_rest() -> None:
+    model = build_model(tiny_config("gpt2", d_model=128, d_mlp=512, d_head=64, scale_residual_init=False))
+    for weights in (model.W_Q, model.W_O, model.W_in, model.W_out):
+        assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("name", ["gpt2_own_readout", "reflow_lite"])
+@torch.no_grad()
+def test_what_dropout_drops_in_training(name: str, hooked: bool) -> None:
+    """Entries of the pattern, whichever code path attends, and of both outputs; what is left is divided by 1 - p."""
+    model, tokens, p = random_model(tiny_config(name, dropout=0.4)).train(), random_tokens(tiny_config(name), 200), 0.4
+    points = ["attn.hook_v", "attn.hook_z", "hook_attn_out", "hook_mlp_out"]
+    points += ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"]
+    names = [f"blocks.1.{point}" for point in (*points, *(["attn.hook_pattern"] if hooked else []))]
+    torch.manual_seed(0)
+    _, cache = model.run_with_cache(tokens, names_filter=names)
+    v, z, attn_out, mlp_out, pre, mid, post = (cache[f"blocks.1.{point}"] for point in points)
+    first = v[:, 0].repeat_interleave(model.cfg.n_heads // model.cfg.kv_heads, dim=1)  # all that position 0 attends to
+    for whole, left in ((first, z[:, 0]), (attn_out, mid - pre), (mlp_out, post - mid)):
+        is_dropped = (left.abs() < 1e-4) & (whole.abs() > 1e-3)
+        assert is_dropped.double().mean().item() == pytest.approx(p, abs=0.05)
+        torch.testing.assert_close(left, torch.where(left.abs() < 1e-4, left, whole / (1 - p)), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.eval()(tokens), random_model(name)(tokens))
+
+
 # -------------------------------------------------------------------------------------------------------------- signals
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.base import HookedModel
-from tests.reference import hugging_face
+from tests.reference import hugging_face, tiny_transcoder
 from tests.reference import reflow as reference
 from tests.support.tiny import CONFIGS, FACTORED, assert_close, random_model, random_tokens, tiny_config
 
@@ -107,6 +107,29 @@ def test_reflow_is_its_description(name: str) -> None:
     loss.backward()
     for parameter, gradient in gradients(model, tokens).items():
         assert_close(gradient, weights[parameter].grad, what=parameter)
+
+
+@pytest.mark.parametrize(("d_model", "n_heads"), [(31, 4), (26, 3)])
+def test_the_gpt_that_tiny_transcoder_explains(d_model: int, n_heads: int) -> None:
+    """With heads that do not make up d_model: logits, loss, every gradient, and the same from a cache."""
+    sizes = {"d_model": d_model, "n_heads": n_heads, "d_head": d_model // n_heads}
+    model = random_model(tiny_config("gpt2_own_readout", dropout=0.1, **sizes), seed=4)
+    cfg, tokens = model.cfg, random_tokens(model.cfg, batch=3, pos=model.cfg.n_ctx)
+    weights = {name: w.clone().requires_grad_() for name, w in weights_of(model).items()}
+    gpt = tiny_transcoder.GPT(cfg.n_layers, d_model, n_heads, cfg.d_mlp, cfg.d_vocab, cfg.n_ctx)
+    names = tiny_transcoder.in_their_names(weights)
+    assert names.keys() == dict(gpt.named_parameters()).keys()
+    expected = torch.func.functional_call(gpt, names, (tokens,))
+    assert_close(model(tokens).detach(), expected.detach(), what="logits")
+    loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    torch.testing.assert_close(model(tokens, return_type="loss"), loss, rtol=1e-6, atol=1e-6)
+    for parameter, gradient in gradients(model, tokens).items():
+        assert_close(gradient, weights[parameter].grad, what=parameter)
+    past = model.make_cache(3)
+    with torch.no_grad():
+        parts = [model(part, past_kv_cache=past) for part in tokens.split((5, 1, 1, 17), dim=1)]
+    assert_close(torch.cat(parts, dim=1), expected.detach(), what="from a cache")
 
 
 @pytest.mark.parametrize("kept", [1, 40])

@@ -34,8 +34,8 @@ def assert_same_effect(actual: Tensor, expected: Tensor) -> None:
 
 
 def of_final_bias(model: HookedModel) -> Tensor:
-    """[d_vocab], what the final norm's bias adds to each logit: no part of the stream writes it."""
-    return bias(model.ln_final.b).expand(model.cfg.d_model) @ model.W_U
+    """[d_vocab], what the biases of the final norm and of the readout add to each logit: no part of the stream does."""
+    return bias(model.ln_final.b).expand(model.cfg.d_model) @ model.W_U + model.b_U
 
 
 @pytest.fixture
