@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from reflowlens.config import nearest
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -20,7 +17,7 @@ def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = Fal
 
     Args:
         dictionary: with ``cfg.model_hash`` empty, the model's weights are not compared.
-        model: a hooked model, compiled or not. It sees one token, for the widths of its activations.
+        model: a hooked model, compiled or not; it is not run.
         other_model: on purpose a model of other weights, e.g. with the dictionary of its untrained twin: then only the
             hook points and their widths must be there.
 
@@ -34,13 +31,12 @@ def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = Fal
                 f"{_of(dictionary)} has {point!r}, and this model has no such hook point"
                 f"{nearest(point, list(model.hook_dict))}"
             )
-    shapes = _shapes(model, (*cfg.reads, *cfg.writes))
     for points, width in ((cfg.reads, cfg.d_in), (cfg.writes, cfg.d_out)):
         for point in points:
-            if shapes.get(point) != [1, 1, width]:
+            if (shape := _shape(model, point)) != [1, 1, width]:
                 raise ReflowlensError(
                     f"{_of(dictionary)} expects activations [batch, pos, {width}] at {point}; one token of this model "
-                    f"has {shapes.get(point, 'none')} there"
+                    f"has {shape} there"
                 )
     if not other_model and cfg.model_hash and model_hash(model) != cfg.model_hash:
         raise ReflowlensError(
@@ -56,9 +52,9 @@ def _of(dictionary: Dictionary) -> str:
     return f"the dictionary {cfg.name or 'without a name'}" + (f" of {cfg.model_name}" if cfg.model_name else "")
 
 
-@torch.no_grad()
-def _shapes(model: HookedModel, points: Sequence[str]) -> dict[str, list[int]]:
-    """Shapes of the activations of one token at these points; those that a pass does not reach are missing."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    _, cache = model.run_with_cache(token, names_filter=list(points))
-    return {point: list(cache[point].shape) for point in points if point in cache}
+def _shape(model: HookedModel, point: str) -> list[int | str]:
+    """The shape of one token's activation, by the names of its axes: a pass would see what is attached to the model."""
+    cfg = model.cfg
+    sizes = {"batch": 1, "pos": 1, "one": 1, "d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "signal": cfg.n_signals or 0}
+    sizes |= {"head": cfg.n_heads, "d_head": cfg.d_head, "neuron": cfg.d_head}
+    return [sizes.get(axis, axis) for axis in model.hook_axes(point)]

@@ -13,13 +13,17 @@ the k largest of a position, if positive; BatchTopK (Bussmann et al., 2024), out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reflowlens.dictionaries.config import WITH_THRESHOLD, DictionaryConfig
+
+if TYPE_CHECKING:
+    from reflowlens.models.base import HookedModel
 
 
 class DictionaryLayer(nn.Module):
@@ -129,6 +133,46 @@ class Dictionary(nn.Module):
         """ŷ of every layer, from what every layer reads."""
         features = self.encode(x)
         return [self.reconstruct(layer, features, read) for layer, read in enumerate(x)]
+
+    def spliced(
+        self,
+        model: Any,
+        *,
+        error: bool | Literal["detached"] = True,
+        layers: int | Sequence[int] | None = None,
+        other_model: bool = False,
+    ) -> AbstractContextManager[HookedModel]:
+        """Put the dictionary where it reads and writes, for a ``with`` block; its features are hook points meanwhile.
+
+        Block l has ``hook_features`` [batch, pos, feature], ``hook_reconstruction`` and, with the error term,
+        ``hook_reconstruction_error`` [batch, pos, d_out]: short names ``"features"``, ``"reconstruction"`` and
+        ``"reconstruction_error"``. What the dictionary reads has been through every hook on its point, and what it
+        writes goes through every hook on its own, in whatever order they are attached; see
+        :mod:`reflowlens.dictionaries.splice` for the values and their gradients.
+
+        Args:
+            model: the hooked model that the dictionary was trained on, compiled (it runs uncompiled meanwhile) or not.
+            error: True: what is written is the reconstruction from the features, after the hooks on them, plus what
+                the reconstruction misses without these hooks: without any exactly what the model computes. False: the
+                reconstruction alone, the replacement. ``"detached"``: as True, and the gradient takes the error as a
+                constant, so that all of it goes through the features.
+            layers: the blocks to splice it into; None: all that it has. Of a cross-layer dictionary those that are
+                written, from the features of all earlier ones.
+            other_model: a model of other weights on purpose, which has the hook points and their widths.
+
+        Returns:
+            A context manager that gives the hooked model.
+
+        Raises:
+            ReflowlensError: it is no dictionary of this model, or on another device; another dictionary has features in
+                one of the blocks; another thread is using the model; a pass lacks what a cross-layer reconstruction
+                needs; or hooks on the features are still open when the block ends.
+
+        Example: ``with dictionary.spliced(model): rl.run(model, text, rl.Ablate("features", layer=2, index=17))``
+        """
+        from reflowlens.dictionaries.splice import splice
+
+        return splice(model, self, error=error, layers=layers, other_model=other_model)
 
     def decoder_norms(self, layer: int) -> Float[Tensor, " feature"]:
         """Norm of each feature's decoder, over all layers that it writes to."""

@@ -46,7 +46,10 @@ AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hook_attn_scores", "hook_pattern"), _SQUARE),
     **dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), ("batch", "pos", "d_mlp")),
     "hook_scale": ("batch", "pos", "one"),
+    "hook_features": ("batch", "pos", "feature"),
 }
+# Points that a dictionary adds to the blocks that it is spliced into (reflowlens.dictionaries.splice).
+OF_DICTIONARIES = ("hook_features", "hook_reconstruction", "hook_reconstruction_error")
 
 
 class HookingModel(TextModel):
@@ -63,6 +66,10 @@ class HookingModel(TextModel):
         parts = name.split(".")
         if parts[0] == "blocks" and len(parts) > 1 and parts[1].isdigit() and int(parts[1]) >= self.cfg.n_layers:
             raise ReflowlensError(f"no hook {name!r}: this model has blocks 0 to {self.cfg.n_layers - 1}")
+        if parts[-1] in OF_DICTIONARIES:
+            raise ReflowlensError(
+                f"no hook {name!r}: splice a dictionary into this block first, with dictionary.spliced(model)"
+            )
         raise ReflowlensError(
             f"no hook {name!r}{nearest(name, list(self.hook_dict)) or '; model.hook_dict lists them'}"
         )

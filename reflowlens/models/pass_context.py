@@ -1,4 +1,7 @@
-"""What a forward pass cannot see in its input: lengths that open blocks of interventions gave, and texts that grow."""
+"""What a forward pass cannot see in its input: lengths that open blocks of interventions gave, and texts that grow.
+
+And what one point of a pass leaves for later ones, which is forgotten when the pass ends.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from reflowlens.errors import ReflowlensError
 
 _GIVEN: WeakKeyDictionary[nn.Module, list[Sequence[int]]] = WeakKeyDictionary()
 _GROWING: ContextVar[Bool[Tensor, " batch"] | None] = ContextVar("growing", default=None)
+_RUNNING: ContextVar[tuple[nn.Module, dict[Any, Any]] | None] = ContextVar("running", default=None)
 
 
 @contextlib.contextmanager
@@ -61,3 +65,19 @@ def growing_text(ready: Bool[Tensor, " batch"]) -> Iterator[None]:
 def growing_rows() -> Bool[Tensor, " batch"] | None:
     """The ``ready`` of :func:`growing_text` around this pass, None outside of it."""
     return _GROWING.get()
+
+
+@contextlib.contextmanager
+def running_pass(model: nn.Module) -> Iterator[None]:
+    """A forward pass of a model, with a memory of its own (:func:`pass_memory`)."""
+    token = _RUNNING.set((model, {}))
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def pass_memory(model: nn.Module) -> dict[Any, Any] | None:
+    """What points of the model's running pass left for later ones; None where its blocks run outside of a pass."""
+    running = _RUNNING.get()
+    return running[1] if running is not None and running[0] is model else None

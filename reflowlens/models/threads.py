@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.pass_context import running_pass
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
@@ -85,7 +86,7 @@ def reading_forward(forward: Forward) -> Forward:
     def guarded(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(model, *args, **kwargs)
-        with reading(model):
+        with reading(model), running_pass(model):
             return forward(model, *args, **kwargs)
 
     return guarded  # type: ignore[return-value] # called as the function is

@@ -1,0 +1,39 @@
+"""Dictionaries small enough for every test, every one of whose weights shows if it is left out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from reflowlens.dictionaries.config import WITH_K, DictionaryConfig
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.models.base import HookedModel
+
+Kind = Literal["sae", "plt", "clt", "skip"]
+KINDS: tuple[Kind, ...] = ("sae", "plt", "clt", "skip")
+
+
+def dictionary_of(
+    model: HookedModel, kind: Kind = "plt", activation: str = "topk", n_features: int = 40, seed: int = 0, **fields: Any
+) -> Dictionary:
+    """Random, over all blocks of a model: autoencoders of its stream, or transcoders of its MLPs."""
+    blocks = range(model.cfg.n_layers)
+    writes = tuple(f"blocks.{b}.hook_{'resid_post' if kind == 'sae' else 'mlp_out'}" for b in blocks)
+    reads = writes if kind == "sae" else tuple(f"blocks.{b}.ln2.hook_normalized" for b in blocks)
+    chosen: dict[str, Any] = {
+        "activation": activation,
+        "k": 6 if activation in WITH_K else None,
+        "cross_layer": kind == "clt",
+        "skip": kind == "skip",
+    }
+    width = model.cfg.d_model
+    cfg = DictionaryConfig(reads, writes, width, width, n_features, **chosen | fields)
+    dictionary = Dictionary.fresh(cfg, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in dictionary.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 0.3 if name.endswith(("b_enc", "b_dec", "threshold")) else width**-0.5
+            parameter.copy_(noise.abs() * scale if name.endswith("threshold") else noise * scale)
+    return dictionary.requires_grad_(False)
