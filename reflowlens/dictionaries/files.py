@@ -25,8 +25,8 @@ from reflowlens.storage.opening import (
     as_path,
     check_shapes,
     file_hash,
-    open_safetensors,
     read_json,
+    read_safetensors,
     shown,
     stated_config,
 )
@@ -125,25 +125,38 @@ def load_dictionary(
     path = find_dictionary(name_or_folder)
     metadata, weights = _read(path)
     cfg = DictionaryConfig.from_dict(stated_config(path, metadata, FORMAT))
-    _check_size(path, cfg, sum(tensor.numel() for tensor in weights.values()))
-    dictionary = _unfilled(cfg)
-    expected = {name: tensor.shape for name, tensor in dictionary.state_dict().items()}
-    check_shapes(path, {name: tensor.shape for name, tensor in weights.items()}, expected)
     recorded = dictionary_manifest(path).get("weights_sha256") if verify else None
     if recorded is not None and recorded != file_hash(path):
         raise ReflowlensError(
             f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or take "
             "it as it is: load_dictionary(..., verify=False)"
         )
+    dictionary = dictionary_of(path, cfg, weights, dtype)
+    if model is not None:
+        check_belongs(dictionary, model, other_model=other_model)
+    return moved(dictionary, device)
+
+
+def dictionary_of(
+    path: Path, cfg: DictionaryConfig, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Dictionary:
+    """The dictionary that the tensors of a file make up, in evaluation mode.
+
+    Raises:
+        ReflowlensError: they are not the parameters of this configuration, or not finite; the message names the file.
+    """
+    _check_size(path, cfg, sum(tensor.numel() for tensor in weights.values()))
+    with torch.device("meta"), float32_by_default():
+        dictionary = Dictionary(cfg)
+    expected = {name: tensor.shape for name, tensor in dictionary.state_dict().items()}
+    check_shapes(path, {name: tensor.shape for name, tensor in weights.items()}, expected)
     for name, tensor in weights.items():
         if tensor.dtype not in FLOATS:
             raise ReflowlensError(f"{path}: {name} is of {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
-    dictionary.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
-    if model is not None:
-        check_belongs(dictionary, model, other_model=other_model)
-    return moved(dictionary, device).eval()
+    dictionary.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, assign=True)
+    return dictionary.eval()
 
 
 def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
@@ -190,10 +203,7 @@ def _weights_in(folder: Path) -> Path | None:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file, packed or not."""
-    if path.suffix == ".gz":
-        return read_packed(path)
-    file = open_safetensors(path)
-    return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return read_packed(path) if path.suffix == ".gz" else read_safetensors(path)
 
 
 def _check_size(path: Path, cfg: DictionaryConfig, held: int) -> None:
@@ -204,9 +214,3 @@ def _check_size(path: Path, cfg: DictionaryConfig, held: int) -> None:
             f"{path}: its configuration ({cfg.n_layers} layers of {cfg.n_features:,} features, {cfg.d_in:,} to "
             f"{cfg.d_out:,} wide) needs {needed:,} numbers or more, and the file holds {held:,}"
         )
-
-
-def _unfilled(cfg: DictionaryConfig) -> Dictionary:
-    """A dictionary of shapes alone."""
-    with torch.device("meta"), float32_by_default():
-        return Dictionary(cfg)

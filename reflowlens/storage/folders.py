@@ -51,8 +51,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     try:
         write(temporary)
         temporary.chmod(0o755)  # mkdtemp and safetensors keep what they write to its owner
-        for file in temporary.iterdir():
-            file.chmod(0o644)
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if folder.exists():
             _replace(folder, temporary)
         else:

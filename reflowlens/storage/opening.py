@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from reflowlens.errors import ReflowlensError
 
 
@@ -81,6 +83,21 @@ def open_safetensors(path: Path) -> Any:
             raise OSError("it is no file")  # opening a pipe would wait for a writer
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises:
+        ReflowlensError: it is no such file, cut short, or holds a type of number that torch does not know.
+    """
+    from safetensors import SafetensorError
+
+    file = open_safetensors(path)
+    try:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, TypeError, AttributeError) as error:
         raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
 
 
