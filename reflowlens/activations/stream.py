@@ -90,7 +90,7 @@ def measured(
         if len(occurrences.row):
             watch = partial(_watch, parts, measure, occurrences)
             with torch.no_grad(), model.hooks([(name, watch) for name in dict.fromkeys(names)]):
-                model(rows, return_type=None, stop_at_layer=_first_unneeded_block(names))
+                model(rows, return_type=None, stop_at_layer=first_unneeded_block(names))
         yield {name: parts[name] for name in names if parts}, len(rows), sum(lengths)
 
 
@@ -110,7 +110,7 @@ def _watch(
     parts[str(hook.name)] = measure(str(hook.name), x, occurrences)
 
 
-def _first_unneeded_block(names: Sequence[str]) -> int | None:
+def first_unneeded_block(names: Sequence[str]) -> int | None:
     """The first block that need not run; None when the end of the pass is asked for."""
     if not all(name.startswith("blocks.") or name in _BEFORE_BLOCKS for name in names):
         return None

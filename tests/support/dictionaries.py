@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from reflowlens.dictionaries.config import WITH_K, DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -37,3 +39,10 @@ def dictionary_of(
             scale = 0.3 if name.endswith(("b_enc", "b_dec", "threshold")) else width**-0.5
             parameter.copy_(noise.abs() * scale if name.endswith("threshold") else noise * scale)
     return dictionary.requires_grad_(False)
+
+
+def ragged_documents(n: int = 5, seed: int = 0, longest: int = 17) -> list[Int[Tensor, " _token"]]:
+    """Documents of byte tokens, 3 to ``longest`` of them each."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, longest + 1, (n,), generator=generator).tolist()
+    return [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
