@@ -196,6 +196,11 @@ def find_dictionary(name_or_folder: str | Path) -> Path:
     )
 
 
+def is_dictionary(folder: Path) -> bool:
+    """Whether a folder holds a dictionary's weights, of whatever quality."""
+    return _weights_in(folder) is not None
+
+
 def _weights_in(folder: Path) -> Path | None:
     """The weights file in a folder, if there is one."""
     return next((folder / name for name in (WEIGHTS, PACKED) if (folder / name).is_file()), None)

@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy():
     "command",
     [
         *("run", "figures", "models", "sample", "prepare", "train", "finetune", "evaluate"),
-        *("export", "import", "inspect", "units", "bench"),
+        *("export", "import", "inspect", "units", "bench", "dictionary"),
     ],
 )
 def test_every_command_explains_itself(command, capsys):
