@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from reflowlens.benchmarks.decode import bench_decode as bench_decode
+from reflowlens.benchmarks.dictionary import bench_dictionary as bench_dictionary
 from reflowlens.benchmarks.hooks import bench_hooks as bench_hooks
 from reflowlens.benchmarks.steps import TrainBench as TrainBench
 from reflowlens.benchmarks.sweep import bench_sweep as bench_sweep

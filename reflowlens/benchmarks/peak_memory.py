@@ -66,13 +66,13 @@ def _in_own_process(bench: TrainBench, variant: str) -> int | None:
     return int(done.stdout.split()[-1])
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Have the largest resident size start from the present one, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would begin, on Linux, from what the parent had
         (line,) = (line for line in status.read_text(encoding="utf8").splitlines() if line.startswith("VmHWM:"))
@@ -104,15 +104,15 @@ def main(described: str, variant: str) -> None:
     bench = TrainBench(**fields | {"model": ModelConfig.from_dict(fields["model"])})
     training_step(_tiny(bench), variant)()
     torch.compiler.reset()  # what was compiled for one shape would make the next one's code a general one
-    _forget_peak()
-    before = _peak_resident()
+    forget_peak()
+    before = peak_resident()
     try:
         _take_steps(bench, variant)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         sys.exit(_OUT_OF_MEMORY)
-    print(_peak_resident() - before)
+    print(peak_resident() - before)
 
 
 if __name__ == "__main__":

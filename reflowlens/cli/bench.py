@@ -12,7 +12,11 @@ def add_commands(commands: Commands) -> None:
         commands, "bench", _bench, "measure this machine, each figure a ratio taken side by side in one process"
     )
     parser.add_argument(
-        "benchmark", nargs="?", default="all", choices=["all", "hooks", "decode", "sweep", "train"], help="which"
+        "benchmark",
+        nargs="?",
+        default="all",
+        choices=["all", "hooks", "decode", "sweep", "train", "dictionary"],
+        help="which",
     )
     train = parser.add_argument_group("of train")
     train.add_argument("--preset", help="model's shape, e.g. reflow_1_small (default: reflow_nano on a CPU)")
@@ -27,7 +31,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from reflowlens.benchmarks import TrainBench, bench_sweep, bench_train, run_benchmarks
+    from reflowlens.benchmarks import TrainBench, bench_dictionary, bench_sweep, bench_train, run_benchmarks
 
     if options.benchmark in ("all", "hooks", "decode"):
         print(run_benchmarks(options.benchmark).to_string(index=False))
@@ -37,3 +41,5 @@ def _bench(options: argparse.Namespace) -> None:
         fields = {name: getattr(options, name) for name in ("batch", "context", "dtype")}
         bench = TrainBench.named(options.preset, device=options.device, compiled=options.compile, **fields)
         print(bench_train(bench, steps=options.steps))
+    if options.benchmark in ("all", "dictionary"):
+        print(bench_dictionary().to_string(index=False))
