@@ -151,6 +151,8 @@ class _Training:
         size = cfg.run.batch_tokens // group.world_size
         before = 0  # steps of the rounds before
         for number, drawn in enumerate(drawn_rounds(self.windows, cfg.data.windows, cfg.run.seed)):
+            if max(before, start) >= cfg.run.steps:
+                return
             shares = [drawn[rank :: group.world_size] for rank in range(group.world_size)]
             n_steps = min(n_vectors(share) for share in shares) // size
             if n_steps == 0:
@@ -158,6 +160,7 @@ class _Training:
                     f"a round of {len(drawn)} windows holds fewer positions than "
                     f"run.batch_tokens={cfg.run.batch_tokens}: raise data.windows or prepare more data"
                 )
+            n_steps = min(n_steps, cfg.run.steps - before)
             if before + n_steps > start:
                 began = time.perf_counter()
                 activations = self._harvest(self.data, shares[group.rank], number)

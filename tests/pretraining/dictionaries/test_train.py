@@ -312,6 +312,9 @@ def test_a_run_is_not_written_over(write: Callable[..., Path]) -> None:
     train_dictionaries(cfg)
     with pytest.raises(ReflowlensError, match="already holds a run: continue it with --resume"):
         train_dictionaries(cfg)
+    before = measured(cfg.run.out)
+    train_dictionaries(cfg, resume=True)  # there is nothing left to do
+    assert measured(cfg.run.out) == before
 
 
 def test_shipped_configurations_are_sound() -> None:
