@@ -84,8 +84,8 @@ class Decoder(StackedWeights, ResidualModel):
 
         Per position and layer: each norm keeps its input, what it made of it and its scale in float32; each matrix
         product its input in ``width`` bytes, for which autocast copies it anew; attention queries, keys, values, its
-        output and a float32 sum a head; the MLP every activation of width ``d_mlp``. The readout's loss keeps its
-        gradients by its two factors.
+        output and a float32 sum a head; the MLP every activation of width ``d_mlp``; dropout what it multiplied both
+        outputs by. The readout's loss keeps its gradients by its two factors.
         """
         d, heads, key_values = cfg.d_model, cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
         norm = FLOAT32 * (2 * d + 1)
@@ -97,6 +97,7 @@ class Decoder(StackedWeights, ResidualModel):
             + width * (2 * heads + 2 * key_values)
             + FLOAT32 * cfg.n_heads
             + width * cfg.d_mlp * (4 if cfg.gated_mlp else 2)
+            + width * 2 * d * (cfg.dropout > 0)
         )
         ends = norm + 2 * 8  # the final norm, and the ids of inputs and targets
         return float(n * (cfg.n_layers * block + ends)), float(FLOAT32 * d * (n + cfg.d_vocab))

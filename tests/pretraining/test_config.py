@@ -46,6 +46,23 @@ def test_the_small_relatives_differ_in_their_embedding_alone() -> None:
         assert {key for key in ours if ours[key] != theirs[key]} <= own
 
 
+def test_the_gpt_of_tiny_transcoder() -> None:
+    """As published, and small: the same architecture with heads as wide."""
+    published, nano = (load_config(name) for name in ("tiny_transcoder", "tiny_transcoder_nano"))
+    assert published.model == preset("tiny_transcoder_gpt")
+    assert (published.run.steps, published.run.batch_size, published.run.seed) == (2000, 128, 1337)
+    assert (published.data.context, published.run.eval_interval) == (64, 500)
+    optimizer = published.optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("adamw", 3e-4, "constant")
+    assert (optimizer.warmup_steps, optimizer.grad_clip, optimizer.weight_decay) == (0, float("inf"), 0.01)
+    assert build_model(nano.model, device="meta").n_parameters == 10_188_672
+    ours, theirs = nano.model.to_dict(), published.model.to_dict()
+    sizes = {"model_name", "d_model", "n_heads", "d_mlp", "d_vocab", "tokenizer_name", "dropout"}
+    assert {key for key in ours.keys() | theirs if ours.get(key) != theirs.get(key)} == sizes
+    assert nano.model.d_head == nano.model.d_model // nano.model.n_heads == published.model.d_head == 42
+    assert 8e6 < nano.run.steps * nano.tokens_per_step < 10e6
+
+
 def test_every_shipped_configuration_opens() -> None:
     assert {*FAMILY, "bdh_shakespeare"} < set(list_configs())
     for name in list_configs():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pretraining.config import OptimizerConfig, TrainConfig, load_config
 from pretraining.estimate import estimate
@@ -69,6 +71,23 @@ def test_activations_are_those_that_autograd_keeps(architecture: str, d_vocab: i
     assert sum(MODEL_CLASSES[cfg.architecture].activation_bytes(cfg, rows * context, width)) + copies == pytest.approx(
         measured, rel=0.01
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dropout_keeps_what_it_multiplies_by(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, width = F.scaled_dot_product_attention, 4 if dtype == "float32" else 2
+    # GPUs have kernels that drop entries of the pattern and keep no scores; the CPU's are such only without dropout.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, dropout_p, **kwargs: attend(*x, **kwargs))
+    plain = ModelConfig(architecture="gpt2_new", d_vocab=256, **SIZES)
+    dropping = dataclasses.replace(plain, dropout=0.1)
+    kept, estimated = (
+        [measure(cfg) for cfg in (plain, dropping)]
+        for measure in (
+            lambda cfg: kept_for_backward(cfg, 6, 64, dtype),
+            lambda cfg: sum(MODEL_CLASSES[cfg.architecture].activation_bytes(cfg, 6 * 64, width)),
+        )
+    )
+    assert estimated[1] - estimated[0] == kept[1] - kept[0] > 0
 
 
 def tiny(sharding: str = "none", **changes: Any) -> TrainConfig:
