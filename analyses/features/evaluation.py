@@ -39,6 +39,7 @@ from analyses.features.reconstructors import OfDictionary, Reconstructor, nulls
 from analyses.features.replacement import activations
 from analyses.features.sums import DocumentSums, document_sums
 from analyses.result.model_identity import hash_of
+from analyses.units.points import level_of
 from analyses.units.terminal import table
 from reflowlens.activations.moments import Moments
 from reflowlens.dictionaries.belonging import check_belongs
@@ -58,7 +59,7 @@ class DictionaryEvaluation:
     Args:
         params: what was measured: the dictionary's and the model's names and hash, the number of ``documents``,
             ``positions`` and ``predictions``, ``model_loss`` with its interval, and the arguments.
-        frames: ``layers``, a row a dictionary or null (column ``dictionary``) and layer (0, 1, … and "all"), a column
+        frames: ``layers``, a row a dictionary or null (column ``dictionary``) and layer (its block, or "all"), a column
             a metric with ``_low`` and ``_high``; ``differences``, a row a null or other dictionary, layer and
             ``metric``: its ``difference`` from the dictionary, ``low`` and ``high``.
     """
@@ -180,10 +181,12 @@ def evaluate_dictionary(
         sums = document_sums(its_model, these, rows, means, batch_size=batch_size, progress=show)
         metrics |= {key: resampling.of(sums, key) for key in these}
         every.append(sums)
+    blocks = [level_of(point) for point in dictionary.cfg.writes]
+    nulls_and_others = {key: its for key, its in metrics.items() if key != name}
     frames = {
-        "layers": pd.DataFrame([row for key, its in metrics.items() for row in layer_rows(key, its)]),
+        "layers": pd.DataFrame([row for key, its in metrics.items() for row in layer_rows(key, blocks, its)]),
         "differences": pd.DataFrame(
-            [row for key, its in metrics.items() if key != name for row in difference_rows(key, its, metrics[name])],
+            [row for key, its in nulls_and_others.items() for row in difference_rows(key, blocks, its, metrics[name])],
             columns=["dictionary", "layer", "metric", "difference", "low", "high"],
         ),
     }

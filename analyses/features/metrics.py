@@ -3,7 +3,7 @@ are paired."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,37 +75,26 @@ class Resampling:
         }
 
 
-def layer_rows(name: str, metrics: Metrics) -> Iterator[dict[str, Any]]:
-    """A row a layer, "all" the last: every metric, and under ``_low`` and ``_high`` its interval."""
-    for layer in _layers(metrics):
-        row: dict[str, Any] = {"dictionary": name, "layer": _shown(layer)}
+def layer_rows(name: str, blocks: Sequence[int], metrics: Metrics) -> Iterator[dict[str, Any]]:
+    """A row a layer, named by its block, "all" the last: every metric, under ``_low`` and ``_high`` its interval."""
+    for layer, shown in _layers(blocks):
+        row: dict[str, Any] = {"dictionary": name, "layer": shown}
         for metric in METRICS:
             row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = _with_interval(metrics[layer, metric])
         yield row
 
 
-def difference_rows(name: str, metrics: Metrics, other: Metrics) -> Iterator[dict[str, Any]]:
+def difference_rows(name: str, blocks: Sequence[int], metrics: Metrics, other: Metrics) -> Iterator[dict[str, Any]]:
     """A row a layer and metric: ``difference``, that of ``metrics`` minus that of ``other``, and its interval."""
-    for layer in _layers(metrics):
+    for layer, shown in _layers(blocks):
         for metric in METRICS:
-            if (layer, metric) in other:
-                value, low, high = _with_interval(metrics[layer, metric] - other[layer, metric])
-                yield {
-                    "dictionary": name,
-                    "layer": _shown(layer),
-                    "metric": metric,
-                    "difference": value,
-                    "low": low,
-                    "high": high,
-                }
+            row: dict[str, Any] = {"dictionary": name, "layer": shown, "metric": metric}
+            row["difference"], row["low"], row["high"] = _with_interval(metrics[layer, metric] - other[layer, metric])
+            yield row
 
 
-def _layers(metrics: Metrics) -> list[int]:
-    return sorted({layer for layer, _ in metrics}, key=lambda layer: (layer == ALL, layer))
-
-
-def _shown(layer: int) -> str:
-    return "all" if layer == ALL else str(layer)
+def _layers(blocks: Sequence[int]) -> list[tuple[int, str]]:
+    return [*((layer, str(block)) for layer, block in enumerate(blocks)), (ALL, "all")]
 
 
 def _with_interval(draws: Draws) -> tuple[float, float, float]:

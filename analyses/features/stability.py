@@ -40,6 +40,7 @@ from torch import Tensor
 from analyses.features.documents import Documents, document_batches, token_rows
 from analyses.features.replacement import activations
 from analyses.statistics.draws import derive_seed
+from analyses.units.points import level_of
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary, DictionaryLayer
 from reflowlens.errors import ReflowlensError
@@ -99,7 +100,7 @@ def seed_stability(
             metrics = _of_weights(layers[a], layers[b], rank or max(1, first.d_out // 4), seed)
             metrics["activation_correlation"] = correlated[number]
             metrics["activation_correlation_chance"] = correlated[number + len(pairs)]
-            found.append({"first": a, "second": b, "layer": str(layer), **metrics})
+            found.append({"first": a, "second": b, "layer": str(level_of(first.writes[layer])), **metrics})
     frame = pd.DataFrame(found)
     together = frame.drop(columns="layer").groupby(["first", "second"], sort=False, as_index=False).mean()
     return pd.concat([frame, together.assign(layer="all")[frame.columns]], ignore_index=True)

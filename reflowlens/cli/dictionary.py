@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reflowlens.cli.arguments import Commands, add_command, add_device
+from reflowlens.cli.dictionary_evaluation import add_evaluate
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   reflowlens dictionary list
   reflowlens dictionary train reflow_nano --set run.out=out/dictionaries
+  reflowlens dictionary evaluate reflow-nano-plt --data data/mix16k --against out/nulls/frozen-decoder
   reflowlens dictionary export out/dictionaries/reflow-nano-plt small --bits 4.3
   reflowlens dictionary export reflow-nano-plt plt --format circuit-tracer --model reflow-nano --data data/mix16k
   reflowlens dictionary import plt mine --from circuit-tracer --model reflow-nano
@@ -27,7 +29,7 @@ EXAMPLES = """examples:
 def add_commands(commands: Commands) -> None:
     parser = commands.add_parser(
         "dictionary",
-        help="sparse autoencoders and transcoders: list, train, export, import",
+        help="sparse autoencoders and transcoders: list, train, evaluate, export, import",
         description="Sparse autoencoders and transcoders of a model's activations.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,6 +41,7 @@ def add_commands(commands: Commands) -> None:
     _add_train(actions)
     _add_export(actions)
     _add_import(actions)
+    add_evaluate(actions)
 
 
 def _list(options: argparse.Namespace) -> None:
