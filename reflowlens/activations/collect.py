@@ -28,12 +28,12 @@ from tqdm import tqdm
 from reflowlens.activations.moments import Moments, PointStatistics, TopExamples
 from reflowlens.activations.stream import Occurrences, measured
 from reflowlens.arguments import integer, names_given, path_given, real_number, whole_number
+from reflowlens.dictionaries.splice import identity_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
-from reflowlens.storage.model_hash import model_hash
 from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 
 Statistic: TypeAlias = Literal["mean", "covariance", "top"]
@@ -95,7 +95,7 @@ def collect(
     """
     hooked = hooked_model(model)
     choices = _choices(hooked, names, statistics, k, threshold, positions)
-    collected = Collected({}, 0, choices, hooked.cfg.model_name, model_hash(hooked))
+    collected = Collected({}, 0, choices, hooked.cfg.model_name, identity_of(hooked))
     results = None if results is None else path_given(results, "results")
     if results is not None and results.is_dir() and any(results.iterdir()):
         collected = Collected.load(results).merge(collected)
@@ -141,7 +141,7 @@ class Collected:
         points: statistics by hook point.
         n_rows: number of prompts that were read.
         choices: what was collected.
-        model, model_hash: name of the model, and hash of its weights.
+        model, model_hash: name of the model, and hash of its weights and of the dictionaries spliced into it.
 
     Raises:
         ReflowlensError: a point that is indexed was not collected.

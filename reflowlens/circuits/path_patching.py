@@ -25,6 +25,7 @@ from reflowlens.arguments import names_given
 from reflowlens.circuits.edges import EdgeScores, check_finite, sent_otherwise
 from reflowlens.circuits.graph import Edge, Graph
 from reflowlens.circuits.runs import mask_of
+from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Steer
 from reflowlens.metrics import Metric
@@ -155,6 +156,11 @@ class _Pair:
         self.model = cast(Decoder, hooked_model(model))
         if attached_points(self.model):
             raise ReflowlensError("paths are patched in the model as it is: leave rl.intervene and remove hooks first")
+        if not all(layer.keeps_error for layer in spliced_layers(self.model)):
+            raise ReflowlensError(
+                "paths go through the model's own MLPs, and a dictionary stands in for them (error=False): splice it "
+                "with its error term"
+            )
         self.graph = Graph.of(self.model)
         self.prompts = Prompts.pair(self.model, clean, corrupted)
         self.reader = Reader(self.model, metric, self.prompts)

@@ -48,6 +48,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
 from reflowlens.models.base import HookedModel
 from reflowlens.models.threads import changing
+from reflowlens.storage.model_hash import model_hash
 
 ErrorTerm: TypeAlias = bool | Literal["detached"]
 
@@ -83,9 +84,13 @@ def spliced_layers(model: HookedModel) -> list[SplicedLayer]:
     return sorted((layer for one in _SPLICED.get(model, ()) for layer in one.layers), key=lambda layer: layer.block)
 
 
-def splice_identity(model: HookedModel) -> list[Any]:
-    """What is spliced into a model, as JSON has it, for results of it that are to be continued; empty if nothing is."""
-    return [one.identity() for one in _SPLICED.get(model, ())]
+def identity_of(model: HookedModel) -> str:
+    """Of results that are to be continued or merged: the model's hash, and of what is spliced into it, if anything is.
+
+    A model with dictionaries in it has its own hash still, but other activations.
+    """
+    own, spliced = model_hash(model), [one.identity() for one in _SPLICED.get(model, ())]
+    return hashlib.sha256(json.dumps([own, *spliced]).encode()).hexdigest() if spliced else own
 
 
 class Splice:
@@ -125,6 +130,7 @@ class Splice:
         for layer in self.layers:
             for name, point in layer.points.items():
                 point.name = name
+                point.train(self.model.training)
                 self.model.hook_dict[name] = self.model.mod_dict[name] = point
                 setattr(self.model.blocks[layer.block], name.rsplit(".", 1)[-1], point)
             for point in self._own_points(layer):

@@ -80,8 +80,9 @@ class SplicedLayer:
 
     def on_write(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"]:
         """What goes into the point that is written, before its hooks."""
-        reads = self._reads(self._is_asked_for())
-        if self.index not in reads:
+        asked = self._is_asked_for()
+        reads = self._reads(asked)
+        if asked and self.index not in reads:
             raise ReflowlensError(f"{self.write!r} is reached before {self.read!r}, which the dictionary reads for it")
         if not self.keeps_error:
             out = through_copy(self.reconstruction, self._reconstruct(reads, "edited"))
@@ -92,8 +93,16 @@ class SplicedLayer:
         else:
             out = y + changes if (changes := self._changes(y, reads)) is not None else y
         if not self.is_cross_layer:
-            del reads[self.index]
+            reads.pop(self.index, None)
         return out.to(y.dtype)
+
+    def decoded(self, change: Float[Tensor, "*batch feature"], ahead: int = 0) -> Float[Tensor, "*batch d_out"]:
+        """What a change of the features adds ``ahead`` layers after their own; edits are mostly of few of them."""
+        with _own_precision(change):
+            if change.requires_grad:  # features that are not changed have a gradient all the same
+                return self.weights.write(change, ahead)
+            some = change.flatten(0, -2).any(dim=0).nonzero()[:, 0]
+            return change[..., some] @ self.weights.W_dec[some, ahead]
 
     def _changes(self, y: Float[Tensor, "*batch d_out"], reads: dict[int, Reading]) -> Tensor | None:
         """By how much hooks on features, reconstruction and error change what is written; None where there are none."""
@@ -101,9 +110,8 @@ class SplicedLayer:
         for source in self._sources():
             read = reads.get(source)  # where a pass begins behind a source, nothing changes it
             if read is not None and read.edited is not None and read.is_edited:
-                with _own_precision(y):
-                    change = read.edited - read.features
-                    changes.append(self.splice.dictionary.each_layer()[source].write(change, self.index - source))
+                writer = next(layer for layer in self.splice.layers if layer.index == source)
+                changes.append(writer.decoded(read.edited - read.features, self.index - source))
         if is_hooked(self.reconstruction):
             reconstruction = self._reconstruct(reads, "edited")
             changes.append(through_copy(self.reconstruction, reconstruction) - reconstruction)

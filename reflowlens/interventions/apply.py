@@ -258,7 +258,12 @@ def _check_positions(bound: Bound, selection: Selection, prompt: Prompt) -> None
 
 
 def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
-    """A point's activation with an intervention's new value in it, as a copy.
+    """A point's activation with an intervention's new value in it, as a copy; arguments as for :func:`new_part`."""
+    return selection.put(activation, new_part(bound, selection, activation, offset))
+
+
+def new_part(bound: Bound, selection: Selection, activation: Tensor, offset: int = 0) -> Tensor:
+    """An intervention's new value of the selected part of a point's activation, as ``selection.put`` takes it.
 
     Args:
         offset: position of the activation's first token in its text.
@@ -274,10 +279,10 @@ def apply(bound: Bound, selection: Selection, activation: Tensor, offset: int = 
                 f"the run has {activation.shape[0]}"
             )
         source = selection.in_source(source, activation, offset, bound.intervention.takes_same_positions)
-        return selection.put(activation, bound.intervention.new_value(selection.get(activation), source))
+        return bound.intervention.new_value(selection.get(activation), source)
     _check_one_for_all(bound, selection)
     own_order = selection.in_own_order(selection.get(activation))
-    return selection.put(activation, selection.from_own_order(bound.intervention.new_value(own_order, None)))
+    return selection.from_own_order(bound.intervention.new_value(own_order, None))
 
 
 def _check_one_for_all(bound: Bound, selection: Selection) -> None:

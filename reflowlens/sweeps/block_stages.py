@@ -20,6 +20,7 @@ class BlockStages:
 
     per_block = 1
     whole_rows = True
+    suffixes_hold = True
 
     def __init__(self, model: ResidualModel) -> None:
         self.model = model

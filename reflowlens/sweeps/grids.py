@@ -1,7 +1,7 @@
 """The cells of a sweep: grids by name, or a list of interventions.
 
 A grid patches one kind of activation from the clean run into the corrupted one, cell by cell. Key/value grids of a
-grouped-query model have one cell a key/value head.
+grouped-query model have one cell a key/value head; grids of features one a block that a dictionary is spliced into.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from reflowlens.config import nearest
+from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention, Patch
 from reflowlens.models.base import HookedModel
@@ -42,6 +43,8 @@ _POINTS = {
     "recipe": ("hook_recipe", ("pos", "signal")),
     "signal": ("unembed.hook_signal", ("signal",)),
     "tokens": ("hook_embed", ("pos",)),
+    "features": ("hook_features", ("layer", "feature")),
+    "features_by_pos": ("hook_features", ("layer", "pos", "feature")),
 }
 GRIDS = tuple(_POINTS)
 _SELECTORS = {
@@ -51,6 +54,7 @@ _SELECTORS = {
     "head": "head",
     "neuron": "index",
     "signal": "index",
+    "feature": "index",
     "src_pos": "index",
 }
 
@@ -100,25 +104,39 @@ def _grid(model: HookedModel, name: str, n_positions: int) -> Cells:
     if name not in _POINTS:
         raise ReflowlensError(f"no grid {name!r}{nearest(name, list(GRIDS))}; grids: {', '.join(GRIDS)}")
     point, axes = _POINTS[name]
-    model.check_hook_name(f"blocks.0.{point}" if "layer" in axes else point)
+    blocks, n_features = _features(model) if "feature" in axes else (list(range(model.cfg.n_layers)), 0)
+    model.check_hook_name(f"blocks.{blocks[0]}.{point}" if "layer" in axes else point)
     cfg = model.cfg
     shared = point in ("attn.hook_k", "attn.hook_v")
     sizes = {
-        "layer": cfg.n_layers,
         "pos": n_positions,
         "dest_pos": n_positions,
         "src_pos": n_positions,
         "head": cfg.kv_heads if shared else cfg.n_heads,
         "neuron": cfg.d_mlp,
         "signal": cfg.n_signals or 0,
+        "feature": n_features,
     }
-    shape = tuple(sizes[axis] for axis in axes)
-    places = list(itertools.product(*map(range, shape)))
+    ranges = [blocks if axis == "layer" else range(sizes[axis]) for axis in axes]
+    shape = tuple(map(len, ranges))
+    places = list(itertools.product(*ranges))
     cells: list[Cell] = [
         (Patch(point, **{_SELECTORS[axis]: place[i] for i, axis in enumerate(axes)}),)  # type: ignore[arg-type] # by names
         for place in places
     ]
     return Cells(cells, pd.DataFrame(places, columns=list(axes)), list(axes), shape)
+
+
+def _features(model: HookedModel) -> tuple[list[int], int]:
+    """The blocks that dictionaries have features in, and how many."""
+    layers = spliced_layers(model)
+    if not layers:
+        raise ReflowlensError("this model has no features: splice a dictionary first, with dictionary.spliced(model)")
+    counts = {layer.n_features for layer in layers}
+    if len(counts) > 1:
+        several = " and ".join(map(str, sorted(counts)))
+        raise ReflowlensError(f"dictionaries of {several} features a layer make no grid: give their cells as a list")
+    return [layer.block for layer in layers], counts.pop()
 
 
 def _several(grids: list[Cells], names: list[str]) -> Cells:

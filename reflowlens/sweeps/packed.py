@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.stages import stages_of
 from reflowlens.sweeps.suffixes import Layout
@@ -106,11 +107,19 @@ class UnpatchedRun:
             is_read: positions whose last stream is asked for; the others' tokens are dropped when nothing attends to
                 them any more. Default: all stay.
             hooking: called with each stage and the rows in it, gives what is to be attached while it runs.
+
+        Raises:
+            ReflowlensError: rows enter in the middle of a pass whose later parts need its earlier ones.
         """
         nobody = torch.empty(0, dtype=torch.long, device=self.final.device)
         layout = Layout.empty(self.n_positions, self.final.device)
         packed = Packed(layout, nobody, self.final.new_empty(1, 0, self.final.shape[-1]))
         readout = len(self.stages.streams) - 1
+        if not self.stages.suffixes_hold and any(stage < readout for stage in entering):
+            raise ReflowlensError(
+                "this runs the model from the middle, and a dictionary that stands in for parts of it (error=False) "
+                "needs what earlier layers read: splice it with its error term"
+            )
         for stage in range(readout + 1):
             for rows in entering.get(stage, ()):
                 packed = packed.extended(rows)

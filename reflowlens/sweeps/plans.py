@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.interventions.apply import Bound, apply, resolve
+from reflowlens.interventions.apply import Bound, apply, new_part, resolve
 from reflowlens.interventions.selection import Selection
 from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
@@ -31,6 +31,13 @@ class Edit:
     def apply(self, activation: Float[Tensor, "prompt *rest"]) -> Float[Tensor, "prompt *rest"]:
         """The point's activation after the intervention."""
         return apply(self.bound, self.selection, activation)
+
+    def change(self, activation: Float[Tensor, "prompt *rest"]) -> Tensor | None:
+        """The new value of the selected part, for ``selection.put``; None if it is the value that is there."""
+        part = new_part(self.bound, self.selection, activation)
+        before = self.selection.get(activation)
+        after = self.selection.where_counted(part.to(activation), before)
+        return None if torch.equal(after.broadcast_to(before.shape), before) else part
 
     def first_position(self, n_prompts: int, n_positions: int) -> Int[Tensor, " prompt"]:
         """The first position of each prompt that is selected."""

@@ -118,8 +118,10 @@ class PackedRuns:
 
         for point in points:  # scores and patterns exist only when something is attached
             point.add_hook(lambda activation, hook: activation.clone())
+        features = [unpatched.cache[plan.leading.name] for plan in plans if "feature" in self._axes_of(plan)]
+        patched = 3 * max((activation.nbytes for activation in features), default=0)  # far wider than a block's points
         try:
-            return measure_peak(one_cell, final.device)[1] + len(final) * final[0].nbytes
+            return measure_peak(one_cell, final.device)[1] + len(final) * final[0].nbytes + patched
         finally:
             for point in points:
                 point.remove_hooks()
@@ -160,7 +162,14 @@ class PackedRuns:
         """Rows of cells with the same leading point, those in which a position that matters is changed."""
         unpatched, name = self.unpatched, plans[0].leading.name
         before = unpatched.cache[name]
-        patched = torch.stack([plan.leading.apply(before) for plan in plans])
+        tried = [(cell, plan, plan.leading.change(before)) for cell, plan in zip(cells, plans, strict=True)]
+        some = [(cell, plan, part) for cell, plan, part in tried if part is not None or plan.others]
+        if not some:
+            return None
+        cells, plans = [cell for cell, _, _ in some], [plan for _, plan, _ in some]
+        patched = torch.stack(
+            [before if part is None else plan.leading.selection.put(before, part) for _, plan, part in some]
+        )
         start = self._first_change(name, before, patched)
         for i, plan in enumerate(plans):
             for edit in plan.others:
@@ -217,6 +226,9 @@ class PackedRuns:
                 whole[places] = changed[0, tokens]
                 changed[0, tokens] = edit.apply(whole)[places]
         return changed
+
+    def _axes_of(self, plan: Plan) -> tuple[str, ...]:
+        return self.model.hook_axes(plan.leading.name)
 
     def _is_square(self, name: str) -> bool:
         return "key_pos" in self.model.hook_axes(name)

@@ -7,7 +7,8 @@ How a pass divides is declared by the model (``stages`` of :class:`~reflowlens.m
 decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
 stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level is one stage
 (:mod:`reflowlens.sweeps.level_stages`), and so is a block of which nothing is known
-(:mod:`reflowlens.sweeps.block_stages`).
+(:mod:`reflowlens.sweeps.block_stages`). A dictionary's features belong to the stage that they are read in
+(:mod:`reflowlens.sweeps.spliced_stages`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
+from reflowlens.sweeps.spliced_stages import with_dictionaries
 from reflowlens.sweeps.suffixes import Layout, attend
 
 READOUT_SIGNAL = "unembed.hook_signal"
@@ -39,6 +41,7 @@ class Stages(Protocol):
         per_block: stages of a block.
         last_mixing: the last stage in which positions see each other.
         whole_rows: within a stage activations are of rows [row, pos, ...] and not of packed suffixes [1, token, ...].
+        suffixes_hold: whether a patched run may enter at a later stage than the first.
     """
 
     model: Any
@@ -47,6 +50,7 @@ class Stages(Protocol):
     per_block: int
     last_mixing: int
     whole_rows: bool
+    suffixes_hold: bool
 
     def stage(self, name: str) -> int | None:
         """The stage that a point fires in, embeddings in the first; None for points that belong to no stage alone."""
@@ -79,9 +83,9 @@ class Stages(Protocol):
 
 
 def stages_of(model: HookedModel) -> Stages:
-    """The stages of a model's pass, as it declares them."""
+    """The stages of a model's pass, as it declares them, and with the dictionaries that are spliced into it."""
     kinds: dict[str, type] = {"halves": DecoderStages, "levels": LevelStages, "blocks": BlockStages}
-    return kinds[model.stages](model)
+    return with_dictionaries(kinds[model.stages](model))
 
 
 class DecoderStages:
@@ -97,6 +101,7 @@ class DecoderStages:
 
     per_block = 2
     whole_rows = False
+    suffixes_hold = True
 
     def __init__(self, model: Decoder) -> None:
         self.model = model

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.circuits.gradients import estimate_cells, steps_of
+from reflowlens.dictionaries.splice import identity_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import to_json
 from reflowlens.metrics import Metric
@@ -28,7 +29,6 @@ from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
-from reflowlens.storage.model_hash import model_hash
 from reflowlens.sweeps.grids import CellSpec
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
@@ -155,7 +155,7 @@ def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str
     baseline is 0 whatever they are."""
     prompts = [None if tokens is None else tokens.tolist() for tokens in (setup.prompts.clean, setup.prompts.tokens)]
     what = [
-        model_hash(setup.model),
+        identity_of(setup.model),
         prompts,
         metric.name,
         metric.position,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -24,13 +26,15 @@ def dictionary_of(
     writes = tuple(f"blocks.{b}.hook_{'resid_post' if kind == 'sae' else 'mlp_out'}" for b in blocks)
     reads = writes if kind == "sae" else tuple(f"blocks.{b}.ln2.hook_normalized" for b in blocks)
     chosen: dict[str, Any] = {
+        "reads": reads,
+        "writes": writes,
         "activation": activation,
         "k": 6 if activation in WITH_K else None,
         "cross_layer": kind == "clt",
         "skip": kind == "skip",
     }
     width = model.cfg.d_model
-    cfg = DictionaryConfig(reads, writes, width, width, n_features, **chosen | fields)
+    cfg = DictionaryConfig(d_in=width, d_out=width, n_features=n_features, **chosen | fields)
     dictionary = Dictionary.fresh(cfg, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -46,3 +50,10 @@ def ragged_documents(n: int = 5, seed: int = 0, longest: int = 17) -> list[Int[T
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, longest + 1, (n,), generator=generator).tolist()
     return [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
+
+
+def features_for(model: HookedModel, grid: str) -> AbstractContextManager[Any]:
+    """What a grid needs in a model: a dictionary, of one of features."""
+    if not grid.startswith("features"):
+        return contextlib.nullcontext()
+    return dictionary_of(model, "plt", "relu", n_features=6).spliced(model)

@@ -21,6 +21,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.setup import prepare_sweep
 from tests.reference.graph import Written, edge_of, everything, graph_run
+from tests.support.dictionaries import features_for
 from tests.support.tiny import NAMES, assert_close, random_model, random_tokens
 
 A, B = 65, 66
@@ -80,14 +81,15 @@ def test_every_grid_equals_autograd(name: str, grid: str) -> None:
     if grid in ("recipe", "signal") and model.cfg.n_signals is None:
         pytest.skip(f"{name} has no recipe and no signals")
     clean, corrupted = pair(model)
-    result = rl.sweep(model, clean, corrupted, grid, METRIC, mode="gradient")
-    assert_close(result.baseline, measured(model(corrupted)))  # type: ignore[arg-type]
-    cells = make_cells(model, grid, clean.shape[1]).cells
-    effects = result.effect().reshape(len(cells), -1)
-    assert effects.abs().max() > 1e-3
-    for i in range(0, len(cells), max(1, len(cells) // 4)):
-        expected = estimate_by_hand(model, clean, corrupted, cells[i])
-        torch.testing.assert_close(effects[i], expected, rtol=1e-3, atol=5e-5)
+    with features_for(model, grid):
+        result = rl.sweep(model, clean, corrupted, grid, METRIC, mode="gradient")
+        assert_close(result.baseline, measured(model(corrupted)))  # type: ignore[arg-type]
+        cells = make_cells(model, grid, clean.shape[1]).cells
+        effects = result.effect().reshape(len(cells), -1)
+        assert effects.abs().max() > 1e-3
+        for i in range(0, len(cells), max(1, len(cells) // 4)):
+            expected = estimate_by_hand(model, clean, corrupted, cells[i])
+            torch.testing.assert_close(effects[i], expected, rtol=1e-3, atol=5e-5)
 
 
 POINTS = [

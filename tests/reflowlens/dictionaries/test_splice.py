@@ -481,8 +481,11 @@ def test_collected_statistics_are_those_of_the_features() -> None:
     dictionary = dictionary_of(model, "plt", "relu")
     name = "blocks.1.hook_features"
     with dictionary.spliced(model):
-        collected = rl.collect(model, [["abcdef", "xyz"], "q"], name, threshold=0.0, progress=False)[name]
+        both = rl.collect(model, [["abcdef", "xyz"], "q"], name, threshold=0.0, progress=False)
+        collected = both[name]
         alone = [model.run_with_cache(text)[1]["features", 1][0] for text in ("abcdef", "xyz", "q")]
+    with dictionary_of(model, "plt", "relu", seed=3).spliced(model), pytest.raises(ReflowlensError, match="different"):
+        both.merge(rl.collect(model, ["abc"], name, threshold=0.0, progress=False))
     features = torch.cat(alone)
     assert_close(collected.mean, features.double().mean(dim=0))
     assert torch.equal(collected.firing_rate, (features > 0).double().mean(dim=0))
@@ -522,7 +525,7 @@ def test_bad_input_is_one_clear_error_and_leaves_the_model_alone() -> None:
     with foreign.spliced(model, other_model=True):
         pass
     with backwards.spliced(model), pytest.raises(ReflowlensError, match=r"reached before 'blocks\.0\.hook_mlp_out'"):
-        model("ab")
+        rl.run(model, "ab", rl.Scale("features", 2.0, layer=0))
     with other.spliced(model), pytest.raises(ReflowlensError, match="cannot be copied"):
         copy.deepcopy(model)
     still_open = rl.intervene(model, rl.Scale("features", 2.0, layer=0))

@@ -34,6 +34,7 @@ from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns, WholeRuns
 from reflowlens.sweeps.setup import prepare_sweep
 from reflowlens.sweeps.suffixes import Layout
+from tests.support.dictionaries import features_for
 from tests.support.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens
 
 A, B = 65, 66
@@ -99,9 +100,10 @@ def test_every_grid_equals_whole_passes(model: HookedModel, grid: str) -> None:
         return
     clean, corrupted = pair(model)
     metric = metrics.logit_diff(A, B)
-    actual = rl.sweep(model, clean, corrupted, grid, metric)
+    with features_for(model, grid):
+        actual = rl.sweep(model, clean, corrupted, grid, metric)
+        expected = whole(model, clean, corrupted, grid, metric)
     assert actual.values.shape[-1] == 3
-    expected = whole(model, clean, corrupted, grid, metric)
     assert_close(actual.values.reshape(-1, 3), expected, what=grid)
     assert (actual.effect() != 0).any()
 
