@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from analyses.experiments.signal_flow import signal_flow as signal_flow
     from analyses.experiments.sparsity_profile import sparsity_profile as sparsity_profile
     from analyses.experiments.typo_resilience import typo_resilience as typo_resilience
+    from analyses.features.dashboards import feature_dashboards as feature_dashboards
     from analyses.report import write_report as write_report
     from analyses.result import Result as Result
     from analyses.runner.comparison import compare_models as compare_models
@@ -42,6 +43,7 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "Result": "result",
     "compare_models": "runner.comparison",
     "crystallisation_boundary": "experiments.crystallisation_boundary",
+    "feature_dashboards": "features.dashboards",
     "load_lexicon": "words",
     "monosemanticity": "units.monosemanticity",
     "run_suite": "runner.suite",

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from reflowlens.interventions.values import Steer as Steer
     from reflowlens.models import build_model as build_model
     from reflowlens.notebook.attention import show_attention as show_attention
+    from reflowlens.notebook.feature_card import show_feature as show_feature
     from reflowlens.notebook.tokens import show_tokens as show_tokens
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
@@ -107,6 +108,7 @@ _HOMES = {
     "save_model": "checkpoints",
     "screen": "circuits.screening",
     "show_attention": "notebook.attention",
+    "show_feature": "notebook.feature_card",
     "show_tokens": "notebook.tokens",
     "signal_view": "signals",
     "sweep": "sweeps.sweep",

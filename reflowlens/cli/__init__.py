@@ -9,7 +9,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from reflowlens.cli import bench, console, dictionary, examples, experiments, model_files, models, training, units
+from reflowlens.cli import (
+    bench,
+    console,
+    dictionary,
+    examples,
+    experiments,
+    features,
+    model_files,
+    models,
+    training,
+    units,
+)
 from reflowlens.errors import ReflowlensError
 
 
@@ -57,6 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models whose predictions are sums over readable signals, and experiments that test it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (experiments, models, training, model_files, dictionary, units, bench, examples):
+    for module in (experiments, models, training, model_files, dictionary, features, units, bench, examples):
         module.add_commands(commands)
     return parser

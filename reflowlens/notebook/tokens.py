@@ -24,11 +24,13 @@ MAX_CELLS = 20_000  # tokens times channels: about 2 MB of HTML
 _POSITIVE, _NEGATIVE = "213,94,0", "0,114,178"  # Okabe and Ito's vermillion and blue
 _STRONGEST = 0.65  # opacity, at which ink of either theme can be read
 
-_STYLE = (
+COLORED_TOKENS = (
     f"#{ID} .rl-text{{white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere;padding-bottom:1.6em}}"
-    f"#{ID} .rl-text span{{position:relative;border-radius:.2em;padding:.12em 0;cursor:default}}"
-    f"#{ID} .rl-text span:hover{{outline:1px solid currentColor}}"
-    f"#{ID} .rl-text span:hover::after{{content:attr(data-value);position:absolute;left:0;top:100%;z-index:9;"
+    f"#{ID} .rl-line{{white-space:pre-wrap;overflow-wrap:anywhere;padding:.15em 0;border-bottom:1px solid "
+    "rgba(128,128,128,.28)}"
+    f"#{ID} [data-value]{{position:relative;border-radius:.2em;padding:.12em 0;cursor:default}}"
+    f"#{ID} [data-value]:hover{{outline:1px solid currentColor}}"
+    f"#{ID} [data-value]:hover::after{{content:attr(data-value);position:absolute;left:0;top:100%;z-index:9;"
     "white-space:pre;background:#24272d;color:#f4f4f4;padding:.1em .5em;border-radius:.3em;font-size:.85em;"
     "line-height:1.5;pointer-events:none}"
 )
@@ -84,7 +86,7 @@ def show_tokens(
         notes.append(f"the first {len(kept):,} of {n_channels:,} channels: choose those to see")
     diverging = _is_diverging(channels, scale)
     panels = [_panel(texts, numbers[: len(texts)], diverging, limit) for _, numbers in kept]
-    content = f"<style>{_STYLE}</style>" + selectable([name for name, _ in kept], panels)
+    content = f"<style>{COLORED_TOKENS}</style>" + selectable([name for name, _ in kept], panels)
     plural = f"{n_channels} channel{'s' if n_channels > 1 else ''}"
     return view(f"TokenView({n_tokens:,} tokens, {plural})", title, notes, content)
 
@@ -173,16 +175,18 @@ def _is_diverging(channels: Mapping[str, np.ndarray], scale: Scale | None) -> bo
 def _panel(texts: Sequence[str], values: Float[np.ndarray, " pos"], diverging: bool, limit: float | None) -> str:
     full = float(limit) if limit else float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     spans = "".join(
-        _span(i, text, float(value), full) for i, (text, value) in enumerate(zip(texts, values, strict=True))
+        colored_token(i, text, float(value), full, token_text(text))
+        for i, (text, value) in enumerate(zip(texts, values, strict=True))
     )
     return f'{_legend(full, diverging)}<div class="rl-text">{spans}</div>'
 
 
-def _span(position: int, text: str, value: float, full: float) -> str:
+def colored_token(position: int, text: str, value: float, full: float, markup: str) -> str:
+    """A token, shown as ``markup``: a colour as strong as its value's share of ``full``, and its number on hover."""
     told = f"{position}: {text!r}\n{'no value' if np.isnan(value) else f'{value:.4g}'}"
     strength = 0.0 if np.isnan(value) else _STRONGEST * min(1.0, abs(value) / full)
     color = f"rgba({_NEGATIVE if value < 0 else _POSITIVE},{strength:.2f})"
-    return f'<span style="background:{color}" data-value="{escape(told)}">{token_text(text)}</span>'
+    return f'<span style="background:{color}" data-value="{escape(told)}">{markup}</span>'
 
 
 def _legend(full: float, diverging: bool) -> str:
