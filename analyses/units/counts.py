@@ -18,6 +18,7 @@ from torch import Tensor
 from analyses.measures.sparsity import gini, hoyer, participation_share
 from analyses.units.points import written_by
 from reflowlens.activations.stream import Measure, Part, measured
+from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
@@ -218,7 +219,13 @@ def count_units(
 
 
 def write_norms(model: HookedModel, point: str) -> Float[Tensor, " unit"] | None:
-    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing."""
+    """The norm of what each unit adds to the residual stream at activation 1; None of units that write nothing.
+
+    Of a dictionary's features, while it is spliced in, over all layers that they write to.
+    """
+    for layer in spliced_layers(model):
+        if layer.points.get(point) is layer.features:
+            return layer.weights.W_dec.detach().flatten(1).norm(dim=1)
     weight = written_by(model, point)
     return None if weight is None else model.get_parameter(weight).detach().norm(dim=-1).flatten()
 

@@ -28,7 +28,8 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
     hook, layer, n_layers = intervention.hook, intervention.layer, model.cfg.n_layers
     if layer is None:
         name = hook if hook in model.hook_dict else get_act_name(hook)
-        if name not in model.hook_dict and f"blocks.0.{_in_block(hook)}" in model.hook_dict:
+        in_blocks = (f"blocks.{i}.{_in_block(hook)}" in model.hook_dict for i in range(n_layers))
+        if name not in model.hook_dict and any(in_blocks):
             raise ReflowlensError(f"{hook!r} is in every block: say which with layer= (0 to {n_layers - 1}, or 'all')")
         model.check_hook_name(name if name in model.hook_dict else hook)
         return [name]

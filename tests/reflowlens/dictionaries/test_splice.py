@@ -17,6 +17,8 @@ from transformer_lens.hook_points import HookPoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reflowlens as rl
+from analyses.units.counts import write_norms
+from analyses.units.firing import unit_statistics
 from reflowlens.conversion import import_hf
 from reflowlens.dictionaries.config import ACTIVATIONS
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -491,6 +493,17 @@ def test_collected_statistics_are_those_of_the_features() -> None:
     assert torch.equal(collected.firing_rate, (features > 0).double().mean(dim=0))
 
 
+def test_features_are_units() -> None:
+    """Counted as neurons are; what they write is their decoder, over all layers that it reaches."""
+    model = random_model("reflow")
+    dictionary = dictionary_of(model, "clt", "relu")
+    with dictionary.spliced(model):
+        rates = unit_statistics(model, "To be, or not to be. " * 9, "features", context=24, quick=True, controls=False)
+        norms = write_norms(model, "blocks.0.hook_features")
+    assert rates.frames["levels"]["kind"].tolist() == ["features"] * 2
+    assert_close(norms, dictionary.decoder_norms(0))  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -542,5 +555,8 @@ def test_bad_input_is_one_clear_error_and_leaves_the_model_alone() -> None:
 @pytest.mark.parametrize("hook", ["features", "blocks.1.hook_features", "reconstruction"])
 def test_without_a_dictionary_the_error_says_how_features_come(hook: str) -> None:
     layer = {} if hook.startswith("blocks") else {"layer": 1}
+    model = random_model("gpt2_new")
     with pytest.raises(ReflowlensError, match=r"splice a dictionary into this block first, with dictionary\.spliced"):
-        rl.run(random_model("gpt2_new"), "ab", rl.Ablate(hook, **layer))
+        rl.run(model, "ab", rl.Ablate(hook, **layer))
+    with dictionary_of(model).spliced(model, layers=1), pytest.raises(ReflowlensError, match="say which with layer="):
+        rl.run(model, "ab", rl.Ablate("features"))
