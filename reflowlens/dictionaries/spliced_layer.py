@@ -26,9 +26,11 @@ class Reading(NamedTuple):
     edited: Tensor | None
 
     @property
-    def is_edited(self) -> bool:
-        """Whether hooks on the features ran."""
-        return self.edited is not self.features
+    def change(self) -> Tensor | None:
+        """By how much hooks changed the features; None where there are none."""
+        if self.features is None or self.edited is None or self.edited is self.features:
+            return None
+        return self.edited - self.features
 
 
 class SplicedLayer:
@@ -107,11 +109,10 @@ class SplicedLayer:
     def _changes(self, y: Float[Tensor, "*batch d_out"], reads: dict[int, Reading]) -> Tensor | None:
         """By how much hooks on features, reconstruction and error change what is written; None where there are none."""
         changes = []
-        for source in self._sources():
-            read = reads.get(source)  # where a pass begins behind a source, nothing changes it
-            if read is not None and read.edited is not None and read.is_edited:
-                writer = next(layer for layer in self.splice.layers if layer.index == source)
-                changes.append(writer.decoded(read.edited - read.features, self.index - source))
+        for writer in self.splice.layers:
+            read = reads.get(writer.index)  # where a pass begins behind a layer, nothing changes its features
+            if writer.index in self._sources() and read is not None and (change := read.change) is not None:
+                changes.append(writer.decoded(change, self.index - writer.index))
         if is_hooked(self.reconstruction):
             reconstruction = self._reconstruct(reads, "edited")
             changes.append(through_copy(self.reconstruction, reconstruction) - reconstruction)
