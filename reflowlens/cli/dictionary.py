@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   reflowlens dictionary list
   reflowlens dictionary train reflow_nano --set run.out=out/dictionaries
   reflowlens dictionary evaluate reflow-nano-plt --data data/mix16k --against out/nulls/frozen-decoder
-  reflowlens dictionary export out/dictionaries/reflow-nano-plt small --bits 4.3
+  reflowlens dictionary export out/dictionaries/reflow-nano-plt small --bits 4.2 --model reflow-nano --data data/mix16k
   reflowlens dictionary export reflow-nano-plt plt --format circuit-tracer --model reflow-nano --data data/mix16k
   reflowlens dictionary import plt mine --from circuit-tracer --model reflow-nano
 """
@@ -74,11 +74,11 @@ def _add_export(commands: Commands) -> None:
         help="of reflowlens: pack each weight in about so many bits, from 1 to 8; 4.3 loses little",
     )
     parser.add_argument(
-        "--model", help="of a TopK dictionary for another library: its model, on which thresholds are set and measured"
+        "--model",
+        help="its model: by its activations a TopK dictionary gets thresholds for another library, and a packed one "
+        "its errors where they matter least",
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="text for that, made by prepare: its validation part"
-    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="text for that, made by prepare: its training part")
     parser.add_argument("--tokens", type=int, default=16_384, help="how many of it")
     add_device(parser)
 
@@ -90,10 +90,12 @@ def _export(options: argparse.Namespace) -> None:
     from reflowlens.dictionaries.thresholds import with_thresholds
 
     if (options.model is None) != (options.data is None):
-        raise ReflowlensError("--model and --data go together: thresholds are set where a model reads text")
+        raise ReflowlensError("--model and --data go together: they are the activations to go by")
     dictionary = load_dictionary(options.dictionary)
     if options.format == "reflowlens":
-        print(save_dictionary(options.out, dictionary, dictionary_manifest(options.dictionary), bits=options.bits))
+        reads = _activations(dictionary, options).reads if options.model else None
+        manifest = dictionary_manifest(options.dictionary)
+        print(save_dictionary(options.out, dictionary, manifest, bits=options.bits, reads=reads))
         return
     if options.bits is not None:
         raise ReflowlensError(
@@ -111,7 +113,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _activations(dictionary: Dictionary, options: argparse.Namespace) -> Activations:
-    """Of the model, on rows of the validation part of prepared text."""
+    """Of the model, on rows of the training part of prepared text: what is held out stays so."""
     from pretraining.batches import spread_batches
     from pretraining.evaluate import tokens_for
     from reflowlens.checkpoints import load_model
@@ -120,7 +122,7 @@ def _activations(dictionary: Dictionary, options: argparse.Namespace) -> Activat
     if options.tokens < 1:
         raise ReflowlensError(f"--tokens must be at least 1, got {options.tokens}")
     model = load_model(options.model, device=options.device)
-    tokens = tokens_for(model, options.data, "val").tokens
+    tokens = tokens_for(model, options.data, "train").tokens
     rows = spread_batches(tokens, 8, min(model.cfg.n_ctx, 256), options.tokens)
     return activations_of(dictionary, model, (x.to(options.device) for x, _ in rows))
 

@@ -7,17 +7,19 @@ that come with reflowlens, is ``dictionary.safetensors.gz`` (:mod:`reflowlens.st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.config import nearest
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.dictionaries.packing import uses_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import float32_by_default, moved
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
@@ -50,6 +52,7 @@ def save_dictionary(
     manifest: Mapping[str, Any] | None = None,
     *,
     bits: float | None = None,
+    reads: Sequence[Float[Tensor, "token d_in"]] | None = None,
 ) -> Path:
     """Write a dictionary's folder; an earlier one is replaced when the new one is complete.
 
@@ -61,13 +64,16 @@ def save_dictionary(
         bits: that a weight takes, from 1 to 8 (:func:`reflowlens.storage.quantised.quantise`); biases and thresholds
             stay as they are. The error is 0.4% of a row's squared norm at 4.3, and a quarter of that for each bit more.
             None: weights as they are.
+        reads: for ``bits``, activations that each layer reads, 10,000 positions or so: then errors are put where they
+            change the reconstruction of these least, which makes its error several times smaller at equal size.
 
     Returns:
         The folder.
 
     Raises:
-        ReflowlensError: a weight is not finite, ``bits`` is out of range, the folder holds something other than a
-            dictionary, the disk is full or the folder cannot be written; then nothing has changed.
+        ReflowlensError: a weight is not finite, ``bits`` is out of range, ``reads`` are of other layers, the folder
+            holds something other than a dictionary, the disk is full or the folder cannot be written; then nothing has
+            changed.
 
     Example: ``load_dictionary(save_dictionary("out/dictionary", dictionary))``
     """
@@ -78,6 +84,9 @@ def save_dictionary(
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{name} holds NaN or infinite values: the dictionary is not saved")
+    if reads is not None and bits is None:
+        raise ReflowlensError("reads say how to pack: give bits= with them")
+    uses = None if reads is None else uses_of(dictionary, reads)
     config = dictionary.cfg.to_dict()
     header = {"format": FORMAT, "config": json.dumps(config)}
 
@@ -86,7 +95,7 @@ def save_dictionary(
         if bits is None:
             write_tensors(path, weights, header)
         else:
-            write_packed(path, weights, header, bits)
+            write_packed(path, weights, header, bits, uses)
         own = {"format": FORMAT, "config": config, "bits": bits, "weights_sha256": file_hash(path)}
         record = own | dict(manifest or {}) | own  # what is recorded may be another dictionary's manifest
         (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")

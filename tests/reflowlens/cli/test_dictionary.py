@@ -70,8 +70,12 @@ def test_list_shows_what_there_is(
     assert "no dictionary 'nowhere'" in capsys.readouterr().err
 
 
-def test_export_packs_and_keeps_what_is_recorded(topk: Path, tmp_path: Path) -> None:
-    assert main(["dictionary", "export", str(topk), str(tmp_path / "small"), "--bits", "6"]) == 0
+def test_export_packs_and_keeps_what_is_recorded(topk: Path, model: Path, data: Path, tmp_path: Path) -> None:
+    export = ["dictionary", "export", str(topk), str(tmp_path / "small"), "--bits", "6"]
+    assert main(export) == 0
+    plain = load_dictionary(tmp_path / "small").layers[0].W_enc
+    assert main([*export, "--model", str(model), "--data", str(data), "--tokens", "300"]) == 0
+    assert not torch.equal(load_dictionary(tmp_path / "small").layers[0].W_enc, plain)
     assert dictionary_manifest(tmp_path / "small")["measured_in_training"]["l0"] == [5.0, 4.0]
     assert dictionary_manifest(tmp_path / "small")["bits"] == 6
     assert load_dictionary(tmp_path / "small").cfg == load_dictionary(topk).cfg

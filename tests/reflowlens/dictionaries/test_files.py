@@ -237,6 +237,30 @@ def test_a_packed_dictionary_is_nearly_the_same(kind: str, tmp_path: Path) -> No
     assert file_hash(again / "dictionary.safetensors.gz") == file_hash(alone)
 
 
+@pytest.mark.parametrize("kind", ["plt", "clt"])
+def test_packing_by_activations_keeps_more_of_the_reconstruction(kind: str, tmp_path: Path) -> None:
+    dictionary = random_dictionary(KINDS[kind])
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(8, 32, generator=generator)
+    reads = [
+        torch.randn(600, 8, generator=generator) @ mix + 0.2 * torch.randn(600, 32, generator=generator) for _ in READS
+    ]
+    seen, held_out = [x[:400] for x in reads], [x[400:] for x in reads]
+
+    def error(**how: Any) -> float:
+        loaded = load_dictionary(save_dictionary(tmp_path / "packed", dictionary, **how))
+        both = zip(loaded(held_out), dictionary(held_out), strict=True)
+        return sum((ours - theirs).square().sum().item() for ours, theirs in both)
+
+    plain, used = error(bits=6), error(bits=6, reads=seen)
+    assert used < plain / 1.5
+    with pytest.raises(ReflowlensError, match=r"reads say how to pack: give bits="):
+        error(reads=seen)
+    for wrong in (seen[:1], [x[:0] for x in seen], [x * torch.nan for x in seen]):
+        with pytest.raises(ReflowlensError, match="packing goes by what each of the 2 layers reads"):
+            error(bits=6, reads=wrong)
+
+
 def test_packed_and_plain_replace_each_other(saved: Path) -> None:
     save_dictionary(saved, random_dictionary(), bits=4.3)
     assert sorted(path.name for path in saved.iterdir()) == ["dictionary.safetensors.gz", "manifest.json"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.storage.quantised import quantise, read_packed, write_packed
+from reflowlens.storage.quantised import Use, entropy, quantise, read_packed, write_packed
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +44,40 @@ def test_no_weight_is_further_than_half_a_step_away(bits: float) -> None:
     assert codes.abs().max() <= 127
     assert ((quantised.values() - W).abs().double() <= 0.501 * step.double()[:, None, None]).all()
     assert torch.equal(quantised.values()[1], W[1])
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+def test_errors_go_where_they_matter_least(along: str) -> None:
+    """Of inputs that go together, and rows of which some matter more: at equal size a fraction of the error."""
+    W = gaussian(120, 80)
+    n = len(W) if along == "rows" else 80
+    inputs = gaussian(500, n // 4, seed=1) @ gaussian(n // 4, n, seed=2) + 0.3 * gaussian(500, n, seed=3)
+    weight = torch.logspace(-3, 3, 120)
+    if along == "rows":
+        inputs = inputs * weight.sqrt()
+        weight = inputs.square().mean(0)
+
+    def error(values: torch.Tensor) -> float:
+        delta = values - W
+        acted = inputs @ delta if along == "rows" else (inputs @ delta.T) * weight.sqrt()
+        return acted.square().sum().item()
+
+    use = Use(weight, inputs.T @ inputs / 500, along)  # type: ignore[arg-type]
+    plain, used = quantise(W, 4.2), quantise(W, 4.2, use)
+    assert entropy(used.codes) == pytest.approx(4.2, abs=0.1)
+    assert error(used.values()) < error(plain.values()) / 5
+    assert torch.equal(quantise(W, 4.2, use).codes, used.codes)
+    half = Use(weight, torch.eye(n), along)  # type: ignore[arg-type] # inputs that do not go together
+    assert error(used.values()) < error(quantise(W, 4.2, half).values()) / 1.5
+
+
+def test_what_is_used_for_nothing_is_rounded_all_the_same() -> None:
+    W = gaussian(30, 2, 20)
+    W[3] = 0
+    for along, n in (("rows", 30), ("columns", 40)):
+        values = quantise(W, 5, Use(torch.zeros(30), torch.zeros(n, n), along)).values()  # type: ignore[arg-type]
+        assert (values - W).norm() < 0.06 * W.norm()
+        assert (values[3] == 0).all()
 
 
 def test_parts_of_a_row_share_its_step_and_small_ones_take_few_bits(tmp_path: Path) -> None:
