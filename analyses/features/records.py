@@ -63,8 +63,8 @@ def shown_places(part: Survey, n_interval: int) -> ShownPlaces:
             drawn = np.flatnonzero(interval == number)[:n_interval]  # the sample is in a random order
             group = 1 + INTERVALS - number
             found += [(feature, group, places[i]) for i in drawn[np.argsort(-values[drawn], kind="stable")]]
-    columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    return ShownPlaces(*map(np.ascontiguousarray, columns), quantiles)
+    feature_of, group_of, place_of = np.array(found, dtype=np.int64).reshape(-1, 3).T.copy()
+    return ShownPlaces(feature_of, group_of, place_of, quantiles)
 
 
 def _places(best: Best) -> list[list[int]]:

@@ -7,29 +7,33 @@ at. What is written is data alone: the page makes text of it, never markup.
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from reflowlens.arguments import integer
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.notebook.feature import (
-    FeatureContext,
-    FeatureEffect,
     FeatureLayerFacts,
     FeatureRecord,
     FeatureText,
     cantor,
     viewer_json,
+)
+from reflowlens.notebook.feature_files import (
+    call_arguments,
+    digits,
+    packed,
+    packed_text,
+    unpacked,
+    unpacked_text,
+    write_call,
 )
 from reflowlens.notebook.html import HtmlView, escape, table, titled
 from reflowlens.progress import bar
@@ -38,7 +42,6 @@ from reflowlens.storage.folders import check_replaceable, write_folder
 PAGE = "index.html"
 INDEX, TEXT = "data/index.js", "data/text.js"
 SHARD = 64  # features of a file: a few hundred kilobytes
-_STEPS = 1000  # in which activations are told, as shares of the feature's largest
 _ASSETS = ("features.css", "features.js")
 
 
@@ -110,26 +113,27 @@ class FeaturePages:
         for name in _ASSETS:
             (folder / "assets" / name).write_text(_asset(name), encoding="utf8")
         (folder / PAGE).write_text(_asset("features.html").replace("$title", escape(self.title)), encoding="utf8")
-        _call(folder / TEXT, "text", _packed_text(self.text))
+        write_call(folder / TEXT, "text", packed_text(self.text))
         numbered = all(layer.key.isdigit() for layer in self.layers)
         columns: list[dict[str, list[Any]]] = []
         steps = bar(show=progress, total=self.n_features, desc="writing", unit="feature", leave=False)
         for number, layer in enumerate(self.layers):
             columns.append({"fired": [], "words": [], "says": [], "effect": []})
             for shard, records in enumerate(_shards(self.record, number, layer.n_features)):
-                _call(folder / shard_name(layer.key, shard), "shard", layer.key, shard, [_packed(r) for r in records])
+                file = folder / shard_name(layer.key, shard)
+                write_call(file, "shard", layer.key, shard, [packed(record) for record in records])
                 for record in records:
                     columns[-1]["fired"].append(record.fired)
                     columns[-1]["words"].append(record.words(self.text))
                     columns[-1]["says"].append(record.promoted_words(self.text))
-                    columns[-1]["effect"].append(record.effect and _digits(record.effect.change))
+                    columns[-1]["effect"].append(record.effect and digits(record.effect.change))
                     if as_json:
                         name = f"{cantor(int(layer.key) if numbered else number, record.index)}.json"
                         content = json.dumps(viewer_json(record, layer, self.text), ensure_ascii=False)
                         (folder / "features" / name).write_text(content, encoding="utf8")
                 steps.update(len(records))
         steps.close()
-        _call(folder / INDEX, "index", self._index(columns))
+        write_call(folder / INDEX, "index", self._index(columns))
 
     def _index(self, columns: Sequence[Mapping[str, list[Any]]]) -> dict[str, Any]:
         return {
@@ -171,18 +175,27 @@ def open_feature_pages(folder: str | Path) -> FeaturePages:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise ReflowlensError(f"no feature pages in {str(folder)!r}: it has no {INDEX}")
-    (index,) = _arguments(folder / INDEX)
-    (text,) = _arguments(folder / TEXT)
-    try:
+
+    def record(number: int, feature: int) -> FeatureRecord:
+        file = folder / shard_name(layers[number].key, feature // shard)
+        *_, records = call_arguments(file)
+        with _damage_told(file):
+            return unpacked(records[feature % shard], layers[number].key)
+
+    (index,) = call_arguments(folder / INDEX)
+    (text,) = call_arguments(folder / TEXT)
+    with _damage_told(folder / INDEX):
+        shard = index["shard"]
         layers = [FeatureLayerFacts(own["key"], own["name"], own["n"], own["positions"]) for own in index["layers"]]
+        return FeaturePages(index["title"], index["facts"], index["notes"], layers, unpacked_text(text), record)
 
-        def record(number: int, feature: int) -> FeatureRecord:
-            *_, records = _arguments(folder / shard_name(layers[number].key, feature // index["shard"]))
-            return _unpacked(records[feature % index["shard"]], layers[number].key)
 
-        return FeaturePages(index["title"], index["facts"], index["notes"], layers, _unpacked_text(text), record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReflowlensError(f"{folder / INDEX} is damaged: {error!r}") from error
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ReflowlensError(f"{file} is damaged: {error!r}") from error
 
 
 def shard_name(key: str, shard: int) -> str:
@@ -194,115 +207,6 @@ def _shards(record: Callable[[int, int], FeatureRecord], layer: int, n: int) -> 
     indices = iter(range(n))
     while part := list(islice(indices, SHARD)):
         yield [record(layer, index) for index in part]
-
-
-def _call(path: Path, name: str, *arguments: Any) -> None:
-    """A script that hands JSON to the page: ASCII, and no "<" that could begin markup."""
-    content = ",".join(json.dumps(argument, separators=(",", ":"), allow_nan=False) for argument in arguments)
-    path.write_text(f"reflowlens.{name}({content});\n".replace("<", "\\u003c"), encoding="ascii")
-
-
-def _arguments(path: Path) -> list[Any]:
-    """What a script of :func:`_call` hands over."""
-    try:
-        content = path.read_text(encoding="ascii").strip()
-        found: list[Any] = json.loads(f"[{content[content.index('(') + 1 : content.rindex(')')]}]")
-    except (OSError, ValueError) as error:
-        raise ReflowlensError(f"{path} is missing or damaged: {error}") from error
-    return found
-
-
-def _packed_text(text: FeatureText) -> dict[str, Any]:
-    width = "<u2" if int(text.tokens.max(initial=0)) < 2**16 else "<u4"
-    return {
-        "width": int(width[-1]),
-        "tokens": base64.b64encode(text.tokens.astype(width).tobytes()).decode(),
-        "ends": text.ends.tolist(),
-        "documents": text.documents.tolist(),
-        "starts": text.starts.tolist(),
-        "vocabulary": {str(token): shown for token, shown in text.vocabulary.items()},
-    }
-
-
-def _unpacked_text(packed: Mapping[str, Any]) -> FeatureText:
-    tokens = np.frombuffer(base64.b64decode(packed["tokens"]), dtype=f"<u{packed['width']}").astype(np.int64)
-    columns = (np.array(packed[name]) for name in ("ends", "documents", "starts"))
-    vocabulary = {int(token): shown for token, shown in packed["vocabulary"].items()}
-    return FeatureText(tokens, *columns, vocabulary)
-
-
-def _packed(record: FeatureRecord) -> dict[str, Any]:
-    """Short, for there are thousands: activations of contexts are thousandths of the largest absolute one."""
-    scale = _STEPS / _peak(record.smallest, record.largest)
-    groups = [
-        [name, [[c.block, c.start, c.middle, [round(value * scale) for value in c.values]] for c in contexts]]
-        for name, contexts in record.contexts.items()
-    ]
-    effect = record.effect
-    return {
-        "i": record.index,
-        "fired": record.fired,
-        "min": _digits(record.smallest),
-        "max": _digits(record.largest),
-        "hist": list(record.histogram),
-        "q": [_digits(value) for value in record.quantiles],
-        "groups": groups,
-        "top": [[token, _digits(value)] for token, value in record.promoted],
-        "bottom": [[token, _digits(value)] for token, value in record.suppressed],
-        "near": [[layer, index, _digits(cosine)] for layer, index, cosine in record.near],
-        "effect": effect
-        and {
-            "change": _digits(effect.change),
-            "error": _digits(effect.error),
-            "positions": effect.positions,
-            "blocks": effect.blocks,
-            "control": effect.control,
-            "controlChange": _digits(effect.control_change),
-        },
-    }
-
-
-def _unpacked(packed: Mapping[str, Any], layer: str) -> FeatureRecord:
-    scale = _peak(packed["min"], packed["max"]) / _STEPS
-    contexts = {
-        name: [
-            FeatureContext(block, start, middle, [value * scale for value in values])
-            for block, start, middle, values in own
-        ]
-        for name, own in packed["groups"]
-    }
-    effect = packed["effect"]
-    return FeatureRecord(
-        layer=layer,
-        index=packed["i"],
-        fired=packed["fired"],
-        smallest=packed["min"],
-        largest=packed["max"],
-        histogram=packed["hist"],
-        quantiles=[math.nan if value is None else value for value in packed["q"]],
-        contexts=contexts,
-        promoted=[(token, value) for token, value in packed["top"]],
-        suppressed=[(token, value) for token, value in packed["bottom"]],
-        near=[(key, index, cosine) for key, index, cosine in packed["near"]],
-        effect=effect
-        and FeatureEffect(
-            effect["change"],
-            math.nan if effect["error"] is None else effect["error"],
-            effect["positions"],
-            effect["blocks"],
-            effect["control"],
-            effect["controlChange"],
-        ),
-    )
-
-
-def _peak(smallest: float, largest: float) -> float:
-    return max(abs(smallest), abs(largest)) or 1.0
-
-
-def _digits(value: float) -> float | None:
-    """To four digits; None where there is no number, which JSON has no word for."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _asset(name: str) -> str:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_a_failure_leaves_earlier_pages_as_they_were(pages, tmp_path, monkeypatc
     first = FeaturePages("first", {}, {}, pages.layers[:1], pages.text, record)
     first.save(target)
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    write, calls = feature_pages._call, []
+    write, calls = feature_pages.write_call, []
 
     def full(path, *arguments):
         calls.append(path)
@@ -134,7 +135,7 @@ def test_a_failure_leaves_earlier_pages_as_they_were(pages, tmp_path, monkeypatc
             raise failure
         write(path, *arguments)
 
-    monkeypatch.setattr(feature_pages, "_call", full)
+    monkeypatch.setattr(feature_pages, "write_call", full)
     with pytest.raises((ReflowlensError, KeyboardInterrupt)) as error:
         pages.save(target)
     assert isinstance(failure, KeyboardInterrupt) or "the disk is full; nothing was changed" in str(error.value)
@@ -158,6 +159,10 @@ def test_what_is_not_there_is_one_error(pages, folder, tmp_path):
         rl.show_feature(folder, 1, N)
     with pytest.raises(ReflowlensError, match="pages must be feature pages or their folder"):
         rl.show_feature(3, 1, N)
+    broken = open_feature_pages(shutil.copytree(folder, tmp_path / "broken"))
+    (tmp_path / "broken/data/0-0.js").write_text('reflowlens.shard("0",0,[]);')
+    with pytest.raises(ReflowlensError, match=r"0-0.js is damaged: IndexError"):
+        broken.feature(0, 0)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/index.js").write_text("nothing")
     with pytest.raises(ReflowlensError, match="is missing or damaged"):
