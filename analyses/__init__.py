@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from analyses.experiments.sparsity_profile import sparsity_profile as sparsity_profile
     from analyses.experiments.typo_resilience import typo_resilience as typo_resilience
     from analyses.features.dashboards import feature_dashboards as feature_dashboards
+    from analyses.features.evaluation import evaluate_dictionary as evaluate_dictionary
+    from analyses.features.probing import sparse_probing as sparse_probing
+    from analyses.features.stability import seed_stability as seed_stability
     from analyses.report import write_report as write_report
     from analyses.result import Result as Result
     from analyses.runner.comparison import compare_models as compare_models
@@ -43,10 +46,13 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "Result": "result",
     "compare_models": "runner.comparison",
     "crystallisation_boundary": "experiments.crystallisation_boundary",
+    "evaluate_dictionary": "features.evaluation",
     "feature_dashboards": "features.dashboards",
     "load_lexicon": "words",
     "monosemanticity": "units.monosemanticity",
     "run_suite": "runner.suite",
+    "seed_stability": "features.stability",
+    "sparse_probing": "features.probing",
     "unit_statistics": "units.firing",
     "write_report": "report",
 }

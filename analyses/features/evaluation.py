@@ -86,6 +86,10 @@ class DictionaryEvaluation:
             raise ReflowlensError(f"cannot write {path}: {error.strerror}") from error
         return path
 
+    def and_frame(self, name: str, frame: pd.DataFrame) -> DictionaryEvaluation:
+        """The same with one more frame, such as `analyses.features.stability.seed_stability`'s."""
+        return DictionaryEvaluation(self.params, {**self.frames, name: frame})
+
     def together(self) -> pd.DataFrame:
         """The rows of all layers together, a row a dictionary or null, without the intervals."""
         layers = self.frames["layers"]
@@ -130,6 +134,7 @@ def evaluate_dictionary(
     *,
     against: Mapping[str, Dictionary | tuple[HookedModel, Dictionary]] | None = None,
     with_nulls: bool = True,
+    layerwise: bool = True,
     batch_size: int = 8,
     resamples: int = 1000,
     seed: int = 0,
@@ -145,6 +150,8 @@ def evaluate_dictionary(
         against: other dictionaries by name that write to the same hook points, such as those with a frozen decoder; of
             one of another model, such as the untrained one, that model too: it is measured on its own activations.
         with_nulls: also the nulls of `analyses.features.reconstructors`.
+        layerwise: of nulls and other dictionaries too, the predictions with each layer replaced by itself; False leaves
+            out these (NaN), which halves the time.
         batch_size: documents read at once, which memory grows with.
         resamples: of the documents, for the intervals.
         seed: of the resamples, and of the rotated basis.
@@ -178,7 +185,9 @@ def evaluate_dictionary(
     every: list[DocumentSums] = []
     for its_model, these, its_moments in runs:
         means = [its_moments[point].mean.float() for point in dictionary.cfg.writes]
-        sums = document_sums(its_model, these, rows, means, batch_size=batch_size, progress=show)
+        sums = document_sums(
+            its_model, these, rows, means, batch_size=batch_size, layerwise=None if layerwise else [name], progress=show
+        )
         metrics |= {key: resampling.of(sums, key) for key in these}
         every.append(sums)
     blocks = [level_of(point) for point in dictionary.cfg.writes]

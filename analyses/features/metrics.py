@@ -18,6 +18,7 @@ RECONSTRUCTION = ("l0", "fvu", "cosine", "dead", "dense")
 PREDICTION = ("loss", "kl", "agreement", "recovered_zero", "recovered_mean")
 METRICS = (*RECONSTRUCTION, *PREDICTION)
 DENSE = 0.1  # the share of positions above which a feature is dense
+_MISSING = np.full(2, np.nan)  # draws of what was not measured
 Draws: TypeAlias = Float[np.ndarray, " draw"]  # the value itself, then that of every resample
 Metrics: TypeAlias = dict[tuple[int, str], Draws]
 
@@ -80,14 +81,16 @@ def layer_rows(name: str, blocks: Sequence[int], metrics: Metrics) -> Iterator[d
     for layer, shown in _layers(blocks):
         row: dict[str, Any] = {"dictionary": name, "layer": shown}
         for metric in METRICS:
-            row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = _with_interval(metrics[layer, metric])
+            row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = _with_interval(
+                metrics.get((layer, metric), _MISSING)
+            )
         yield row
 
 
 def difference_rows(name: str, blocks: Sequence[int], metrics: Metrics, other: Metrics) -> Iterator[dict[str, Any]]:
     """A row a layer and metric: ``difference``, that of ``metrics`` minus that of ``other``, and its interval."""
     for layer, shown in _layers(blocks):
-        for metric in METRICS:
+        for metric in (metric for metric in METRICS if (layer, metric) in metrics):
             row: dict[str, Any] = {"dictionary": name, "layer": shown, "metric": metric}
             row["difference"], row["low"], row["high"] = _with_interval(metrics[layer, metric] - other[layer, metric])
             yield row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias, TypeVar
@@ -50,7 +50,7 @@ class DocumentSums:
         square: ``Σ ‖y - c‖²`` a layer, and ``total`` [document, d] ``Σ (y - c)``, of the targets less a constant c.
         zero, mean: replacement by constants, of each layer and (under ``ALL``) of all.
         layers: by reconstructor, a layer each.
-        replaced: by reconstructor, of each layer and (under ``ALL``) of all.
+        replaced: by reconstructor, of each layer (of those that are to) and (under ``ALL``) of all.
     """
 
     positions: Sums
@@ -72,6 +72,7 @@ def document_sums(
     means: Sequence[Float[Tensor, " d"]],
     *,
     batch_size: int,
+    layerwise: Collection[str] | None = None,
     progress: bool = False,
 ) -> DocumentSums:
     """Run a model over documents with and without replacements.
@@ -79,11 +80,13 @@ def document_sums(
     Args:
         reconstructors: by name; all of them write to the same points.
         means: of what is written at each of these points, on other documents.
+        layerwise: the names of those that replace each layer by itself too; None: all.
     """
     total: DocumentSums | None = None
+    layerwise = reconstructors if layerwise is None else layerwise
     batches = document_batches(rows, batch_size)
     for batch in bar(batches, show=progress, total=n_batches(rows, batch_size), unit="batch", desc="evaluating"):
-        part = _of_batch(model, reconstructors, batch, means, len(rows))
+        part = _of_batch(model, reconstructors, batch, means, len(rows), layerwise)
         total = part if total is None else _added(total, part)
     assert total is not None  # two documents at least
     return total
@@ -95,6 +98,7 @@ def _of_batch(
     batch: DocumentBatch,
     means: Sequence[Tensor],
     n_documents: int,
+    layerwise: Collection[str],
 ) -> DocumentSums:
     writes = next(iter(reconstructors.values())).writes
     summed = partial(by_document, document=batch.document, n_documents=n_documents)
@@ -131,7 +135,8 @@ def _of_batch(
                 fired=(block.T @ active).long().cpu().numpy(),
             )
             found.layers[name].append(layer)
-            found.replaced[name][i] = compared(one(writes[i], said))
+            if name in layerwise:
+                found.replaced[name][i] = compared(one(writes[i], said))
         found.replaced[name][ALL] = compared(with_all_replaced(model, batch, reconstructor))
     return found
 

@@ -39,6 +39,13 @@ def add_evaluate(commands: Commands) -> None:
         "untrained model (fresh weights from the seed that it was trained with)",
     )
     parser.add_argument("--no-nulls", action="store_true", help="leave out the bases that need no training")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="of nulls and others, replace all layers at once only, and not each by itself: twice as fast",
+    )
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="DICTIONARY", help="stability: others of its kind")
+    parser.add_argument("--probe", action="store_true", help="k-sparse probes of word categories and text concepts")
     parser.add_argument("--batch-size", type=int, default=8, help="documents read at once")
     parser.add_argument("--resamples", type=int, default=1000, help="of documents, for the intervals")
     parser.add_argument("--seed", type=int, default=0, help="of documents, resamples and the rotated basis")
@@ -48,6 +55,9 @@ def add_evaluate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from analyses.features.evaluation import evaluate_dictionary
+    from analyses.features.probing import sparse_probing
+    from analyses.features.stability import seed_stability
+    from analyses.units.terminal import table
     from reflowlens.checkpoints import load_model
     from reflowlens.dictionaries.files import load_dictionary
 
@@ -60,19 +70,30 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not (name := options.model or dictionary.cfg.model_name):
         raise ReflowlensError(f"{options.dictionary} does not name its model: give it with --model")
     model = load_model(name, device=options.device)
+    held_out = _documents(model, options, "val", options.tokens)
     result = evaluate_dictionary(
         model,
         dictionary,
-        _documents(model, options, "val", options.tokens),
+        held_out,
         _documents(model, options, "train", options.training_tokens),
         against=dict(_against(name, model, options) for name in options.against),
         with_nulls=not options.no_nulls,
+        layerwise=not options.together,
         batch_size=options.batch_size,
         resamples=options.resamples,
         seed=options.seed,
         progress=True,
     )
     print(result)
+    if options.seeds:
+        others = {name: load_dictionary(name, device=options.device) for name in (options.dictionary, *options.seeds)}
+        stability = seed_stability(model, others, held_out, seed=options.seed, progress=True)
+        print("\nstability over seeds", table(stability), sep="\n")
+        result = result.and_frame("stability", stability)
+    if options.probe:
+        probes = sparse_probing(model, dictionary, held_out, seed=options.seed, progress=True)
+        print("\nk-sparse probes, mean over classes", table(probes[probes["class"] == "all"]), sep="\n")
+        result = result.and_frame("probes", probes)
     if options.out:
         print(result.save(options.out))
 

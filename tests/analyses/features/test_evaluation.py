@@ -132,6 +132,22 @@ def test_the_signals_chosen_are_those_most_aligned_and_fit_best() -> None:
         torch.testing.assert_close(coefficients[chosen], best, rtol=1e-3, atol=1e-4)
 
 
+def test_of_nulls_the_layers_can_be_replaced_together_only(reflow: HookedModel) -> None:
+    dictionary = dictionary_of(reflow)
+    whole, short = (evaluated(reflow, dictionary, layerwise=layerwise) for layerwise in (True, False))
+    one, other = (result.frames["layers"].set_index(["dictionary", "layer"]) for result in (whole, short))
+    assert other.drop("dictionary", level=0).drop("all", level=1)["loss"].isna().all()
+    kept = other["loss"].dropna()
+    np.testing.assert_allclose(kept, one["loss"][kept.index], rtol=1e-6)
+    assert set(kept.index) == {
+        *(("dictionary", layer) for layer in "01"),
+        *one.xs("all", level=1, drop_level=False).index,
+    }
+    np.testing.assert_allclose(one["fvu"], other["fvu"], rtol=1e-6)
+    metrics = short.frames["differences"].groupby("layer")["metric"].nunique()
+    assert metrics["all"] == len(METRICS) > metrics["0"] == metrics["1"] > 0
+
+
 def test_a_dictionary_of_the_untrained_model_is_measured_on_that_model(reflow: HookedModel) -> None:
     dictionary, untrained = dictionary_of(reflow), untrained_model(reflow, 0)
     found = evaluated(reflow, dictionary, with_nulls=False, against={"untrained": (untrained, dictionary)})

@@ -65,6 +65,31 @@ def test_a_dictionary_is_measured_beside_others(
     assert few["params"]["documents"] < len(SENTENCES)
 
 
+def test_stability_and_probes_are_kept_with_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["dictionary", "evaluate", str(folder / "first"), "--data", str(folder / "data"), "--tokens", "0"]
+    more = [
+        "--together",
+        "--resamples",
+        "5",
+        "--seeds",
+        str(folder / "second"),
+        "--probe",
+        "--out",
+        str(tmp_path / "x.json"),
+    ]
+    assert main([*command, *more]) in (0, None)
+    printed = capsys.readouterr().out
+    assert "stability over seeds" in printed
+    assert "mean over classes" in printed
+    frames = json.loads((tmp_path / "x.json").read_text())["frames"]
+    assert [row["layer"] for row in frames["stability"]] == ["0", "1", "all"]
+    assert {row["basis"] for row in frames["probes"]} >= {"dictionary", "neurons", "pca", "random"}
+    alone = [row for row in frames["layers"] if row["dictionary"] == "pca" and row["layer"] == "0"]
+    assert [row["loss"] for row in alone] == [None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
