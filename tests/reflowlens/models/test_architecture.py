@@ -37,6 +37,7 @@ from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns
 from reflowlens.sweeps.setup import prepare_sweep
 from tests.reflowlens.sweeps.test_sweep import whole
+from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import assert_close, random_model, random_tokens
 
 
@@ -143,6 +144,16 @@ def test_a_sweep_is_whole_passes(model: HookedModel, grid: str) -> None:
     expected = whole(model, clean, corrupted, grid, METRIC)
     assert_close(rl.sweep(model, clean, corrupted, grid, METRIC).values.flatten(0, -2), expected)
     assert float(expected.std()) > 0.01
+
+
+@pytest.mark.parametrize("error", [True, False])
+@pytest.mark.parametrize("kind", ["sae", "plt"])
+def test_a_sweep_of_features_is_whole_passes(model: HookedModel, kind: Any, error: bool) -> None:
+    clean, corrupted = random_tokens(model.cfg, batch=4, pos=6).unflatten(0, (2, 2))
+    with dictionary_of(model, kind, "relu", n_features=8).spliced(model, error=error):
+        expected = whole(model, clean, corrupted, "features", METRIC)
+        assert_close(rl.sweep(model, clean, corrupted, "features", METRIC).values.flatten(0, -2), expected)
+    assert float(expected.std()) > 1e-3
 
 
 def test_several_interventions_meet_in_whole_rows() -> None:
