@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.units.held_out import as_stream
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 
@@ -64,14 +65,14 @@ def token_rows(model: HookedModel, documents: Documents) -> list[Int[Tensor, " _
     """The first ``n_ctx`` tokens of every document, on the model's device; documents of under 3 tokens are left out.
 
     Raises:
-        ReflowlensError: it is no list of documents, or fewer than two have 3 tokens.
+        ReflowlensError: it is no list of documents, a document is neither a text nor token ids [token], an id is
+            outside the vocabulary, or fewer than two documents have 3 tokens.
     """
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         raise ReflowlensError(f"documents must be a list of texts or arrays of tokens, got {type(documents).__name__}")
     rows = []
     for document in documents:
-        tokens = np.array(model.tokenizer.encode(document)) if isinstance(document, str) else document
-        row = torch.as_tensor(np.asarray(tokens[: model.cfg.n_ctx]).astype(np.int64))
+        row = as_stream(model, document)[: model.cfg.n_ctx]
         if len(row) >= SHORTEST:
             rows.append(model.to_tokens(row)[0])
     if len(rows) < 2:

@@ -153,10 +153,10 @@ def _neurons(model: HookedModel, writes: Sequence[str], k: Sequence[int]) -> OfB
     parameters = dict(model.named_parameters())
     if not all(point.endswith(".hook_mlp_out") for point in writes) or not all(name in parameters for name in weights):
         return None
-    decoders = [parameters[str(name)].detach() for name in weights]
+    decoders = [parameters[str(name)].detach().float() for name in weights]
     biases = [parameters.get(str(name).replace("W_out", "b_out")) for name in weights]
     offsets = [
-        decoder.new_zeros(decoder.shape[1]) if bias is None else bias.detach()
+        decoder.new_zeros(decoder.shape[1]) if bias is None else bias.detach().float()
         for decoder, bias in zip(decoders, biases, strict=True)
     ]
     encoders = [partial(_longest, decoder.norm(dim=1), size) for decoder, size in zip(decoders, k, strict=True)]

@@ -188,6 +188,13 @@ def test_results_are_kept_as_json_and_shown_as_tables(reflow: HookedModel, tmp_p
     assert "varimax" in found._repr_html_()
 
 
+def test_a_model_of_16_bits_is_measured_too(reflow: HookedModel) -> None:
+    dictionary = dictionary_of(reflow)
+    half = random_model("reflow").to(torch.bfloat16)
+    one, other = (evaluated(model, dictionary).frames["layers"] for model in (reflow, half))
+    np.testing.assert_allclose(one[["fvu", "l0", "loss"]], other[["fvu", "l0", "loss"]], rtol=0.1)
+
+
 def test_bad_input_is_one_error(reflow: HookedModel) -> None:
     dictionary = dictionary_of(reflow)
     for documents in ([], [torch.tensor([1, 2])] * 4, ["a", "b"]):
@@ -195,6 +202,11 @@ def test_bad_input_is_one_error(reflow: HookedModel) -> None:
             evaluate_dictionary(reflow, dictionary, documents, TRAINING)
     with pytest.raises(ReflowlensError, match="documents must be a list"):
         evaluate_dictionary(reflow, dictionary, "one text", TRAINING)
+    for document in (torch.ones(1, 9).long(), torch.rand(9), np.array(["a"])):
+        with pytest.raises(ReflowlensError, match="one text or its token ids"):
+            evaluate_dictionary(reflow, dictionary, [document, *HELD_OUT], TRAINING)
+    with pytest.raises(ReflowlensError, match="no token 999"):
+        evaluate_dictionary(reflow, dictionary, [torch.tensor([1, 999, 2]), *HELD_OUT], TRAINING)
     with pytest.raises(ReflowlensError, match="dictionaries are compared at the same hook points"):
         evaluated(reflow, dictionary, against={"sae": dictionary_of(reflow, "sae")})
     with pytest.raises(ReflowlensError, match="'pca' is already a row"):
