@@ -239,9 +239,10 @@ function factsOf(layer, feature) {
   const effect = feature.effect;
   if (effect) {
     const where = `nats where it is active (${plural(effect.positions, "position")} of ${plural(effect.blocks, "block")})`;
-    const change = `${number(effect.change, true)}${effect.error === null ? "" : ` ± ${number(effect.error)}`}`;
+    const shownAs = column([effect.change, effect.controlChange], true);
+    const change = `${shownAs(effect.change)}${effect.error === null ? "" : ` ± ${shownAs(effect.error).replace("+", "")}`}`;
     facts.push(fact("loss without it", change, where, true));
-    const control = make("span", {}, `${number(effect.controlChange, true)} `);
+    const control = make("span", {}, `${shownAs(effect.controlChange)} `);
     control.append(make("a", { href: address(layer.key, effect.control) }, `${layer.key}/${effect.control}`));
     facts.push(fact("a rate-matched feature", control));
   }
@@ -328,9 +329,17 @@ function contextOf(feature, [block, start, middle, values]) {
   return make("li", {}, strength, make("div", { class: "line" }, before, at, after));
 }
 
+// A sample's group is named by the quantiles that it lies between; what these are stands beside.
+function rangeOf(feature, name) {
+  const [, from, to] = /^Quantiles (\d+)–(\d+)%$/.exec(name) ?? [];
+  if (!to) return null;
+  const bounds = [from, to].map((percents) => feature.q[Math.round((percents / 100) * (feature.q.length - 1))]);
+  return make("small", {}, bounds.map((bound) => number(bound)).join(" to "));
+}
+
 function contextsOf(feature) {
   return feature.groups.flatMap(([name, contexts]) => [
-    make("h3", {}, name),
+    make("h3", {}, name, rangeOf(feature, name)),
     make("ul", { class: "group" }, ...contexts.map((context) => contextOf(feature, context))),
   ]);
 }
@@ -406,7 +415,7 @@ function showAbout() {
       "tr",
       {},
       make("td", {}, layer.key),
-      make("td", {}, make("code", {}, layer.name)),
+      make("td", {}, ...layer.name.split(" → ").map((point, i) => make("code", {}, i ? `→ ${point}` : point))),
       make("td", { class: "number" }, whole(layer.n)),
       make("td", { class: "number" }, whole(layer.n - active.length)),
       make("td", { class: "number" }, percent(median(active) / layer.positions)),
