@@ -33,7 +33,9 @@ class Resampling:
     def of(self, sums: DocumentSums, name: str) -> Metrics:
         """Metrics of a reconstructor, under (layer, metric)."""
         n = self.documents @ sums.positions
-        blocks = np.bincount(block_of(np.arange(len(sums.positions)), len(sums.positions)), weights=sums.positions)
+        blocks = np.bincount(
+            block_of(np.arange(len(sums.positions)), len(sums.positions)), weights=sums.positions
+        ).astype(float)
         found: Metrics = {}
         for layer, own in enumerate(sums.layers[name]):
             spread = self.documents @ sums.square[layer]

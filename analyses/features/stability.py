@@ -140,9 +140,7 @@ def correlations(
 def _of_weights(a: DictionaryLayer, b: DictionaryLayer, rank: int, seed: int) -> dict[str, float]:
     found: dict[str, float] = {}
     own = (a.W_enc, a.W_dec)
-    turned = tuple(
-        w @ random_rotation(w.shape[-1], derive_seed(seed, i)).to(w) for i, w in enumerate((b.W_enc, b.W_dec))
-    )
+    turned = (_turned(b.W_enc, derive_seed(seed, "encoder")), _turned(b.W_dec, derive_seed(seed, "decoder")))
     rows, columns, cosine, shared = _matched(own, (b.W_enc, b.W_dec))
     _, _, by_chance, shared_by_chance = _matched(own, turned)
     found |= {"decoder_cosine": float(cosine.mean()), "decoder_cosine_chance": float(by_chance.mean())}
@@ -167,6 +165,10 @@ def _matched(
     same = np.array([partner.get(row) == column for row, column in zip(rows, columns, strict=True)])
     cosine = np.abs(decoders)[rows, columns]
     return rows, columns, cosine, same & (cosine > SHARED) & (encoders[rows, columns] > SHARED)
+
+
+def _turned(w: Float[Tensor, "feature *reach d"], seed: int) -> Float[Tensor, "feature *reach d"]:
+    return w @ random_rotation(w.shape[-1], seed).to(w)
 
 
 def _cosines(a: Tensor, b: Tensor) -> NDArray[np.float32]:

@@ -122,7 +122,8 @@ def _of_batch(
         loss=predictions.loss,
         square=[summed(y.double().square().sum(1)) for y in centred],
         total=[summed(y) for y in centred],
-        **constants,
+        zero=constants["zero"],
+        mean=constants["mean"],
     )
     block = F.one_hot(block_of(batch.document, n_documents), min(BLOCKS, n_documents)).float()
     for name, reconstructor in reconstructors.items():
@@ -166,7 +167,7 @@ def _added(a: Part, b: Part) -> Part:
         return {key: _added(a[key], b[key]) for key in a}  # type: ignore[return-value]
     if isinstance(a, list) and isinstance(b, list):
         return [_added(*pair) for pair in zip(a, b, strict=True)]  # type: ignore[return-value]
-    if dataclasses.is_dataclass(a):
+    if dataclasses.is_dataclass(a) and not isinstance(a, type):
         names = [part.name for part in dataclasses.fields(a)]
-        return type(a)(**{name: _added(getattr(a, name), getattr(b, name)) for name in names})  # type: ignore[return-value]
-    return a + b  # type: ignore[operator,no-any-return]
+        return type(a)(**{name: _added(getattr(a, name), getattr(b, name)) for name in names})
+    return a + b  # type: ignore[operator]
