@@ -422,7 +422,7 @@ function showAbout() {
       make("td", {}, densities(layer)),
     );
   });
-  const heads = [["layer"], ["read at → writes to"], ["features", 1], ["never active", 1], ["median active", 1], ["by frequency, from 1e-6 to 1"]];
+  const heads = [["layer"], ["read at → writes to"], ["features", 1], ["never active", 1], ["median active", 1], ["by how often"]];
   const head = make("tr", {}, ...heads.map(([name, right]) => make("th", { scope: "col", class: right ? "number" : false }, name)));
   const keys = [["/", "search"], ["↓ ↑", "through the list"], ["← →", "previous, next feature"], ["Esc", "to the list"]];
   show(`${pages.title} – reflowlens`, [

@@ -289,6 +289,19 @@ def test_a_model_that_begins_its_texts_itself_does_so_in_every_block(models, mon
     assert corpus.lengths.tolist() == [24, 8]
 
 
+def test_a_dead_dictionary_has_pages_that_say_so(models, tmp_path):
+    dictionary = random_dictionary(KINDS["skip"])
+    with torch.no_grad():
+        for layer in dictionary.each_layer():
+            layer.b_enc.fill_(-100)
+    pages = feature_dashboards(models["gpt2"], DOCUMENTS, dictionary)
+    record = pages.record(1, 4)
+    assert (record.fired, record.smallest, record.largest, record.contexts, record.effect) == (0, 0, 0, {}, None)
+    assert len(record.promoted) == 10
+    pages.save(tmp_path / "pages")
+    assert "0 at every position" in rl.show_feature(tmp_path / "pages", 1, 4)._repr_html_()
+
+
 def test_what_cannot_be_shown_is_one_error(models):
     model, dictionary = models["gpt2"], random_dictionary()
     for documents in ([], "", ["a", "b"]):
