@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from reflowlens.checkpoints import list_models as list_models
     from reflowlens.checkpoints import load_model as load_model
     from reflowlens.checkpoints import save_model as save_model
+    from reflowlens.circuits.attribution.attribute import attribute as attribute
+    from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
+    from reflowlens.circuits.attribution.replacement import FeatureAt as FeatureAt
     from reflowlens.circuits.circuits import completeness as completeness
     from reflowlens.circuits.circuits import faithfulness as faithfulness
     from reflowlens.circuits.circuits import grow_circuit as grow_circuit
@@ -68,7 +71,9 @@ _HOMES = {
     "Ablate": "interventions.values",
     "ActivationCache": "activations.cache",
     "AddWeights": "interventions.edit",
+    "AttributionGraph": "circuits.attribution.graph",
     "Dictionary": "dictionaries.dictionary",
+    "FeatureAt": "circuits.attribution.replacement",
     "Graph": "circuits.graph",
     "Collected": "activations.collect",
     "ModelConfig": "config",
@@ -86,6 +91,7 @@ _HOMES = {
     "ablate_readout": "ablations.readout",
     "ablate_upstream": "ablations.upstream",
     "agreement": "circuits.screening",
+    "attribute": "circuits.attribution.attribute",
     "build_model": "models",
     "collect": "activations.collect",
     "completeness": "circuits.circuits",

@@ -1,0 +1,1 @@
+"""Attribution graphs: which features of a prompt made which, and in the end a prediction."""

@@ -1,0 +1,242 @@
+"""Attribution graphs of a prompt (Ameisen et al., 2025, "Circuit Tracing"), exact under what they hold constant.
+
+On the prompt, attention patterns, norm scales and the gates of gated MLPs are held at what they are, and the output of
+each MLP is a sum: of what active features (or neurons) write, a bias, a skip, and the error, whatever is missing. Then
+every pre-activation and every logit is a sum over what was written earlier, and an edge is one term of it: the source's
+activation times what its vector does to the target, over all paths that pass no other feature.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.arguments import whole_number
+from reflowlens.circuits.attribution.engine import End, Engine, Inputs, layout_of, possible_edges
+from reflowlens.circuits.attribution.frozen import FrozenDecoder
+from reflowlens.circuits.attribution.graph import AttributionGraph
+from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, of_dictionary, of_neurons, points_of
+from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
+from reflowlens.circuits.attribution.table import graph_of
+from reflowlens.circuits.attribution.targets import LogitTargets, Targets, logit_targets, split_targets
+from reflowlens.dictionaries.belonging import check_belongs
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import HEADS_AND_MLPS
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.text import TextInput
+from reflowlens.models.threads import changing
+from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.progress import bar
+from reflowlens.sweeps.batching import check_budget
+from reflowlens.sweeps.reading import attached_points
+
+_FEWEST_EDGES = 16  # of a target, below which a graph says little
+
+
+@guarded(changing, lower="the length of the prompt, neurons=, or memory= of the edges that are kept")
+@torch.no_grad()
+def attribute(
+    model: Any,
+    prompt: TextInput,
+    dictionary: Dictionary | None = None,
+    targets: Targets = None,
+    *,
+    against: str | int | None = None,
+    neurons: int = 32,
+    signals: bool | None = None,
+    edges_per_node: int | None = None,
+    memory: float = 1e9,
+    other_model: bool = False,
+    progress: bool | None = None,
+) -> AttributionGraph:
+    """The attribution graph of a prompt: what made which feature active, and what made the prediction.
+
+    Args:
+        model: a hooked decoder, compiled or not.
+        prompt: one text, or its tokens; two at least.
+        dictionary: transcoders of the model's MLPs: a layer each or cross-layer, with a skip or without. Its active
+            features are nodes. None: the model's own neurons are.
+        targets: what is explained, at the last position: one token or several, as texts or ids; or features anywhere,
+            as ``rl.FeatureAt(layer, index, position)``. None: the likeliest tokens, as many as reach 95% of the
+            probability, at most 10.
+        against: a token; what is explained is by how much the target's logit is above its.
+        neurons: without a dictionary: how many of each block and position are nodes, those that write the most; what
+            the others write is the error.
+        signals: of reFlow: whether the inputs are the signals of the tokens' recipes, and the logits sums over the
+            signals of the readout. Default: where there is no dictionary.
+        edges_per_node: the most edges that a target keeps, its largest; what the others add is one edge from a node
+            ``rest``. None: all, or as many as ``memory`` holds.
+        memory: bytes for the edges, 12 an edge.
+        other_model: the dictionary is meant to be another model's.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        The graph. For every target, incoming edges add up to its pre-activation or logit.
+
+    Raises:
+        ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder or not in float32, it is
+            changed by hooks, activations are not finite, the dictionary belongs to another model or is none of MLPs, no
+            feature is active, a target does not exist, or not even 16 edges a node fit ``memory``.
+
+    Example: ``rl.attribute(model, "The capital of France is", dictionary).prune().edges``
+    """
+    decoder = _checked_model(model)
+    if dictionary is not None:
+        check_belongs(dictionary, decoder, other_model=other_model)
+    check_budget(memory)
+    neurons = whole_number(neurons, "neurons", 1)
+    tokens = _one_prompt(decoder, prompt)
+    asked_tokens, asked = split_targets(targets, decoder.cfg.n_layers, tokens.shape[1])
+    if asked:
+        if against is not None:
+            raise ReflowlensError("against= compares tokens, and the targets are features")
+        _check_features(asked, decoder.cfg.d_mlp if dictionary is None else dictionary.cfg.n_features)
+        tokens = tokens[:, : 1 + max(each.position for each in asked)]  # what comes behind does not matter
+    factored = "hook_recipe" in decoder.hook_dict
+    if signals and not factored:
+        raise ReflowlensError(f"signals=True is for models with recipes, and a {type(decoder).__name__} has none")
+    by_signals = factored and (dictionary is None if signals is None else bool(signals))
+
+    points = FrozenDecoder.points(decoder.cfg.n_layers) + points_of(decoder, dictionary)
+    ends = [name for name in ("hook_embed", "hook_pos_embed", "hook_recipe") if name in decoder.hook_dict]
+    final = ["ln_final.hook_normalized"]
+    logits, cache = decoder.run_with_cache(tokens, names_filter=points + ends + final)
+    _check_finite(logits, cache)
+    if dictionary is None:
+        replacement = of_neurons(decoder, cache, neurons, asked)
+    else:
+        replacement = of_dictionary(decoder, dictionary, cache, asked)
+    if asked:
+        replacement = _upstream(replacement, asked)
+    inputs = _inputs(decoder, tokens[0], cache, by_signals)
+    normalized = cache["ln_final.hook_normalized"][0, -1]
+    end = _end(decoder, logits[0, -1], asked_tokens, against, by_signals, normalized, none=bool(asked))
+    frozen = FrozenDecoder(decoder, cache, [written.skip for written in replacement.written])
+    del cache, logits
+
+    layout = layout_of(replacement, inputs, end)
+    n_edges, n_targets = possible_edges(layout, replacement, inputs)
+    per_row = _edges_per_node(n_edges, n_targets, edges_per_node, memory)
+    if per_row is not None:
+        n_edges = min(n_edges, n_targets * (per_row + layout.n_blocks + 2))
+    rows = SparseRows(layout.n_nodes, n_edges, layout.first_input[0], per_row)
+    shown = sys.stderr.isatty() if progress is None else progress
+    size = f"{layout.n_nodes:,} nodes, at most {n_edges:,} edges, {BYTES_AN_EDGE * n_edges / 1e9:.2f} GB"
+    with bar(show=shown, total=n_targets, unit="target", desc=size, leave=False) as progressed:
+        Engine(frozen, replacement, inputs, end, layout).fill(rows, progressed.update)
+    return graph_of(decoder, dictionary, tokens[0], replacement, inputs, end, layout, rows, asked)
+
+
+def _checked_model(model: Any) -> Decoder:
+    model = hooked_model(model)
+    if model.sublayers != HEADS_AND_MLPS:
+        raise ReflowlensError(
+            f"attribution graphs are of decoders with attention heads and MLPs; of a {type(model).__name__} there is "
+            "none yet"
+        )
+    if attached := attached_points(model):
+        raise ReflowlensError(
+            f"something is attached to {attached[0]!r}, and a graph is of the model as it is: remove hooks and leave "
+            "blocks of interventions first"
+        )
+    if model.ln_final.w.dtype not in (torch.float32, torch.float64):
+        raise ReflowlensError(
+            f"in {model.ln_final.w.dtype} the edges of a graph do not add up: load the model in float32"
+        )
+    return cast(Decoder, model)
+
+
+def _one_prompt(model: Decoder, prompt: TextInput) -> Int[Tensor, "1 pos"]:
+    tokens = model.to_tokens(prompt)
+    if len(tokens) != 1:
+        raise ReflowlensError(f"an attribution graph is of one prompt, got {len(tokens)}: call it for each")
+    if tokens.shape[1] < 2:
+        raise ReflowlensError("an attribution graph needs a prompt of two tokens at least: of one there is no context")
+    return tokens
+
+
+def _check_features(asked: list[FeatureAt], n_features: int) -> None:
+    for target in asked:
+        if target.index >= n_features:
+            raise ReflowlensError(f"no feature {target.index}: they are 0 to {n_features - 1}")
+
+
+def _check_finite(logits: Tensor, cache: Any) -> None:
+    for name, activation in (("logits", logits), *cache.items()):
+        if not bool(activation.isfinite().all()):
+            raise ReflowlensError(f"{name} of this prompt are not all finite: what is NaN or infinite has no parts")
+
+
+def _upstream(replacement: Replacement, asked: list[FeatureAt]) -> Replacement:
+    """Without the units of the targets' last block that are no targets, and of all blocks behind."""
+    last = max(target.layer for target in asked)
+    chosen = {(target.layer, target.index, target.position) for target in asked}
+    units = list(replacement.units)
+    for block in range(last, len(units)):
+        here = units[block]
+        places = zip(here.index.tolist(), here.position.tolist(), strict=True)
+        kept = [i for i, (index, position) in enumerate(places) if (block, index, position) in chosen]
+        units[block] = here[torch.tensor(kept, dtype=torch.long)]
+    return Replacement(replacement.kind, units[: last + 1], replacement.written[: last + 1])
+
+
+def _inputs(model: Decoder, tokens: Int[Tensor, " pos"], cache: Any, by_signals: bool) -> list[Inputs]:
+    positions = torch.arange(len(tokens), device=tokens.device)
+    if by_signals:
+        recipe = cache["hook_recipe"][0]
+        position, signal = recipe.nonzero().unbind(1)
+        entries = recipe[position, signal]
+        basis = model.tied_weights()[1]
+        return [Inputs("signal", signal, position, entries, entries[:, None] * basis[signal])]
+    ones = cache["hook_embed"].new_ones(len(tokens))
+    found = [Inputs("embedding", tokens, positions, ones, cache["hook_embed"][0])]
+    if "hook_pos_embed" in model.hook_dict:
+        found.append(Inputs("position", positions, positions, ones, cache["hook_pos_embed"][0]))
+    return found
+
+
+def _end(
+    model: Decoder,
+    logits: Float[Tensor, " d_vocab"],
+    tokens: list[Any] | None,
+    against: Any,
+    by_signals: bool,
+    normalized: Float[Tensor, " d_model"],
+    none: bool,
+) -> End:
+    """Of tokens; of a graph whose targets are features, without any."""
+    weights, norm = model.tied_weights(), model.ln_final
+    if none:
+        nothing = logits.new_zeros(0)
+        targets = LogitTargets([], [], [], nothing, logits.new_zeros(0, 0), nothing, nothing)
+        return End(targets, logits.new_zeros(0, model.cfg.d_model), nothing, None)
+    if by_signals:
+        recipe, basis = weights
+        targets = logit_targets(model, logits, tokens, against, recipe)
+        rows, bias = basis, torch.zeros_like(basis[:, 0])
+    else:
+        targets = logit_targets(model, logits, tokens, against, model.W_U.T)
+        rows, bias = targets.vectors, targets.bias
+    constant = bias if norm.b is None else bias + rows @ norm.b
+    rows = rows * norm.w
+    return End(targets, rows, constant, rows @ normalized + constant if by_signals else None)
+
+
+def _edges_per_node(n_edges: int, n_targets: int, asked: int | None, memory: float) -> int | None:
+    if asked is not None:
+        return whole_number(asked, "edges_per_node", 1)
+    if BYTES_AN_EDGE * n_edges <= memory:
+        return None
+    fits = int(memory / BYTES_AN_EDGE / n_targets)
+    if fits < _FEWEST_EDGES:
+        needed = BYTES_AN_EDGE * n_targets * _FEWEST_EDGES
+        raise ReflowlensError(
+            f"this graph has {n_targets:,} targets, and memory={memory:.3g} bytes hold {fits} edges of each: give "
+            f"{needed:.3g} or more, a shorter prompt, or fewer neurons"
+        )
+    return fits

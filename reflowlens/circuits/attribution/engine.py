@@ -1,0 +1,238 @@
+"""Every edge of a graph, from targets pulled back block by block through a frozen model.
+
+Targets are taken in the order of their blocks and positions, several at once: each enters at its own block, is carried
+over the positions up to its own, and is multiplied, wherever something is written into the stream, with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.circuits.attribution.frozen import FrozenDecoder
+from reflowlens.circuits.attribution.replacement import Replacement, Units
+from reflowlens.circuits.attribution.rows import REST, SparseRows
+from reflowlens.circuits.attribution.targets import LogitTargets
+
+_BYTES_AT_ONCE = 2**26  # of gradients that are carried
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stream begins with.
+
+    Args:
+        kind: ``"embedding"``, ``"position"`` or, of reFlow, ``"signal"``.
+        index: the token, or the signal, of each; the positions have none of their own.
+        position: in ascending order.
+        activation: of a signal the recipe's entry, otherwise 1.
+        vectors: what each adds.
+    """
+
+    kind: str
+    index: Int[Tensor, " input"]
+    position: Int[Tensor, " input"]
+    activation: Float[Tensor, " input"]
+    vectors: Float[Tensor, "input d_model"]
+
+
+@dataclass(frozen=True)
+class End:
+    """What is read off the last position.
+
+    Args:
+        targets: logits; empty where the targets are features.
+        rows: by which each target, or each signal of the readout, reads ``ln_final.hook_normalized``.
+        constant: what the biases add to it.
+        signals: of a readout by way of signals, their values; the targets are sums over these.
+    """
+
+    targets: LogitTargets
+    rows: Float[Tensor, "row d_model"]
+    constant: Float[Tensor, " row"]
+    signals: Float[Tensor, " row"] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of the nodes: the rest, a bias a block and one of the readout, inputs, errors, units, the end."""
+
+    n_blocks: int
+    n_positions: int
+    inputs: Sequence[int]
+    units: Sequence[int]
+    n_signals: int
+    n_targets: int
+    first_input: list[int] = field(init=False)
+    first_error: list[int] = field(init=False)
+    first_unit: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        first_input = _running(1 + self.n_blocks + 1, self.inputs)
+        first_error = _running(first_input[-1], [self.n_positions] * self.n_blocks)
+        first_unit = _running(first_error[-1], self.units)
+        for name, value in (("first_input", first_input), ("first_error", first_error), ("first_unit", first_unit)):
+            object.__setattr__(self, name, value)
+
+    def bias(self, block: int) -> int:
+        return REST + 1 + block
+
+    @property
+    def first_signal(self) -> int:
+        return self.first_unit[-1]
+
+    @property
+    def first_target(self) -> int:
+        return self.first_signal + self.n_signals
+
+    @property
+    def n_nodes(self) -> int:
+        return self.first_target + self.n_targets
+
+
+def _running(start: int, counts: Sequence[int]) -> list[int]:
+    firsts = [start]
+    for count in counts:
+        firsts.append(firsts[-1] + count)
+    return firsts
+
+
+def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End) -> Layout:
+    n_positions = len(replacement.written[0].error)
+    n_signals = 0 if end.signals is None else len(end.signals)
+    sizes = [len(each.index) for each in inputs], [len(units) for units in replacement.units]
+    return Layout(len(replacement.units), n_positions, *sizes, n_signals, len(end.targets.name))
+
+
+class Engine:
+    """The edges of a frozen model with its MLPs replaced."""
+
+    def __init__(
+        self, frozen: FrozenDecoder, replacement: Replacement, inputs: Sequence[Inputs], end: End, layout: Layout
+    ) -> None:
+        self.frozen, self.replacement, self.inputs, self.end, self.layout = frozen, replacement, inputs, end, layout
+        n = layout.n_positions
+        self.unit_starts = [_starts(units.position, n) for units in replacement.units]
+        self.input_starts = [_starts(each.position, n) for each in inputs]
+
+    def fill(self, rows: SparseRows, done: Callable[[int], object]) -> None:
+        """Add the rows of all targets.
+
+        Args:
+            done: told how many targets were added.
+        """
+        layout = self.layout
+        for block, units in enumerate(self.replacement.units):
+            for part in self._parts(block, units):
+                here = units[part]
+                stream, constant = self.frozen.enter(block, here.rows, here.position)
+                values = self._row_values(block, stream, constant + here.constant, block)
+                rows.add(layout.first_unit[block] + part.start, values)
+                done(len(here))
+        end = self.end
+        n_rows = len(end.rows)
+        if n_rows:
+            first = layout.first_target if end.signals is None else layout.first_signal
+            size = self._targets_at_once(layout.first_signal)
+            for start in range(0, n_rows, size):
+                part = slice(start, min(start + size, n_rows))
+                stream = self.frozen.enter_end(end.rows[part])
+                rows.add(first + start, self._row_values(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
+                done(part.stop - part.start)
+        if end.signals is not None and n_rows:
+            values = stream.new_zeros(layout.n_targets, layout.first_target)
+            values[:, layout.bias(layout.n_blocks)] = end.targets.bias
+            values[:, layout.first_signal :] = end.targets.vectors * end.signals
+            rows.add(layout.first_target, values)
+            done(layout.n_targets)
+
+    def _row_values(
+        self,
+        block: int,
+        stream: Float[Tensor, "pos target d_model"],
+        constant: Float[Tensor, " target"],
+        constant_of: int,
+    ) -> Float[Tensor, "target node"]:
+        """The edges into targets, from the gradients at the input of their block and what biases added above."""
+        layout, written = self.layout, self.replacement.written
+        values = stream.new_zeros(stream.shape[1], layout.first_unit[block])
+        values[:, layout.bias(constant_of)] = constant
+        n = len(stream)
+        for below in reversed(range(block)):
+            pulled = self.frozen.descend(below, stream)
+            stream, constant, here = pulled.stream, pulled.constant, written[below]
+            if here.bias is not None:
+                constant = constant + pulled.written.sum(0) @ here.bias
+            for source, vectors in here.by_units.items():
+                _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, pulled.written)
+            errors = values[:, layout.first_error[below] :][:, :n]
+            errors += torch.einsum("ptd,pd->tp", pulled.written, here.error[:n])
+            values[:, layout.bias(below)] += constant
+        for first, each, starts in zip(layout.first_input[:-1], self.inputs, self.input_starts, strict=True):
+            _add_products(values, first, starts, each.vectors, stream)
+        return values
+
+    def _parts(self, block: int, units: Units) -> Iterator[slice]:
+        """Targets of a block that are carried together: of neighbouring positions, lest most be carried over positions
+        behind their own."""
+        size = min(self._targets_at_once(self.layout.first_unit[block]), max(64, len(units) // 8))
+        for start in range(0, len(units), size):
+            yield slice(start, min(start + size, len(units)))
+
+    def _targets_at_once(self, n_columns: int) -> int:
+        d_model = self.replacement.written[0].error.shape[1]
+        heads = self.frozen.attention[0].W_O.shape[:2].numel()
+        numbers = n_columns + self.layout.n_positions * (2 * d_model + 2 * heads)
+        return max(1, _BYTES_AT_ONCE // (4 * numbers))
+
+
+def _add_products(
+    values: Float[Tensor, "target node"],
+    first: int,
+    starts: Sequence[int],
+    vectors: Float[Tensor, "source d_model"],
+    gradient: Float[Tensor, "pos target d_model"],
+) -> None:
+    """What sources write times the gradient at their positions; source i has column ``first + i``."""
+    n = len(gradient)
+    if _are_even(starts):
+        products = gradient @ vectors[: starts[n]].unflatten(0, (n, starts[1])).mT
+        values[:, first : first + starts[n]].unflatten(1, (n, starts[1])).add_(products.transpose(0, 1))
+        return
+    for here, (start, end) in zip(gradient, pairwise(starts), strict=False):
+        if end > start:
+            values[:, first + start : first + end] += here @ vectors[start:end].T
+
+
+def _are_even(starts: Sequence[int]) -> bool:
+    """Whether there are as many sources at every position, and some."""
+    return starts[1] > 0 and all(end - start == starts[1] for start, end in pairwise(starts))
+
+
+def _starts(position: Int[Tensor, " source"], n_positions: int) -> list[int]:
+    """Where the sources of each position begin, and the last end."""
+    return _running(0, torch.bincount(position, minlength=n_positions).tolist())
+
+
+def possible_edges(layout: Layout, replacement: Replacement, inputs: Sequence[Inputs]) -> tuple[int, int]:
+    """How many edges there can be, and how many targets they go into."""
+    n = layout.n_positions
+    before = torch.arange(1, n + 1)  # errors of a block, up to each position
+
+    def up_to(position: Tensor) -> Tensor:
+        return torch.bincount(position.cpu(), minlength=n).cumsum(0)
+
+    sources = sum((up_to(each.position) for each in inputs), torch.zeros(n, dtype=torch.long)) + layout.n_blocks + 2
+    edges = targets = 0
+    for units in replacement.units:
+        edges += int(sources[units.position.cpu()].sum())
+        targets += len(units)
+        sources = sources + up_to(units.position) + before
+    at_end = layout.n_signals or layout.n_targets
+    edges += int(sources[-1]) * at_end + layout.n_signals * layout.n_targets
+    return edges, targets + layout.n_signals + layout.n_targets

@@ -1,0 +1,159 @@
+"""A decoder with its attention patterns and norm scales held at what they are on a prompt: a linear map, pulled back.
+
+What is carried is, for each of several targets, the gradient of the target with respect to the residual stream at every
+position up to the last that a target reads, [pos, target, d_model]. What a bias adds to a target is collected on the
+way: these are the constants, [target].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import Norm
+
+
+class PulledBack(NamedTuple):
+    """Gradients at a block's input and, where the block was passed, at the output of its MLP; what its biases add."""
+
+    stream: Float[Tensor, "pos target d_model"]
+    written: Float[Tensor, "pos target d_model"]
+    constant: Float[Tensor, " target"]
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm that divides by what it divided by on the prompt."""
+
+    scale: Float[Tensor, "pos 1"]
+    is_centred: bool
+    w: Float[Tensor, " d_model"]
+    b: Float[Tensor, " d_model"] | None
+
+    @classmethod
+    def of(cls, norm: Norm, name: str, cache: Mapping[str, Tensor]) -> FrozenNorm:
+        return cls(cache[f"{name}.hook_scale"][0], norm.centered, norm.w.detach(), detached(norm.b))
+
+    def back(
+        self, gradient: Float[Tensor, "pos target d_model"], positions: slice | Int[Tensor, " target"] | None = None
+    ) -> Tensor:
+        """From ``hook_normalized`` to what the norm reads.
+
+        Args:
+            gradient: of all positions from the first on, or [target, d_model] of one position a target.
+            positions: in the latter case, which.
+        """
+        scale = self.scale[: len(gradient), None] if positions is None else self.scale[positions]
+        scaled = gradient / scale
+        return scaled - scaled.mean(-1, keepdim=True) if self.is_centred else scaled
+
+
+@dataclass(frozen=True)
+class FrozenAttention:
+    """Attention whose patterns are constants: from the values on a linear map."""
+
+    norm: FrozenNorm
+    pattern: Float[Tensor, "head query key"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_V: Float[Tensor, "kv_head d_head"] | None
+    b_O: Float[Tensor, " d_model"] | None
+
+    def back(self, gradient: Float[Tensor, "pos target d_model"]) -> tuple[Tensor, Float[Tensor, " target"]]:
+        """From ``resid_mid`` to ``resid_pre``, the way around attention included."""
+        n = len(gradient)
+        z = self._heads_back(gradient)
+        z = rearrange(z, "query target head d_head -> head query (target d_head)")
+        v = self.pattern[:, :n, :n].mT @ z
+        v = rearrange(v, "head key (target d_head) -> key target head d_head", target=gradient.shape[1])
+        stream, constant = self._values_back(v)
+        return gradient + stream, constant + dot(gradient.sum(0), self.b_O)
+
+    def back_from(
+        self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
+        """The same of targets that read one position each: there every head has one query."""
+        n = int(positions.max()) + 1
+        weights = rearrange(self.pattern[:, positions, :n], "head target key -> key target head 1")
+        stream, constant = self._values_back(weights * self._heads_back(gradient))
+        stream[positions, torch.arange(len(gradient), device=stream.device)] += gradient
+        return stream, constant + dot(gradient, self.b_O)
+
+    def _heads_back(self, gradient: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
+        return (gradient @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
+
+    def _values_back(
+        self, v: Float[Tensor, "key target head d_head"]
+    ) -> tuple[Float[Tensor, "key target d_model"], Float[Tensor, " target"]]:
+        """From what the heads read of each position to the stream; query heads share heads of values."""
+        if len(self.W_V) < v.shape[2]:
+            v = v.unflatten(2, (len(self.W_V), -1)).sum(3)
+        constant = v.new_zeros(v.shape[1]) if self.b_V is None else torch.einsum("ptke,ke->t", v, self.b_V)
+        normal = v.flatten(2) @ rearrange(self.W_V, "kv_head d_model d_head -> (kv_head d_head) d_model")
+        return self.norm.back(normal * self.norm.w), constant + dot(normal.sum(0), self.norm.b)
+
+
+class FrozenDecoder:
+    """The linear map that a decoder is on one prompt.
+
+    Args:
+        cache: norm scales and attention patterns of the prompt.
+        skips: of each block the matrix [d_out, d_in] by which its MLP's replacement passes on what it reads, or None.
+    """
+
+    def __init__(self, model: Decoder, cache: Mapping[str, Tensor], skips: Sequence[Tensor | None]) -> None:
+        self.skips = skips
+        self.attention: list[FrozenAttention] = []
+        self.norms: list[FrozenNorm] = []  # of the MLPs
+        for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
+            attn, name = block.attn, f"blocks.{layer}"
+            norm = FrozenNorm.of(block.ln1, f"{name}.ln1", cache)
+            pattern = cache[f"{name}.attn.hook_pattern"][0]
+            weights = attn.W_V.detach(), attn.W_O.detach(), detached(attn.b_V), detached(attn.b_O)
+            self.attention.append(FrozenAttention(norm, pattern, *weights))
+            self.norms.append(FrozenNorm.of(block.ln2, f"{name}.ln2", cache))
+        self.final = FrozenNorm.of(model.ln_final, "ln_final", cache)
+
+    @staticmethod
+    def points(n_layers: int) -> list[str]:
+        """The hook points whose activations are held."""
+        parts = ("ln1.hook_scale", "ln2.hook_scale", "attn.hook_pattern")
+        return [f"blocks.{layer}.{part}" for layer in range(n_layers) for part in parts] + ["ln_final.hook_scale"]
+
+    def enter(
+        self, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
+        """From what a block's MLP reads, ``ln2.hook_normalized``, to the block's input."""
+        return self.attention[layer].back_from(self.norms[layer].back(rows, positions), positions)
+
+    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
+        """From ``ln_final.hook_normalized`` of the last position to the output of the last block."""
+        n = len(self.final.scale)
+        stream = rows.new_zeros(n, *rows.shape)
+        stream[-1] = self.final.back(rows, slice(n - 1, n))
+        return stream
+
+    def descend(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+        """From a block's output to its input, what the MLP's replacement writes left out but for its skip."""
+        middle, skip = stream, self.skips[layer]
+        if skip is not None:
+            middle = stream + self.norms[layer].back(stream @ skip)
+        below, constant = self.attention[layer].back(middle)
+        return PulledBack(below, stream, constant)
+
+
+def dot(gradient: Float[Tensor, "target d_model"], bias: Float[Tensor, " d_model"] | None) -> Float[Tensor, " target"]:
+    """What a bias adds, if there is one."""
+    return gradient.new_zeros(len(gradient)) if bias is None else gradient @ bias
+
+
+def detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()

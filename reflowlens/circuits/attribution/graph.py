@@ -1,0 +1,152 @@
+"""An attribution graph: its nodes and edges as frames, influence, pruning and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from reflowlens.arguments import real_number
+from reflowlens.circuits.attribution.influence import Kinds, Shares, Vector, prune
+from reflowlens.errors import ReflowlensError
+
+INPUTS = ("embedding", "position", "signal")
+LEFT_OUT = ("bias", "rest")
+LEAVES = (*INPUTS, *LEFT_OUT, "error")
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """What made what on one prompt; ``rl.attribute`` makes it.
+
+    Attributes:
+        nodes: a row a node:
+
+            ===============  ==========================================================================================
+            ``node``         its name, such as ``feature:2.17@5`` (block, number, position)
+            ``kind``         ``feature``, ``neuron``, ``error``, ``embedding``, ``position``, ``signal`` (of a recipe),
+                             ``readout`` (a signal read off the end), ``bias``, ``rest`` (edges that were not kept),
+                             ``logit``
+            ``layer``        its block; -1 of inputs, the number of blocks behind the last
+            ``pos``          its position; missing of ``bias`` and ``rest``
+            ``feature``      number of the feature, neuron or signal; of ``embedding`` and ``logit`` the token's id
+            ``label``        text of the token
+            ``activation``   what it writes with
+            ``value``        what its incoming edges add up to, by the forward pass: of a feature or neuron the
+                             pre-activation (of a gated neuron, whose gate is held, the activation), of a ``logit`` the
+                             logit less the vocabulary's mean, or the difference of two; missing where nothing goes in
+            ``target``       the share of a target in what is explained: probabilities, normalised to 1
+            ``influence``    how much of the targets goes through it
+            ===============  ==========================================================================================
+
+        matrix: the weights of the edges, sparse, [target, source] in the order of ``nodes``.
+        tokens: the texts of the prompt's tokens.
+        of: names of the model and of what its nodes are.
+    """
+
+    nodes: pd.DataFrame
+    matrix: Any = dataclasses.field(repr=False)
+    tokens: Sequence[str]
+    of: str
+    _dropped: Float[Vector, " node"] = dataclasses.field(repr=False)
+    _scores: dict[str, float] | None = dataclasses.field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
+        return f"AttributionGraph({self.of}, {len(self.nodes):,} nodes, {self.matrix.nnz:,} edges, {scores})"
+
+    def _repr_html_(self) -> str:
+        from reflowlens.notebook.html import table, titled
+
+        strongest = self.nodes.sort_values("influence", ascending=False, kind="stable").head(10)
+        shown = strongest[["node", "kind", "label", "activation", "value", "influence"]]
+        rows = shown.astype(object).itertuples(index=False)
+        return titled(repr(self), "the nodes of most influence", table(list(shown.columns), rows))
+
+    @cached_property
+    def edges(self) -> pd.DataFrame:
+        """A row an edge: ``source`` and ``target``, names of nodes, and ``weight``: what the source adds to the
+        target's value. A frame of its own: it costs more memory than the matrix."""
+        names = pd.CategoricalDtype(self.nodes["node"])
+        targets = np.repeat(np.arange(len(self.nodes)), np.diff(self.matrix.indptr))
+        return pd.DataFrame(
+            {
+                "source": pd.Categorical.from_codes(self.matrix.indices, dtype=names),
+                "target": pd.Categorical.from_codes(targets, dtype=names),
+                "weight": self.matrix.data,
+            }
+        )
+
+    @property
+    def influence(self) -> pd.Series:
+        """How much of the targets goes through each node, by its name: p (Â + Â² + …), of the graph before pruning."""
+        return self.nodes.set_index("node")["influence"]
+
+    def scores(self) -> dict[str, float]:
+        """How far the graph can be trusted; of a pruned graph those from before.
+
+        Returns:
+            ``replacement``: I_inputs / (I_inputs + I_errors), the share of what comes from the prompt that comes by way
+            of features. ``completeness``: Σ_t (1 − Σ_{s error} Â_ts) (I_t + p_t) / Σ_t (I_t + p_t).
+            ``error_influence``: the share of errors in the influence of all nodes. ``rest_influence``: the share of
+            edges that were not kept.
+        """
+        if self._scores is not None:
+            return dict(self._scores)
+        shares = self._shares
+        influence = np.where(self._is("rest"), 0.0, self.nodes["influence"].to_numpy())
+        errors, inputs = self._is("error"), self._is(*INPUTS)
+        from_errors, from_inputs = influence[errors].sum(), influence[inputs].sum()
+        through = influence + shares.targets
+        rest = float(through @ shares.rest)
+        of_errors = shares.matrix @ errors.astype(shares.matrix.dtype)
+        return {
+            "replacement": float(from_inputs / max(from_inputs + from_errors, 1e-30)),
+            "completeness": float(((1 - of_errors) * through).sum() / through.sum()),
+            "error_influence": float(from_errors / (influence.sum() + rest)),
+            "rest_influence": rest / float(influence.sum() + rest),
+        }
+
+    def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
+        """The part that most of the influence goes through.
+
+        Kept are the nodes of most influence that together have ``node_threshold`` of it, then the edges of the highest
+        score Â_ts (I_t + p_t) among them that have ``edge_threshold`` of that, then what still leads from somewhere to
+        a target. Embeddings, positions and targets always stay; constants and the rest go. Weights stay what they are,
+        so that incoming edges no longer add up to ``value``.
+
+        Raises:
+            ReflowlensError: a threshold is not between 0 and 1.
+        """
+        for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+            if not 0 <= real_number(threshold, name) <= 1:
+                raise ReflowlensError(f"{name} is a share from 0 to 1, got {threshold!r}")
+        always = self._is("embedding", "position") | (self.nodes["target"].to_numpy() > 0)
+        kinds = Kinds(always, self._is(*LEAVES), self._is(*LEFT_OUT))
+        kept = prune(self.matrix, self._shares, kinds, node_threshold, edge_threshold)
+        return AttributionGraph(
+            self.nodes.iloc[kept.nodes].reset_index(drop=True),
+            kept.weights,
+            self.tokens,
+            self.of,
+            self._dropped[kept.nodes],
+            self.scores(),
+        )
+
+    @cached_property
+    def _shares(self) -> Shares:
+        return shares_of(self.nodes, self.matrix, self._dropped)
+
+    def _is(self, *kinds: str) -> Any:
+        return self.nodes["kind"].isin(kinds).to_numpy()
+
+
+def shares_of(nodes: pd.DataFrame, matrix: Any, dropped: Float[Vector, " node"]) -> Shares:
+    """Â and p of a graph."""
+    return Shares.of(matrix, nodes["target"].to_numpy(), nodes["kind"].isin(LEFT_OUT).to_numpy(), dropped)

@@ -1,0 +1,190 @@
+"""What stands for the MLPs of a model on a prompt: features or neurons that are nodes, an error, a bias, a skip.
+
+The output of block m's MLP is, exactly, the sum of what its units write, its bias, its skip and its error, which is
+whatever is missing. The replacement is of this prompt alone: activations are numbers here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.components import Block, GatedMLP
+from reflowlens.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class FeatureAt:
+    """A feature or neuron of a block at a position, as a target.
+
+    Args:
+        layer: its block.
+        index: its number there.
+        position: of the prompt; negative counts from the end.
+    """
+
+    layer: int
+    index: int
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Units:
+    """The features or neurons of a block that are nodes, position after position.
+
+    Args:
+        index: its number in its block.
+        activation: what it writes with.
+        value: what is attributed: of features and neurons the pre-activation, of gated neurons, whose gate is held, the
+            activation. It is ``rows · x + constant``, x the stream that the MLP reads, at ``ln2.hook_normalized``.
+    """
+
+    index: Int[Tensor, " unit"]
+    position: Int[Tensor, " unit"]
+    activation: Float[Tensor, " unit"]
+    value: Float[Tensor, " unit"]
+    rows: Float[Tensor, "unit d_model"]
+    constant: Float[Tensor, " unit"]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice | Tensor) -> Units:
+        return Units(*(getattr(self, name)[part] for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What adds up to the output of a block's MLP.
+
+    Args:
+        by_units: by the block that they belong to, what each of its units writes here.
+        error: what is missing.
+        bias: what is written whatever the prompt.
+        skip: the matrix that passes on ``ln2.hook_normalized``.
+    """
+
+    by_units: Mapping[int, Float[Tensor, "unit d_model"]]
+    error: Float[Tensor, "pos d_model"]
+    bias: Float[Tensor, " d_model"] | None
+    skip: Float[Tensor, "d_model d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Of every block its units, and what is written.
+
+    Args:
+        kind: of the units, ``"feature"`` or ``"neuron"``.
+    """
+
+    kind: str
+    units: Sequence[Units]
+    written: Sequence[Written]
+
+
+def points_of(model: Decoder, dictionary: Dictionary | None) -> list[str]:
+    """The hook points whose activations a replacement is made of."""
+    parts = ["hook_mlp_out", "ln2.hook_normalized"]
+    if dictionary is None:
+        parts += ["mlp.hook_pre", "mlp.hook_post"]
+    return [f"blocks.{layer}.{part}" for layer in range(model.cfg.n_layers) for part in parts]
+
+
+def blocks_of(dictionary: Dictionary) -> list[int]:
+    """The block of each layer of a transcoder.
+
+    Raises:
+        ReflowlensError: it is none of MLPs.
+    """
+    cfg, blocks = dictionary.cfg, []
+    for read, write in zip(cfg.reads, cfg.writes, strict=True):
+        block = read.split(".")[1] if read.startswith("blocks.") else ""
+        if (read, write) != (f"blocks.{block}.ln2.hook_normalized", f"blocks.{block}.hook_mlp_out"):
+            raise ReflowlensError(
+                "an attribution graph needs transcoders of MLPs, which read ln2.hook_normalized of a block and write "
+                f"its hook_mlp_out; this dictionary reads {read!r} and writes {write!r}"
+            )
+        blocks.append(int(block))
+    if blocks != sorted(blocks):
+        raise ReflowlensError(f"the layers of a transcoder must be in the order of their blocks, got {blocks}")
+    return blocks
+
+
+def of_dictionary(
+    model: Decoder, dictionary: Dictionary, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]
+) -> Replacement:
+    """The active features of a transcoder, and those that are asked for; a block without a layer is all error.
+
+    Raises:
+        ReflowlensError: no feature is active.
+    """
+    blocks, layers = blocks_of(dictionary), dictionary.each_layer()
+    none = cache["blocks.0.hook_mlp_out"][0]
+    units = [_no_units(none)] * model.cfg.n_layers
+    written = [Written({}, cache[f"blocks.{block}.hook_mlp_out"][0], None) for block in range(model.cfg.n_layers)]
+    encoded: list[Tensor] = []
+    for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
+        x = cache[f"blocks.{block}.ln2.hook_normalized"][0]
+        before, features = layer.preactivations(x), layer.encode(x)
+        encoded.append(features)
+        chosen = features > 0
+        for target in asked:
+            if target.layer == block:
+                chosen[target.position, target.index] = True
+        position, index = chosen.nonzero().unbind(1)
+        found = features[position, index], before[position, index], layer.W_enc[index], layer.b_enc[index]
+        units[block] = Units(index, position, *found)
+        by_units = {
+            source: units[source].activation[:, None] * layers[m].W_dec[units[source].index, i - m]
+            for m, source in enumerate(blocks[: i + 1])
+            if dictionary.cfg.cross_layer or m == i
+        }
+        error = written[block].error - dictionary.reconstruct(i, encoded, x)
+        written[block] = Written(by_units, error, layer.b_dec, layer.W_skip)
+    if not any(bool((each.activation > 0).any()) for each in units):
+        raise ReflowlensError("no feature of the dictionary is active on this prompt: there is nothing to draw")
+    return Replacement("feature", units, written)
+
+
+def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Sequence[FeatureAt]) -> Replacement:
+    """The ``n`` neurons of each block and position that write the most, and those that are asked for; all others are
+    the error."""
+    units, written = [], []
+    for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
+        mlp, norm, name = block.mlp, block.ln2, f"blocks.{layer}"
+        before, after = cache[f"{name}.mlp.hook_pre"][0], cache[f"{name}.mlp.hook_post"][0]
+        size = after.abs() * mlp.W_out.norm(dim=1)
+        largest = size.topk(min(n, size.shape[1]), dim=1).indices
+        chosen = torch.zeros_like(size, dtype=torch.bool).scatter(1, largest, size.gather(1, largest) > 0)
+        for target in asked:
+            if target.layer == layer:
+                chosen[target.position, target.index] = True
+        position, index = chosen.nonzero().unbind(1)
+        activation, value = after[position, index], before[position, index]
+        rows, constant = mlp.W_in.T[index], 0.0 if mlp.b_in is None else mlp.b_in[index]
+        if norm.b is not None:
+            constant = constant + rows @ norm.b
+        rows = rows * norm.w
+        if isinstance(mlp, GatedMLP):
+            gate, value = mlp.act(value), activation
+            rows, constant = gate[:, None] * rows, gate * constant
+        constant = torch.as_tensor(constant).expand(len(index)).to(rows)
+        units.append(Units(index, position, activation, value, rows, constant))
+        vectors = activation[:, None] * mlp.W_out[index]
+        rest = after.masked_fill(chosen, 0.0) @ mlp.W_out
+        written.append(Written({layer: vectors}, rest, mlp.b_out))
+    return Replacement("neuron", units, written)
+
+
+def _no_units(like: Float[Tensor, "pos d_model"]) -> Units:
+    none = torch.zeros(0, dtype=torch.long, device=like.device)
+    empty = like.new_zeros(0)
+    return Units(none, none, empty, empty, like.new_zeros(0, like.shape[1]), empty)

@@ -1,0 +1,100 @@
+"""The nodes of a graph as a frame, in the order of its matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from torch import Tensor
+
+from reflowlens.circuits.attribution.engine import End, Inputs, Layout
+from reflowlens.circuits.attribution.graph import AttributionGraph, shares_of
+from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
+from reflowlens.circuits.attribution.rows import SparseRows
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.models.decoder import Decoder
+
+_INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
+
+
+def graph_of(
+    model: Decoder,
+    dictionary: Dictionary | None,
+    tokens: Int[Tensor, " pos"],
+    replacement: Replacement,
+    inputs: Sequence[Inputs],
+    end: End,
+    layout: Layout,
+    rows: SparseRows,
+    asked: Sequence[FeatureAt],
+) -> AttributionGraph:
+    """The graph of finished rows."""
+    texts = [model.to_single_str_token(token) if token < model.tokenizer.n_vocab else "" for token in tokens.tolist()]
+    n_blocks, last = layout.n_blocks, len(tokens) - 1
+    places = range(len(tokens))
+    parts = [_nodes("rest", ["rest"], n_blocks)]
+    parts += [_nodes("bias", [f"bias:{block}"], block) for block in range(n_blocks + 1)]
+    for each in inputs:
+        index, position = each.index.tolist(), each.position.tolist()
+        is_signal, is_token = each.kind == "signal", each.kind == "embedding"
+        names = [
+            f"{each.kind}:{i}@{p}" if is_signal else f"{each.kind}@{p}" for i, p in zip(index, position, strict=True)
+        ]
+        labels = [texts[p] for p in position] if is_token else ""
+        feature = index if is_signal or is_token else None
+        parts.append(_nodes(each.kind, names, -1, position, feature, labels, _numbers(each.activation)))
+    for block in range(n_blocks):
+        parts.append(_nodes("error", [f"error:{block}@{p}" for p in places], block, list(places), activation=1.0))
+    kind = replacement.kind
+    for block, units in enumerate(replacement.units):
+        index, position = units.index.tolist(), units.position.tolist()
+        names = [f"{kind}:{block}.{i}@{p}" for i, p in zip(index, position, strict=True)]
+        numbers = _numbers(units.activation), _numbers(units.value)
+        parts.append(_nodes(kind, names, block, position, index, "", *numbers))
+    targets = end.targets
+    if end.signals is not None:
+        index = list(range(layout.n_signals))
+        numbers = _numbers(end.signals), _numbers(end.signals)
+        parts.append(_nodes("readout", [f"readout:{i}" for i in index], n_blocks, last, index, "", *numbers))
+    token = [i if i >= 0 else None for i in targets.token]
+    value = _numbers(targets.value)
+    parts.append(
+        _nodes("logit", targets.name, n_blocks + (end.signals is not None), last, token, targets.label, value, value)
+    )
+    nodes = pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
+    nodes["target"] = 0.0
+    if asked:
+        wanted = {f"{kind}:{target.layer}.{target.index}@{target.position}" for target in asked}
+        nodes.loc[nodes["node"].isin(wanted), "target"] = 1.0 / len(wanted)
+    else:
+        probability = _numbers(targets.probability).astype(np.float64)
+        nodes.loc[layout.first_target :, "target"] = probability / probability.sum()
+    matrix = rows.matrix()
+    shares = shares_of(nodes, matrix, rows.dropped)
+    nodes["influence"] = shares.influence()
+    nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
+    name = "" if dictionary is None else dictionary.cfg.name or "a dictionary"
+    return AttributionGraph(
+        nodes, matrix, texts, f"{name or 'neurons'} of {model.cfg.model_name or 'a model'}", rows.dropped
+    )
+
+
+def _nodes(
+    kind: str,
+    names: list[str],
+    layer: int,
+    pos: Any = None,
+    feature: Any = None,
+    label: Any = "",
+    activation: Any = np.nan,
+    value: Any = np.nan,
+) -> pd.DataFrame:
+    columns = {"node": names, "kind": kind, "layer": layer, "pos": pos, "feature": feature, "label": label}
+    return pd.DataFrame(columns | {"activation": activation, "value": value}, index=range(len(names)))
+
+
+def _numbers(x: Tensor) -> np.ndarray:
+    return x.detach().float().cpu().numpy()

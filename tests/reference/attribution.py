@@ -1,0 +1,123 @@
+"""Attribution graphs the plain way: the whole frozen model by autograd, one backward pass a target, everything dense.
+
+Attention patterns, norm scales and gates are detached; what an MLP writes is replaced by leaves: activations times
+decoders, the error, and the parameters of biases. Everything is of degree one in its leaves, so that an edge is a leaf
+times its gradient, and a target the sum of its edges.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reflowlens.dictionaries.dictionary import Dictionary
+
+Leaves = dict[tuple[Any, ...], Tensor]
+
+
+class Frozen:
+    """A run of the frozen model: its leaves, and its targets before any backward pass.
+
+    ``leaves``: ("embedding",), ("position",), ("signal",), ("error", block), ("unit", block) [pos, unit], ("readout",),
+    and the parameters of biases ("bias", block, name). ``units`` [pos, unit] of each block, ``chosen`` which are nodes.
+    """
+
+    def __init__(
+        self, model: Any, tokens: Tensor, dictionary: Dictionary | None, neurons: int = 8, signals: bool = False
+    ) -> None:
+        self.model, self.dictionary, self.neurons, self.signals = model, dictionary, neurons, signals
+        self.leaves: Leaves = {}
+        self.units: dict[int, Tensor] = {}
+        self.chosen: dict[int, Tensor] = {}
+        self.parameters = {name: p for name, p in model.named_parameters() if ".b" in name and not name.endswith("w")}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        _, self.cache = model.run_with_cache(tokens[None], names_filter=lambda name: "basis" not in name)
+        hooks: list[tuple[str, Any]] = [("hook_recipe" if signals else "hook_embed", self._leaf)]
+        if "hook_pos_embed" in model.hook_dict:
+            hooks.append(("hook_pos_embed", self._leaf))
+        if signals:
+            hooks.append(("unembed.hook_signal", self._read_out))
+        hooks += [(name, self._detach) for name in model.hook_dict if name.endswith(("hook_scale", "hook_pattern"))]
+        for block in range(model.cfg.n_layers):
+            hooks.append((f"blocks.{block}.ln2.hook_normalized", self._read))
+            hooks.append((f"blocks.{block}.hook_mlp_out", self._write))
+            if dictionary is None:
+                inner = "hook_pre_linear" if model.cfg.gated_mlp else "hook_pre"
+                hooks.append((f"blocks.{block}.mlp.{inner}", self._read_neurons))
+        self.reads: dict[int, Tensor] = {}
+        with torch.enable_grad():
+            self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
+
+    def _leaf(self, x: Tensor, hook: Any) -> Tensor:
+        kind = {"hook_recipe": "signal", "hook_embed": "embedding", "hook_pos_embed": "position"}[hook.name]
+        self.leaves[(kind,)] = x[0].detach().requires_grad_()
+        return self.leaves[(kind,)][None]
+
+    def _read_out(self, x: Tensor, hook: Any) -> Tensor:
+        self.readout = x[0, -1]
+        leaf = x.detach().requires_grad_()
+        self.leaves[("readout",)] = leaf
+        return leaf
+
+    def _detach(self, x: Tensor, hook: Any) -> Tensor:
+        return x.detach()
+
+    def _read(self, x: Tensor, hook: Any) -> None:
+        self.reads[hook.layer()] = x[0]
+        if self.dictionary is not None:
+            layer = self.dictionary.each_layer()[hook.layer()]
+            layer.b_enc.requires_grad_(True)
+            self.parameters[f"blocks.{hook.layer()}.dictionary.b_enc"] = layer.b_enc
+            before, after = layer.preactivations(x[0]), layer.encode(x[0]).detach()
+            self._units(hook.layer(), before, after, after > 0)
+
+    def _read_neurons(self, x: Tensor, hook: Any) -> None:
+        block = hook.layer()
+        value = x[0]
+        if self.model.cfg.gated_mlp:
+            value = self.model.blocks[block].mlp.act(self.cache[f"blocks.{block}.mlp.hook_pre"][0]).detach() * value
+        after = self.cache[f"blocks.{block}.mlp.hook_post"][0]
+        size = after.abs() * self.model.blocks[block].mlp.W_out.norm(dim=1)
+        self._units(block, value, after, size >= size.sort(dim=1, descending=True).values[:, self.neurons - 1, None])
+
+    def _units(self, block: int, value: Tensor, after: Tensor, chosen: Tensor) -> None:
+        self.units[block], self.chosen[block] = value, chosen
+        self.leaves["unit", block] = (after * chosen).detach().requires_grad_()
+
+    def _write(self, y: Tensor, hook: Any) -> Tensor:
+        block = hook.layer()
+        out = self._written(block)
+        self.leaves["error", block] = (self.cache[hook.name][0] - out).detach().requires_grad_()
+        return (out + self.leaves["error", block])[None]
+
+    def _written(self, block: int) -> Tensor:
+        if self.dictionary is None:
+            mlp = self.model.blocks[block].mlp
+            out = self.leaves["unit", block] @ mlp.W_out.detach()
+            return out if mlp.b_out is None else out + mlp.b_out
+        layers, cfg = self.dictionary.each_layer(), self.dictionary.cfg
+        layers[block].b_dec.requires_grad_(True)
+        self.parameters[f"blocks.{block}.dictionary.b_dec"] = layers[block].b_dec
+        out = layers[block].b_dec.expand(len(self.reads[block]), -1)
+        for source in range(block + 1) if cfg.cross_layer else [block]:
+            out = out + self.leaves["unit", source] @ layers[source].W_dec[:, block - source]
+        if cfg.skip:
+            out = out + self.reads[block] @ layers[block].W_skip.T
+        return out
+
+    def edges(self, target: Tensor) -> dict[tuple[Any, ...], Tensor]:
+        """By kind of leaf what each adds to a scalar target: of a vector all of it, of biases all of a block's."""
+        names, tensors = zip(*(*self.leaves.items(), *self.parameters.items()), strict=True)
+        gradients = torch.autograd.grad(target, tensors, retain_graph=True, allow_unused=True)
+        n_blocks, found = self.model.cfg.n_layers, {}
+        biases = torch.zeros(n_blocks + 1)
+        for name, leaf, gradient in zip(names, tensors, gradients, strict=True):
+            product = torch.zeros_like(leaf) if gradient is None else (leaf * gradient).detach()
+            if isinstance(name, str):
+                biases[int(name.split(".")[1]) if name.startswith("blocks.") else n_blocks] += product.sum()
+            else:
+                found[name] = product if name[0] in ("unit", "signal", "readout") else product.sum(-1)
+        return found | {("bias",): biases}

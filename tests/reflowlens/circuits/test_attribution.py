@@ -1,0 +1,242 @@
+"""Attribution graphs: every edge against plain autograd, the sums, and what is explained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import reflowlens as rl
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+from tests.reference.attribution import Frozen
+from tests.support.dictionaries import KINDS, dictionary_of
+from tests.support.tiny import FACTORED, NAMES, random_tokens
+
+TOKENS = random_tokens(None, 1, 5)[0]  # type: ignore[arg-type] # of the models' bytes
+NODES = [*(kind for kind in KINDS if kind != "sae"), "neurons"]
+CASES = [(name, kind, None) for name in NAMES for kind in NODES]
+CASES += [(name, "plt", True) for name in FACTORED] + [("reflow", "neurons", False)]
+
+BDH = ModelConfig(
+    architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256, n_ctx=64,
+    tie_word_embeddings=False, tokenizer_name="bytes",
+)  # fmt: skip
+
+
+def graph_of(model: HookedModel, kind: str = "plt", *args: Any, tokens: Tensor = TOKENS, **options: Any) -> Any:
+    dictionary = None if kind == "neurons" else dictionary_of(model, kind)  # type: ignore[arg-type]
+    return rl.attribute(model, tokens, dictionary, *args, neurons=8, progress=False, **options)
+
+
+def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> list[float]:
+    """The edges of one target by autograd, in the order of a graph's nodes."""
+    leaf = {kind: edges[kind,] for kind in ("bias", "embedding", "position", "signal", "readout") if (kind,) in edges}
+    where = {
+        "rest": lambda node: torch.tensor(0.0),
+        "logit": lambda node: torch.tensor(0.0),
+        "bias": lambda node: leaf["bias"][node.layer],
+        "embedding": lambda node: leaf["embedding"][node.pos],
+        "position": lambda node: leaf["position"][node.pos],
+        "signal": lambda node: leaf["signal"][node.pos, node.feature],
+        "readout": lambda node: leaf["readout"][0, -1, node.feature],
+        "error": lambda node: edges["error", node.layer][node.pos],
+        "feature": lambda node: edges["unit", node.layer][node.pos, node.feature],
+        "neuron": lambda node: edges["unit", node.layer][node.pos, node.feature],
+    }
+    return torch.stack([where[node.kind](node) for node in nodes]).tolist()
+
+
+def targets_of(nodes: list[Any], frozen: Frozen) -> dict[int, Tensor]:
+    """What is attributed, by autograd's run of the frozen model."""
+    found = {
+        "feature": lambda node: frozen.units[node.layer][node.pos, node.feature],
+        "neuron": lambda node: frozen.units[node.layer][node.pos, node.feature],
+        "readout": lambda node: frozen.readout[node.feature],
+        "logit": lambda node: frozen.logits[node.feature] - frozen.logits.mean(),
+    }
+    return {i: found[node.kind](node) for i, node in enumerate(nodes) if node.kind in found}
+
+
+@pytest.mark.parametrize(("name", "kind", "signals"), CASES)
+def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, signals, tiny_models):
+    model = tiny_models[name]
+    graph = graph_of(model, kind, signals=signals)
+    dictionary = None if kind == "neurons" else dictionary_of(model, kind)
+    frozen = Frozen(model, TOKENS, dictionary, neurons=8, signals="signal" in set(graph.nodes["kind"]))
+    nodes, edges = list(graph.nodes.itertuples()), graph.matrix.toarray()
+    targets = targets_of(nodes, frozen)
+    largest = graph.nodes["value"].abs().max()
+    for i, target in targets.items():
+        expected = np.array(expected_row(nodes, frozen.edges(target)))
+        np.testing.assert_allclose(edges[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert nodes[i].value == pytest.approx(target.item(), abs=1e-5 * largest)
+        assert edges[i].sum() == pytest.approx(nodes[i].value, abs=1e-4 * largest)
+    assert len(targets) >= 30
+    assert not np.delete(edges, list(targets), axis=0).any()
+    assert graph.nodes["value"].notna().sum() == len(targets)
+
+
+def test_the_frozen_model_of_the_reference_has_the_models_logits(model):
+    for dictionary in (dictionary_of(model, "clt"), None):
+        torch.testing.assert_close(Frozen(model, TOKENS, dictionary).logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
+
+
+# -- what is explained ------------------------------------------------------------------------------------------------
+
+
+def test_the_likeliest_tokens_reach_their_mass_or_are_ten(tiny_models):
+    model = tiny_models["gpt2"]
+    logits = graph_of(model).nodes.query("kind == 'logit'")
+    probability = model(TOKENS)[0, -1].softmax(-1).sort(descending=True)
+    assert logits["feature"].tolist() == probability.indices[:10].tolist()
+    expected = probability.values[:10] / probability.values[:10].sum()
+    np.testing.assert_allclose(logits["target"], expected.detach(), rtol=1e-5)
+    with torch.no_grad(), rl.edit(model, rl.ScaleWeights("ln_final.w", 30.0)) as sure:
+        probability = sure(TOKENS)[0, -1].softmax(-1).sort(descending=True).values
+        n = len(graph_of(sure).nodes.query("kind == 'logit'"))
+    assert 1 <= n < 10
+    assert probability[:n].sum() >= 0.95 > probability[: n - 1].sum()
+
+
+@pytest.mark.parametrize("name", ["gpt2_own_readout", "reflow"])
+@pytest.mark.parametrize("kind", ["clt", "neurons"])
+def test_a_difference_is_explained_by_differences_of_edges(name, kind, tiny_models):
+    model = tiny_models[name]
+    graph = graph_of(model, kind, "a", against="b")
+    each = graph_of(model, kind, ["a", "b"])
+    both, difference = each.matrix.toarray()[-2:], graph.matrix.toarray()[-1]
+    np.testing.assert_allclose(difference[:-1], both[0, :-2] - both[1, :-2], rtol=0, atol=1e-5 * np.abs(both).max())
+    logits = model(TOKENS)[0, -1]
+    last = graph.nodes.iloc[-1]
+    assert last["value"] == pytest.approx((logits[ord("a")] - logits[ord("b")]).item(), rel=1e-4)
+    assert last["label"] == "a − b"
+    assert difference.sum() == pytest.approx(last["value"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_features_as_targets_have_the_edges_of_the_whole_graph(kind, tiny_models):
+    model = tiny_models["gpt2_biased"]
+    whole = graph_of(model, kind)
+    chosen = whole.nodes.query("kind in ('feature', 'neuron') and layer == 1 and pos == 3").iloc[0]
+    graph = graph_of(model, kind, rl.FeatureAt(1, chosen["feature"], -2))
+    assert graph.nodes["pos"].max() == 3
+    assert graph.nodes.query("target > 0")["node"].tolist() == [chosen["node"]]
+    expected = whole.edges.query("target == @chosen.node").set_index("source")["weight"]
+    found = graph.edges.query("target == @chosen.node").set_index("source")["weight"]
+    assert set(found.index) == set(expected.index)
+    np.testing.assert_allclose(found, expected[found.index], rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_a_feature_that_is_not_active_is_explained_too(tiny_models):
+    model = tiny_models["gpt2"]
+    dictionary = dictionary_of(model, "plt")
+    features = dictionary.each_layer()[1].encode(model.run_with_cache(TOKENS)[1]["blocks.1.ln2.hook_normalized"][0])
+    silent = int((features[4] == 0).nonzero()[0])
+    graph = graph_of(model, "plt", rl.FeatureAt(1, silent))
+    node = graph.nodes.query("target > 0").iloc[0]
+    assert node["activation"] == 0
+    assert graph.matrix.sum(axis=1)[node.name] == pytest.approx(node["value"], abs=1e-4)
+
+
+# -- a bound on the edges ---------------------------------------------------------------------------------------------
+
+
+def test_rows_of_bounded_edges_still_add_up_and_keep_the_largest(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    whole, bounded = graph_of(model), graph_of(model, edges_per_node=5)
+    few = whole.nodes["kind"].isin(["rest", "bias"]).to_numpy()
+    exact, found = whole.matrix.toarray(), bounded.matrix.toarray()
+    np.testing.assert_allclose(found.sum(axis=1), exact.sum(axis=1), rtol=0, atol=1e-4)
+    assert (np.count_nonzero(found[:, ~few], axis=1) <= 5).all()
+    kept = (found != 0) & ~few
+    np.testing.assert_allclose(found[kept], exact[kept], rtol=1e-5)
+    for row, mask in zip(np.abs(exact), kept, strict=True):
+        assert not mask.any() or row[mask].min() >= np.sort(row[~few])[-6]
+    assert graph_of(model, edges_per_node=10_000).scores() == whole.scores()
+    share = bounded.scores()["rest_influence"]
+    assert 0 < share < 1
+    assert bounded.influence["rest"] > 0
+
+
+def test_memory_bounds_the_edges_by_itself(tiny_models):
+    model = tiny_models["gpt2"]
+    graph = graph_of(model, memory=15_000)
+    targets = int(graph.nodes["value"].notna().sum())
+    others = ~graph.nodes["kind"].isin(["rest", "bias"]).to_numpy()
+    assert np.count_nonzero(graph.matrix.toarray()[:, others], axis=1).max() == 15_000 // 12 // targets
+    assert graph.influence["rest"] > 0
+
+
+# -- the frames, and errors -------------------------------------------------------------------------------------------
+
+
+def test_frames_name_what_the_matrix_holds(tiny_models):
+    graph = graph_of(tiny_models["reflow_topk"], "neurons")
+    assert isinstance(graph.edges, pd.DataFrame)
+    assert graph.nodes["node"].is_unique
+    number = {name: i for i, name in enumerate(graph.nodes["node"])}
+    dense = graph.matrix.toarray()
+    rows = list(graph.edges.itertuples())
+    assert len(rows) == np.count_nonzero(dense)
+    assert all(dense[number[row.target], number[row.source]] == np.float32(row.weight) for row in rows)
+    kinds = set(graph.nodes["kind"])
+    assert kinds == {"rest", "bias", "signal", "error", "neuron", "readout", "logit"}
+    assert "replacement" in repr(graph)
+    assert "the nodes of most influence" in graph._repr_html_()
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "one token": ({"prompt": "a"}, "two tokens at least"),
+    "two prompts": ({"prompt": ["ab", "cd"]}, "of one prompt, got 2"),
+    "several tokens": ({"targets": "the"}, "is not a single token"),
+    "no token": ({"targets": []}, "targets is empty"),
+    "twice": ({"targets": ["a", "a"]}, "names a token twice"),
+    "against without a token": ({"against": "a"}, "name a token there too"),
+    "against itself": ({"targets": "a", "against": "a"}, "compared with itself"),
+    "a mixture": ({"targets": ["a", rl.FeatureAt(0, 1)]}, "tokens or features, not both"),
+    "no such block": ({"targets": rl.FeatureAt(7, 1)}, "no layer 7"),
+    "no such position": ({"targets": rl.FeatureAt(0, 1, 9)}, "no position 9"),
+    "no such feature": ({"targets": rl.FeatureAt(0, 40)}, "no feature 40: they are 0 to 39"),
+    "a negative feature": ({"targets": rl.FeatureAt(0, -1)}, "index is its number"),
+    "features against": ({"targets": rl.FeatureAt(0, 1), "against": "a"}, "the targets are features"),
+    "no signals": ({"signals": True}, "a GPT2 has none"),
+    "little memory": ({"memory": 100.0}, "hold 0 edges of each"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(case, tiny_models):
+    changed, message = BAD[case]
+    model = tiny_models["gpt2"]
+    arguments = {"prompt": "abcde", "dictionary": dictionary_of(model, "plt")} | changed
+    with pytest.raises(ReflowlensError, match=message):
+        rl.attribute(model, **arguments)
+
+
+def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models):
+    model = tiny_models["gpt2"]
+    with pytest.raises(ReflowlensError, match="needs transcoders of MLPs"):
+        graph_of(model, "sae")
+    with pytest.raises(ReflowlensError, match="of other weights"):
+        rl.attribute(model, "abcde", dictionary_of(model, "plt", model_hash="0" * 64))
+    silent = dictionary_of(model, "plt", activation="relu")
+    for layer in silent.each_layer():
+        layer.b_enc.fill_(-1e3)
+    with pytest.raises(ReflowlensError, match="no feature of the dictionary is active"):
+        rl.attribute(model, "abcde", silent)
+    with pytest.raises(ReflowlensError, match="of a BDH there is none yet"):
+        rl.attribute(build_model(BDH), "abcde")
+    with rl.intervene(model, rl.Ablate("mlp_out", layer=0)):
+        model("abcde")  # else the block says that nothing ran in it
+        with pytest.raises(ReflowlensError, match="is attached to"):
+            rl.attribute(model, "abcde")
+    change = rl.SetWeights("ln_final.w", torch.full((32,), torch.nan))
+    with rl.edit(model, change), pytest.raises(ReflowlensError, match="are not all finite"):
+        rl.attribute(model, "abcde")
