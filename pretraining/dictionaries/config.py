@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretraining.config import AUTO, OptimizerConfig, tomllib
+from pretraining.config import AUTO, OptimizerConfig
 from reflowlens.config import nearest
 from reflowlens.dictionaries.config import ACTIVATIONS, WITH_K, DictionaryConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.storage.model_hash import model_hash
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = ("sae", "transcoder", "cross_layer")
@@ -127,8 +133,10 @@ class DictionarySpec:
             if getattr(self, name) not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise ReflowlensError(f"dictionary.{name} must be one of {listed}, got {getattr(self, name)!r}")
-        if not self.name or Path(self.name).name != self.name:
-            raise ReflowlensError(f"dictionary.name must be the name of a folder, got {self.name!r}")
+        if Path(self.name).name != self.name or self.name in _TAKEN:
+            raise ReflowlensError(f"dictionary.name must be the name of a folder of its own, got {self.name!r}")
+        if any(later <= layer for layer, later in zip(self.layers, self.layers[1:], strict=False)):
+            raise ReflowlensError(f"dictionary.layers must be in forward order, none twice, got {self.layers}")
         for name in ("n_features", "k", "l0", "sharpness", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ReflowlensError(f"dictionary.{name} must be positive, got {getattr(self, name)!r}")
@@ -145,8 +153,8 @@ class DictionarySpec:
         reads, writes = _DEFAULT_POINTS[self.kind]
         layers = self.layers or range(model.cfg.n_layers)
         of_blocks = [
-            tuple((points).format(layer=layer) for layer in layers)
-            for points in (self.reads or reads, self.writes or writes)
+            tuple(pattern.replace("{layer}", str(layer)) for layer in layers)
+            for pattern in (self.reads or reads, self.writes or writes)
         ]
         for name in (*of_blocks[0], *of_blocks[1]):
             if model.hook_axes(name)[:2] != ("batch", "pos") or len(model.hook_axes(name)) != 3:
@@ -168,6 +176,7 @@ class DictionarySpec:
 
 
 FROZEN = ("", "decoder", "encoder")
+_TAKEN = ("", "..", "state", "metrics.jsonl", "run.json")  # in the folder of a run
 _DEFAULT_POINTS = {
     "sae": ("blocks.{layer}.hook_resid_post", "blocks.{layer}.hook_resid_post"),
     "transcoder": ("blocks.{layer}.ln2.hook_normalized", "blocks.{layer}.hook_mlp_out"),
@@ -199,11 +208,20 @@ class DictionaryRun:
             self._check_positive(place)
         for place in ("run.checkpoint_interval", "data.windows", "data.val_windows", "optimizer.learning_rate"):
             self._check_positive(place)
+        self._check_positive("optimizer.grad_clip")
+        for place in ("run.seed", "data.context", "optimizer.warmup_steps"):
+            if self._get(place) < 0:
+                raise ReflowlensError(f"{place} must not be negative, got {self._get(place)!r}")
+        if self.optimizer.weight_decay:
+            raise ReflowlensError(f"optimizer.weight_decay must be 0 here, got {self.optimizer.weight_decay!r}")
 
     def _check_positive(self, place: str) -> None:
+        if not self._get(place) > 0:
+            raise ReflowlensError(f"{place} must be positive, got {self._get(place)!r}")
+
+    def _get(self, place: str) -> Any:
         table, name = place.split(".")
-        if not getattr(getattr(self, table), name) > 0:
-            raise ReflowlensError(f"{place} must be positive, got {getattr(getattr(self, table), name)!r}")
+        return getattr(getattr(self, table), name)
 
     def to_dict(self) -> dict[str, Any]:
         """The tables, every field filled in."""
@@ -235,9 +253,12 @@ def load_run(name: str | Path, settings: Sequence[str] = ()) -> DictionaryRun:
     for table in ("model", "data", "run", "dictionary"):
         if table not in tables:
             raise ReflowlensError(f"{path}: the table [{table}] is missing")
-    _override(tables, settings)
     if not isinstance(tables["dictionary"], list):
         raise ReflowlensError(f"{path}: write [[dictionary]] with two brackets, one table a dictionary")
+    for name in ("model", "data", "run", "optimizer"):
+        if not isinstance(tables.get(name, {}), dict):
+            raise ReflowlensError(f"{path}: [{name}] must be a table, got {tables[name]!r}")
+    _override(tables, settings)
     return DictionaryRun(
         model=_table("model", SubjectConfig, tables["model"]),
         data=_table("data", DataConfig, tables["data"]),

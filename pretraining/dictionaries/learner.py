@@ -15,7 +15,7 @@ from pretraining.dictionaries.objective import Outcome, evaluate_objective
 from reflowlens.dictionaries.config import WITH_K, DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
 
-_FIRST_PENALTY, _FIRST_THRESHOLD = 1e-3, 0.1
+_FIRST_PENALTY, _FIRST_THRESHOLD, _SMALLEST_THRESHOLD = 1e-3, 0.1, 1e-3
 _PENALTY_RATE = 0.02  # by how much a step changes the penalty's weight where the features are twice too many
 _THRESHOLD_MEMORY = 0.99  # of the running mean of the smallest activation that BatchTopK keeps
 _RESAMPLED_NORM = 0.2  # of a resampled encoder row, in mean norms of those alive
@@ -55,6 +55,7 @@ class Learner:
                 layer.threshold.data.fill_(_FIRST_THRESHOLD if spec.activation == "jumprelu" else 0.0)
                 layer.threshold.requires_grad_(spec.activation == "jumprelu")
             layer.W_enc.requires_grad_(spec.frozen != "encoder")
+            layer.b_enc.requires_grad_(spec.frozen != "encoder")
             layer.W_dec.requires_grad_(spec.frozen != "decoder")
         learning = [p for p in self.dictionary.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(learning, lr=learning_rate, betas=betas, fused=True)
@@ -126,29 +127,33 @@ class Learner:
         if spec.activation in WITH_K:
             if spec.frozen != "decoder":
                 for layer in layers:
-                    layer.W_dec /= layer.W_dec.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None]
+                    layer.W_dec.div_(layer.W_dec.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
         else:
             l0 = float(kept[-1]) / (n * len(layers))
             too_many = max(-1.0, min(1.0, l0 / spec.l0 - 1.0))
             self.penalty_weight *= math.exp(_PENALTY_RATE * too_many)
         for layer, smallest in zip(layers, kept[:-1], strict=True):
-            if spec.activation == "batchtopk" and layer.threshold is not None:
-                layer.threshold.lerp_(smallest.expand_as(layer.threshold), 1 - _THRESHOLD_MEMORY)
-            elif spec.activation == "jumprelu" and layer.threshold is not None:
-                layer.threshold.clamp_(min=0.0)
+            if layer.threshold is None:
+                continue
+            if spec.activation == "jumprelu":
+                layer.threshold.clamp_(min=_SMALLEST_THRESHOLD)
+            else:  # of the first step as it is: a mean that began at 0 would let too much through for long
+                is_first = not bool(layer.threshold.any())
+                layer.threshold.lerp_(smallest.expand_as(layer.threshold), 1 - _THRESHOLD_MEMORY * (not is_first))
 
     @torch.no_grad()
     def resample(self, batch: Mapping[str, Float[Tensor, "position d"]], *, seed: Sequence[int]) -> int:
         """Point dead features at what the dictionary explains worst, with a fresh optimiser; for kinds without a k.
 
         Of each, the encoder becomes an input drawn in proportion to its squared error, at 0.2 of the mean norm of the
-        encoders alive, and the decoder that input's error at norm 1 (after Bricken et al., 2023).
+        encoders alive, and the decoder that input's error at norm 1 (after Bricken et al., 2023). Of several processes
+        the first one's batch decides. A null with a frozen half is left as it is.
 
         Returns:
             How many there were.
         """
         dead = self.dead()
-        if not any(map(len, dead)):
+        if self.spec.frozen or not any(map(len, dead)):
             return 0
         x, y = self.scaled(batch)
         outcome = evaluate_objective(self.dictionary, self.spec, x, y, penalty_weight=0.0, dead=dead)
@@ -156,9 +161,9 @@ class Learner:
         for layer, read, error, chosen, silent in zip(
             self.dictionary.each_layer(), x, outcome.errors, dead, self.silent, strict=True
         ):
-            if not len(chosen):
-                continue
             weights = error.square().sum(1).cpu()
+            if not len(chosen) or not bool(weights.sum() > 0):
+                continue
             drawn = torch.multinomial(weights, len(chosen), replacement=True, generator=generator).to(read.device)
             alive = silent < self.dead_after
             norm = layer.W_enc[alive].norm(dim=1).mean() if bool(alive.any()) else layer.W_enc.norm(dim=1).mean()
@@ -171,6 +176,9 @@ class Learner:
                     if moment in self.optimizer.state.get(parameter, {}):
                         self.optimizer.state[parameter][moment][chosen] = 0.0
             silent[chosen] = 0
+            if dist.is_initialized():
+                for parameter in (layer.W_enc, layer.b_enc, layer.W_dec):
+                    dist.broadcast(parameter.data, 0)
         return sum(map(len, dead))
 
     @torch.no_grad()
@@ -181,11 +189,11 @@ class Learner:
         folded.load_state_dict({name: t.detach().cpu().clone() for name, t in self.dictionary.state_dict().items()})
         scale_in, scale_out = self.scale_in.cpu(), self.scale_out.cpu()
         for l, layer in enumerate(folded.each_layer()):  # noqa: E741 (a layer)
-            layer.W_enc *= scale_in[l]
-            layer.W_dec /= scale_out[l : l + cfg.reach(l), None]
-            layer.b_dec /= scale_out[l]
+            layer.W_enc.mul_(scale_in[l])
+            layer.W_dec.div_(scale_out[l : l + cfg.reach(l), None])
+            layer.b_dec.div_(scale_out[l])
             if layer.W_skip is not None:
-                layer.W_skip *= scale_in[l] / scale_out[l]
+                layer.W_skip.mul_(scale_in[l] / scale_out[l])
         return folded.eval()
 
     def state(self) -> dict[str, Tensor]:

@@ -117,9 +117,8 @@ def _sparse(
 def _dense(
     layer: DictionaryLayer, spec: DictionarySpec, x: Float[Tensor, "position d_in"], dtype: torch.dtype
 ) -> LayerOutcome:
-    value = layer.preactivations(x).relu()
-    if layer.threshold is not None:
-        value = _Jump.apply(value, layer.threshold, spec.bandwidth)  # type: ignore[no-untyped-call]
+    before = layer.preactivations(x)
+    value = before.relu() if layer.threshold is None else _Jump.apply(before, layer.threshold, spec.bandwidth)
     written = (value @ layer.W_dec.flatten(1)).unflatten(1, layer.W_dec.shape[1:])
     weighted = value * layer.W_dec.flatten(1).norm(dim=1)
     penalty = weighted if spec.penalty == "l1" else (spec.sharpness * weighted).tanh()
@@ -139,7 +138,7 @@ def _revival(
 
 
 class _Jump(torch.autograd.Function):
-    """z·1[z > θ], whose threshold learns through a rectangle of a bandwidth around it (Rajamanoharan et al., 2024)."""
+    """z·1[z > θ] with θ > 0, whose threshold learns through a rectangle of a bandwidth around it (Rajamanoharan et al., 2024)."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

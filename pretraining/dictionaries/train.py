@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pretraining.dictionaries.config import DictionaryRun, SubjectConfig
 from pretraining.dictionaries.documents import Windows, document_windows, drawn_rounds
 from pretraining.dictionaries.harvest import batches, harvest, n_vectors
 from pretraining.dictionaries.learner import Learner
-from pretraining.dictionaries.state import check_fresh, resume_run, save_run
+from pretraining.dictionaries.state import begun_with, check_fresh, resume_run, save_run
 from pretraining.distributed import Processes, any_rank, on_first_process, processes
 from pretraining.machine import has_bfloat16, processor
 from pretraining.optimizers import schedule, set_rates
@@ -68,7 +68,7 @@ def train_dictionaries(cfg: DictionaryRun, *, resume: bool = False, progress: bo
         on_first_process(group, lambda: held.enter_context(_held(out)))
         if not resume:
             on_first_process(group, partial(check_fresh, out, cfg))
-        training = _Training(cfg, group)
+        training = _Training(cfg, group, resume=resume)
         training.run(resume, stop, sys.stderr.isatty() if progress is None else progress)
     return [out / spec.name for spec in cfg.dictionaries]
 
@@ -76,7 +76,7 @@ def train_dictionaries(cfg: DictionaryRun, *, resume: bool = False, progress: bo
 class _Training:
     """A run: what it reads, and what learns."""
 
-    def __init__(self, cfg: DictionaryRun, group: Processes) -> None:
+    def __init__(self, cfg: DictionaryRun, group: Processes, *, resume: bool = False) -> None:
         if cfg.run.batch_tokens % group.world_size:
             raise ReflowlensError(
                 f"run.batch_tokens={cfg.run.batch_tokens} does not divide among {group.world_size} processes"
@@ -89,9 +89,10 @@ class _Training:
             raise ReflowlensError(f"data.context={context} exceeds the model's n_ctx={self.model.cfg.n_ctx}")
         self.windows = document_windows(self.data, context)
         self.val_windows = document_windows(self.val_data, context, first_only=True)[: cfg.data.val_windows]
-        self.dtype = cfg.run.dtype
+        self.dtype = begun_with(self.out, "dtype") if resume else cfg.run.dtype
         if self.dtype == AUTO:
             self.dtype = "bfloat16" if has_bfloat16(group.device) else "float32"
+        self.machine = {"dtype": self.dtype, "processes": group.world_size, "processor": processor(group.device)}
         self.learners = [
             Learner(
                 spec,
@@ -109,16 +110,16 @@ class _Training:
     def run(self, resume: bool, stop: Any, progress: bool) -> None:
         cfg, group = self.cfg, self.group
         tokens = training_data(self.data.manifest)
-        start = resume_run(cfg, self.learners, tokens) if resume else 0
+        start = resume_run(cfg, self.learners, tokens, self.machine) if resume else 0
         records: dict[str, Any] = {}
-        on_first_process(group, partial(_begin_log, self.out, cfg, start, self.dtype, group))
+        on_first_process(group, partial(_begin_log, self.out, cfg, start, self.machine))
         shown = bar(show=progress and group.is_first, total=cfg.run.steps, initial=start, unit="step")
         done = start
         validation = self._harvest(
             self.data if not len(self.val_windows) else self.val_data, self.val_windows, _VALIDATION
         )
         with shown:
-            began, harvested = time.perf_counter(), 0.0
+            began, harvested, logged = time.perf_counter(), 0.0, start
             for step, batch, seconds in self._batches(start):
                 share = schedule(step, cfg.optimizer, cfg.run.steps)
                 last = step + 1 == cfg.run.steps
@@ -129,16 +130,16 @@ class _Training:
                 harvested += seconds
                 if done % cfg.run.log_interval == 0 or last:
                     elapsed = time.perf_counter() - began
-                    rate = cfg.run.log_interval * cfg.run.batch_tokens / elapsed
+                    rate = (done - logged) * cfg.run.batch_tokens / elapsed
                     if last or done % cfg.run.eval_interval == 0:
                         for learner in self.learners:
                             records[learner.spec.name]["val_fvu"] = _explained(learner, validation, self.dtype)
                     on_first_process(group, partial(_log, self.out, cfg, done, rate, harvested, records))
                     shown.set_postfix({"tokens_per_s": f"{rate:,.0f}", **_said(records)}, refresh=False)
-                    began, harvested = time.perf_counter(), 0.0
+                    began, harvested, logged = time.perf_counter(), 0.0, done
                 stopping = any_rank(stop(), group)
                 if stopping or last or done % cfg.run.checkpoint_interval == 0:
-                    on_first_process(group, partial(save_run, cfg, self.learners, done, tokens, records))
+                    on_first_process(group, partial(save_run, cfg, self.learners, done, tokens, records, self.machine))
                 if stopping or last:
                     break
         if done < cfg.run.steps and group.is_first:
@@ -194,8 +195,7 @@ class _Training:
     def _step(self, learner: Learner, batch: dict[str, Tensor], step: int, share: float) -> dict[str, Any]:
         cfg, group = self.cfg, self.group
         set_rates([learner.optimizer], share)
-        every = max(1, cfg.run.steps // (2 * _RESAMPLINGS))
-        if learner.spec.activation not in WITH_K and 0 < step <= cfg.run.steps // 2 and step % every == 0:
+        if learner.spec.activation not in WITH_K and step in _resampled_at(cfg.run.steps):
             learner.resample(batch, seed=[cfg.run.seed, step])
         dtype = getattr(torch, self.dtype)
         record = learner.step(batch, clip=cfg.optimizer.grad_clip, dtype=dtype, world_size=group.world_size)
@@ -211,6 +211,11 @@ class _Training:
 def _held(out: Path) -> Iterator[None]:
     with writing(out / METRICS), sole_writer(out, "training in"):
         yield
+
+
+def _resampled_at(steps: int) -> set[int]:
+    """Before which steps dead features are resampled."""
+    return {steps * i // (2 * _RESAMPLINGS) for i in range(1, _RESAMPLINGS + 1)}
 
 
 def _subject(cfg: SubjectConfig) -> HookedModel:
@@ -245,18 +250,24 @@ def _said(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     return {f"fvu {name}": f"{sum(r['fvu']) / len(r['fvu']):.3f}" for name, r in records.items()}
 
 
-def _begin_log(out: Path, cfg: DictionaryRun, start: int, dtype: str, group: Processes) -> None:
+def _begin_log(out: Path, cfg: DictionaryRun, start: int, machine: Mapping[str, Any]) -> None:
     """``run.json``, and ``metrics.jsonl`` without what is about to be repeated."""
     with writing(out / METRICS):
         path = out / METRICS
         lines = path.read_text(encoding="utf8").splitlines(keepends=True) if path.exists() else []
         with replacing(path) as temporary:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            kept = [line for line in lines if line.endswith("\n") and _step_of(path, line) <= start]
             temporary.write_text("".join(kept), encoding="utf8")
-        started = {"processor": processor(group.device), "processes": group.world_size, "dtype": dtype}
-        record = {"training": cfg.to_dict(), "step": start, "torch": torch.__version__, **started}
+        record = {"training": cfg.to_dict(), "step": start, "torch": torch.__version__, **machine}
         with replacing(out / "run.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf8")
+
+
+def _step_of(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise ReflowlensError(f"{path} is damaged: move it away to go on without it") from error
 
 
 def _log(

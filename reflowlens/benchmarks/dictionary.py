@@ -82,8 +82,8 @@ def training_step(variant: str, n_features: int) -> Callable[[], float]:
 
 
 def _ours(variant: str, n_features: int) -> tuple[nn.ModuleList, Callable[[Any, Tensor], Tensor]]:
-    names = [tuple(f"blocks.{layer}.{point}" for layer in range(N_LAYERS)) for point in ("x", "y")]
-    layers = Dictionary.fresh(DictionaryConfig(*names, WIDTH, WIDTH, n_features, "topk", K)).layers
+    reads, writes = (tuple(f"blocks.{layer}.{point}" for layer in range(N_LAYERS)) for point in ("x", "y"))
+    layers = Dictionary.fresh(DictionaryConfig(reads, writes, WIDTH, WIDTH, n_features, "topk", K)).layers
     dtype = torch.bfloat16 if "bfloat16" in variant else torch.float32
 
     def sparse(layer: DictionaryLayer, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def export_circuit_tracer(
         write_yaml(folder / CONFIG, {**(manifest or {}), **config})
         for i, (layer, threshold) in enumerate(zip(dictionary.each_layer(), thresholds, strict=True)):
             end = f"_{i}" if cfg.cross_layer else ""
-            encoder = {"W_enc": layer.W_enc, "b_enc": layer.b_enc, "b_dec": layer.b_dec}
+            encoder: dict[str, Tensor | None] = {"W_enc": layer.W_enc, "b_enc": layer.b_enc, "b_dec": layer.b_dec}
             if cfg.cross_layer:
                 encoder["threshold"] = threshold
                 write_tensors(folder / f"W_dec_{i}.safetensors", stored({f"W_dec_{i}": layer.W_dec}), {})

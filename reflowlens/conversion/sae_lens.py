@@ -67,8 +67,13 @@ def export_sae_lens(dictionary: Dictionary, folder: str | Path, manifest: Mappin
     def write(folder: Path) -> None:
         for i, (layer, threshold) in enumerate(zip(dictionary.each_layer(), thresholds, strict=True)):
             (folder / f"layer_{i}").mkdir()
-            tensors = {"W_enc": layer.W_enc.T, "b_enc": layer.b_enc, "W_dec": layer.W_dec[:, 0], "b_dec": layer.b_dec}
-            tensors |= {"threshold": threshold, "W_skip": layer.W_skip}
+            tensors: dict[str, Tensor | None] = {"W_enc": layer.W_enc.T, "b_enc": layer.b_enc}
+            tensors |= {
+                "W_dec": layer.W_dec[:, 0],
+                "b_dec": layer.b_dec,
+                "threshold": threshold,
+                "W_skip": layer.W_skip,
+            }
             write_tensors(folder / f"layer_{i}" / WEIGHTS, stored(tensors), {})
             fields = _config(cfg, architecture, i, dict(manifest or {}))
             (folder / f"layer_{i}" / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf8")
@@ -185,12 +190,12 @@ def _read_layer(folder: Path) -> _Layer:
 @torch.no_grad()
 def _fold(ours: DictionaryLayer, theirs: _Layer) -> None:
     if theirs.subtracts_b_dec:
-        ours.b_enc -= ours.W_enc @ ours.b_dec
+        ours.b_enc.sub_(ours.W_enc @ ours.b_dec)
     if theirs.compares_by_norm:
         norm = ours.W_dec.flatten(1).norm(dim=1)
-        ours.W_enc *= norm[:, None]
-        ours.b_enc *= norm
-        ours.W_dec /= torch.where(norm > 0, norm, 1.0)[:, None, None]
+        ours.W_enc.mul_(norm[:, None])
+        ours.b_enc.mul_(norm)
+        ours.W_dec.div_(torch.where(norm > 0, norm, 1.0)[:, None, None])
 
 
 def _mapping(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -60,6 +61,9 @@ class DictionaryConfig:
             raise ReflowlensError(f"reads names {len(self.reads)} hook points and writes {len(self.writes)}")
         for name in ("d_in", "d_out", "n_features"):
             _positive(name, getattr(self, name))
+        blocks = [int(point.split(".")[1]) for point in self.writes if re.match(r"blocks\.\d+\.", point)]
+        if self.cross_layer and blocks != sorted(blocks):
+            raise ReflowlensError(f"a cross-layer dictionary's layers must be in forward order, got blocks {blocks}")
         if self.activation not in ACTIVATIONS:
             raise ReflowlensError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if self.activation in WITH_K:

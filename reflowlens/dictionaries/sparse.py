@@ -90,14 +90,14 @@ def encode(
     active: Active,
 ) -> Float[Tensor, " pair"]:
     """Pre-activations ``x W_encᵀ + b_enc`` of the active features; gradients for both parameters, none for x."""
-    return _Encode.apply(x, W_enc, active) + _Gather.apply(b_enc, active)  # type: ignore[no-any-return]
+    return _Encode.apply(x, W_enc, active) + _Gather.apply(b_enc, active)
 
 
 def decode(
     value: Float[Tensor, " pair"], W_dec: Float[Tensor, "feature d_out"], active: Active
 ) -> Float[Tensor, "position d_out"]:
     """What features of these activations write: ``a W_dec`` with a zero wherever nothing is active."""
-    return _Decode.apply(value, W_dec, active)  # type: ignore[no-any-return]
+    return _Decode.apply(value, W_dec, active)
 
 
 def dense(value: Float[Tensor, " pair"], active: Active) -> Float[Tensor, "position feature"]:

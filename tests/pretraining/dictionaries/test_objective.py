@@ -27,6 +27,9 @@ def fresh(activation: str = "topk", **changes: object) -> Dictionary:
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        for layer in dictionary.each_layer():
+            if layer.threshold is not None:
+                layer.threshold.abs_()
     return dictionary
 
 
@@ -122,7 +125,7 @@ def test_threshold_learns_through_a_rectangle() -> None:
     found = gradients(dictionary, outcome.objective)["layers.0.threshold"]
     layer = dictionary.each_layer()[0]
     assert layer.threshold is not None
-    before = layer.preactivations(x[0]).detach().relu()
+    before = layer.preactivations(x[0]).detach()
     value = (before * (before > layer.threshold)).detach().requires_grad_()
     (value @ layer.W_dec[:, 0] + layer.b_dec - y[0]).square().mean().backward()
     assert value.grad is not None

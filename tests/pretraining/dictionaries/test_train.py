@@ -207,17 +207,20 @@ def test_ctrl_c_saves_and_stops(
 def test_two_processes_have_their_own_documents_and_the_same_weights(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """Also after dead features were resampled, for which each process has examples of its own."""
     config = write("plt", "relu")
-    finished = run_two_processes("-m", "pretraining.dictionaries.train", config)
+    config.write_text(config.read_text() + "\ndead_after = 1\n")  # of the last, relu: features die at every step
+    finished = run_two_processes("-m", "tests.support.launched_dictionaries", config, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    cfg = load_run(config)
-    one = load_run(write("plt", "relu", out="one"))
+    ours, theirs = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "/weights/" in name)
+    cfg, one = load_run(config), load_run(write("plt", "relu", out="one"))
     train_dictionaries(one)
-    for run in (cfg, one):
-        last = records(run.run.out)[-1]
-        assert last["step"] == STEPS
-    ours, alone = (records(run.run.out)[-1]["dictionaries"]["plt"]["val_fvu"] for run in (cfg, one))
-    assert np.mean(ours) == pytest.approx(np.mean(alone), rel=0.25)  # other batches, as many positions
+    assert all(records(run.run.out)[-1]["step"] == STEPS for run in (cfg, one))
+    found, alone = (records(run.run.out)[-1]["dictionaries"]["plt"]["val_fvu"] for run in (cfg, one))
+    assert np.mean(found) == pytest.approx(np.mean(alone), rel=0.25)  # other batches, as many positions
+    with pytest.raises(ReflowlensError, match="was trained with processes 2, and now it is 1"):
+        train_dictionaries(cfg, resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- one learner
@@ -272,6 +275,38 @@ def test_resampled_features_point_at_errors_and_begin_anew() -> None:
     assert learner.resample(batch, seed=[1]) == 0
 
 
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_a_frozen_half_is_not_resampled(frozen: str) -> None:
+    learner = fresh_learner(activation="relu", frozen=frozen)
+    learner.silent[:] = 1000
+    before = {name: p.detach().clone() for name, p in learner.dictionary.named_parameters()}
+    assert learner.resample(random_batch(learner), seed=[1]) == 0
+    for i in range(3):
+        learner.step(random_batch(learner, seed=i), clip=1.0, dtype=torch.float32)
+    moved = {
+        name.split(".")[-1] for name, p in learner.dictionary.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert moved == {"encoder": {"W_dec", "b_dec"}, "decoder": {"W_enc", "b_enc", "b_dec"}}[frozen]
+
+
+def test_a_threshold_of_batchtopk_is_right_from_the_first_step() -> None:
+    learner = fresh_learner(activation="batchtopk", k=4)
+    batch = random_batch(learner, n=256)
+    learner.step(batch, clip=1.0, dtype=torch.float32)
+    x, _ = learner.scaled(batch)
+    active = (learner.dictionary.encode(x)[0] > 0).sum(1).float().mean()
+    assert 2 < active.item() < 6  # the weights have moved by one step; a threshold of 0 would let 24 through
+
+
+def test_the_type_of_a_run_is_kept_when_it_goes_on(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_run(write("plt", dtype="auto"))
+    monkeypatch.setattr(train_module, "has_bfloat16", lambda device: False)
+    train_dictionaries(cfg)
+    monkeypatch.setattr(train_module, "has_bfloat16", lambda device: True)
+    train_dictionaries(cfg, resume=True)
+    assert json.loads((Path(cfg.run.out) / "run.json").read_text())["dtype"] == "float32"
+
+
 def test_decoders_of_kinds_with_a_k_keep_their_norm() -> None:
     learner = fresh_learner(kind="cross_layer", k=4)
     for i in range(3):
@@ -289,6 +324,12 @@ def test_decoders_of_kinds_with_a_k_keep_their_norm() -> None:
         ("dictionary.k=100", "k must not be larger than n_features"),
         ("dictionary.kind=clt", "dictionary.kind must be one of 'sae', 'transcoder', 'cross_layer', got 'clt'"),
         ("dictionary.layers=[7]", "this model has blocks 0 to 1"),
+        ("dictionary.layers=[1, 0]", "must be in forward order"),
+        ("dictionary.name=state", "must be the name of a folder of its own"),
+        ("optimizer.grad_clip=0", "optimizer.grad_clip must be positive"),
+        ("optimizer.weight_decay=0.1", "optimizer.weight_decay must be 0 here"),
+        ("run.seed=-1", "run.seed must not be negative"),
+        ("data.context=-5", "data.context must not be negative"),
         ('dictionary.reads="blocks.{layer}.attn.hook_z"', "is not \\[batch, pos, d\\]"),
         ("dictionary.featuers=3", "unknown field 'dictionary.featuers'.*dictionary.n_features"),
         ("optimizer.name=muon", "optimizer.name must be 'adamw' for dictionaries"),
