@@ -164,6 +164,9 @@ def evaluate_dictionary(
     Example: ``print(evaluate_dictionary(model, dictionary, held_out=texts, training=other_texts))``
     """
     model = check_belongs(dictionary, model)
+    for point in (*dictionary.cfg.reads, *dictionary.cfg.writes):
+        if not point.startswith("blocks."):
+            raise ReflowlensError(f"{point!r} is in no block: dictionaries of blocks are evaluated")
     name = dictionary.cfg.name or "dictionary"
     show = sys.stderr.isatty() if progress is None else progress
     rows, others = token_rows(model, held_out), token_rows(model, training)

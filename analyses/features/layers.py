@@ -23,6 +23,14 @@ from reflowlens.models.numerics import wide
 
 Encode: TypeAlias = Callable[[Float[Tensor, "n *unit"]], Float[Tensor, "n feature"]]
 Promote: TypeAlias = Callable[[Int[Tensor, " feature"]], Float[Tensor, "feature token"]]
+_IN_THE_STREAM = (  # last parts of the names of points whose activations are in the residual stream or added to it
+    "hook_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+)
 Hook: TypeAlias = "tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]"
 
 
@@ -75,7 +83,7 @@ def dictionary_layers(model: HookedModel, dictionary: Dictionary) -> list[Featur
     found = []
     for place, (layer, reads) in enumerate(zip(dictionary.each_layer(), cfg.reads, strict=True)):
         writes = cfg.writes[place : place + cfg.reach(place)]
-        into_stream = cfg.d_out == model.cfg.d_model
+        into_stream = all(point.rsplit(".", 1)[-1] in _IN_THE_STREAM for point in writes)
         directions = layer.W_dec.detach().sum(dim=1) if into_stream else None
         found.append(
             FeatureLayer(

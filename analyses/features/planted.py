@@ -120,12 +120,17 @@ def recover(dictionary: Dictionary, planted: Planted, *, n: int = 20_000, part: 
         partner's firing as a statement that the feature fires, and their harmonic mean ``f1``.
 
     Raises:
-        ReflowlensError: the dictionary reads vectors of another width, or has several layers.
+        ReflowlensError: the dictionary reads vectors of another width, has several layers, or fewer features than are
+            planted.
     """
     if dictionary.cfg.n_layers != 1 or dictionary.cfg.d_in != planted.directions.shape[1]:
         raise ReflowlensError(
             f"a dictionary of one layer that reads vectors of width {planted.directions.shape[1]} was expected, got "
             f"{dictionary.cfg.n_layers} layers of width {dictionary.cfg.d_in}"
+        )
+    if dictionary.cfg.n_features < len(planted.kind):
+        raise ReflowlensError(
+            f"the dictionary has {dictionary.cfg.n_features} features, fewer than the {len(planted.kind)} planted ones"
         )
     x, truth = planted.sample(n, part)
     (layer,) = dictionary.each_layer()

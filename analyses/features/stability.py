@@ -77,7 +77,8 @@ def seed_stability(
         metrics that the module defines, and each one's ``_chance``.
 
     Raises:
-        ReflowlensError: there are fewer than two dictionaries, they differ in their points, or one is not of the model.
+        ReflowlensError: there are fewer than two dictionaries, they differ in points or size, or one is of another
+            model.
 
     Example: ``seed_stability(model, {"seed 0": a, "seed 1": b, "seed 2": c}, texts)``
     """
@@ -88,6 +89,11 @@ def seed_stability(
         check_belongs(other, model)
         if (other.cfg.reads, other.cfg.writes, other.cfg.cross_layer) != (first.reads, first.writes, first.cross_layer):
             raise ReflowlensError(f"{name} reads or writes other points than {next(iter(dictionaries))}")
+        if other.cfg.n_features != first.n_features:
+            raise ReflowlensError(
+                f"{name} has {other.cfg.n_features} features a layer, {next(iter(dictionaries))} {first.n_features}: "
+                "stability is of dictionaries of one size"
+            )
     rows = token_rows(model, documents)
     found = []
     for layer in bar(range(first.n_layers), show=progress, unit="layer", desc="stability"):

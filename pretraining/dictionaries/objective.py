@@ -138,7 +138,7 @@ def _revival(
 
 
 class _Jump(torch.autograd.Function):
-    """z·1[z > θ] with θ > 0, whose threshold learns through a rectangle of a bandwidth around it (Rajamanoharan et al., 2024)."""
+    """z·1[z > θ] with θ > 0, which learns through a rectangle of a bandwidth around it (Rajamanoharan et al., 2024)."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -122,7 +122,9 @@ def _against(
     from reflowlens.models import build_model
 
     other = load_dictionary(name, device=options.device)
-    trained_on: Any = dictionary_manifest(name).get("training", {})
-    seed = trained_on.get("model", {}).get("untrained_seed", -1)
+    seed: Any = dictionary_manifest(name)
+    for key in ("training", "model", "untrained_seed"):
+        seed = seed.get(key) if isinstance(seed, dict) else None
+    seed = seed if isinstance(seed, int) else -1
     shown = other.cfg.name or Path(name).name
     return shown, other if seed < 0 else (build_model(model.cfg, seed=seed, device=options.device), other)

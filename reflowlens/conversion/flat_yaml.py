@@ -46,7 +46,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _value(text: str) -> Any:
     text = text.strip()
     if text[:1] not in ("'", '"', "[", "{"):
-        text = re.sub(r"(^|\s+)#.*", "", text)  # a comment
+        text = re.sub(r"(?:^|(?<=\s))#.*", "", text).rstrip()  # a comment
     if text in _WORDS:
         return _WORDS[text]
     if len(text) > 1 and text[0] == text[-1] == "'":

@@ -148,9 +148,12 @@ def _read_layer(folder: Path) -> _Layer:
     if not isinstance(config, dict):
         raise ReflowlensError(f"{folder / CONFIG} is damaged: it holds no JSON object")
     architecture, k = config.get("architecture", "standard"), config.get("k")
-    if config.get("activation_fn", config.get("activation_fn_str")) == "topk":  # before version 6
+    activation_fn = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # before version 6
+    if activation_fn not in ("relu", "topk"):
+        raise ReflowlensError(f"{folder / CONFIG}: activation_fn is {shown(activation_fn)}, expected relu or topk")
+    if activation_fn == "topk":
         architecture, k = "topk", _mapping(config, "activation_fn_kwargs").get("k")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ReflowlensError(
             f"{folder / CONFIG}: architecture is {shown(architecture)}, expected one of {', '.join(ARCHITECTURES)}"
         )

@@ -90,7 +90,7 @@ def _thresholds(layer: DictionaryLayer, x: Float[Tensor, "token d_in"]) -> Float
     error = torch.cat([torch.zeros_like(error[:1]), error])
     best = error.argmin(0, keepdim=True)  # how many are kept
     last = before.gather(0, (best - 1).clamp(min=0))
-    next_one = before.gather(0, best.clamp(max=len(x) - 1))
+    next_one = torch.cat([before, torch.zeros_like(before[:1])]).gather(0, best)
     return torch.where(best == 0, last, (last + next_one) / 2).squeeze(0)
 
 

@@ -95,7 +95,10 @@ def _steps(rows: Float[Tensor, "row column"], relative: Float[Tensor, " row"] | 
     """√(2πe) σ times ``relative``, but no less than the largest weight of a row needs."""
     sigma = rows.square().mean(1).sqrt()
     step = torch.maximum(sigma * math.sqrt(2 * math.pi * math.e) * relative, rows.abs().amax(1) / (LARGEST - 1))
-    return torch.where(step > 0, step, 1.0).to(STEP_TYPE)
+    step = torch.where(step > 0, step, 1.0).to(STEP_TYPE)
+    if not bool((step.isfinite() & (step > 0)).all()):
+        raise ReflowlensError(f"weights as small or large as {float(rows.abs().max()):.1e} cannot be packed")
+    return step
 
 
 def _codes(weights: Float[Tensor, "*shape"]) -> Int8[Tensor, "*shape"]:
