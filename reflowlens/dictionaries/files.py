@@ -115,8 +115,8 @@ def load_dictionary(
     """Load a dictionary, in evaluation mode.
 
     Args:
-        name_or_folder: a packaged name (:func:`list_dictionaries`), a folder written by :func:`save_dictionary`, that
-            of a training run, or the safetensors file alone.
+        name_or_folder: a packaged name (:func:`list_dictionaries`), a folder written by :func:`save_dictionary` or by
+            training, or the safetensors file alone.
         model: the model that it is for: checked to be the one that it was trained on. None: not checked here, but where
             the dictionary is used on a model.
         other_model: a model of other weights on purpose, which has the hook points and their widths.
@@ -185,7 +185,7 @@ def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
 
 
 def find_dictionary(name_or_folder: str | Path) -> Path:
-    """The weights file that a dictionary's folder, a training run, a file or a packaged name stands for.
+    """The weights file that a dictionary's folder, a file or a packaged name stands for.
 
     What lies at a path comes first.
     """
@@ -194,11 +194,13 @@ def find_dictionary(name_or_folder: str | Path) -> Path:
         return path
     packaged = list_dictionaries()
     named = [ASSETS / str(name_or_folder)] if str(name_or_folder) in packaged else []
-    for folder in (path, *sorted(path.glob("step_*"), reverse=True), *named):
+    for folder in (path, *named):
         if found := _weights_in(folder):
             return found
     if path.exists():
-        raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a dictionary's folder")
+        inside = [folder.name for folder in sorted(path.glob("*")) if _weights_in(folder)]
+        hint = f"; it holds the folders of {', '.join(inside)}" if inside else ""
+        raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a dictionary's folder{hint}")
     raise ReflowlensError(
         f"no dictionary {shown(str(name_or_folder))}: neither one of the packaged ({', '.join(packaged) or 'none'}) "
         f"nor a dictionary's folder or safetensors file that exists{nearest(str(name_or_folder), packaged)}"

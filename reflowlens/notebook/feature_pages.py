@@ -8,6 +8,7 @@ at. What is written is data alone: the page makes text of it, never markup.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ PAGE = "index.html"
 INDEX, TEXT = "data/index.js", "data/text.js"
 SHARD = 64  # features of a file: a few hundred kilobytes
 _ASSETS = ("features.css", "features.js")
+_KEY = re.compile(r"[\w.-]+")  # of a layer: part of a file's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,23 +180,27 @@ def open_feature_pages(folder: str | Path) -> FeaturePages:
 
     def record(number: int, feature: int) -> FeatureRecord:
         file = folder / shard_name(layers[number].key, feature // shard)
-        *_, records = call_arguments(file)
         with _damage_told(file):
+            *_, records = call_arguments(file)
             return unpacked(records[feature % shard], layers[number].key)
 
-    (index,) = call_arguments(folder / INDEX)
-    (text,) = call_arguments(folder / TEXT)
+    with _damage_told(folder / TEXT):
+        (written,) = call_arguments(folder / TEXT)
+        text = unpacked_text(written)
     with _damage_told(folder / INDEX):
+        (index,) = call_arguments(folder / INDEX)
         shard = index["shard"]
+        if not (isinstance(shard, int) and shard > 0 and all(_KEY.fullmatch(own["key"]) for own in index["layers"])):
+            raise ValueError("a layer's key, or the number of features a shard, cannot be")
         layers = [FeatureLayerFacts(own["key"], own["name"], own["n"], own["positions"]) for own in index["layers"]]
-        return FeaturePages(index["title"], index["facts"], index["notes"], layers, unpacked_text(text), record)
+        return FeaturePages(index["title"], index["facts"], index["notes"], layers, text, record)
 
 
 @contextmanager
 def _damage_told(file: Path) -> Iterator[None]:
     try:
         yield
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ReflowlensError(f"{file} is damaged: {error!r}") from error
 
 

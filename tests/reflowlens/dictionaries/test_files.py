@@ -93,10 +93,11 @@ def test_packaged_dictionaries_load_by_name(tmp_path: Path, monkeypatch: pytest.
         load_dictionary("nano-pl")
 
 
-def test_a_training_run_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
-    for step in (10, 20):
-        save_dictionary(tmp_path / f"step_{step:07d}", random_dictionary(dataclasses.replace(PLT, name=str(step))))
-    assert load_dictionary(tmp_path).cfg.name == "20"
+def test_a_folder_of_dictionaries_names_them(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_dictionary(tmp_path / name, random_dictionary(PLT))
+    with pytest.raises(ReflowlensError, match="it holds the folders of one, two"):
+        load_dictionary(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- whose dictionary it is
