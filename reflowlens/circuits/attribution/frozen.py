@@ -43,12 +43,12 @@ class FrozenNorm:
         return cls(cache[f"{name}.hook_scale"][0], norm.centered, norm.w.detach(), detached(norm.b))
 
     def back(
-        self, gradient: Float[Tensor, "pos target d_model"], positions: slice | Int[Tensor, " target"] | None = None
-    ) -> Tensor:
+        self, gradient: Float[Tensor, "*batch d_model"], positions: slice | Int[Tensor, " target"] | None = None
+    ) -> Float[Tensor, "*batch d_model"]:
         """From ``hook_normalized`` to what the norm reads.
 
         Args:
-            gradient: of all positions from the first on, or [target, d_model] of one position a target.
+            gradient: [pos, target, d_model] of positions from the first on, or [target, d_model] of one a target.
             positions: in the latter case, which.
         """
         scale = self.scale[: len(gradient), None] if positions is None else self.scale[positions]

@@ -71,7 +71,7 @@ class Written:
         skip: the matrix that passes on ``ln2.hook_normalized``.
     """
 
-    by_units: Mapping[int, Float[Tensor, "unit d_model"]]
+    by_units: Mapping[int, Float[Tensor, "_unit d_model"]]
     error: Float[Tensor, "pos d_model"]
     bias: Float[Tensor, " d_model"] | None
     skip: Float[Tensor, "d_model d_model"] | None = None
