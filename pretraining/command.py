@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Sequence
 
 from reflowlens.errors import ReflowlensError
+
+
+def start(
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    """What torchrun starts: a command that ends with one line where it fails or is interrupted."""
+    parser = argparse.ArgumentParser(description=description)
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(arguments))
+    except ReflowlensError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -263,19 +263,9 @@ def _show(shown: tqdm[Any], record: dict[str, float]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``python -m pretraining.train`` (what torchrun starts)."""
-    import argparse
+    from pretraining.command import add_arguments, run, start
 
-    from pretraining.command import add_arguments, run
-
-    parser = argparse.ArgumentParser(description="Train a model; start with torchrun for several processes.")
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except ReflowlensError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    start("Train a model; start with torchrun for several processes.", add_arguments, run, arguments)
 
 
 if __name__ == "__main__":

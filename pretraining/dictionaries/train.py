@@ -280,19 +280,10 @@ def _log(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m pretraining.dictionaries.train`` (what torchrun starts)."""
-    import argparse
-
+    from pretraining.command import start
     from pretraining.dictionaries.command import add_arguments, run
 
-    parser = argparse.ArgumentParser(description="Train dictionaries; start with torchrun for several processes.")
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except ReflowlensError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    start("Train dictionaries; start with torchrun for several processes.", add_arguments, run, arguments)
 
 
 if __name__ == "__main__":
