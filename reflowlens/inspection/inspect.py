@@ -11,8 +11,10 @@ import pandas as pd
 
 from reflowlens.checkpoints import ASSETS, WEIGHTS, list_models
 from reflowlens.config import nearest
+from reflowlens.dictionaries.files import find_dictionary, is_dictionary, list_dictionaries
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
+from reflowlens.inspection.dictionaries import read_dictionary
 from reflowlens.inspection.folders import (
     INDEX,
     METRICS,
@@ -34,8 +36,8 @@ def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Insp
     """What a file or folder is and holds, whoever wrote it; nothing in it is executed.
 
     Args:
-        path: a packaged model's name, a checkpoint, a training run (its newest checkpoint), prepared data, a folder of
-            the transformers library, a safetensors file, or anything else.
+        path: the name of a packaged model or dictionary, a checkpoint, a dictionary, a training run (its newest
+            checkpoint), prepared data, a folder of the transformers library, a safetensors file, or anything else.
         against: another model, whose tensors those of ``path`` are compared with by name.
 
     Returns:
@@ -63,12 +65,15 @@ def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Insp
 
 def _find(path: str | Path) -> Path:
     found = as_path(path)
-    if not found.exists() and (ASSETS / str(path) / WEIGHTS).is_file():
-        return ASSETS / str(path)
     if not found.exists():
+        if (ASSETS / str(path) / WEIGHTS).is_file():
+            return ASSETS / str(path)
+        if str(path) in list_dictionaries():
+            return find_dictionary(path).parent
+        packaged = [*list_models(), *list_dictionaries()]
         raise ReflowlensError(
-            f"no file or folder {shown(str(path))}, and no packaged model ({', '.join(list_models()) or 'none'})"
-            f"{nearest(str(path), list_models())}"
+            f"no file or folder {shown(str(path))}, and no packaged model or dictionary ({', '.join(packaged)})"
+            f"{nearest(str(path), packaged)}"
         )
     if not (found.is_file() or found.is_dir()):
         raise ReflowlensError(f"{path} is neither a file nor a folder")  # reading a pipe would wait for a writer
@@ -81,6 +86,14 @@ def _find(path: str | Path) -> Path:
 def _folder(folder: Path) -> Inspection:
     if not any(folder.iterdir()):
         return Inspection(str(folder), "empty folder", notes=("there is nothing in it",))
+    if is_dictionary(folder):
+        read = read_dictionary(folder)
+        layers = {} if read.frame is None else {"layers": read.frame}
+        frames = {"files": _files_frame(folder), **layers}
+        return Inspection(str(folder), "dictionary", read.facts, frames, problems=tuple(read.problems))
+    if dictionaries := [each.name for each in sorted(folder.iterdir()) if is_dictionary(each)]:
+        facts = {"dictionaries": dictionaries}
+        return Inspection(str(folder), "folder of dictionaries", facts, {"files": _files_frame(folder)})
     if (folder / METRICS).is_file() or any(folder.glob(f"step_*/{WEIGHTS}")):
         return _training_run(folder)
     manifest, problems = read_object(folder / MANIFEST) if (folder / MANIFEST).is_file() else ({}, [])

@@ -31,8 +31,9 @@ class Inspection:
         frames: name -> DataFrame, those that apply of ``files`` (name, kind, bytes), ``parts`` (part, tensors,
             parameters, share), ``signals`` (measure, value, gaussian, definition), ``tensors`` (name, part, shape,
             dtype, parameters, mean, std, norm, min, max, zeros, nan, infinite), ``splits`` (of prepared data),
-            ``curve`` (step, tokens, loss, val_loss, …: means over windows of steps) and ``differences`` (name, shape,
-            other_shape, state, relative, max_abs).
+            ``layers`` (of a dictionary: reads, writes, norms, what was measured), ``curve`` (step, tokens, loss,
+            val_loss, …: means over windows of steps) and ``differences`` (name, shape, other_shape, state, relative,
+            max_abs).
         notes: what was left unread, and why.
         problems: what is damaged; empty of a sound path.
     """

@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import reflowlens.inspection.weights as weights_module
 from reflowlens.checkpoints import WEIGHTS, save_model
 from reflowlens.cli import main
+from reflowlens.dictionaries.config import DictionaryConfig
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.dictionaries.files import save_dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.inspection.signals import matrix_effective_rank
@@ -628,3 +631,24 @@ def test_the_command(reflow, tmp_path, capsys):
 )
 def test_parts_by_name(name, part):
     assert part_of(name) == part
+
+
+# -- dictionaries -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dictionary_is_told_by_its_layers(tmp_path: Path) -> None:
+    points = [tuple(f"blocks.{layer}.{name}" for layer in range(2)) for name in ("ln2.hook_normalized", "hook_mlp_out")]
+    cfg = DictionaryConfig(points[0], points[1], 8, 8, 20, "topk", 4, model_name="mine", name="plt")
+    save_dictionary(tmp_path / "plt", Dictionary.fresh(cfg), {"tokens_seen": 5, "metrics": {"l0": [4.0, 3.5]}})
+    found = inspect_path(tmp_path / "plt")
+    assert (found.kind, found.problems) == ("dictionary", ())
+    assert found.facts["tokens_seen"] == 5
+    layers = found.frames["layers"]
+    assert layers["reads"].tolist() == list(cfg.reads)
+    assert layers["l0"].tolist() == [4.0, 3.5]
+    assert layers["decoder_norm"].tolist() == pytest.approx([1.0, 1.0])
+    assert "transcoder(plt of mine: 2 layers of 20 features, topk(4))" in found.to_text()
+    assert inspect_path(tmp_path).facts["dictionaries"] == ["plt"]
+    (tmp_path / "plt" / "dictionary.safetensors").write_bytes(b"no tensors")
+    (problem,) = inspect_path(tmp_path / "plt").problems
+    assert "not a readable safetensors file" in problem
