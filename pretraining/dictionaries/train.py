@@ -11,7 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,43 +108,41 @@ class _Training:
         configs = [learner.dictionary.cfg for learner in self.learners]
         self.points = sorted({point for of in configs for point in (*of.reads, *of.writes)})
 
-    def run(self, resume: bool, stop: Any, progress: bool) -> None:
+    def run(self, resume: bool, stop: Callable[[], bool], progress: bool) -> None:
+        """Take the steps that are left, and write down and save what is due after each."""
         cfg, group = self.cfg, self.group
         tokens = training_data(self.data.manifest)
-        start = resume_run(cfg, self.learners, tokens, self.machine) if resume else 0
-        records: dict[str, Any] = {}
-        on_first_process(group, partial(_begin_log, self.out, cfg, start, self.machine))
-        shown = bar(show=progress and group.is_first, total=cfg.run.steps, initial=start, unit="step")
-        done = start
-        validation = self._harvest(
-            self.data if not len(self.val_windows) else self.val_data, self.val_windows, _VALIDATION
-        )
-        with shown:
-            began, harvested, logged = time.perf_counter(), 0.0, start
-            for step, batch, seconds in self._batches(start):
+        done = resume_run(cfg, self.learners, tokens, self.machine) if resume else 0
+        on_first_process(group, partial(_begin_log, self.out, cfg, done, self.machine))
+        validation = self._harvest(self.val_data, self.val_windows, _VALIDATION)
+        clock = _Clock(done)
+        with bar(show=progress and group.is_first, total=cfg.run.steps, initial=done, unit="step") as shown:
+            for step, batch, seconds in self._batches(done):
                 share = schedule(step, cfg.optimizer, cfg.run.steps)
-                last = step + 1 == cfg.run.steps
-                for learner in self.learners:
-                    records[learner.spec.name] = self._step(learner, batch, step, share)
+                records = {of.spec.name: self._step(of, batch, step, share) for of in self.learners}
                 done = step + 1
+                clock.harvest_s += seconds
                 shown.update()
-                harvested += seconds
-                if done % cfg.run.log_interval == 0 or last:
-                    elapsed = time.perf_counter() - began
-                    rate = (done - logged) * cfg.run.batch_tokens / elapsed
-                    if last or done % cfg.run.eval_interval == 0:
-                        for learner in self.learners:
-                            records[learner.spec.name]["val_fvu"] = _explained(learner, validation, self.dtype)
-                    on_first_process(group, partial(_log, self.out, cfg, done, rate, harvested, records))
-                    shown.set_postfix({"tokens_per_s": f"{rate:,.0f}", **_said(records)}, refresh=False)
-                    began, harvested, logged = time.perf_counter(), 0.0, done
+                evaluating = self._is_due(done, cfg.run.eval_interval)
+                if evaluating:
+                    for learner in self.learners:
+                        records[learner.spec.name]["val_fvu"] = _explained(learner, validation)
+                if evaluating or self._is_due(done, cfg.run.log_interval):
+                    speed = clock.read(done, cfg.run.batch_tokens)
+                    on_first_process(group, partial(_log, self.out, cfg, done, speed, records))
+                    shown.set_postfix(
+                        {"tokens_per_s": f"{speed['tokens_per_s']:,.0f}", **_said(records)}, refresh=False
+                    )
                 stopping = any_rank(stop(), group)
-                if stopping or last or done % cfg.run.checkpoint_interval == 0:
+                if stopping or self._is_due(done, cfg.run.checkpoint_interval):
                     on_first_process(group, partial(save_run, cfg, self.learners, done, tokens, records, self.machine))
-                if stopping or last:
+                if stopping:
                     break
         if done < cfg.run.steps and group.is_first:
             print(f"stopped at step {done} of {cfg.run.steps}; continue with --resume", file=sys.stderr)
+
+    def _is_due(self, done: int, interval: int) -> bool:
+        return done % interval == 0 or done == self.cfg.run.steps
 
     def _batches(self, start: int) -> Iterator[tuple[int, dict[str, Tensor], float]]:
         """Each step from ``start`` on, its batch, and the seconds that harvesting it took, if it was the first of its
@@ -207,6 +206,27 @@ class _Training:
         return record
 
 
+@dataclass
+class _Clock:
+    """The time since the last reading.
+
+    Args:
+        step: of that reading.
+        harvest_s: seconds of it that went into harvests.
+    """
+
+    step: int
+    harvest_s: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def read(self, step: int, batch_tokens: int) -> dict[str, float]:
+        """``tokens_per_s`` and ``harvest_s`` since the last reading, from which the next one counts."""
+        now = time.perf_counter()
+        found = {"tokens_per_s": (step - self.step) * batch_tokens / (now - self.began), "harvest_s": self.harvest_s}
+        self.step, self.harvest_s, self.began = step, 0.0, now
+        return found
+
+
 @contextlib.contextmanager
 def _held(out: Path) -> Iterator[None]:
     with writing(out / METRICS), sole_writer(out, "training in"):
@@ -234,7 +254,7 @@ def _open(cfg: DictionaryRun, model: HookedModel, split: str) -> TokenData:
 
 
 @torch.no_grad()
-def _explained(learner: Learner, activations: dict[str, Float[Tensor, "n d"]], dtype: str) -> list[float]:
+def _explained(learner: Learner, activations: dict[str, Float[Tensor, "n d"]]) -> list[float]:
     """FVU of each layer on held-out positions, as the dictionary is used outside of training."""
     errors = [0.0] * learner.dictionary.cfg.n_layers
     spreads = list(errors)
@@ -270,12 +290,10 @@ def _step_of(path: Path, line: str) -> int:
         raise ReflowlensError(f"{path} is damaged: move it away to go on without it") from error
 
 
-def _log(
-    out: Path, cfg: DictionaryRun, step: int, rate: float, harvested: float, records: dict[str, dict[str, Any]]
-) -> None:
-    line = {"step": step, "tokens": step * cfg.run.batch_tokens, "tokens_per_s": rate, "harvest_s": harvested}
+def _log(out: Path, cfg: DictionaryRun, step: int, speed: dict[str, float], records: dict[str, dict[str, Any]]) -> None:
+    line = {"step": step, "tokens": step * cfg.run.batch_tokens, **speed, "dictionaries": records}
     with writing(out / METRICS), (out / METRICS).open("a", encoding="utf8") as file:
-        file.write(json.dumps(line | {"dictionaries": records}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -130,7 +130,7 @@ def test_what_is_saved_says_of_the_models_activations_what_was_learnt(write: Cal
     training.run(False, lambda: False, False)
     held_out = training._harvest(training.val_data, training.val_windows, 1)
     for learner in training.learners:
-        expected = train_module._explained(learner, held_out, "float32")
+        expected = train_module._explained(learner, held_out)
         dictionary = load_dictionary(Path(cfg.run.out) / learner.spec.name)
         x, y = ([held_out[name] for name in names] for names in (dictionary.cfg.reads, dictionary.cfg.writes))
         with torch.no_grad():
