@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from reflowlens.dictionaries.dictionary import Dictionary
     from reflowlens.models.base import HookedModel
+
+_FEW = 10  # documents, of which an interval would say little
 
 
 def add_evaluate(commands: Commands) -> None:
@@ -99,7 +102,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _documents(model: HookedModel, options: argparse.Namespace, split: str, n_tokens: int) -> list[np.ndarray]:
-    """The beginnings of documents in a random order, until there are so many tokens; 0: of all of them."""
+    """The beginnings of documents in a random order, until there are so many tokens; 0: of all of them.
+
+    Where documents are few, as in a split of one book, their windows stand in for them, and it is said.
+    """
     import numpy as np
 
     from pretraining.dictionaries.documents import document_windows
@@ -107,6 +113,10 @@ def _documents(model: HookedModel, options: argparse.Namespace, split: str, n_to
 
     data = tokens_for(model, options.data, split)
     windows = document_windows(data, model.cfg.n_ctx, first_only=True)
+    if len(windows) < _FEW:
+        found, windows = len(windows), document_windows(data, model.cfg.n_ctx)
+        if split == "val":
+            print(f"held out are {found} documents: their {len(windows)} windows count as such", file=sys.stderr)
     order = np.random.default_rng(options.seed).permutation(len(windows))
     ends = np.cumsum(windows.length[order])
     chosen = order[: max(2, int(np.searchsorted(ends, n_tokens)) + 1)] if n_tokens else order

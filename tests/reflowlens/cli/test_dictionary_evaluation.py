@@ -65,6 +65,20 @@ def test_a_dictionary_is_measured_beside_others(
     assert few["params"]["documents"] < len(SENTENCES)
 
 
+def test_windows_stand_in_for_documents_that_are_few(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.txt").write_text("\n<|endoftext|>\n".join(SENTENCES))
+    (tmp_path / "book.txt").write_text(" ".join(SENTENCES))  # one document
+    prepare(tmp_path / "train.txt", tmp_path / "data", "bytes", val_sources=tmp_path / "book.txt", progress=False)
+    out = tmp_path / "evaluation.json"
+    command = ["dictionary", "evaluate", str(folder / "first"), "--data", str(tmp_path / "data"), "--tokens", "0"]
+    assert main([*command, "--no-nulls", "--resamples", "5", "--out", str(out)]) in (0, None)
+    n_windows = len(" ".join(SENTENCES)) // 24
+    assert json.loads(out.read_text())["params"]["documents"] in (n_windows, n_windows + 1)
+    assert "held out are 1 documents" in capsys.readouterr().err
+
+
 def test_stability_and_probes_are_kept_with_it(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
