@@ -181,7 +181,7 @@ class TrainConfig:
         return {"model": self.model.to_dict(), **sections}
 
 
-Section = TypeVar("Section", DataConfig, OptimizerConfig, RunConfig)
+Section = TypeVar("Section")
 
 
 def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
@@ -219,9 +219,9 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
         tables.setdefault(table, {})[key] = value
     return TrainConfig(
         model=_model(tables["model"]),
-        data=_section("data", DataConfig, tables["data"]),
-        optimizer=_section("optimizer", OptimizerConfig, tables.get("optimizer", {})),
-        run=_section("run", RunConfig, tables["run"]),
+        data=section("data", DataConfig, tables["data"]),
+        optimizer=section("optimizer", OptimizerConfig, tables.get("optimizer", {})),
+        run=section("run", RunConfig, tables["run"]),
         overrides=overrides,
     )
 
@@ -276,17 +276,23 @@ def _model(fields: dict[str, Any]) -> ModelConfig:
     return ModelConfig.from_dict(base | {name: value for name, value in fields.items() if name != "preset"})
 
 
-def _section(name: str, kind: type[Section], fields: dict[str, Any]) -> Section:
-    known = {f.name: f for f in dataclasses.fields(kind)}
+def section(name: str, kind: type[Section], fields: Mapping[str, Any]) -> Section:
+    """A table of a configuration as the dataclass that describes it.
+
+    Raises:
+        ReflowlensError: a field is unknown or missing, or of another type.
+    """
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type] # each is a dataclass
     types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    types["bool | str"] = (object,)  # checks itself
+    types |= {"bool | str": (object,), "list[int]": (list,)}  # the first checks itself
     for key, value in fields.items():
         if key not in known:
             raise ReflowlensError(f"unknown field {name}.{key}{nearest(key, list(known))}")
         expected = str(known[key].type)
         if not isinstance(value, types[expected]) or (isinstance(value, bool) and not expected.startswith("bool")):
             raise ReflowlensError(f"{name}.{key} must be a {expected}, got {value!r}")
-    missing = [key for key, f in known.items() if f.default is dataclasses.MISSING and key not in fields]
+    required = (key for key, f in known.items() if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [key for key in required if key not in fields]
     if missing:
         raise ReflowlensError(f"the table [{name}] lacks {', '.join(missing)}")
     return kind(**fields)

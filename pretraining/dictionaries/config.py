@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pretraining.config import AUTO, OptimizerConfig
+from pretraining.config import AUTO, OptimizerConfig, section
 from reflowlens.config import nearest
 from reflowlens.dictionaries.config import ACTIVATIONS, WITH_K, DictionaryConfig
 from reflowlens.errors import ReflowlensError
@@ -253,18 +253,18 @@ def load_run(name: str | Path, settings: Sequence[str] = ()) -> DictionaryRun:
     for table in ("model", "data", "run", "dictionary"):
         if table not in tables:
             raise ReflowlensError(f"{path}: the table [{table}] is missing")
-    if not isinstance(tables["dictionary"], list):
+    if not isinstance(tables["dictionary"], list) or not all(isinstance(t, dict) for t in tables["dictionary"]):
         raise ReflowlensError(f"{path}: write [[dictionary]] with two brackets, one table a dictionary")
     for name in ("model", "data", "run", "optimizer"):
         if not isinstance(tables.get(name, {}), dict):
             raise ReflowlensError(f"{path}: [{name}] must be a table, got {tables[name]!r}")
     _override(tables, settings)
     return DictionaryRun(
-        model=_table("model", SubjectConfig, tables["model"]),
-        data=_table("data", DataConfig, tables["data"]),
-        run=_table("run", RunConfig, tables["run"]),
-        optimizer=_table("optimizer", OptimizerConfig, _DEFAULT_OPTIMIZER | tables.get("optimizer", {})),
-        dictionaries=tuple(_table("dictionary", DictionarySpec, fields) for fields in tables["dictionary"]),
+        model=section("model", SubjectConfig, tables["model"]),
+        data=section("data", DataConfig, tables["data"]),
+        run=section("run", RunConfig, tables["run"]),
+        optimizer=section("optimizer", OptimizerConfig, _DEFAULT_OPTIMIZER | tables.get("optimizer", {})),
+        dictionaries=tuple(section("dictionary", DictionarySpec, fields) for fields in tables["dictionary"]),
     )
 
 
@@ -280,7 +280,6 @@ _TABLES: dict[str, type] = {
     "run": RunConfig,
     "dictionary": DictionarySpec,
 }
-Table = TypeVar("Table")
 
 
 def _find(name: str | Path) -> Path:
@@ -310,28 +309,6 @@ def _override(tables: dict[str, Any], settings: Sequence[str]) -> None:
             value = written
         for fields in tables[table] if table == "dictionary" else [tables.setdefault(table, {})]:
             fields[name] = value
-
-
-def _table(name: str, kind: type[Table], fields: Any) -> Table:
-    if not isinstance(fields, Mapping):
-        raise ReflowlensError(f"[{name}] must be a table, got {fields!r}")
-    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type] # each is a dataclass
-    types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    for key, value in fields.items():
-        if key not in known:
-            raise ReflowlensError(f"unknown field {name}.{key}{nearest(key, list(known))}")
-        expected = str(known[key].type)
-        allowed = types.get(expected, (list,))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and expected != "bool"):
-            raise ReflowlensError(f"{name}.{key} must be a {expected}, got {value!r}")
-    missing = [
-        key
-        for key, f in known.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and key not in fields
-    ]
-    if missing:
-        raise ReflowlensError(f"the table [{name}] lacks {', '.join(missing)}")
-    return kind(**fields)
 
 
 def _width(model: HookedModel, name: str) -> int:

@@ -161,9 +161,9 @@ class Learner:
         for layer, read, error, chosen, silent in zip(
             self.dictionary.each_layer(), x, outcome.errors, dead, self.silent, strict=True
         ):
-            weights = error.square().sum(1).cpu()
-            if not len(chosen) or not bool(weights.sum() > 0):
+            if not len(chosen):  # in every process alike
                 continue
+            weights = error.square().sum(1).cpu().clamp_min(1e-30)  # evenly where nothing is left to explain
             drawn = torch.multinomial(weights, len(chosen), replacement=True, generator=generator).to(read.device)
             alive = silent < self.dead_after
             norm = layer.W_enc[alive].norm(dim=1).mean() if bool(alive.any()) else layer.W_enc.norm(dim=1).mean()
