@@ -23,6 +23,7 @@ from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, 
 from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
 from reflowlens.circuits.attribution.targets import LogitTargets, Targets, logit_targets, split_targets
+from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
@@ -128,8 +129,9 @@ def attribute(
     shown = sys.stderr.isatty() if progress is None else progress
     size = f"{layout.n_nodes:,} nodes, at most {n_edges:,} edges, {BYTES_AN_EDGE * n_edges / 1e9:.2f} GB"
     with bar(show=shown, total=n_targets, unit="target", desc=size, leave=False) as progressed:
-        Engine(frozen, replacement, inputs, end, layout).fill(rows, progressed.update)
-    return graph_of(decoder, dictionary, tokens[0], replacement, inputs, end, layout, rows, asked)
+        engine = Engine(frozen, replacement, inputs, end, layout)
+        engine.fill(rows, progressed.update)
+    return graph_of(Traced(decoder, dictionary, tokens[0], engine), rows, asked)
 
 
 def _checked_model(model: Any) -> Decoder:

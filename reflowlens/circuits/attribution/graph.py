@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from jaxtyping import Float
 from reflowlens.arguments import real_number
 from reflowlens.circuits.attribution.influence import Kinds, Shares, Vector, prune
 from reflowlens.errors import ReflowlensError
+
+if TYPE_CHECKING:
+    from reflowlens.circuits.attribution.traced import Traced
 
 INPUTS = ("embedding", "position", "signal")
 LEFT_OUT = ("bias", "rest")
@@ -48,6 +51,7 @@ class AttributionGraph:
         matrix: the weights of the edges, sparse, [target, source] in the order of ``nodes``.
         tokens: the texts of the prompt's tokens.
         of: names of the model and of what its nodes are.
+        traced: the model, the dictionary and the frozen prompt that the graph was made of.
     """
 
     nodes: pd.DataFrame
@@ -56,6 +60,7 @@ class AttributionGraph:
     of: str
     _dropped: Float[Vector, " node"] = dataclasses.field(repr=False)
     _scores: dict[str, float] | None = dataclasses.field(default=None, repr=False)
+    traced: Traced | None = dataclasses.field(default=None, repr=False)
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
@@ -137,6 +142,7 @@ class AttributionGraph:
             self.of,
             self._dropped[kept.nodes],
             self.scores(),
+            self.traced,
         )
 
     @cached_property

@@ -7,31 +7,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.engine import End, Inputs, Layout
 from reflowlens.circuits.attribution.graph import AttributionGraph, shares_of
-from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
+from reflowlens.circuits.attribution.replacement import FeatureAt
 from reflowlens.circuits.attribution.rows import SparseRows
-from reflowlens.dictionaries.dictionary import Dictionary
-from reflowlens.models.decoder import Decoder
+from reflowlens.circuits.attribution.traced import Traced
 
 _INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
 
 
-def graph_of(
-    model: Decoder,
-    dictionary: Dictionary | None,
-    tokens: Int[Tensor, " pos"],
-    replacement: Replacement,
-    inputs: Sequence[Inputs],
-    end: End,
-    layout: Layout,
-    rows: SparseRows,
-    asked: Sequence[FeatureAt],
-) -> AttributionGraph:
+def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> AttributionGraph:
     """The graph of finished rows."""
+    model, tokens, engine = traced.model, traced.tokens, traced.engine
+    replacement, inputs, end, layout = engine.replacement, engine.inputs, engine.end, engine.layout
     texts = [model.to_single_str_token(token) if token < model.tokenizer.n_vocab else "" for token in tokens.tolist()]
     n_blocks, last = layout.n_blocks, len(tokens) - 1
     places = range(len(tokens))
@@ -76,10 +65,9 @@ def graph_of(
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
-    name = "" if dictionary is None else dictionary.cfg.name or "a dictionary"
-    return AttributionGraph(
-        nodes, matrix, texts, f"{name or 'neurons'} of {model.cfg.model_name or 'a model'}", rows.dropped
-    )
+    name = "" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
+    of = f"{name or 'neurons'} of {model.cfg.model_name or 'a model'}"
+    return AttributionGraph(nodes, matrix, texts, of, rows.dropped, traced=traced)
 
 
 def _nodes(

@@ -1,0 +1,27 @@
+"""What a graph was made of, kept for what is asked of it later: attention explained, interventions performed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The model on the prompt of a graph.
+
+    Args:
+        tokens: of the prompt; of a graph of features those up to the last target.
+        engine: the frozen model with its MLPs replaced, by which edges are computed.
+    """
+
+    model: Decoder
+    dictionary: Dictionary | None
+    tokens: Int[Tensor, " pos"]
+    engine: Engine
