@@ -46,6 +46,8 @@ class AttributionGraph:
                              logit less the vocabulary's mean, or the difference of two; missing where nothing goes in
             ``target``       the share of a target in what is explained: probabilities, normalised to 1
             ``influence``    how much of the targets goes through it
+            ``cumulative``   the share of all influence that it has together with the nodes of more; without ``bias``
+                             and ``rest``, which pruning leaves out
             ===============  ==========================================================================================
 
         matrix: the weights of the edges, sparse, [target, source] in the order of ``nodes``.

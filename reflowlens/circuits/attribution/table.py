@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from reflowlens.circuits.attribution.graph import AttributionGraph, shares_of
+from reflowlens.circuits.attribution.graph import LEFT_OUT, AttributionGraph, shares_of
 from reflowlens.circuits.attribution.replacement import FeatureAt
 from reflowlens.circuits.attribution.rows import SparseRows
 from reflowlens.circuits.attribution.traced import Traced
@@ -65,6 +65,7 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> At
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
+    nodes["cumulative"] = _cumulative(np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"]))
     name = "" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
     of = f"{name or 'neurons'} of {model.cfg.model_name or 'a model'}"
     return AttributionGraph(nodes, matrix, texts, of, rows.dropped, traced=traced)
@@ -82,6 +83,14 @@ def _nodes(
 ) -> pd.DataFrame:
     columns = {"node": names, "kind": kind, "layer": layer, "pos": pos, "feature": feature, "label": label}
     return pd.DataFrame(columns | {"activation": activation, "value": value}, index=range(len(names)))
+
+
+def _cumulative(influence: np.ndarray) -> np.ndarray:
+    """The share of all influence that each node has together with those of more."""
+    order = np.argsort(-influence, kind="stable")
+    shares = np.empty(len(influence))
+    shares[order] = influence[order].cumsum() / influence.sum()
+    return shares
 
 
 def _numbers(x: Tensor) -> np.ndarray:

@@ -90,3 +90,16 @@ def test_sparse_and_dense_agree(name, thresholds, tiny_models):
 def test_thresholds_are_shares(threshold):
     with pytest.raises(ReflowlensError, match="node_threshold"):
         by_hand().prune(threshold)
+
+
+def test_cumulative_influence_says_which_nodes_a_threshold_keeps():
+    graph = rl.attribute(rl.load_model("reflow-nano"), "The capital of France is", signals=True)
+    nodes = graph.nodes.set_index("node")
+    counted = nodes[~nodes["kind"].isin(LEFT_OUT)].sort_values("influence", ascending=False, kind="stable")
+    shares = counted["influence"].cumsum() / counted["influence"].sum()
+    np.testing.assert_allclose(counted["cumulative"], shares, rtol=1e-6)
+    pruned = graph.prune(0.8, 1.0).nodes.set_index("node")
+    chosen = ~pruned["kind"].isin(["embedding", "position", "logit"])
+    least = shares.iloc[np.searchsorted(shares, 0.8)]
+    assert pruned["cumulative"][chosen].max() <= least
+    assert pruned["cumulative"].equals(nodes["cumulative"][pruned.index])
