@@ -131,7 +131,7 @@ class Engine:
             for part in self._parts(block, units):
                 here = units[part]
                 stream, constant = self.frozen.enter(block, here.rows, here.position)
-                values = self._row_values(block, stream, constant + here.constant, block)
+                values = self.edges_into(block, stream, constant + here.constant, block)
                 rows.add(layout.first_unit[block] + part.start, values)
                 done(len(here))
         end = self.end
@@ -142,7 +142,7 @@ class Engine:
             for start in range(0, n_rows, size):
                 part = slice(start, min(start + size, n_rows))
                 stream = self.frozen.enter_end(end.rows[part])
-                rows.add(first + start, self._row_values(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
+                rows.add(first + start, self.edges_into(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
                 done(part.stop - part.start)
         if end.signals is not None and n_rows:
             values = stream.new_zeros(layout.n_targets, layout.first_target)
@@ -151,7 +151,7 @@ class Engine:
             rows.add(layout.first_target, values)
             done(layout.n_targets)
 
-    def _row_values(
+    def edges_into(
         self,
         block: int,
         stream: Float[Tensor, "pos target d_model"],

@@ -17,13 +17,12 @@ from reflowlens.circuits.attribution.traced import Traced
 _INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
 
 
-def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> AttributionGraph:
-    """The graph of finished rows."""
-    model, tokens, engine = traced.model, traced.tokens, traced.engine
+def nodes_of(traced: Traced) -> pd.DataFrame:
+    """All nodes, in the order of the matrix, without what a graph adds: targets and influence."""
+    engine, texts = traced.engine, traced.texts
     replacement, inputs, end, layout = engine.replacement, engine.inputs, engine.end, engine.layout
-    texts = [model.to_single_str_token(token) if token < model.tokenizer.n_vocab else "" for token in tokens.tolist()]
-    n_blocks, last = layout.n_blocks, len(tokens) - 1
-    places = range(len(tokens))
+    n_blocks, last = layout.n_blocks, len(texts) - 1
+    places = range(len(texts))
     parts = [_nodes("rest", ["rest"], n_blocks)]
     parts += [_nodes("bias", [f"bias:{block}"], block) for block in range(n_blocks + 1)]
     for each in inputs:
@@ -53,7 +52,13 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> At
     parts.append(
         _nodes("logit", targets.name, n_blocks + (end.signals is not None), last, token, targets.label, value, value)
     )
-    nodes = pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
+    return pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
+
+
+def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> AttributionGraph:
+    """The graph of finished rows."""
+    engine, nodes = traced.engine, nodes_of(traced)
+    layout, targets, kind = engine.layout, engine.end.targets, engine.replacement.kind
     nodes["target"] = 0.0
     if asked:
         wanted = {f"{kind}:{target.layer}.{target.index}@{target.position}" for target in asked}
@@ -67,8 +72,8 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> At
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
     nodes["cumulative"] = _cumulative(np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"]))
     name = "" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
-    of = f"{name or 'neurons'} of {model.cfg.model_name or 'a model'}"
-    return AttributionGraph(nodes, matrix, texts, of, rows.dropped, traced=traced)
+    of = f"{name or 'neurons'} of {traced.model.cfg.model_name or 'a model'}"
+    return AttributionGraph(nodes, matrix, traced.texts, of, rows.dropped, traced=traced)
 
 
 def _nodes(

@@ -25,3 +25,9 @@ class Traced:
     dictionary: Dictionary | None
     tokens: Int[Tensor, " pos"]
     engine: Engine
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the tokens; ids beyond the tokenizer's have none."""
+        model, n_vocab = self.model, self.model.tokenizer.n_vocab
+        return [model.to_single_str_token(token) if token < n_vocab else "" for token in self.tokens.tolist()]
