@@ -45,6 +45,7 @@ class AttributionGraph:
                              pre-activation (of a gated neuron, whose gate is held, the activation), of a ``logit`` the
                              logit less the vocabulary's mean, or the difference of two; missing where nothing goes in
             ``target``       the share of a target in what is explained: probabilities, normalised to 1
+            ``probability``  of a ``logit`` of a token; otherwise missing
             ``influence``    how much of the targets goes through it
             ``cumulative``   the share of all influence that it has together with the nodes of more; without ``bias``
                              and ``rest``, which pruning leaves out

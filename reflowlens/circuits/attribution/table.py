@@ -59,13 +59,15 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> At
     """The graph of finished rows."""
     engine, nodes = traced.engine, nodes_of(traced)
     layout, targets, kind = engine.layout, engine.end.targets, engine.replacement.kind
-    nodes["target"] = 0.0
+    nodes["target"], nodes["probability"] = 0.0, np.nan
     if asked:
         wanted = {f"{kind}:{target.layer}.{target.index}@{target.position}" for target in asked}
         nodes.loc[nodes["node"].isin(wanted), "target"] = 1.0 / len(wanted)
     else:
         probability = _numbers(targets.probability).astype(np.float64)
         nodes.loc[layout.first_target :, "target"] = probability / probability.sum()
+        if targets.token[0] >= 0:
+            nodes.loc[layout.first_target :, "probability"] = probability
     matrix = rows.matrix()
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
