@@ -107,7 +107,7 @@ class AttributionGraph:
         """
         if self._scores is not None:
             return dict(self._scores)
-        shares = self._shares
+        shares = self.shares
         influence = np.where(self._is("rest"), 0.0, self.nodes["influence"].to_numpy())
         errors, inputs = self._is("error"), self._is(*INPUTS)
         from_errors, from_inputs = influence[errors].sum(), influence[inputs].sum()
@@ -137,7 +137,7 @@ class AttributionGraph:
                 raise ReflowlensError(f"{name} is a share from 0 to 1, got {threshold!r}")
         always = self._is("embedding", "position") | (self.nodes["target"].to_numpy() > 0)
         kinds = Kinds(always, self._is(*LEAVES), self._is(*LEFT_OUT))
-        kept = prune(self.matrix, self._shares, kinds, node_threshold, edge_threshold)
+        kept = prune(self.matrix, self.shares, kinds, node_threshold, edge_threshold)
         return AttributionGraph(
             self.nodes.iloc[kept.nodes].reset_index(drop=True),
             kept.weights,
@@ -148,8 +148,16 @@ class AttributionGraph:
             self.traced,
         )
 
+    def paths(self, k: int = 10, *, edges: int = 2, errors: bool = True) -> pd.DataFrame:
+        """The k paths that most of what is explained goes along; see
+        :func:`~reflowlens.circuits.attribution.paths.strongest_paths`."""
+        from reflowlens.circuits.attribution.paths import strongest_paths
+
+        return strongest_paths(self, k, edges=edges, errors=errors)
+
     @cached_property
-    def _shares(self) -> Shares:
+    def shares(self) -> Shares:
+        """Â, p, and what is missing from the rows of Â; of a pruned graph those of what is left."""
         return shares_of(self.nodes, self.matrix, self._dropped)
 
     def _is(self, *kinds: str) -> Any:
