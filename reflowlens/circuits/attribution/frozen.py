@@ -143,11 +143,13 @@ class FrozenDecoder:
 
     def descend(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
         """From a block's output to its input, what the MLP's replacement writes left out but for its skip."""
-        middle, skip = stream, self.skips[layer]
-        if skip is not None:
-            middle = stream + self.norms[layer].back(stream @ skip)
-        below, constant = self.attention[layer].back(middle)
+        below, constant = self.attention[layer].back(self.middle(layer, stream))
         return PulledBack(below, stream, constant)
+
+    def middle(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
+        """From a block's output to ``resid_mid``, by the way around the MLP and the skip of its replacement."""
+        skip = self.skips[layer]
+        return stream if skip is None else stream + self.norms[layer].back(stream @ skip)
 
 
 def dot(gradient: Float[Tensor, "target d_model"], bias: Float[Tensor, " d_model"] | None) -> Float[Tensor, " target"]:
