@@ -1,8 +1,8 @@
 """Attribution graphs the plain way: the whole frozen model by autograd, one backward pass a target, everything dense.
 
 Attention patterns, norm scales and gates are detached; what an MLP writes is replaced by leaves: activations times
-decoders, the error, and the parameters of biases. Everything is of degree one in its leaves, so that an edge is a leaf
-times its gradient, and a target the sum of its edges.
+decoders, the error, and the parameters of biases. Where heads are nodes, so is what each head writes. Everything is of
+degree one in its leaves, so that an edge is a leaf times its gradient, and a target the sum of its edges.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ class Frozen:
     """A run of the frozen model: its leaves, and its targets before any backward pass.
 
     ``leaves``: ("embedding",), ("position",), ("signal",), ("error", block), ("unit", block) [pos, unit], ("readout",),
-    and the parameters of biases ("bias", block, name). ``units`` [pos, unit] of each block, ``chosen`` which are nodes.
+    ("head", block) [pos, head, d_model], and the parameters of biases ("bias", block, name). ``units`` [pos, unit] of
+    each block, ``chosen`` which are nodes, ``heads`` [pos, head] the norms of what heads write.
     """
 
     def __init__(
-        self, model: Any, tokens: Tensor, dictionary: Dictionary | None, neurons: int = 8, signals: bool = False
+        self,
+        model: Any,
+        tokens: Tensor,
+        dictionary: Dictionary | None,
+        neurons: int = 8,
+        signals: bool = False,
+        heads: bool = False,
     ) -> None:
         self.model, self.dictionary, self.neurons, self.signals = model, dictionary, neurons, signals
         self.leaves: Leaves = {}
@@ -47,6 +54,9 @@ class Frozen:
             if dictionary is None:
                 inner = "hook_pre_linear" if model.cfg.gated_mlp else "hook_pre"
                 hooks.append((f"blocks.{block}.mlp.{inner}", self._read_neurons))
+            if heads:
+                hooks.append((f"blocks.{block}.attn.hook_result", self._write_heads))
+        self.heads: dict[int, Tensor] = {}
         self.reads: dict[int, Tensor] = {}
         with torch.enable_grad():
             self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
@@ -61,6 +71,12 @@ class Frozen:
         leaf = x.detach().requires_grad_()
         self.leaves[("readout",)] = leaf
         return leaf
+
+    def _write_heads(self, x: Tensor, hook: Any) -> Tensor:
+        leaf = x[0].detach().requires_grad_()
+        self.heads[hook.layer()] = (x[0] * leaf.detach() / leaf.detach().norm(dim=-1, keepdim=True)).sum(-1)
+        self.leaves["head", hook.layer()] = leaf
+        return leaf[None]
 
     def _detach(self, x: Tensor, hook: Any) -> Tensor:
         return x.detach()

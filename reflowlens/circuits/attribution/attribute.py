@@ -8,6 +8,7 @@ activation times what its vector does to the target, over all paths that pass no
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any, cast
 
@@ -19,7 +20,14 @@ from reflowlens.arguments import whole_number
 from reflowlens.circuits.attribution.engine import End, Engine, Inputs, layout_of, possible_edges
 from reflowlens.circuits.attribution.frozen import FrozenDecoder
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, of_dictionary, of_neurons, points_of
+from reflowlens.circuits.attribution.replacement import (
+    FeatureAt,
+    Replacement,
+    heads_of,
+    of_dictionary,
+    of_neurons,
+    points_of,
+)
 from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
 from reflowlens.circuits.attribution.targets import LogitTargets, Targets, logit_targets, split_targets
@@ -49,6 +57,7 @@ def attribute(
     *,
     against: str | int | None = None,
     neurons: int = 32,
+    heads: bool = False,
     signals: bool | None = None,
     edges_per_node: int | None = None,
     memory: float = 1e9,
@@ -68,6 +77,8 @@ def attribute(
         against: a token; what is explained is by how much the target's logit is above its.
         neurons: without a dictionary: how many of each block and position are nodes, those that write the most; what
             the others write is the error.
+        heads: whether attention heads are nodes too: what a head writes at a position, of which the activation is the
+            norm. Then no other path passes through attention.
         signals: of reFlow: whether the inputs are the signals of the tokens' recipes, and the logits sums over the
             signals of the readout. Default: where there is no dictionary.
         edges_per_node: the most edges that a target keeps, its largest; what the others add is one edge from a node
@@ -103,7 +114,7 @@ def attribute(
         raise ReflowlensError(f"signals=True is for models with recipes, and a {type(decoder).__name__} has none")
     by_signals = factored and (dictionary is None if signals is None else bool(signals))
 
-    points = FrozenDecoder.points(decoder.cfg.n_layers) + points_of(decoder, dictionary)
+    points = FrozenDecoder.points(decoder.cfg.n_layers) + points_of(decoder, dictionary, heads)
     ends = [name for name in ("hook_embed", "hook_pos_embed", "hook_recipe") if name in decoder.hook_dict]
     final = ["ln_final.hook_normalized"]
     logits, cache = decoder.run_with_cache(tokens, names_filter=points + ends + final)
@@ -112,15 +123,17 @@ def attribute(
         replacement = of_neurons(decoder, cache, neurons, asked)
     else:
         replacement = of_dictionary(decoder, dictionary, cache, asked)
+    if heads:
+        replacement = dataclasses.replace(replacement, heads=heads_of(decoder, cache))
     if asked:
         replacement = _upstream(replacement, asked)
     inputs = _inputs(decoder, tokens[0], cache, by_signals)
     normalized = cache["ln_final.hook_normalized"][0, -1]
     end = _end(decoder, logits[0, -1], asked_tokens, against, by_signals, normalized, none=bool(asked))
-    frozen = FrozenDecoder(decoder, cache, [written.skip for written in replacement.written])
+    frozen = FrozenDecoder(decoder, cache, [written.skip for written in replacement.written], heads)
     del cache, logits
 
-    layout = layout_of(replacement, inputs, end)
+    layout = layout_of(replacement, inputs, end, tokens.shape[1])
     n_edges, n_targets = possible_edges(layout, replacement, inputs)
     per_row = _edges_per_node(n_edges, n_targets, edges_per_node, memory)
     if per_row is not None:
@@ -184,7 +197,8 @@ def _upstream(replacement: Replacement, asked: list[FeatureAt]) -> Replacement:
         places = zip(here.index.tolist(), here.position.tolist(), strict=True)
         kept = [i for i, (index, position) in enumerate(places) if (block, index, position) in chosen]
         units[block] = here[torch.tensor(kept, dtype=torch.long)]
-    return Replacement(replacement.kind, units[: last + 1], replacement.written[: last + 1])
+    here = slice(last + 1)
+    return Replacement(replacement.kind, units[here], replacement.written[here], replacement.heads[here])
 
 
 def _inputs(model: Decoder, tokens: Int[Tensor, " pos"], cache: Any, by_signals: bool) -> list[Inputs]:

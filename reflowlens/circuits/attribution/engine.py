@@ -1,6 +1,6 @@
-"""Every edge of a graph, from targets pulled back block by block through a frozen model.
+"""Every edge of a graph, from targets pulled back stage by stage through a frozen model.
 
-Targets are taken in the order of their blocks and positions, several at once: each enters at its own block, is carried
+Targets are taken in the order of their stages and positions, several at once: each enters at its own stage, is carried
 over the positions up to its own, and is multiplied, wherever something is written into the stream, with that.
 """
 
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import FrozenDecoder
-from reflowlens.circuits.attribution.replacement import Replacement, Units
+from reflowlens.circuits.attribution.frozen import FrozenModel
+from reflowlens.circuits.attribution.replacement import Replacement
 from reflowlens.circuits.attribution.rows import REST, SparseRows
 from reflowlens.circuits.attribution.targets import LogitTargets
 
@@ -60,7 +60,12 @@ class End:
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbers of the nodes: the rest, a bias a block and one of the readout, inputs, errors, units, the end."""
+    """The numbers of the nodes: the rest, a bias a block and one of the readout, inputs, errors, units, the end.
+
+    Args:
+        inputs: how many of each kind.
+        units: how many of each stage; stages are blocks, or where heads are nodes two a block.
+    """
 
     n_blocks: int
     n_positions: int
@@ -102,10 +107,9 @@ def _running(start: int, counts: Sequence[int]) -> list[int]:
     return firsts
 
 
-def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End) -> Layout:
-    n_positions = len(replacement.written[0].error)
+def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End, n_positions: int) -> Layout:
     n_signals = 0 if end.signals is None else len(end.signals)
-    sizes = [len(each.index) for each in inputs], [len(units) for units in replacement.units]
+    sizes = [len(each.index) for each in inputs], [len(stage.units) for stage in replacement.stages]
     return Layout(len(replacement.units), n_positions, *sizes, n_signals, len(end.targets.name))
 
 
@@ -113,11 +117,13 @@ class Engine:
     """The edges of a frozen model with its MLPs replaced."""
 
     def __init__(
-        self, frozen: FrozenDecoder, replacement: Replacement, inputs: Sequence[Inputs], end: End, layout: Layout
+        self, frozen: FrozenModel, replacement: Replacement, inputs: Sequence[Inputs], end: End, layout: Layout
     ) -> None:
         self.frozen, self.replacement, self.inputs, self.end, self.layout = frozen, replacement, inputs, end, layout
+        self.stages = replacement.stages
+        self.first_stage = [block * (1 + bool(replacement.heads)) for block in range(layout.n_blocks + 1)]
         n = layout.n_positions
-        self.unit_starts = [_starts(units.position, n) for units in replacement.units]
+        self.unit_starts = [_starts(stage.units.position, n) for stage in self.stages]
         self.input_starts = [_starts(each.position, n) for each in inputs]
 
     def fill(self, rows: SparseRows, done: Callable[[int], object]) -> None:
@@ -126,13 +132,12 @@ class Engine:
         Args:
             done: told how many targets were added.
         """
-        layout = self.layout
-        for block, units in enumerate(self.replacement.units):
-            for part in self._parts(block, units):
-                here = units[part]
-                stream, constant = self.frozen.enter(block, here.rows, here.position)
-                values = self.edges_into(block, stream, constant + here.constant, block)
-                rows.add(layout.first_unit[block] + part.start, values)
+        layout, frozen = self.layout, self.frozen
+        for number, (stage, first) in enumerate(zip(self.stages, layout.first_unit, strict=False)):
+            for part in self._parts(first, len(stage.units)):
+                here = stage.units[part]
+                stream, constant = frozen.enter(number, here)
+                rows.add(first + part.start, self._row_values(number, stream, constant + here.constant, stage.block))
                 done(len(here))
         end = self.end
         n_rows = len(end.rows)
@@ -141,7 +146,7 @@ class Engine:
             size = self._targets_at_once(layout.first_signal)
             for start in range(0, n_rows, size):
                 part = slice(start, min(start + size, n_rows))
-                stream = self.frozen.enter_end(end.rows[part])
+                stream = frozen.enter_end(end.rows[part])
                 rows.add(first + start, self.edges_into(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
                 done(part.stop - part.start)
         if end.signals is not None and n_rows:
@@ -159,35 +164,45 @@ class Engine:
         constant_of: int,
     ) -> Float[Tensor, "target node"]:
         """The edges into targets, from the gradients at the input of their block and what biases added above."""
-        layout, written = self.layout, self.replacement.written
-        values = stream.new_zeros(stream.shape[1], layout.first_unit[block])
+        return self._row_values(self.first_stage[block], stream, constant, constant_of)
+
+    def _row_values(
+        self,
+        stage: int,
+        stream: Float[Tensor, "pos target d_model"],
+        constant: Float[Tensor, " target"],
+        constant_of: int,
+    ) -> Float[Tensor, "target node"]:
+        """The same, from the gradients at the input of their stage."""
+        layout = self.layout
+        values = stream.new_zeros(stream.shape[1], layout.first_unit[stage])
         values[:, layout.bias(constant_of)] = constant
         n = len(stream)
-        for below in reversed(range(block)):
-            pulled = self.frozen.descend(below, stream)
-            stream, constant, here = pulled.stream, pulled.constant, written[below]
+        for number in reversed(range(stage)):
+            block, here = self.stages[number].block, self.stages[number].written
+            pulled = self.frozen.descend(number, stream)
+            stream, constant = pulled.stream, pulled.constant
             if here.bias is not None:
                 constant = constant + pulled.written.sum(0) @ here.bias
             for source, vectors in here.by_units.items():
                 _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, pulled.written)
-            errors = values[:, layout.first_error[below] :][:, :n]
-            errors += torch.einsum("ptd,pd->tp", pulled.written, here.error[:n])
-            values[:, layout.bias(below)] += constant
+            if here.error is not None:
+                errors = values[:, layout.first_error[block] :][:, :n]
+                errors += torch.einsum("ptd,pd->tp", pulled.written, here.error[:n])
+            values[:, layout.bias(block)] += constant
         for first, each, starts in zip(layout.first_input[:-1], self.inputs, self.input_starts, strict=True):
             _add_products(values, first, starts, each.vectors, stream)
         return values
 
-    def _parts(self, block: int, units: Units) -> Iterator[slice]:
-        """Targets of a block that are carried together: of neighbouring positions, lest most be carried over positions
+    def _parts(self, n_columns: int, n_targets: int) -> Iterator[slice]:
+        """Targets of a stage that are carried together: of neighbouring positions, lest most be carried over positions
         behind their own."""
-        size = min(self._targets_at_once(self.layout.first_unit[block]), max(64, len(units) // 8))
-        for start in range(0, len(units), size):
-            yield slice(start, min(start + size, len(units)))
+        size = min(self._targets_at_once(n_columns), max(64, n_targets // 8))
+        for start in range(0, n_targets, size):
+            yield slice(start, min(start + size, n_targets))
 
     def _targets_at_once(self, n_columns: int) -> int:
-        d_model = self.replacement.written[0].error.shape[1]
-        heads = self.frozen.attention[0].W_O.shape[:2].numel()
-        numbers = n_columns + self.layout.n_positions * (2 * d_model + 2 * heads)
+        numbers = n_columns + self.layout.n_positions * self.frozen.numbers_carried
         return max(1, _BYTES_AT_ONCE // (4 * numbers))
 
 
@@ -229,10 +244,11 @@ def possible_edges(layout: Layout, replacement: Replacement, inputs: Sequence[In
 
     sources = sum((up_to(each.position) for each in inputs), torch.zeros(n, dtype=torch.long)) + layout.n_blocks + 2
     edges = targets = 0
-    for units in replacement.units:
-        edges += int(sources[units.position.cpu()].sum())
-        targets += len(units)
-        sources = sources + up_to(units.position) + before
+    for stage in replacement.stages:
+        position = stage.units.position.cpu()
+        edges += int(sources[position].sum())
+        targets += len(position)
+        sources = sources + up_to(position) + (0 if stage.written.error is None else before)
     at_end = layout.n_signals or layout.n_targets
     edges += int(sources[-1]) * at_end + layout.n_signals * layout.n_targets
     return edges, targets + layout.n_signals + layout.n_targets

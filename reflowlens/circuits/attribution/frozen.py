@@ -3,30 +3,58 @@
 What is carried is, for each of several targets, the gradient of the target with respect to the residual stream at every
 position up to the last that a target reads, [pos, target, d_model]. What a bias adds to a target is collected on the
 way: these are the constants, [target].
+
+A frozen model is a row of stages, in each of which targets read the stream and sources write into it, and a readout. Of
+a decoder a stage is a block; where heads are nodes, a block's heads are one and its MLP another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.circuits.attribution.replacement import Units, detached
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
 
+Entered: TypeAlias = "tuple[Float[Tensor, 'pos target d_model'], Float[Tensor, ' target']]"
+
 
 class PulledBack(NamedTuple):
-    """Gradients at a block's input and, where the block was passed, at the output of its MLP; what its biases add."""
+    """Gradients at a stage's input and at what its sources write; what its biases add."""
 
     stream: Float[Tensor, "pos target d_model"]
     written: Float[Tensor, "pos target d_model"]
     constant: Float[Tensor, " target"]
+
+
+class FrozenModel(Protocol):
+    """The linear map that a model is on one prompt, in stages, numbered as those of a replacement.
+
+    Attributes:
+        numbers_carried: of a target and position, while a stage is passed.
+    """
+
+    numbers_carried: int
+
+    def enter(self, stage: int, units: Units) -> Entered:
+        """From where units of a stage read to the stage's input: gradients, and what biases add on the way."""
+        ...
+
+    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
+        """From what the readout reads at the last position to the output of the last stage."""
+        ...
+
+    def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+        """From a stage's output to its input, what its sources write left out."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +115,24 @@ class FrozenAttention:
         stream[positions, torch.arange(len(gradient), device=stream.device)] += gradient
         return stream, constant + dot(gradient, self.b_O)
 
+    def back_from_heads(
+        self,
+        gradient: Float[Tensor, "target d_model"],
+        heads: Int[Tensor, " target"],
+        positions: Int[Tensor, " target"],
+    ) -> Entered:
+        """From what one head a target writes at one position to ``resid_pre``, its biases ``b_V`` and ``ln1.b`` on the
+        way."""
+        n = int(positions.max()) + 1
+        group = len(self.W_O) // len(self.W_V)
+        z = torch.einsum("td,ted->te", gradient, self.W_O[heads])
+        normal = torch.einsum("te,tde->td", z, self.W_V[heads // group])
+        weights = rearrange(self.pattern[heads, positions, :n], "target key -> key target 1")
+        constant = dot(normal, self.norm.b)
+        if self.b_V is not None:
+            constant = constant + (z * self.b_V[heads // group]).sum(1)
+        return self.norm.back(weights * (normal * self.norm.w)), constant * weights.sum((0, 2))
+
     def _heads_back(self, gradient: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
         return (gradient @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
 
@@ -107,10 +153,13 @@ class FrozenDecoder:
     Args:
         cache: norm scales and attention patterns of the prompt.
         skips: of each block the matrix [d_out, d_in] by which its MLP's replacement passes on what it reads, or None.
+        heads: they are nodes: of a block's two stages the first is its heads, and attention passes nothing on.
     """
 
-    def __init__(self, model: Decoder, cache: Mapping[str, Tensor], skips: Sequence[Tensor | None]) -> None:
-        self.skips = skips
+    def __init__(
+        self, model: Decoder, cache: Mapping[str, Tensor], skips: Sequence[Tensor | None], heads: bool = False
+    ) -> None:
+        self.skips, self.heads = skips, heads
         self.attention: list[FrozenAttention] = []
         self.norms: list[FrozenNorm] = []  # of the MLPs
         for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
@@ -121,6 +170,7 @@ class FrozenDecoder:
             self.attention.append(FrozenAttention(norm, pattern, *weights))
             self.norms.append(FrozenNorm.of(block.ln2, f"{name}.ln2", cache))
         self.final = FrozenNorm.of(model.ln_final, "ln_final", cache)
+        self.numbers_carried = 2 * (model.cfg.d_model + model.cfg.n_heads * model.cfg.d_head)
 
     @staticmethod
     def points(n_layers: int) -> list[str]:
@@ -128,21 +178,26 @@ class FrozenDecoder:
         parts = ("ln1.hook_scale", "ln2.hook_scale", "attn.hook_pattern")
         return [f"blocks.{layer}.{part}" for layer in range(n_layers) for part in parts] + ["ln_final.hook_scale"]
 
-    def enter(
-        self, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
-    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
-        """From what a block's MLP reads, ``ln2.hook_normalized``, to the block's input."""
-        return self.attention[layer].back_from(self.norms[layer].back(rows, positions), positions)
+    def enter(self, stage: int, units: Units) -> Entered:
+        """From ``ln2.hook_normalized``, or from what heads write."""
+        layer, is_heads = self._part(stage)
+        if is_heads:
+            return self.attention[layer].back_from_heads(units.rows, units.index, units.position)
+        gradient = self.norms[layer].back(units.rows, units.position)
+        if self.heads:
+            return at_positions(gradient, units.position), gradient.new_zeros(len(gradient))
+        return self.attention[layer].back_from(gradient, units.position)
 
     def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
         """From ``ln_final.hook_normalized`` of the last position to the output of the last block."""
-        n = len(self.final.scale)
-        stream = rows.new_zeros(n, *rows.shape)
-        stream[-1] = self.final.back(rows, slice(n - 1, n))
-        return stream
+        last = torch.full((len(rows),), len(self.final.scale) - 1, device=rows.device)
+        return at_positions(self.final.back(rows, last), last)
 
-    def descend(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
-        """From a block's output to its input, what the MLP's replacement writes left out but for its skip."""
+    def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+        layer, is_heads = self._part(stage)
+        if self.heads:
+            below = stream if is_heads else self.middle(layer, stream)
+            return PulledBack(below, stream, stream.new_zeros(stream.shape[1]))
         below, constant = self.attention[layer].back(self.middle(layer, stream))
         return PulledBack(below, stream, constant)
 
@@ -151,11 +206,20 @@ class FrozenDecoder:
         skip = self.skips[layer]
         return stream if skip is None else stream + self.norms[layer].back(stream @ skip)
 
+    def _part(self, stage: int) -> tuple[int, bool]:
+        """The block of a stage, and whether it is that of its heads."""
+        return (stage // 2, stage % 2 == 0) if self.heads else (stage, False)
+
+
+def at_positions(
+    gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+) -> Float[Tensor, "pos target d_model"]:
+    """Of targets that read one position each, over the positions up to the last."""
+    stream = gradient.new_zeros(int(positions.max()) + 1, *gradient.shape)
+    stream[positions, torch.arange(len(gradient), device=gradient.device)] = gradient
+    return stream
+
 
 def dot(gradient: Float[Tensor, "target d_model"], bias: Float[Tensor, " d_model"] | None) -> Float[Tensor, " target"]:
     """What a bias adds, if there is one."""
     return gradient.new_zeros(len(gradient)) if bias is None else gradient @ bias
-
-
-def detached(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach()

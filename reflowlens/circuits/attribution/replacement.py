@@ -1,13 +1,14 @@
 """What stands for the MLPs of a model on a prompt: features or neurons that are nodes, an error, a bias, a skip.
 
 The output of block m's MLP is, exactly, the sum of what its units write, its bias, its skip and its error, which is
-whatever is missing. The replacement is of this prompt alone: activations are numbers here.
+whatever is missing. Where heads are nodes, what attention adds is the sum of what they write, and its bias. The
+replacement is of this prompt alone: activations are numbers here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -37,13 +38,14 @@ class FeatureAt:
 
 @dataclass(frozen=True)
 class Units:
-    """The features or neurons of a block that are nodes, position after position.
+    """The features, neurons or heads of a block that are nodes, position after position.
 
     Args:
         index: its number in its block.
         activation: what it writes with.
         value: what is attributed: of features and neurons the pre-activation, of gated neurons, whose gate is held, the
-            activation. It is ``rows · x + constant``, x the stream that the MLP reads, at ``ln2.hook_normalized``.
+            activation. It is ``rows · x + constant``, x the stream that the MLP reads, at ``ln2.hook_normalized``. Of
+            heads the norm of what they write, and x that.
     """
 
     index: Int[Tensor, " unit"]
@@ -62,19 +64,42 @@ class Units:
 
 @dataclass(frozen=True)
 class Written:
-    """What adds up to the output of a block's MLP.
+    """What adds up to the output of a block's MLP, or of its attention.
 
     Args:
         by_units: by the block that they belong to, what each of its units writes here.
-        error: what is missing.
+        error: what is missing; None of attention, of which nothing is.
         bias: what is written whatever the prompt.
         skip: the matrix that passes on ``ln2.hook_normalized``.
     """
 
     by_units: Mapping[int, Float[Tensor, "_unit d_model"]]
-    error: Float[Tensor, "pos d_model"]
+    error: Float[Tensor, "pos d_model"] | None
     bias: Float[Tensor, " d_model"] | None
     skip: Float[Tensor, "d_model d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is read and written in one part of the pass: by the units of a block, or by its heads.
+
+    Args:
+        kind: of the units.
+        written: its ``by_units`` are by the number of their stage.
+    """
+
+    kind: str
+    block: int
+    units: Units
+    written: Written
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a block as nodes, and the bias of its attention's output."""
+
+    units: Units
+    bias: Float[Tensor, " d_model"] | None
 
 
 @dataclass(frozen=True)
@@ -83,16 +108,32 @@ class Replacement:
 
     Args:
         kind: of the units, ``"feature"`` or ``"neuron"``.
+        heads: of every block; empty where heads are no nodes.
     """
 
     kind: str
     units: Sequence[Units]
     written: Sequence[Written]
+    heads: Sequence[Heads] = ()
+
+    @property
+    def stages(self) -> list[Stage]:
+        """In the order of the pass: a block's heads, where they are nodes, come before its other units."""
+        if not self.heads:
+            parts = enumerate(zip(self.units, self.written, strict=True))
+            return [Stage(self.kind, block, units, written) for block, (units, written) in parts]
+        stages = []
+        for block, (heads, units, written) in enumerate(zip(self.heads, self.units, self.written, strict=True)):
+            by_heads = {2 * block: heads.units.activation[:, None] * heads.units.rows}
+            stages.append(Stage("head", block, heads.units, Written(by_heads, None, heads.bias)))
+            by_units = {2 * source + 1: vectors for source, vectors in written.by_units.items()}
+            stages.append(Stage(self.kind, block, units, replace(written, by_units=by_units)))
+        return stages
 
 
-def points_of(model: Decoder, dictionary: Dictionary | None) -> list[str]:
+def points_of(model: Decoder, dictionary: Dictionary | None, heads: bool) -> list[str]:
     """The hook points whose activations a replacement is made of."""
-    parts = ["hook_mlp_out", "ln2.hook_normalized"]
+    parts = ["hook_mlp_out", "ln2.hook_normalized", *(["attn.hook_z"] if heads else [])]
     if dictionary is None:
         parts += ["mlp.hook_pre", "mlp.hook_post"]
     return [f"blocks.{layer}.{part}" for layer in range(model.cfg.n_layers) for part in parts]
@@ -147,7 +188,7 @@ def of_dictionary(
             for m, source in enumerate(blocks[: i + 1])
             if dictionary.cfg.cross_layer or m == i
         }
-        error = written[block].error - dictionary.reconstruct(i, encoded, x)
+        error = cache[f"blocks.{block}.hook_mlp_out"][0] - dictionary.reconstruct(i, encoded, x)
         written[block] = Written(by_units, error, layer.b_dec, layer.W_skip)
     if not any(bool((each.activation > 0).any()) for each in units):
         raise ReflowlensError("no feature of the dictionary is active on this prompt: there is nothing to draw")
@@ -180,11 +221,28 @@ def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Seque
         units.append(Units(index, position, activation, value, rows, constant))
         vectors = activation[:, None] * mlp.W_out[index]
         rest = after.masked_fill(chosen, 0.0) @ mlp.W_out
-        written.append(Written({layer: vectors}, rest, mlp.b_out))
+        written.append(Written({layer: vectors}, rest, detached(mlp.b_out)))
     return Replacement("neuron", units, written)
+
+
+def heads_of(model: Decoder, cache: Mapping[str, Tensor]) -> list[Heads]:
+    """Of every block the heads that write something: what a head writes is o = z W_O, its activation |o|."""
+    found = []
+    for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
+        written = torch.einsum("phe,hed->phd", cache[f"blocks.{layer}.attn.hook_z"][0], block.attn.W_O)
+        size = written.norm(dim=-1)
+        position, index = size.nonzero().unbind(1)
+        norm = size[position, index]
+        rows = written[position, index] / norm[:, None]
+        found.append(Heads(Units(index, position, norm, norm, rows, torch.zeros_like(norm)), detached(block.attn.b_O)))
+    return found
 
 
 def _no_units(like: Float[Tensor, "pos d_model"]) -> Units:
     none = torch.zeros(0, dtype=torch.long, device=like.device)
     empty = like.new_zeros(0)
     return Units(none, none, empty, empty, like.new_zeros(0, like.shape[1]), empty)
+
+
+def detached(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach()

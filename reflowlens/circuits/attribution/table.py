@@ -20,7 +20,7 @@ _INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
 def nodes_of(traced: Traced) -> pd.DataFrame:
     """All nodes, in the order of the matrix, without what a graph adds: targets and influence."""
     engine, texts = traced.engine, traced.texts
-    replacement, inputs, end, layout = engine.replacement, engine.inputs, engine.end, engine.layout
+    inputs, end, layout = engine.inputs, engine.end, engine.layout
     n_blocks, last = layout.n_blocks, len(texts) - 1
     places = range(len(texts))
     parts = [_nodes("rest", ["rest"], n_blocks)]
@@ -36,8 +36,8 @@ def nodes_of(traced: Traced) -> pd.DataFrame:
         parts.append(_nodes(each.kind, names, -1, position, feature, labels, _numbers(each.activation)))
     for block in range(n_blocks):
         parts.append(_nodes("error", [f"error:{block}@{p}" for p in places], block, list(places), activation=1.0))
-    kind = replacement.kind
-    for block, units in enumerate(replacement.units):
+    for stage in engine.stages:
+        units, kind, block = stage.units, stage.kind, stage.block
         index, position = units.index.tolist(), units.position.tolist()
         names = [f"{kind}:{block}.{i}@{p}" for i, p in zip(index, position, strict=True)]
         numbers = _numbers(units.activation), _numbers(units.value)

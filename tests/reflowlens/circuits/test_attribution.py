@@ -21,8 +21,9 @@ from tests.support.tiny import FACTORED, NAMES, random_tokens
 
 TOKENS = random_tokens(None, 1, 5)[0]  # type: ignore[arg-type] # of the models' bytes
 NODES = [*(kind for kind in KINDS if kind != "sae"), "neurons"]
-CASES = [(name, kind, None) for name in NAMES for kind in NODES]
-CASES += [(name, "plt", True) for name in FACTORED] + [("reflow", "neurons", False)]
+CASES = [(name, kind, {"heads": heads}) for name in NAMES for kind in NODES for heads in (False, True)]
+CASES += [(name, "plt", {"signals": True}) for name in FACTORED] + [("reflow", "neurons", {"signals": False})]
+CASES += [("reflow", "plt", {"signals": True, "heads": True})]
 
 BDH = ModelConfig(
     architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256, n_ctx=64,
@@ -49,6 +50,7 @@ def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> list
         "error": lambda node: edges["error", node.layer][node.pos],
         "feature": lambda node: edges["unit", node.layer][node.pos, node.feature],
         "neuron": lambda node: edges["unit", node.layer][node.pos, node.feature],
+        "head": lambda node: edges["head", node.layer][node.pos, node.feature],
     }
     return torch.stack([where[node.kind](node) for node in nodes]).tolist()
 
@@ -58,18 +60,20 @@ def targets_of(nodes: list[Any], frozen: Frozen) -> dict[int, Tensor]:
     found = {
         "feature": lambda node: frozen.units[node.layer][node.pos, node.feature],
         "neuron": lambda node: frozen.units[node.layer][node.pos, node.feature],
+        "head": lambda node: frozen.heads[node.layer][node.pos, node.feature],
         "readout": lambda node: frozen.readout[node.feature],
         "logit": lambda node: frozen.logits[node.feature] - frozen.logits.mean(),
     }
     return {i: found[node.kind](node) for i, node in enumerate(nodes) if node.kind in found}
 
 
-@pytest.mark.parametrize(("name", "kind", "signals"), CASES)
-def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, signals, tiny_models):
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, options, tiny_models):
     model = tiny_models[name]
-    graph = graph_of(model, kind, signals=signals)
+    graph = graph_of(model, kind, **options)
     dictionary = None if kind == "neurons" else dictionary_of(model, kind)
-    frozen = Frozen(model, TOKENS, dictionary, neurons=8, signals="signal" in set(graph.nodes["kind"]))
+    kinds = set(graph.nodes["kind"])
+    frozen = Frozen(model, TOKENS, dictionary, neurons=8, signals="signal" in kinds, heads="head" in kinds)
     nodes, edges = list(graph.nodes.itertuples()), graph.matrix.toarray()
     targets = targets_of(nodes, frozen)
     largest = graph.nodes["value"].abs().max()
@@ -86,6 +90,35 @@ def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, signals, tin
 def test_the_frozen_model_of_the_reference_has_the_models_logits(model):
     for dictionary in (dictionary_of(model, "clt"), None):
         torch.testing.assert_close(Frozen(model, TOKENS, dictionary).logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
+
+
+def test_with_heads_as_nodes_nothing_else_passes_between_positions(tiny_models):
+    graph = graph_of(tiny_models["llama_untied"], heads=True)
+    nodes = graph.nodes.set_index("node")[["kind", "layer", "pos"]]
+    edges = graph.edges.join(nodes.add_prefix("source_"), on="source").join(nodes.add_prefix("target_"), on="target")
+    edges = edges[edges["source_pos"].notna()]
+    from_elsewhere = edges[edges["source_pos"] != edges["target_pos"]]
+    assert set(from_elsewhere["target_kind"]) == {"head"}
+    assert (edges["source_pos"] <= edges["target_pos"]).all()
+    within = edges.query("source_layer == target_layer and source_kind == 'head'")
+    assert set(within["target_kind"]) == {"feature"}, "a head's block reads it in its MLP, and no other head does"
+    heads = graph.nodes.query("kind == 'head'")
+    assert len(heads) == 2 * 4 * len(TOKENS)
+    pruned = graph.prune(0.5, 0.9)
+    kept = set(pruned.nodes.query("kind == 'head'")["node"])
+    assert kept
+    assert kept < set(heads["node"])
+    assert kept <= set(pruned.edges["source"]) & set(pruned.edges["target"])
+
+
+def test_a_head_that_writes_nothing_is_no_node(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    W_O = model.blocks[1].attn.W_O.detach().clone()
+    W_O[2] = 0
+    with rl.edit(model, rl.SetWeights("blocks.1.attn.W_O", W_O)) as silenced:
+        nodes = graph_of(silenced, "neurons", heads=True).nodes.query("kind == 'head'")
+    assert len(nodes) == 7 * len(TOKENS)
+    assert nodes.query("layer == 1 and feature == 2").empty
 
 
 # -- what is explained ------------------------------------------------------------------------------------------------
@@ -120,12 +153,13 @@ def test_a_difference_is_explained_by_differences_of_edges(name, kind, tiny_mode
     assert difference.sum() == pytest.approx(last["value"], abs=1e-4)
 
 
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("kind", NODES)
-def test_features_as_targets_have_the_edges_of_the_whole_graph(kind, tiny_models):
+def test_features_as_targets_have_the_edges_of_the_whole_graph(kind, heads, tiny_models):
     model = tiny_models["gpt2_biased"]
-    whole = graph_of(model, kind)
+    whole = graph_of(model, kind, heads=heads)
     chosen = whole.nodes.query("kind in ('feature', 'neuron') and layer == 1 and pos == 3").iloc[0]
-    graph = graph_of(model, kind, rl.FeatureAt(1, chosen["feature"], -2))
+    graph = graph_of(model, kind, rl.FeatureAt(1, chosen["feature"], -2), heads=heads)
     assert graph.nodes["pos"].max() == 3
     assert graph.nodes.query("target > 0")["node"].tolist() == [chosen["node"]]
     expected = whole.edges.query("target == @chosen.node").set_index("source")["weight"]
