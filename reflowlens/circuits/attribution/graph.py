@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from reflowlens.arguments import real_number
 from reflowlens.circuits.attribution.influence import Kinds, Shares, Vector, prune
 from reflowlens.errors import ReflowlensError
+from reflowlens.storage.opening import as_path
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.traced import Traced
@@ -72,12 +74,35 @@ class AttributionGraph:
         return f"AttributionGraph({self.of}, {len(self.nodes):,} nodes, {self.matrix.nnz:,} edges, {scores})"
 
     def _repr_html_(self) -> str:
-        from reflowlens.notebook.html import table, titled
+        from reflowlens.notebook.graph_page import graph_html
 
-        strongest = self.nodes.sort_values("influence", ascending=False, kind="stable").head(10)
-        shown = strongest[["node", "kind", "label", "activation", "value", "influence"]]
-        rows = shown.astype(object).itertuples(index=False)
-        return titled(repr(self), "the nodes of most influence", table(list(shown.columns), rows))
+        return graph_html(self)
+
+    def save(
+        self,
+        path: str | Path,
+        groups: Sequence[Sequence[str]] | None = None,
+        features: str | Path | None = None,
+        lang: str = "en",
+        title: str | None = None,
+    ) -> Path:
+        """Write the graph to a file, as its suffix says.
+
+        Args:
+            path: ``.html``: one page to look at and to work with, which opens offline
+                (:func:`~reflowlens.notebook.graph_page.write_graph_page`).
+            groups, features, lang, title: of the page.
+
+        Raises:
+            ReflowlensError: of another suffix, or what the page cannot show.
+
+        Example: ``graph.save("out/capital.html", groups=[["a city", "feature:5.1220@4", "feature:5.1741@4"]])``
+        """
+        from reflowlens.notebook.graph_page import write_graph_page
+
+        if as_path(path).suffix.lower() != ".html":
+            raise ReflowlensError(f"a graph is saved as .html, got {str(path)!r}")
+        return write_graph_page(self, path, groups, features, lang, title)
 
     @cached_property
     def edges(self) -> pd.DataFrame:
