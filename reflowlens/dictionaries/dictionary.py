@@ -48,7 +48,10 @@ class DictionaryLayer(nn.Module):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
         """The features' activations, not negative, as they are outside of training."""
-        before = self.preactivations(x)
+        return self.activate(self.preactivations(x))
+
+    def activate(self, before: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch feature"]:
+        """The activations of pre-activations."""
         if self.threshold is not None:
             return before.relu() * (before > self.threshold)
         if self.activation == "relu" or self.k is None:

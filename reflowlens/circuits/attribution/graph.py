@@ -19,6 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.storage.opening import as_path
 
 if TYPE_CHECKING:
+    from reflowlens.circuits.attribution.performing import Factors
     from reflowlens.circuits.attribution.traced import Traced
 
 INPUTS = ("embedding", "position", "signal")
@@ -181,6 +182,13 @@ class AttributionGraph:
         from reflowlens.circuits.attribution.paths import strongest_paths
 
         return strongest_paths(self, k, edges=edges, errors=errors)
+
+    def perform(self, interventions: Factors | Sequence[Factors], **options: Any) -> pd.DataFrame:
+        """Set nodes to multiples of their activation in the model, and read what becomes of the others: see
+        :func:`reflowlens.circuits.attribution.performing.perform`, which has the arguments."""
+        from reflowlens.circuits.attribution.performing import perform
+
+        return perform(self, interventions, **options)
 
     @cached_property
     def shares(self) -> Shares:
