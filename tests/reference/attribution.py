@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reflowlens.dictionaries.dictionary import Dictionary
 
+POINTS_OF_LEVELS = ("resid_pre", "attn_scores", "attn_out", "x_sparse", "xy_sparse", "mlp_out")
 Leaves = dict[tuple[Any, ...], Tensor]
 
 
@@ -96,8 +97,7 @@ class Frozen:
         if self.model.cfg.gated_mlp:
             value = self.model.blocks[block].mlp.act(self.cache[f"blocks.{block}.mlp.hook_pre"][0]).detach() * value
         after = self.cache[f"blocks.{block}.mlp.hook_post"][0]
-        size = after.abs() * self.model.blocks[block].mlp.W_out.norm(dim=1)
-        self._units(block, value, after, size >= size.sort(dim=1, descending=True).values[:, self.neurons - 1, None])
+        self._units(block, value, after, self._strongest(after, self.model.blocks[block].mlp.W_out))
 
     def _units(self, block: int, value: Tensor, after: Tensor, chosen: Tensor) -> None:
         self.units[block], self.chosen[block] = value, chosen
@@ -124,6 +124,10 @@ class Frozen:
             out = out + self.reads[block] @ layers[block].W_skip.T
         return out
 
+    def _strongest(self, after: Tensor, writes: Tensor) -> Tensor:
+        size = after.abs() * writes.norm(dim=1)
+        return size >= size.sort(dim=1, descending=True).values[:, self.neurons - 1, None].clamp(min=1e-30)
+
     def edges(self, target: Tensor) -> dict[tuple[Any, ...], Tensor]:
         """By kind of leaf what each adds to a scalar target: of a vector all of it, of biases all of a block's."""
         names, tensors = zip(*(*self.leaves.items(), *self.parameters.items()), strict=True)
@@ -137,3 +141,33 @@ class Frozen:
             else:
                 found[name] = product if name[0] in ("unit", "signal", "readout") else product.sum(-1)
         return found | {("bias",): biases}
+
+
+class FrozenBDH(Frozen):
+    """The same of a BDH: first readings, attention scores and the divisors of all norms are constants."""
+
+    def __init__(self, model: Any, tokens: Tensor, neurons: int = 8) -> None:
+        self.model, self.neurons = model, neurons
+        self.leaves, self.units, self.chosen, self.parameters = {}, {}, {}, {}
+        _, self.cache = model.run_with_cache(tokens[None], names_filter=lambda name: True)
+        embedding = self.leaves["embedding",] = self.cache["hook_embed"][0].detach().requires_grad_()
+        shared = model.neurons
+        reads, writes = shared.W_y.detach(), shared.W_out.detach().flatten(0, 1)
+        x = self._norm(embedding, embedding)
+        for level in range(model.cfg.n_layers):
+            known = {part: self.cache[f"blocks.{level}.hook_{part}"][0].detach() for part in POINTS_OF_LEVELS}
+            found = torch.einsum("hts,sd->thd", known["attn_scores"], x)
+            before = torch.einsum("thd,hdn->thn", self._norm(found, known["attn_out"]), reads)
+            after = known["xy_sparse"].flatten(1)
+            value = (known["x_sparse"] * before).flatten(1)
+            self._units(level, value, after, self._strongest(after, writes))
+            out = self.leaves["unit", level] @ writes
+            error = self.leaves["error", level] = (known["mlp_out"] - out).detach().requires_grad_()
+            written = self._norm(out + error, known["mlp_out"])
+            x = self._norm(x + written, known["resid_pre"] + written)
+        self.logits = x[-1] @ model.W_U.detach()
+
+    def _norm(self, x: Tensor, at: Tensor) -> Tensor:
+        """LayerNorm at the divisor of ``at``."""
+        scale = (at.detach() - at.detach().mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + self.model.cfg.eps
+        return (x - x.mean(-1, keepdim=True)) / scale.sqrt()

@@ -8,35 +8,27 @@ activation times what its vector does to the target, over all paths that pass no
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.engine import End, Engine, Inputs, layout_of, possible_edges
-from reflowlens.circuits.attribution.frozen import FrozenDecoder
+from reflowlens.circuits.attribution.architectures import parts_of
+from reflowlens.circuits.attribution.ends import end_of, inputs_of, no_end
+from reflowlens.circuits.attribution.engine import Engine, layout_of, possible_edges
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.replacement import (
-    FeatureAt,
-    Replacement,
-    heads_of,
-    of_dictionary,
-    of_neurons,
-    points_of,
-)
+from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
 from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
-from reflowlens.circuits.attribution.targets import LogitTargets, Targets, logit_targets, split_targets
+from reflowlens.circuits.attribution.targets import Targets, split_targets
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.architecture import HEADS_AND_MLPS
-from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -67,10 +59,10 @@ def attribute(
     """The attribution graph of a prompt: what made which feature active, and what made the prediction.
 
     Args:
-        model: a hooked decoder, compiled or not.
+        model: a hooked decoder or BDH, compiled or not.
         prompt: one text, or its tokens; two at least.
         dictionary: transcoders of the model's MLPs: a layer each or cross-layer, with a skip or without. Its active
-            features are nodes. None: the model's own neurons are.
+            features are nodes. None: the model's own neurons are, of BDH the gated ones.
         targets: what is explained, at the last position: one token or several, as texts or ids; or features anywhere,
             as ``rl.FeatureAt(layer, index, position)``. None: the likeliest tokens, as many as reach 95% of the
             probability, at most 10.
@@ -91,46 +83,44 @@ def attribute(
         The graph. For every target, incoming edges add up to its pre-activation or logit.
 
     Raises:
-        ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder or not in float32, it is
-            changed by hooks, activations are not finite, the dictionary belongs to another model or is none of MLPs, no
-            feature is active, a target does not exist, or not even 16 edges a node fit ``memory``.
+        ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder or BDH, is not in float32,
+            or is changed by hooks, activations are not finite, the dictionary belongs to another model or is none of
+            MLPs, no feature is active, a target does not exist, or not even 16 edges a node fit ``memory``.
 
     Example: ``rl.attribute(model, "The capital of France is", dictionary).prune().edges``
     """
-    decoder = _checked_model(model)
-    if dictionary is not None:
-        check_belongs(dictionary, decoder, other_model=other_model)
-    check_budget(memory)
+    model = _checked_model(model)
     neurons = whole_number(neurons, "neurons", 1)
-    tokens = _one_prompt(decoder, prompt)
-    asked_tokens, asked = split_targets(targets, decoder.cfg.n_layers, tokens.shape[1])
+    parts = parts_of(model, dictionary, neurons, bool(heads))
+    if dictionary is not None:
+        check_belongs(dictionary, model, other_model=other_model)
+    check_budget(memory)
+    tokens = _one_prompt(model, prompt)
+    asked_tokens, asked = split_targets(targets, model.cfg.n_layers, tokens.shape[1])
     if asked:
         if against is not None:
             raise ReflowlensError("against= compares tokens, and the targets are features")
-        _check_features(asked, decoder.cfg.d_mlp if dictionary is None else dictionary.cfg.n_features)
+        _check_features(asked, model.cfg.d_mlp if dictionary is None else dictionary.cfg.n_features)
         tokens = tokens[:, : 1 + max(each.position for each in asked)]  # what comes behind does not matter
-    factored = "hook_recipe" in decoder.hook_dict
+    factored = "hook_recipe" in model.hook_dict
     if signals and not factored:
-        raise ReflowlensError(f"signals=True is for models with recipes, and a {type(decoder).__name__} has none")
+        raise ReflowlensError(f"signals=True is for models with recipes, and a {type(model).__name__} has none")
     by_signals = factored and (dictionary is None if signals is None else bool(signals))
 
-    points = FrozenDecoder.points(decoder.cfg.n_layers) + points_of(decoder, dictionary, heads)
-    ends = [name for name in ("hook_embed", "hook_pos_embed", "hook_recipe") if name in decoder.hook_dict]
-    final = ["ln_final.hook_normalized"]
-    logits, cache = decoder.run_with_cache(tokens, names_filter=points + ends + final)
+    ends = ("hook_embed", "hook_pos_embed", "hook_recipe", "ln_final.hook_normalized")
+    points = parts.points() + [name for name in ends if name in model.hook_dict]
+    logits, cache = model.run_with_cache(tokens, names_filter=points)
     _check_finite(logits, cache)
-    if dictionary is None:
-        replacement = of_neurons(decoder, cache, neurons, asked)
-    else:
-        replacement = of_dictionary(decoder, dictionary, cache, asked)
-    if heads:
-        replacement = dataclasses.replace(replacement, heads=heads_of(decoder, cache))
+    replacement = parts.replacement(cache, asked)
     if asked:
         replacement = _upstream(replacement, asked)
-    inputs = _inputs(decoder, tokens[0], cache, by_signals)
-    normalized = cache["ln_final.hook_normalized"][0, -1]
-    end = _end(decoder, logits[0, -1], asked_tokens, against, by_signals, normalized, none=bool(asked))
-    frozen = FrozenDecoder(decoder, cache, [written.skip for written in replacement.written], heads)
+    inputs = inputs_of(model, tokens[0], cache, parts.embedded(cache), by_signals)
+    if asked:
+        end = no_end(cache["hook_embed"])
+    else:
+        normalized = cache["ln_final.hook_normalized"][0, -1] if by_signals else None
+        end = end_of(model, logits[0, -1], asked_tokens, against, normalized)
+    frozen = parts.frozen(cache, replacement)
     del cache, logits
 
     layout = layout_of(replacement, inputs, end, tokens.shape[1])
@@ -144,16 +134,11 @@ def attribute(
     with bar(show=shown, total=n_targets, unit="target", desc=size, leave=False) as progressed:
         engine = Engine(frozen, replacement, inputs, end, layout)
         engine.fill(rows, progressed.update)
-    return graph_of(Traced(decoder, dictionary, tokens[0], engine), rows, asked)
+    return graph_of(Traced(model, dictionary, tokens[0], engine), rows, asked)
 
 
-def _checked_model(model: Any) -> Decoder:
+def _checked_model(model: Any) -> ResidualModel:
     model = hooked_model(model)
-    if model.sublayers != HEADS_AND_MLPS:
-        raise ReflowlensError(
-            f"attribution graphs are of decoders with attention heads and MLPs; of a {type(model).__name__} there is "
-            "none yet"
-        )
     if attached := attached_points(model):
         raise ReflowlensError(
             f"something is attached to {attached[0]!r}, and a graph is of the model as it is: remove hooks and leave "
@@ -163,10 +148,10 @@ def _checked_model(model: Any) -> Decoder:
         raise ReflowlensError(
             f"in {model.ln_final.w.dtype} the edges of a graph do not add up: load the model in float32"
         )
-    return cast(Decoder, model)
+    return cast(ResidualModel, model)
 
 
-def _one_prompt(model: Decoder, prompt: TextInput) -> Int[Tensor, "1 pos"]:
+def _one_prompt(model: ResidualModel, prompt: TextInput) -> Int[Tensor, "1 pos"]:
     tokens = model.to_tokens(prompt)
     if len(tokens) != 1:
         raise ReflowlensError(f"an attribution graph is of one prompt, got {len(tokens)}: call it for each")
@@ -199,48 +184,6 @@ def _upstream(replacement: Replacement, asked: list[FeatureAt]) -> Replacement:
         units[block] = here[torch.tensor(kept, dtype=torch.long)]
     here = slice(last + 1)
     return Replacement(replacement.kind, units[here], replacement.written[here], replacement.heads[here])
-
-
-def _inputs(model: Decoder, tokens: Int[Tensor, " pos"], cache: Any, by_signals: bool) -> list[Inputs]:
-    positions = torch.arange(len(tokens), device=tokens.device)
-    if by_signals:
-        recipe = cache["hook_recipe"][0]
-        position, signal = recipe.nonzero().unbind(1)
-        entries = recipe[position, signal]
-        basis = model.tied_weights()[1]
-        return [Inputs("signal", signal, position, entries, entries[:, None] * basis[signal])]
-    ones = cache["hook_embed"].new_ones(len(tokens))
-    found = [Inputs("embedding", tokens, positions, ones, cache["hook_embed"][0])]
-    if "hook_pos_embed" in model.hook_dict:
-        found.append(Inputs("position", positions, positions, ones, cache["hook_pos_embed"][0]))
-    return found
-
-
-def _end(
-    model: Decoder,
-    logits: Float[Tensor, " d_vocab"],
-    tokens: list[Any] | None,
-    against: Any,
-    by_signals: bool,
-    normalized: Float[Tensor, " d_model"],
-    none: bool,
-) -> End:
-    """Of tokens; of a graph whose targets are features, without any."""
-    weights, norm = model.tied_weights(), model.ln_final
-    if none:
-        nothing = logits.new_zeros(0)
-        targets = LogitTargets([], [], [], nothing, logits.new_zeros(0, 0), nothing, nothing)
-        return End(targets, logits.new_zeros(0, model.cfg.d_model), nothing, None)
-    if by_signals:
-        recipe, basis = weights
-        targets = logit_targets(model, logits, tokens, against, recipe)
-        rows, bias = basis, torch.zeros_like(basis[:, 0])
-    else:
-        targets = logit_targets(model, logits, tokens, against, model.W_U.T)
-        rows, bias = targets.vectors, targets.bias
-    constant = bias if norm.b is None else bias + rows @ norm.b
-    rows = rows * norm.w
-    return End(targets, rows, constant, rows @ normalized + constant if by_signals else None)
 
 
 def _edges_per_node(n_edges: int, n_targets: int, asked: int | None, memory: float) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -202,12 +202,7 @@ def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Seque
     for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
         mlp, norm, name = block.mlp, block.ln2, f"blocks.{layer}"
         before, after = cache[f"{name}.mlp.hook_pre"][0], cache[f"{name}.mlp.hook_post"][0]
-        size = after.abs() * mlp.W_out.norm(dim=1)
-        largest = size.topk(min(n, size.shape[1]), dim=1).indices
-        chosen = torch.zeros_like(size, dtype=torch.bool).scatter(1, largest, size.gather(1, largest) > 0)
-        for target in asked:
-            if target.layer == layer:
-                chosen[target.position, target.index] = True
+        chosen = chosen_units(after.abs() * mlp.W_out.norm(dim=1), n, layer, asked)
         position, index = chosen.nonzero().unbind(1)
         activation, value = after[position, index], before[position, index]
         rows, constant = mlp.W_in.T[index], 0.0 if mlp.b_in is None else mlp.b_in[index]
@@ -223,6 +218,18 @@ def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Seque
         rest = after.masked_fill(chosen, 0.0) @ mlp.W_out
         written.append(Written({layer: vectors}, rest, detached(mlp.b_out)))
     return Replacement("neuron", units, written)
+
+
+def chosen_units(
+    size: Float[Tensor, "pos unit"], n: int, block: int, asked: Sequence[FeatureAt]
+) -> Bool[Tensor, "pos unit"]:
+    """Of each position of a block the ``n`` that write the most, if anything, and those that are asked for."""
+    largest = size.topk(min(n, size.shape[1]), dim=1).indices
+    chosen = torch.zeros_like(size, dtype=torch.bool).scatter(1, largest, size.gather(1, largest) > 0)
+    for target in asked:
+        if target.layer == block:
+            chosen[target.position, target.index] = True
+    return chosen
 
 
 def heads_of(model: Decoder, cache: Mapping[str, Tensor]) -> list[Heads]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reflowlens.circuits.attribution.engine import Engine
 from reflowlens.dictionaries.dictionary import Dictionary
-from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import ResidualModel
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Traced:
         engine: the frozen model with its MLPs replaced, by which edges are computed.
     """
 
-    model: Decoder
+    model: ResidualModel
     dictionary: Dictionary | None
     tokens: Int[Tensor, " pos"]
     engine: Engine

@@ -15,9 +15,9 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from tests.reference.attribution import Frozen
+from tests.reference.attribution import Frozen, FrozenBDH
 from tests.support.dictionaries import KINDS, dictionary_of
-from tests.support.tiny import FACTORED, NAMES, random_tokens
+from tests.support.tiny import FACTORED, NAMES, random_model, random_tokens
 
 TOKENS = random_tokens(None, 1, 5)[0]  # type: ignore[arg-type] # of the models' bytes
 NODES = [*(kind for kind in KINDS if kind != "sae"), "neurons"]
@@ -90,6 +90,22 @@ def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, options, tin
 def test_the_frozen_model_of_the_reference_has_the_models_logits(model):
     for dictionary in (dictionary_of(model, "clt"), None):
         torch.testing.assert_close(Frozen(model, TOKENS, dictionary).logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
+
+
+def test_every_edge_of_gated_neurons_is_that_of_autograd(tiny_models):
+    model = random_model(BDH)
+    graph = graph_of(model, "neurons")
+    frozen = FrozenBDH(model, TOKENS)
+    torch.testing.assert_close(frozen.logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
+    nodes, edges = list(graph.nodes.itertuples()), graph.matrix.toarray()
+    targets = targets_of(nodes, frozen)
+    for i, target in targets.items():
+        expected = np.array(expected_row(nodes, frozen.edges(target)))
+        np.testing.assert_allclose(edges[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert nodes[i].value == pytest.approx(target.item(), rel=1e-4)
+        assert edges[i].sum() == pytest.approx(nodes[i].value, rel=1e-4)
+    assert len(targets) >= 30
+    assert graph.nodes.query("kind == 'neuron'")["pos"].min() == 1, "at the first position nothing is attended to"
 
 
 def test_with_heads_as_nodes_nothing_else_passes_between_positions(tiny_models):
@@ -254,7 +270,7 @@ def test_bad_input_is_one_clear_error(case, tiny_models):
         rl.attribute(model, **arguments)
 
 
-def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models):
+def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models, monkeypatch):
     model = tiny_models["gpt2"]
     with pytest.raises(ReflowlensError, match="needs transcoders of MLPs"):
         graph_of(model, "sae")
@@ -265,8 +281,14 @@ def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models):
         layer.b_enc.fill_(-1e3)
     with pytest.raises(ReflowlensError, match="no feature of the dictionary is active"):
         rl.attribute(model, "abcde", silent)
-    with pytest.raises(ReflowlensError, match="of a BDH there is none yet"):
-        rl.attribute(build_model(BDH), "abcde")
+    with pytest.raises(ReflowlensError, match="no MLPs that a dictionary could stand for"):
+        rl.attribute(build_model(BDH), "abcde", dictionary_of(model, "plt"))
+    with pytest.raises(ReflowlensError, match="write nothing but by their neurons"):
+        rl.attribute(build_model(BDH), "abcde", heads=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "sublayers", ())
+        with pytest.raises(ReflowlensError, match="of a GPT2 there is none"):
+            rl.attribute(model, "abcde")
     with rl.intervene(model, rl.Ablate("mlp_out", layer=0)):
         model("abcde")  # else the block says that nothing ran in it
         with pytest.raises(ReflowlensError, match="is attached to"):

@@ -1,0 +1,118 @@
+"""What an architecture offers a graph: the units that are nodes, and the linear map that the rest of it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from reflowlens.circuits.attribution.frozen import FrozenDecoder, FrozenModel
+from reflowlens.circuits.attribution.levels import FrozenLevels, gated_points, of_gated_neurons
+from reflowlens.circuits.attribution.replacement import (
+    FeatureAt,
+    Replacement,
+    heads_of,
+    of_dictionary,
+    of_neurons,
+    points_of,
+)
+from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import HEADS_AND_MLPS
+from reflowlens.models.bdh import BDH
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import ResidualModel
+
+
+class Parts(Protocol):
+    """A model with what of it are nodes."""
+
+    def points(self) -> list[str]:
+        """The hook points whose activations are needed."""
+        ...
+
+    def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
+        """What the tokens' embeddings add to the stream."""
+        ...
+
+    def replacement(self, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]) -> Replacement:
+        """What stands for the blocks, targets that are asked for among it."""
+        ...
+
+    def frozen(self, cache: Mapping[str, Tensor], replacement: Replacement) -> FrozenModel:
+        """All else."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """Features of a dictionary, or of each block and position the ``neurons`` that write the most; ``heads`` too."""
+
+    model: Decoder
+    dictionary: Dictionary | None
+    neurons: int
+    heads: bool
+
+    def points(self) -> list[str]:
+        return FrozenDecoder.points(self.model.cfg.n_layers) + points_of(self.model, self.dictionary, self.heads)
+
+    def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
+        return cache["hook_embed"][0]
+
+    def replacement(self, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]) -> Replacement:
+        if self.dictionary is None:
+            found = of_neurons(self.model, cache, self.neurons, asked)
+        else:
+            found = of_dictionary(self.model, self.dictionary, cache, asked)
+        return dataclasses.replace(found, heads=heads_of(self.model, cache)) if self.heads else found
+
+    def frozen(self, cache: Mapping[str, Tensor], replacement: Replacement) -> FrozenModel:
+        return FrozenDecoder(self.model, cache, [written.skip for written in replacement.written], self.heads)
+
+
+@dataclass(frozen=True)
+class LevelParts:
+    """Of each level and position the gated ``neurons`` that write the most. The embedding is taken behind its norm."""
+
+    model: BDH
+    neurons: int
+
+    def points(self) -> list[str]:
+        return FrozenLevels.points(self.model.cfg.n_layers) + gated_points(self.model.cfg.n_layers)
+
+    def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
+        return self.model.first_stream(cache["hook_embed"][0])
+
+    def replacement(self, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]) -> Replacement:
+        return of_gated_neurons(self.model, cache, self.neurons, asked)
+
+    def frozen(self, cache: Mapping[str, Tensor], replacement: Replacement) -> FrozenModel:
+        return FrozenLevels(self.model, cache)
+
+
+def parts_of(model: ResidualModel, dictionary: Dictionary | None, neurons: int, heads: bool) -> Parts:
+    """What is to be nodes of a model.
+
+    Raises:
+        ReflowlensError: the architecture has no graphs, or none with a dictionary or heads.
+    """
+    if model.sublayers == HEADS_AND_MLPS and isinstance(model, Decoder):
+        return DecoderParts(model, dictionary, neurons, heads)
+    name = type(model).__name__
+    if not isinstance(model, BDH):
+        raise ReflowlensError(
+            f"attribution graphs are of decoders with attention heads and MLPs, and of BDH; of a {name} there is none"
+        )
+    if dictionary is not None:
+        raise ReflowlensError(
+            f"a {name} has no MLPs that a dictionary could stand for: leave it out, and the nodes are gated neurons"
+        )
+    if heads:
+        raise ReflowlensError(
+            f"heads of a {name} write nothing but by their neurons, which are nodes already: leave out heads="
+        )
+    return LevelParts(model, neurons)

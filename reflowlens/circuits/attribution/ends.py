@@ -1,0 +1,71 @@
+"""Both ends of a graph: what the stream begins with, and what is read off its last position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.circuits.attribution.engine import End, Inputs
+from reflowlens.circuits.attribution.targets import LogitTargets, logit_targets
+from reflowlens.models.residual import ResidualModel
+
+
+def inputs_of(
+    model: ResidualModel,
+    tokens: Int[Tensor, " pos"],
+    cache: Mapping[str, Tensor],
+    embedded: Float[Tensor, "pos d_model"],
+    by_signals: bool,
+) -> list[Inputs]:
+    """What the stream begins with: what the tokens' embeddings add, or the signals of their recipes; and positions."""
+    positions = torch.arange(len(tokens), device=tokens.device)
+    if by_signals:
+        recipe = cache["hook_recipe"][0]
+        position, signal = recipe.nonzero().unbind(1)
+        entries = recipe[position, signal]
+        basis = model.tied_weights()[1]
+        return [Inputs("signal", signal, position, entries, entries[:, None] * basis[signal])]
+    ones = embedded.new_ones(len(tokens))
+    found = [Inputs("embedding", tokens, positions, ones, embedded)]
+    if "hook_pos_embed" in model.hook_dict:
+        found.append(Inputs("position", positions, positions, ones, cache["hook_pos_embed"][0]))
+    return found
+
+
+def end_of(
+    model: ResidualModel,
+    logits: Float[Tensor, " d_vocab"],
+    tokens: list[Any] | None,
+    against: Any,
+    normalized: Float[Tensor, " d_model"] | None,
+) -> End:
+    """Tokens as targets.
+
+    Args:
+        logits: of the last position.
+        tokens, against: as in :func:`~reflowlens.circuits.attribution.targets.logit_targets`.
+        normalized: what the final norm made of the stream, of a readout by way of signals.
+    """
+    weights, norm = model.tied_weights(), model.ln_final
+    norm_bias = getattr(norm, "b", None)  # of a BDH, whose stream is read as it is, there is none
+    if normalized is not None:
+        recipe, basis = weights
+        targets = logit_targets(model, logits, tokens, against, recipe)
+        rows, bias = basis, torch.zeros_like(basis[:, 0])
+    else:
+        targets = logit_targets(model, logits, tokens, against, model.W_U.T)
+        rows, bias = targets.vectors, targets.bias
+    constant = bias if norm_bias is None else bias + rows @ norm_bias
+    rows = rows * norm.w
+    return End(targets, rows, constant, None if normalized is None else rows @ normalized + constant)
+
+
+def no_end(like: Float[Tensor, "*batch d_model"]) -> End:
+    """Of a graph whose targets are no tokens."""
+    nothing = like.new_zeros(0)
+    targets = LogitTargets([], [], [], nothing, like.new_zeros(0, 0), nothing, nothing)
+    return End(targets, like.new_zeros(0, like.shape[-1]), nothing, None)
