@@ -28,7 +28,7 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
 
     Args:
         nodes: some rows of ``graph.nodes``. Features and neurons are told by what they write, signals of a recipe or
-            readout by the tokens that have most of them; other kinds have no words, nor have graphs without
+            readout by the tokens whose recipes have most of them (of a recipe relative to its norm); other kinds have no words, nor have graphs without
             ``traced``.
         n: the most tokens of each side.
 
@@ -42,7 +42,11 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
         found |= _named(graph.traced, rows["node"], logits, n)
     matrix, rows = graph.traced.model.W_E, nodes[nodes["kind"].isin(["signal", "readout"])]
     if len(rows) and isinstance(matrix, FactoredMatrix):
-        recipe = matrix.A.detach()[: graph.traced.model.tokenizer.n_vocab, rows["feature"].astype(int).tolist()].T
+        recipe = matrix.A.detach()[: graph.traced.model.tokenizer.n_vocab]
+        of_recipe = torch.tensor((rows["kind"] == "signal").to_numpy(), device=recipe.device)
+        chosen = rows["feature"].astype(int).tolist()
+        shares = recipe[:, chosen] / recipe.norm(dim=1, keepdim=True)  # lest rare tokens, whose recipes are large, be all
+        recipe = torch.where(of_recipe, shares, recipe[:, chosen]).T
         sign = recipe.new_tensor([-1.0 if activation < 0 else 1.0 for activation in rows["activation"]])
         found |= _named(graph.traced, rows["node"], sign[:, None] * recipe, n)
     return found

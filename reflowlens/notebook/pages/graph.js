@@ -134,7 +134,7 @@ function adopt(found) {
   if (found.errors === false) next.errors = false;
   if (found.view === "pins") next.view = "pins";
   state = next;
-  if (strange) say(t("{count} nodes of that state are not in this graph", { count: strange }));
+  if (strange) say(t("Not in this graph: {count} of that state's nodes", { count: strange }));
 }
 
 // Change the state: it can be undone, it stands in the address, and the picture follows.
@@ -228,16 +228,11 @@ function isShown(item) {
   return INPUTS.includes(item.kind) || item.share <= state.nodes + 1e-6;
 }
 
-// The score that edges need to be drawn at the threshold.
-function leastScore() {
-  let low = 0;
-  let high = upTo.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (upTo[middle] < state.edges - 1e-6) low = middle + 1;
-    else high = middle;
-  }
-  return state.edges <= 0 ? Infinity : edges.score[Math.min(low, edges.score.length - 1)] ?? Infinity;
+// Whether an edge is drawn: the threshold is a share of all scores, and what it cuts at holds for summed edges too.
+function aboveThreshold() {
+  const last = upTo.findIndex((sum) => sum >= state.edges - 1e-6);
+  const least = state.edges <= 0 ? Infinity : edges.score[last < 0 ? edges.score.length - 1 : last];
+  return (link) => link.score >= least;
 }
 
 // -- names -------------------------------------------------------------------------------------------------------------
@@ -252,6 +247,7 @@ const kindOf = (item) => KINDS[item.kind] ?? item.kind;
 function wordsFor(node) {
   if (node.kind === "embedding") return `“${bare(node.label || data.tokens[node.pos])}”`;
   if (node.kind === "logit") return node.label.split(" − ").map((token) => `“${bare(token)}”`).join(" − ");
+  if (node.kind === "signal" && node.up?.length) return `∋ ${node.up.slice(0, 3).map(bare).join(", ")}`;
   if (node.up?.length) return `→ ${node.up.slice(0, 3).map(bare).join(", ")}`;
   if (node.words?.length) return node.words.slice(0, 3).map(bare).join(", ");
   return node.label ? bare(node.label) : [kindOf(node), node.feature ?? ""].join(" ").trim();
@@ -269,7 +265,7 @@ function placeOf(item) {
   if (kind === "logit") return item.node.probability === null ? t("logit difference") : percent(item.node.probability);
   if (kind === "embedding") return `${pos}`;
   const unit = feature !== null && ["feature", "neuron", "signal", "readout", "head"].includes(kind) ? `/${feature}` : "";
-  return `${layer < 0 || layer >= data.blocks ? kindOf(item) : layerName(layer)}${unit} ${kind === "error" ? `${t("error")} ` : ""}${tokenAt(pos)}`;
+  return `${layer < 0 || layer >= data.blocks ? kindOf(item) : layerName(layer)}${unit} ${tokenAt(pos)}`;
 }
 
 const searched = (item) =>
@@ -277,7 +273,9 @@ const searched = (item) =>
     .join("\n")
     .toLowerCase();
 
+let saying;
 function say(text) {
   element("said").textContent = text;
-  element("said").classList.toggle("hidden", !text);
+  clearTimeout(saying);
+  saying = setTimeout(() => (element("said").textContent = ""), 5000);
 }

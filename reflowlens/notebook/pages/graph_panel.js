@@ -14,7 +14,7 @@ function meter(share, kind) {
 
 function row(item, text, sign, share, title = "") {
   const place = placeOf(item);
-  const name = make("span", { class: "name" }, nameOf(item), place === text ? null : make("small", {}, place));
+  const name = make("span", { class: "name" }, make("span", {}, nameOf(item)), place === text ? null : make("small", {}, place));
   const made = make("button", { type: "button", "data-to": item.key, title }, icon(item), name, make("span", { class: `weight ${sign}` }, text), meter(share, sign));
   return make("li", {}, made);
 }
@@ -110,7 +110,7 @@ function about(item) {
 }
 
 const memberRow = (group) => (node) => {
-  const name = make("span", { class: "name" }, state.names[node.id] ?? wordsFor(node), make("small", {}, placeOf({ node, members: [node], kind: node.kind })));
+  const name = make("span", { class: "name" }, make("span", {}, state.names[node.id] ?? wordsFor(node)), make("small", {}, placeOf({ node, members: [node], kind: node.kind })));
   const out = button(icon(node), () => leave(group.key, node.id), { title: t("Take out of the group"), "aria-label": `${t("Take out of the group")}: ${node.id}` });
   out.append(name, make("span", { class: "weight" }, "×"));
   return make("li", {}, out);
@@ -145,6 +145,8 @@ function paintPanel() {
 function select(key) {
   change((next) => (next.selected = key));
   if (key) element("panel").scrollTop = 0;
+  const below = element("panel").getBoundingClientRect().top - 0.6 * innerHeight;
+  if (key && isPhone() && below > 0) scrollBy({ top: below }); // its name comes in sight
   const mark = byKey.get(key);
   if (mark) reveal(mark);
 }
@@ -327,7 +329,7 @@ function paintBar() {
   element("edges").value = Math.round((1000 * Math.min(state.edges, fullScore)) / (fullScore || 1));
   element("nodes-shown").textContent = percent(Math.min(state.nodes, fullShare));
   element("edges-shown").textContent = whole(drawnLinks.length);
-  for (const id of ["nodes", "edges"]) element(id).disabled = state.view === "pins";
+  element("nodes").disabled = state.view === "pins";
   element("nodes").setAttribute("aria-valuetext", t("nodes that have {share} of the influence", { share: percent(Math.min(state.nodes, fullShare)) }));
   element("edges").setAttribute("aria-valuetext", t("{count} edges", { count: whole(drawnLinks.length) }));
   element("errors").checked = state.errors;
@@ -420,6 +422,7 @@ function listen() {
     light(keyOf(event));
     tell(event);
   });
+  stage.addEventListener("scroll", follow, { passive: true });
   stage.addEventListener("pointerleave", () => {
     light(null);
     element("tip").hidden = true;

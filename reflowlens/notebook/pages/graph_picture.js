@@ -1,7 +1,7 @@
 // -- where things stand ------------------------------------------------------------------------------------------------
 
 const LEFT = 62; // for the names of rows
-const PITCH = 18; // of the places in a cell
+const PITCHES = [18, 16, 14, 12]; // of the places in a cell: the largest that fits
 const measure = document.createElement("canvas").getContext("2d");
 function widthOf(text, font = "12px") {
   measure.font = `${font} Inter, system-ui, sans-serif`;
@@ -38,40 +38,29 @@ function placeAll(shown, available) {
     for (const item of row.items) if (!isPill(item)) row.cells[Math.min(item.pos, n - 1)].push(item);
     for (const cell of row.cells) cell.sort(inCell);
   }
-  // Columns grow where the most lines are, as long as there is room; then they share what is left.
   const across = available.width - LEFT - 14;
-  const most = Array.from({ length: n }, (_, pos) => Math.max(...rows.map((row) => row.cells[pos].length)));
-  const columns = new Array(n).fill(1);
-  const minimum = 30;
-  const widthFor = (places) => Math.max(minimum, places * PITCH + 12);
-  const lines = (pos) => Math.ceil(most[pos] / columns[pos]);
-  let total = n * minimum;
-  const fits = Math.max(1, Math.floor((available.height / rows.length - 14) / PITCH)); // lines of a row
-  for (;;) {
-    let pos = 0;
-    for (let i = 1; i < n; i++) if (lines(i) > lines(pos)) pos = i;
-    const wider = widthFor(columns[pos] + 1) - widthFor(columns[pos]);
-    if (lines(pos) <= Math.min(fits, 4) || (total + wider > across && lines(pos) <= 5)) break;
-    columns[pos]++;
-    total += wider;
-  }
-  const spare = Math.max(0, across - total) / n;
+  const { columns, pitch, widthFor } = columnsFor(rows, across, available.height - 70);
+  const total = columns.reduce((sum, places) => sum + widthFor(places), 0);
+  // Tokens lie flat below their columns where there is room for them, otherwise they lean.
+  const inner = columns.map(widthFor);
+  const wide = data.tokens.map((token, pos) => Math.max(inner[pos], widthOf(visible(token).trim() || "␣", "13px") + 10));
+  const flat = wide.reduce((sum, width) => sum + width, 0) <= Math.max(across, total);
+  const least = flat ? wide : inner;
+  const spare = Math.max(0, across - least.reduce((sum, width) => sum + width, 0)) / n;
   const left = [];
   let x = LEFT;
-  const widths = columns.map((places) => widthFor(places) + spare);
+  const widths = least.map((width) => width + spare);
   widths.forEach((width) => {
     left.push(x);
     x += width;
   });
   const width = x + 14;
-  // Labels of tokens lie flat where they fit under each other, otherwise they lean.
-  const flat = data.tokens.every((token, i) => widthOf(visible(token).trim() || "␣", "13px") < widths[i] - 4);
   const footer = flat ? 30 : 18 + 0.72 * Math.min(96, Math.max(...data.tokens.map((token) => widthOf(shorter(bare(token), 13), "13px"))));
   for (const row of rows) {
     const deep = Math.max(0, ...row.cells.map((cell, pos) => Math.ceil(cell.length / columns[pos])));
     row.lines = deep;
     row.pillLines = pillLines(row.pills, across);
-    row.height = Math.max(row.items.length ? 34 : 20, deep * PITCH + 12 + row.pillLines.length * 32);
+    row.height = Math.max(row.items.length ? 34 : 20, deep * pitch + 12 + row.pillLines.length * 32);
   }
   const used = rows.reduce((sum, row) => sum + row.height, 0) + footer + 10;
   const stretch = Math.max(0, Math.min(60, (available.height - used) / rows.length));
@@ -87,8 +76,8 @@ function placeAll(shown, available) {
       cell.forEach((item, i) => {
         const line = Math.floor(i / inLine);
         const here = Math.min(inLine, cell.length - line * inLine);
-        item.x = left[pos] + widths[pos] / 2 + ((i % inLine) - (here - 1) / 2) * PITCH;
-        item.y = middle + ((count - 1) / 2 - line) * PITCH + row.pillLines.length * 16;
+        item.x = left[pos] + widths[pos] / 2 + ((i % inLine) - (here - 1) / 2) * pitch;
+        item.y = middle + ((count - 1) / 2 - line) * pitch + row.pillLines.length * 16;
       });
     });
     row.pillLines.forEach((pills, line) => {
@@ -101,7 +90,31 @@ function placeAll(shown, available) {
       }
     });
   }
-  return { rows, left, widths, width, height: y + footer, flat, floor: y };
+  return { rows, left, widths, width, height: y + footer, flat, floor: y, pitch };
+}
+
+// How many places each column has side by side: they grow where the most lines are until the rows fit the height, and
+// then while there is room. Where not even the smallest pitch fits, the picture scrolls.
+function columnsFor(rows, across, height) {
+  const n = data.tokens.length;
+  const most = Array.from({ length: n }, (_, pos) => Math.max(...rows.map((row) => row.cells[pos].length)));
+  for (const pitch of PITCHES) {
+    const widthFor = (places) => Math.max(24, places * pitch + 10);
+    const columns = new Array(n).fill(1);
+    const lines = (pos) => Math.ceil(most[pos] / columns[pos]);
+    const isHigh = () => rows.reduce((sum, row) => sum + Math.max(20, 14 + 32 * Math.min(1, row.pills.length) + pitch * Math.max(...row.cells.map((cell, pos) => Math.ceil(cell.length / columns[pos])))), 0) > height;
+    let total = n * widthFor(1);
+    for (;;) {
+      let pos = 0;
+      for (let i = 1; i < n; i++) if (lines(i) > lines(pos)) pos = i;
+      const wider = widthFor(columns[pos] + 1) - widthFor(columns[pos]);
+      const isRoom = total + wider <= across;
+      if (lines(pos) <= 1 || !(isHigh() ? isRoom || (pitch === PITCHES.at(-1) && lines(pos) > 4) : isRoom && lines(pos) > 3)) break;
+      columns[pos]++;
+      total += wider;
+    }
+    if (pitch === PITCHES.at(-1) || (!isHigh() && total <= across)) return { columns, pitch, widthFor };
+  }
 }
 
 function pillLines(pills, across) {
@@ -201,7 +214,7 @@ const HOLLOW = ["position", "readout"];
 const shapeOf = (kind, r) => (SHAPES[kind] ?? SHAPES.feature)(r);
 const isHollow = (kind) => HOLLOW.includes(kind) || !(kind in SHAPES);
 
-function classesOf(item, largest) {
+function classesOf(item) {
   const kept = ["node", item.kind];
   if (item.kind === "embedding" || item.kind === "signal") kept.push("input");
   if (isHollow(item.kind)) kept.push("hollow");
@@ -216,10 +229,10 @@ function classesOf(item, largest) {
   return kept.join(" ");
 }
 
-function drawNode(item, largest) {
+function drawNode(item, largest, pitch) {
   const isBox = state.view === "pins" || isPill(item);
   if (!isBox) item.width = 0;
-  const r = item.label !== undefined ? 9 : INPUTS.includes(item.kind) ? 6 : 3.6 + 5.4 * Math.sqrt(Math.min(1, item.influence / largest));
+  const r = item.label !== undefined ? 9 : INPUTS.includes(item.kind) ? pitch / 3 : 0.2 * pitch + 0.3 * pitch * Math.sqrt(Math.min(1, item.influence / largest));
   const height = state.view === "pins" ? BOX.height : 24;
   item.r = isBox ? height / 2 : r;
   const about = [kindOf(item), nameOf(item), placeOf(item), t("influence {share}", { share: percent(item.influence) })].join(", ");
@@ -232,7 +245,7 @@ function drawNode(item, largest) {
     group.append(draw("path", { class: "shape", d: rounded(item.width, height, radius) }), draw("path", { class: "halo", d: rounded(item.width + 6, height + 6, radius + 3) }));
   } else {
     group.append(
-      draw("circle", { r: Math.max(r + 2, PITCH / 2), fill: "transparent" }),
+      draw("circle", { r: Math.max(r + 1, pitch / 2), fill: "transparent" }),
       draw("path", { class: "shape", d: shapeOf(item.kind, r) }),
       draw("circle", { class: "halo", r: r + 3.2 }),
     );
@@ -259,6 +272,13 @@ const found = new Set(); // keys that the search leaves
 let shownItems = []; // drawn
 let drawnLinks = [];
 let byKey = new Map(); // key -> its element
+let isFirst = true;
+
+// The names of rows stay in sight.
+function follow() {
+  element("rows")?.setAttribute("transform", `translate(${element("stage").scrollLeft} 0)`);
+}
+
 const WIDTHS = [0.7, 1.1, 1.7, 2.6, 4];
 const widthClass = (share) => Math.min(WIDTHS.length - 1, Math.floor(share * WIDTHS.length));
 
@@ -268,10 +288,10 @@ function paint() {
   const scroll = [stage.scrollLeft, stage.scrollTop];
   shownItems = items.filter(isShown);
   const isPins = state.view === "pins";
-  const least = leastScore();
   const isThere = new Set(shownItems);
   for (const item of items) item.isJoined = false;
-  drawnLinks = links.filter((link) => isThere.has(link.source) && isThere.has(link.target) && (isPins ? link.part > 0.002 : link.score >= least));
+  drawnLinks = links.filter((link) => isThere.has(link.source) && isThere.has(link.target));
+  drawnLinks = isPins ? ofMostScore(drawnLinks) : drawnLinks.filter(aboveThreshold());
   for (const { source, target } of drawnLinks) source.isJoined = target.isJoined = true;
   byKey = new Map();
   if (isPins && !shownItems.length) {
@@ -283,22 +303,37 @@ function paint() {
   const largest = Math.max(1e-9, ...shownItems.filter((item) => !INPUTS.includes(item.kind)).map((item) => item.influence));
   const svg = draw("svg", { width: plan.width, height: plan.height, viewBox: `0 0 ${plan.width} ${plan.height}`, role: "group", "aria-label": t("Nodes by layer and token; arrow keys move between them"), class: isPins ? "pins" : "all" });
   svg.append(ground(plan));
-  const marks = shownItems.map((item) => drawNode(item, largest));
+  const marks = shownItems.map((item) => drawNode(item, largest, plan.pitch ?? 18));
   shownItems.forEach((item, i) => byKey.set(item.key, marks[i]));
-  svg.append(drawEdges(), draw("g", { class: "lit" }), draw("g", { class: "nodes" }, ...marks), draw("g", { class: "labels" }));
+  const names = plan.rows.map((row) => draw("text", { class: "row", x: 10, y: row.top + row.height / 2 + 4 }, row.name));
+  svg.append(drawEdges(), draw("g", { class: "lit" }), draw("g", { class: "nodes" }, ...marks), draw("g", { class: "labels" }), draw("g", { id: "rows", "aria-hidden": "true" }, ...names));
   const entry = byKey.get(focused) ?? byKey.get(state.selected) ?? marks.at(-1);
   entry?.setAttribute("tabindex", 0);
   stage.replaceChildren(svg);
-  [stage.scrollLeft, stage.scrollTop] = scroll;
+  [stage.scrollLeft, stage.scrollTop] = isFirst ? [plan.width, 0] : scroll; // the end of the prompt is where it is read
+  isFirst = false;
+  follow();
   if (focused && byKey.has(focused)) byKey.get(focused).focus({ preventScroll: true });
   light(null);
+}
+
+// Of the edges among pinned nodes those of the highest score, as large a share of theirs as of all edges.
+function ofMostScore(among) {
+  const enough = (state.edges / (fullScore || 1)) * among.reduce((sum, link) => sum + link.score, 0) - 1e-9;
+  let sum = 0;
+  const reached = new Set(); // every node keeps the best edge into it, and out of it
+  return among.filter((link) => {
+    const isBest = !reached.has(link.source.out) || !reached.has(link.target.into);
+    reached.add(link.source.out).add(link.target.into);
+    sum += link.score;
+    return isBest || sum - link.score < enough;
+  });
 }
 
 function ground(plan) {
   const group = draw("g", { "aria-hidden": "true" });
   plan.rows.forEach((row, i) => {
     if (i % 2 === 0) group.append(draw("rect", { class: "band", x: 0, y: row.top, width: plan.width, height: row.height }));
-    group.append(draw("text", { class: "row", x: 12, y: row.top + row.height / 2 + 4 }, row.name));
   });
   plan.left.forEach((x, pos) => {
     const middle = x + plan.widths[pos] / 2;
@@ -315,7 +350,7 @@ function drawEdges() {
   const parts = new Map();
   const most = Math.max(...drawnLinks.map((link) => link.score));
   for (const link of drawnLinks) {
-    const key = `${link.weight < 0 ? "cuts" : "adds"} ${widthClass(state.view === "pins" ? Math.sqrt(link.part) * 1.5 : (link.score / most) ** 0.6)}`;
+    const key = `${link.weight < 0 ? "cuts" : "adds"} ${widthClass(state.view === "pins" ? Math.sqrt(link.part) * 1.9 : (link.score / most) ** 0.6)}`;
     if (!parts.has(key)) parts.set(key, []);
     parts.get(key).push(curve(link.source, link.target));
   }
@@ -372,22 +407,28 @@ function writeLabels(svg, at, strongest) {
     wanted.push(...shownItems.filter((item) => state.pinned.includes(item.key) || item.label !== undefined));
     if (!wanted.length) wanted.push(...[...shownItems].filter((item) => item.node?.up?.length && item.isJoined).sort((a, b) => b.influence - a.influence).slice(0, 10));
   }
-  const taken = shownItems.filter((item) => !wanted.includes(item) && isPill(item)).map((item) => [item.x - item.width / 2, item.y - 12, item.x + item.width / 2, item.y + 12]);
+  const bodies = shownItems.map((item) => [item.x - (item.width / 2 || item.r), item.y - item.r, item.x + (item.width / 2 || item.r), item.y + item.r]);
+  const taken = [];
+  const meets = (a, b) => a[0] < b[2] && a[2] > b[0] && a[1] < b[3] && a[3] > b[1];
   const box = svg.viewBox.baseVal;
   const labels = [];
   for (const item of new Set(wanted)) {
     if (isPill(item) || INPUTS.includes(item.kind)) continue;
     const text = shorter(nameOf(item), 30);
-    const width = widthOf(text, "11.5px") + 6;
-    const places = [[item.x + item.r + 4, item.y + 4, "start"], [item.x - item.r - 4, item.y + 4, "end"], [item.x, item.y - item.r - 5, "middle"], [item.x, item.y + item.r + 13, "middle"]];
-    for (const [x, y, anchor] of places) {
-      const left = anchor === "start" ? x : anchor === "end" ? x - width : x - width / 2;
-      const area = [left, y - 11, left + width, y + 4];
-      if (left < 2 || left + width > box.width || area[1] < 0 || taken.some((other) => area[0] < other[2] && area[2] > other[0] && area[1] < other[3] && area[3] > other[1])) continue;
-      taken.push(area);
-      labels.push(draw("text", { class: "label", x, y, "text-anchor": anchor }, text));
-      break;
-    }
+    const width = widthOf(text, "11.5px") + 4;
+    const [x, y, r] = [item.x, item.y, item.r];
+    const places = [[x + r + 4, y + 4, "start"], [x - r - 4, y + 4, "end"], [x, y - r - 5, "middle"], [x, y + r + 13, "middle"], [x - r, y - r - 5, "start"], [x + r, y - r - 5, "end"], [x - r, y + r + 13, "start"], [x + r, y + r + 13, "end"]];
+    const areas = places.map(([from, base, anchor]) => {
+      const start = anchor === "start" ? from : anchor === "end" ? from - width : from - width / 2;
+      return [start, base - 10, start + width, base + 3];
+    });
+    const isFree = (area) => area[0] > 2 && area[2] < box.width && area[1] > 0 && !taken.some((other) => meets(area, other));
+    let chosen = areas.findIndex((area) => isFree(area) && !bodies.some((body) => meets(area, body)));
+    if (chosen < 0 && (item === at || isKept(item))) chosen = areas.findIndex(isFree);
+    if (chosen < 0) continue;
+    taken.push(areas[chosen]);
+    const [from, base, anchor] = places[chosen];
+    labels.push(draw("text", { class: "label", x: from, y: base, "text-anchor": anchor }, text));
   }
   svg.querySelector(".labels").replaceChildren(...labels);
 }
