@@ -27,9 +27,9 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
     """The tokens that nodes push up, and those that they push down, most first.
 
     Args:
-        nodes: some rows of ``graph.nodes``. Features and neurons are told by what they write, signals of a recipe or
-            readout by the tokens whose recipes have most of them (of a recipe relative to its norm); other kinds have no words, nor have graphs without
-            ``traced``.
+        nodes: some rows of ``graph.nodes``. Features and neurons are told by what they write, readout signals by the
+            tokens whose recipes have most of them, recipe signals the same, relative to the norm of the recipe; other
+            kinds have no words, nor have graphs without ``traced``.
         n: the most tokens of each side.
 
     Example: ``words_of(graph, graph.prune().nodes)["feature:5.1220@4"]``
@@ -45,7 +45,9 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
         recipe = matrix.A.detach()[: graph.traced.model.tokenizer.n_vocab]
         of_recipe = torch.tensor((rows["kind"] == "signal").to_numpy(), device=recipe.device)
         chosen = rows["feature"].astype(int).tolist()
-        shares = recipe[:, chosen] / recipe.norm(dim=1, keepdim=True)  # lest rare tokens, whose recipes are large, be all
+        shares = recipe[:, chosen] / recipe.norm(
+            dim=1, keepdim=True
+        )  # lest rare tokens, whose recipes are large, be all
         recipe = torch.where(of_recipe, shares, recipe[:, chosen]).T
         sign = recipe.new_tensor([-1.0 if activation < 0 else 1.0 for activation in rows["activation"]])
         found |= _named(graph.traced, rows["node"], sign[:, None] * recipe, n)
