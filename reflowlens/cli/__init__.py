@@ -16,6 +16,7 @@ from reflowlens.cli import (
     examples,
     experiments,
     features,
+    graph,
     model_files,
     models,
     training,
@@ -68,6 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models whose predictions are sums over readable signals, and experiments that test it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (experiments, models, training, model_files, dictionary, features, units, bench, examples):
+    for module in (experiments, models, training, model_files, dictionary, features, graph, units, bench, examples):
         module.add_commands(commands)
     return parser

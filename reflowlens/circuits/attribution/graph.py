@@ -19,6 +19,8 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.storage.opening import as_path
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from reflowlens.circuits.attribution.performing import Factors
     from reflowlens.circuits.attribution.traced import Traced
 
@@ -91,19 +93,52 @@ class AttributionGraph:
 
         Args:
             path: ``.html``: one page to look at and to work with, which opens offline
-                (:func:`~reflowlens.notebook.graph_page.write_graph_page`).
-            groups, features, lang, title: of the page.
+                (:func:`~reflowlens.notebook.graph_page.write_graph_page`); ``.json``: the graph as it is, for the
+                viewers of circuit-tracer and Neuronpedia (:func:`~reflowlens.conversion.graph_json.write_graph_json`);
+                ``.png``, ``.svg``, ``.pdf``: :meth:`figure`.
+            groups: labels, each with the names of its nodes; of a page or a JSON file.
+            features: where the features' own pages are: of a page their folder, of a JSON file the address of theirs.
+            lang: of the page.
+            title: of a page or a figure.
 
         Raises:
             ReflowlensError: of another suffix, or what the page cannot show.
 
         Example: ``graph.save("out/capital.html", groups=[["a city", "feature:5.1220@4", "feature:5.1741@4"]])``
         """
+        from reflowlens.conversion.graph_json import write_graph_json
+        from reflowlens.figures.export import STATIC_SUFFIXES, save_figure
         from reflowlens.notebook.graph_page import write_graph_page
 
-        if as_path(path).suffix.lower() != ".html":
-            raise ReflowlensError(f"a graph is saved as .html, got {str(path)!r}")
-        return write_graph_page(self, path, groups, features, lang, title)
+        suffix = as_path(path).suffix.lower()
+        if suffix == ".html":
+            return write_graph_page(self, path, groups, features, lang, title)
+        if suffix == ".json":
+            return write_graph_json(self, path, groups=groups or (), features=features and str(features))
+        if suffix in STATIC_SUFFIXES:
+            return save_figure(self.figure(title), path)
+        allowed = ", ".join((".html", ".json", *STATIC_SUFFIXES))
+        raise ReflowlensError(f"a graph is saved as one of {allowed}, got {str(path)!r}")
+
+    def figure(self, title: str | None = None, *, most_nodes: int = 80, most_edges: int = 160) -> go.Figure:
+        """The nodes of most influence by layer and token, and the edges of the highest score, as a still figure.
+
+        Args:
+            title: default: the prompt.
+            most_nodes, most_edges: how many are drawn, of the pruned graph.
+
+        Example: ``graph.figure().save("capital.pdf", width="two")``
+        """
+        from reflowlens.figures.export import stamp
+        from reflowlens.figures.layered_graph import layered_graph
+
+        pruned = self if self._scores is not None else self.prune()
+        title = "".join(self.tokens) if title is None else title
+        figure = layered_graph(
+            pruned.nodes, pruned.edges, self.tokens, most_nodes=most_nodes, most_edges=most_edges, title=title
+        )
+        stamp(figure, graph=self.of, prompt="".join(self.tokens), **self.scores())
+        return figure
 
     @cached_property
     def edges(self) -> pd.DataFrame:

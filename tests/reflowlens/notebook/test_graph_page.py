@@ -58,7 +58,7 @@ def test_every_text_of_the_page_has_its_chinese(page):
 
 def test_what_cannot_be_saved_is_one_error(graph, tmp_path):
     for name, arguments, message in (
-        ("x.txt", {}, "a graph is saved as .html"),
+        ("x.txt", {}, "a graph is saved as one of .html, .json, .png, .svg, .pdf"),
         ("x.html", {"lang": "de"}, "no language 'de': one of en, zh"),
         ("x.html", {"groups": [["a", "logit:263"]]}, "no node 'logit:263' for group 'a'; did you mean"),
         ("x.html", {"groups": [["a"]]}, "a group is \\[label, node, ...\\] with one node at least"),
