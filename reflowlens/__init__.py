@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from reflowlens.checkpoints import save_model as save_model
     from reflowlens.circuits.attribution.attribute import attribute as attribute
     from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
+    from reflowlens.circuits.attribution.many import AttributionGraphs as AttributionGraphs
+    from reflowlens.circuits.attribution.many import attribute_each as attribute_each
     from reflowlens.circuits.attribution.replacement import FeatureAt as FeatureAt
     from reflowlens.circuits.circuits import completeness as completeness
     from reflowlens.circuits.circuits import faithfulness as faithfulness
@@ -72,6 +74,7 @@ _HOMES = {
     "ActivationCache": "activations.cache",
     "AddWeights": "interventions.edit",
     "AttributionGraph": "circuits.attribution.graph",
+    "AttributionGraphs": "circuits.attribution.many",
     "Dictionary": "dictionaries.dictionary",
     "FeatureAt": "circuits.attribution.replacement",
     "Graph": "circuits.graph",
@@ -92,6 +95,7 @@ _HOMES = {
     "ablate_upstream": "ablations.upstream",
     "agreement": "circuits.screening",
     "attribute": "circuits.attribution.attribute",
+    "attribute_each": "circuits.attribution.many",
     "build_model": "models",
     "collect": "activations.collect",
     "completeness": "circuits.circuits",

@@ -9,7 +9,6 @@ that the metric reads are formed. The numbers are those of one whole forward pas
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,6 +28,7 @@ from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.processes import processes
 from reflowlens.sweeps.grids import CellSpec
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
@@ -117,7 +117,7 @@ def _exact(
 ) -> tuple[Float[Tensor, "cell prompt"], Float[Tensor, " prompt"]]:
     runs = _runs(setup, metric)
     n = len(setup.cells.cells)
-    rank, world_size = _processes()
+    rank, world_size = processes()
     mine = range(rank, n, world_size)
     values = torch.zeros(n, len(setup.prompts), device=runs.baseline.device, dtype=runs.baseline.dtype)
     show = sys.stderr.isatty() if progress is None else progress
@@ -163,10 +163,3 @@ def _identity(setup: Setup, metric: Metric, runs: PackedRuns | WholeRuns) -> str
         *map(to_json, setup.asked),
     ]
     return json.dumps(what)
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of torchrun's processes, joined if they are not yet."""
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

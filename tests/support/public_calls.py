@@ -51,6 +51,9 @@ PUBLIC_CALLS: dict[str, Call] = {
     "ablate_readout by mean": lambda model, _: rl.ablate_readout(model, CLEAN, by="mean", reference=CORRUPTED).kl(),
     "ablate_upstream": lambda model, _: rl.ablate_upstream(model, CLEAN, kl(), 1, signals=[0, 3]).values,
     "attribute": lambda model, _: torch.from_numpy(rl.attribute(model, CLEAN, neurons=4).matrix.toarray()),
+    "attribute_each": lambda model, _: (
+        rl.attribute_each(model, _PAIR, neurons=4).summary(resamples=2)["mean"].to_list()
+    ),
     "collect": lambda model, _: rl.collect(model, [[*_PAIR]], _SIGNAL)[_SIGNAL].covariance,
     "completeness": lambda model, _: rl.completeness(model, *_PAIR, ["m0"], kl(), controls=2).value,
     "edge_attribution": lambda model, _: rl.edge_attribution(model, *_PAIR, kl(), steps=2).values.nan_to_num(),

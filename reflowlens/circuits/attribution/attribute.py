@@ -95,7 +95,7 @@ def attribute(
     if dictionary is not None:
         check_belongs(dictionary, model, other_model=other_model)
     check_budget(memory)
-    tokens = _one_prompt(model, prompt)
+    tokens = one_prompt(model, prompt)
     asked_tokens, asked = split_targets(targets, model.cfg.n_layers, tokens.shape[1])
     if asked:
         if against is not None:
@@ -151,7 +151,12 @@ def _checked_model(model: Any) -> ResidualModel:
     return cast(ResidualModel, model)
 
 
-def _one_prompt(model: ResidualModel, prompt: TextInput) -> Int[Tensor, "1 pos"]:
+def one_prompt(model: ResidualModel, prompt: TextInput) -> Int[Tensor, "1 pos"]:
+    """Its tokens.
+
+    Raises:
+        ReflowlensError: it is not one, or of one token.
+    """
     tokens = model.to_tokens(prompt)
     if len(tokens) != 1:
         raise ReflowlensError(f"an attribution graph is of one prompt, got {len(tokens)}: call it for each")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import integer
@@ -96,13 +96,13 @@ def logit_targets(
         n = int((likeliest.values.cumsum(0) < MASS).sum()) + 1
         ids = likeliest.indices[: min(n, MOST)]
     else:
-        ids = _ids(model, tokens).to(logits.device)
+        ids = token_ids(model, tokens).to(logits.device)
     texts = [_text(model, token) for token in ids.tolist()]
     if against is None:
         vectors, bias = readout[ids] - readout.mean(0), b_U[ids] - b_U.mean()
         value, names = logits[ids] - logits.mean(), [f"logit:{token}" for token in ids.tolist()]
         return LogitTargets(names, texts, ids.tolist(), probability[ids], vectors, bias, value)
-    (other,) = _ids(model, [against]).tolist()
+    (other,) = token_ids(model, [against]).tolist()
     if other in ids.tolist():
         raise ReflowlensError(f"{_text(model, other)!r} is compared with itself: name another token in against=")
     names = [f"logit:{token}-{other}" for token in ids.tolist()]
@@ -111,7 +111,12 @@ def logit_targets(
     return LogitTargets(names, labels, [-1] * len(ids), torch.ones_like(value), vectors, bias, value)
 
 
-def _ids(model: ResidualModel, tokens: list[Any]) -> Tensor:
+def token_ids(model: ResidualModel, tokens: list[Any]) -> Int[Tensor, " target"]:
+    """The ids of texts or ids.
+
+    Raises:
+        ReflowlensError: a text is not a single token, there is no such id, or one is named twice.
+    """
     ids = target_ids(model.to_single_token, tokens, len(tokens), model.cfg.d_vocab)
     if len(set(ids.tolist())) < len(ids):
         raise ReflowlensError("targets names a token twice")

@@ -353,7 +353,7 @@ def test_a_file_of_one_process_counts_once_among_two(tmp_path: Path, monkeypatch
     monkeypatch.setattr(dist, "all_reduce", lambda values: None)
     parts = []
     for rank in (0, 1):
-        monkeypatch.setattr(sweep_module, "_processes", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(sweep_module, "processes", lambda rank=rank: (rank, 2))
         parts.append(rl.sweep(*arguments, results=tmp_path / "sweep.jsonl").values)
     assert_close(parts[0] + parts[1], whole)
 
