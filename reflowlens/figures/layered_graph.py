@@ -38,7 +38,7 @@ def layered_graph(
     most_edges: int = 160,
     title: str = "",
 ) -> go.Figure:
-    """Nodes by layer and position, edges as curves: blue what adds, dashed orange what takes away.
+    """Nodes by layer and position, edges as curves: orange what adds, dashed blue what takes away.
 
     Args:
         nodes: columns ``node``, ``kind``, ``layer``, ``pos``, ``label``, ``activation``, ``influence``, ``target``.
@@ -133,7 +133,7 @@ def _curves(placed: pd.DataFrame, edges: pd.DataFrame, most: int) -> list[dict[s
         middle, strength = (y0 + y1) / 2, score**0.5
         line = {
             "width": _THINNEST + (_THICKEST - _THINNEST) * strength,
-            "color": PALETTE[0] if weight > 0 else PALETTE[1],
+            "color": PALETTE[1] if weight > 0 else PALETTE[0],
             "dash": "solid" if weight > 0 else "dash",
         }
         path = f"M {x0:.3f},{y0:.3f} C {x0:.3f},{middle:.3f} {x1:.3f},{middle:.3f} {x1:.3f},{y1:.3f}"
