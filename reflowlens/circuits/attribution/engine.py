@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import FrozenModel
+from reflowlens.circuits.attribution.frozen import Carried, FrozenModel
 from reflowlens.circuits.attribution.replacement import Replacement
 from reflowlens.circuits.attribution.rows import REST, SparseRows
 from reflowlens.circuits.attribution.targets import LogitTargets
+from reflowlens.circuits.attribution.ways import dense
 
-_BYTES_AT_ONCE = 2**26  # of gradients that are carried
+_BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Engine:
         """
         layout, frozen = self.layout, self.frozen
         for number, (stage, first) in enumerate(zip(self.stages, layout.first_unit, strict=False)):
-            for part in self._parts(first, len(stage.units)):
+            for part in self._parts(first, stage.units.position):
                 here = stage.units[part]
                 stream, constant = frozen.enter(number, here)
                 rows.add(first + part.start, self._row_values(number, stream, constant + here.constant, stage.block))
@@ -143,7 +144,7 @@ class Engine:
         n_rows = len(end.rows)
         if n_rows:
             first = layout.first_target if end.signals is None else layout.first_signal
-            size = self._targets_at_once(layout.first_signal)
+            size = self._targets_at_once(layout.first_signal, layout.n_positions)
             for start in range(0, n_rows, size):
                 part = slice(start, min(start + size, n_rows))
                 stream = frozen.enter_end(end.rows[part])
@@ -167,42 +168,42 @@ class Engine:
         return self._row_values(self.first_stage[block], stream, constant, constant_of)
 
     def _row_values(
-        self,
-        stage: int,
-        stream: Float[Tensor, "pos target d_model"],
-        constant: Float[Tensor, " target"],
-        constant_of: int,
+        self, stage: int, carried: Carried, constant: Float[Tensor, " target"], constant_of: int
     ) -> Float[Tensor, "target node"]:
         """The same, from the gradients at the input of their stage."""
         layout = self.layout
-        values = stream.new_zeros(stream.shape[1], layout.first_unit[stage])
+        values = constant.new_zeros(len(constant), layout.first_unit[stage])
         values[:, layout.bias(constant_of)] = constant
-        n = len(stream)
         for number in reversed(range(stage)):
             block, here = self.stages[number].block, self.stages[number].written
-            pulled = self.frozen.descend(number, stream)
-            stream, constant = pulled.stream, pulled.constant
+            carried, written, constant = self.frozen.descend(number, carried)
             if here.bias is not None:
-                constant = constant + pulled.written.sum(0) @ here.bias
+                constant = constant + written.sum(0) @ here.bias
             for source, vectors in here.by_units.items():
-                _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, pulled.written)
+                _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, written)
             if here.error is not None:
+                n = len(written)
                 errors = values[:, layout.first_error[block] :][:, :n]
-                errors += torch.einsum("ptd,pd->tp", pulled.written, here.error[:n])
+                errors += torch.einsum("ptd,pd->tp", written, here.error[:n])
             values[:, layout.bias(block)] += constant
+        stream = dense(carried)
         for first, each, starts in zip(layout.first_input[:-1], self.inputs, self.input_starts, strict=True):
             _add_products(values, first, starts, each.vectors, stream)
         return values
 
-    def _parts(self, n_columns: int, n_targets: int) -> Iterator[slice]:
-        """Targets of a stage that are carried together: of neighbouring positions, lest most be carried over positions
-        behind their own."""
-        size = min(self._targets_at_once(n_columns), max(64, n_targets // 8))
-        for start in range(0, n_targets, size):
-            yield slice(start, min(start + size, n_targets))
+    def _parts(self, n_columns: int, positions: Int[Tensor, " target"]) -> Iterator[slice]:
+        """Targets of a stage that are carried together: neighbours, so that few are carried over positions behind their
+        own."""
+        ends, start = positions.tolist(), 0
+        while start < len(ends):
+            n = start + 1
+            while n < len(ends) and n - start < self._targets_at_once(n_columns, ends[n] + 1):
+                n += 1
+            yield slice(start, n)
+            start = n
 
-    def _targets_at_once(self, n_columns: int) -> int:
-        numbers = n_columns + self.layout.n_positions * self.frozen.numbers_carried
+    def _targets_at_once(self, n_columns: int, n_positions: int) -> int:
+        numbers = n_columns + n_positions * self.frozen.numbers_carried
         return max(1, _BYTES_AT_ONCE // (4 * numbers))
 
 

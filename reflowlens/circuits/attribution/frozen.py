@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
@@ -20,17 +21,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.replacement import Units, detached
+from reflowlens.circuits.attribution.ways import Ways, dense
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
 
-Entered: TypeAlias = "tuple[Float[Tensor, 'pos target d_model'], Float[Tensor, ' target']]"
+Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways"
+Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"
 
 
 class PulledBack(NamedTuple):
     """Gradients at a stage's input and at what its sources write; what its biases add."""
 
-    stream: Float[Tensor, "pos target d_model"]
+    stream: Carried
     written: Float[Tensor, "pos target d_model"]
     constant: Float[Tensor, " target"]
 
@@ -52,7 +55,7 @@ class FrozenModel(Protocol):
         """From what the readout reads at the last position to the output of the last stage."""
         ...
 
-    def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+    def descend(self, stage: int, carried: Carried) -> PulledBack:
         """From a stage's output to its input, what its sources write left out."""
         ...
 
@@ -98,22 +101,24 @@ class FrozenAttention:
     def back(self, gradient: Float[Tensor, "pos target d_model"]) -> tuple[Tensor, Float[Tensor, " target"]]:
         """From ``resid_mid`` to ``resid_pre``, the way around attention included."""
         n = len(gradient)
-        z = self._heads_back(gradient)
-        z = rearrange(z, "query target head d_head -> head query (target d_head)")
-        v = self.pattern[:, :n, :n].mT @ z
-        v = rearrange(v, "head key (target d_head) -> key target head d_head", target=gradient.shape[1])
-        stream, constant = self._values_back(v)
-        return gradient + stream, constant + dot(gradient.sum(0), self.b_O)
+        z = gradient @ self.W_O.flatten(0, 1).T
+        z = rearrange(z, "query target (head d_head) -> head query (target d_head)", head=len(self.W_O))
+        v = self._scaled_pattern[:, :n, :n].mT @ z
+        v = rearrange(v, "head key (target d_head) -> (key target) (head d_head)", target=gradient.shape[1])
+        stream = torch.addmm(gradient.flatten(0, 1), v, self._values_back.flatten(0, 1)).view_as(gradient)
+        return stream, self.of_biases(gradient)
 
-    def back_from(
-        self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
-    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
+    def back_from(self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]) -> Entered:
         """The same of targets that read one position each: there every head has one query."""
-        n = int(positions.max()) + 1
-        weights = rearrange(self.pattern[:, positions, :n], "head target key -> key target head 1")
-        stream, constant = self._values_back(weights * self._heads_back(gradient))
-        stream[positions, torch.arange(len(gradient), device=stream.device)] += gradient
-        return stream, constant + dot(gradient, self.b_O)
+        return self.back_by_ways(Ways.at(gradient, positions)), (gradient * self._biases[positions]).sum(1)
+
+    def back_by_ways(self, ways: Ways) -> Ways:
+        """The same of sums over ways, but for what biases add."""
+        return ways.through(self._scaled_pattern, self.W_O, self._values_back)
+
+    def of_biases(self, gradient: Float[Tensor, "pos target d_model"]) -> Float[Tensor, " target"]:
+        """What biases add on the way."""
+        return torch.einsum("ptd,pd->t", gradient, self._biases[: len(gradient)])
 
     def back_from_heads(
         self,
@@ -133,18 +138,28 @@ class FrozenAttention:
             constant = constant + (z * self.b_V[heads // group]).sum(1)
         return self.norm.back(weights * (normal * self.norm.w)), constant * weights.sum((0, 2))
 
-    def _heads_back(self, gradient: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch head d_head"]:
-        return (gradient @ self.W_O.flatten(0, 1).T).unflatten(-1, self.W_O.shape[:2])
+    @cached_property
+    def _scaled_pattern(self) -> Float[Tensor, "head query key"]:
+        """With the divisor of the norm at each key."""
+        return self.pattern / self.norm.scale[:, 0]
 
-    def _values_back(
-        self, v: Float[Tensor, "key target head d_head"]
-    ) -> tuple[Float[Tensor, "key target d_model"], Float[Tensor, " target"]]:
-        """From what the heads read of each position to the stream; query heads share heads of values."""
-        if len(self.W_V) < v.shape[2]:
-            v = v.unflatten(2, (len(self.W_V), -1)).sum(3)
-        constant = v.new_zeros(v.shape[1]) if self.b_V is None else torch.einsum("ptke,ke->t", v, self.b_V)
-        normal = v.flatten(2) @ rearrange(self.W_V, "kv_head d_model d_head -> (kv_head d_head) d_model")
-        return self.norm.back(normal * self.norm.w), constant + dot(normal.sum(0), self.norm.b)
+    @cached_property
+    def _values_back(self) -> Float[Tensor, "head d_head d_model"]:
+        """From values to what the norm reads, but for its divisor; query heads share heads of values."""
+        read = self.W_V * self.norm.w[:, None]
+        if self.norm.is_centred:
+            read = read - read.mean(1, keepdim=True)
+        return read.mT.repeat_interleave(len(self.W_O) // len(self.W_V), dim=0)
+
+    @cached_property
+    def _biases(self) -> Float[Tensor, "query d_model"]:
+        """What the biases of the norm, the values and the output write at each position."""
+        values = self.W_V.new_zeros(self.W_V.shape[0], self.W_V.shape[2]) if self.b_V is None else self.b_V
+        if self.norm.b is not None:
+            values = values + self.norm.b @ self.W_V
+        values = values.repeat_interleave(len(self.W_O) // len(self.W_V), dim=0)
+        written = torch.einsum("hq,he,hed->qd", self.pattern.sum(-1), values, self.W_O)
+        return written if self.b_O is None else written + self.b_O
 
 
 class FrozenDecoder:
@@ -193,12 +208,16 @@ class FrozenDecoder:
         last = torch.full((len(rows),), len(self.final.scale) - 1, device=rows.device)
         return at_positions(self.final.back(rows, last), last)
 
-    def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+    def descend(self, stage: int, carried: Carried) -> PulledBack:
         layer, is_heads = self._part(stage)
+        stream = dense(carried)
         if self.heads:
             below = stream if is_heads else self.middle(layer, stream)
             return PulledBack(below, stream, stream.new_zeros(stream.shape[1]))
-        below, constant = self.attention[layer].back(self.middle(layer, stream))
+        attention = self.attention[layer]
+        if isinstance(carried, Ways) and self.skips[layer] is None and carried.stay_few(len(attention.W_O)):
+            return PulledBack(attention.back_by_ways(carried), stream, attention.of_biases(stream))
+        below, constant = attention.back(self.middle(layer, stream))
         return PulledBack(below, stream, constant)
 
     def middle(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
