@@ -9,6 +9,7 @@ activation times what its vector does to the target, over all paths that pass no
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -180,15 +181,14 @@ def _check_finite(logits: Tensor, cache: Any) -> None:
 def _upstream(replacement: Replacement, asked: list[FeatureAt]) -> Replacement:
     """Without the units of the targets' last block that are no targets, and of all blocks behind."""
     last = max(target.layer for target in asked)
-    chosen = {(target.layer, target.index, target.position) for target in asked}
-    units = list(replacement.units)
-    for block in range(last, len(units)):
-        here = units[block]
-        places = zip(here.index.tolist(), here.position.tolist(), strict=True)
-        kept = [i for i, (index, position) in enumerate(places) if (block, index, position) in chosen]
-        units[block] = here[torch.tensor(kept, dtype=torch.long)]
-    here = slice(last + 1)
-    return Replacement(replacement.kind, units[here], replacement.written[here], replacement.heads[here])
+    chosen = {(target.index, target.position) for target in asked if target.layer == last}
+    here, written = replacement.units[last], replacement.written[last]
+    places = zip(here.index.tolist(), here.position.tolist(), strict=True)
+    kept = torch.tensor([i for i, place in enumerate(places) if place in chosen], dtype=torch.long)
+    units = [*replacement.units[:last], here[kept]]
+    own = {source: vectors[kept] if source == last else vectors for source, vectors in written.by_units.items()}
+    blocks = [*replacement.written[:last], replace(written, by_units=own)]
+    return Replacement(replacement.kind, units, blocks, replacement.heads[: last + 1])
 
 
 def _edges_per_node(n_edges: int, n_targets: int, asked: int | None, memory: float) -> int | None:

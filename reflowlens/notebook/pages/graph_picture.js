@@ -1,6 +1,6 @@
 // -- where things stand ------------------------------------------------------------------------------------------------
 
-const LEFT = 62; // for the names of rows
+const LEFT = 66; // for the names of rows
 const PITCHES = [18, 16, 14, 12]; // of the places in a cell: the largest that fits
 const measure = document.createElement("canvas").getContext("2d");
 function widthOf(text, font = "12px") {
@@ -24,7 +24,7 @@ function rowsOf(shown) {
     const name = isOutput && here.some((item) => item.kind === "readout") ? t("readout") : layerName(layer);
     if (isOutput && !here.length) continue;
     rows.push({ layer, name, items: here.filter((item) => !heads.includes(item)) });
-    if (hasHeads && layer >= 0 && !isOutput) rows.push({ layer, name: t("heads"), items: heads });
+    if (hasHeads && layer >= 0 && !isOutput) rows.push({ layer, name: `${name} ${t("heads")}`, items: heads });
   }
   return rows;
 }
