@@ -52,7 +52,7 @@ function sumOf(item) {
   const sum = lines.reduce((all, [, value]) => all + value, 0);
   const fits = Math.abs(sum - item.value) <= 1e-3 * Math.max(1e-3, item.size);
   lines.push([isWhole ? (fits ? t("sum: its value ✓") : t("sum; its value is {value}", { value: number(item.value) })) : t("its value"), sum]);
-  return make("table", { class: "sum", "data-fits": fits }, make("tbody", {}, ...lines.map(([name, value]) => make("tr", {}, make("td", {}, name), make("td", {}, weight(value))))));
+  return make("table", { class: "sum", "data-fits": String(fits) }, make("tbody", {}, ...lines.map(([name, value]) => make("tr", {}, make("td", {}, name), make("td", {}, weight(value))))));
 }
 
 function chips(name, words) {
