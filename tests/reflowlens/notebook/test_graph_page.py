@@ -370,9 +370,9 @@ def test_links_lead_to_the_pages_of_features(opened, graph, tmp_path):
     assert found["words"] == ["web"]
 
 
-STATE = """adopt({view: "pins", selected: "logit:262", pinned: ["logit:262", "embedding@3", "feature:5.1220@4"], edges: 0.3,
-  names: {"feature:5.1220@4": "sites & <co>"}, groups: [["x|y, z", "feature:5.303@4", "feature:5.1741@4"]], errors: false,
-  nodes: 0.7, marked: ["embedding@1"]}); show(); address()"""
+STATE = """adopt({view: "pins", selected: "logit:262", pinned: ["logit:262", "embedding@3", "feature:5.1220@4"],
+  edges: 0.3, nodes: 0.7, errors: false, marked: ["embedding@1"], names: {"feature:5.1220@4": "sites & <co>"},
+  groups: [["x|y, z", "feature:5.303@4", "feature:5.1741@4"]]}); show(); address()"""
 
 
 def test_a_link_and_a_file_bring_the_state_back(opened):
@@ -405,22 +405,35 @@ def test_a_link_and_a_file_bring_the_state_back(opened):
 
 
 # Text whose contrast with what it lies on is below 4.5 (3 where it is large), opacity left out.
-CONTRAST = """(() => { const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = (c) => c.slice(0, 3).map((x) => x / 255).map((x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (each) => { for (; each; each = each.parentElement) { const c = rgb(getComputedStyle(each).backgroundColor);
-    if (c[3] > 250) return c; } return [255, 255, 255, 255]; };
+CONTRAST = """(() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgb = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const linear = (x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, part, i) => sum + part * linear(c[i] / 255), 0);
+  const ground = (each) => {
+    for (; each; each = each.parentElement) {
+      const colour = rgb(getComputedStyle(each).backgroundColor);
+      if (colour[3] > 250) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
   const bad = new Set();
   for (const each of document.querySelectorAll("body *")) {
-    const words = [...each.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-    if (!words || !each.getClientRects().length || each.closest(":disabled, script, noscript, .skip, .hidden")) continue;
-    const style = getComputedStyle(each), isDrawn = each.closest("svg") !== null;
-    const [a, b] = [light(rgb(isDrawn ? style.fill : style.color)), light(ground(each))];
+    const has_words = [...each.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    const is_out = !each.getClientRects().length || each.closest(":disabled, script, noscript, .skip, .hidden");
+    if (!has_words || is_out) continue;
+    const style = getComputedStyle(each);
+    const [a, b] = [light(rgb(each.closest("svg") ? style.fill : style.color)), light(ground(each))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) bad.add(`${each.tagName}.${each.className.baseVal ?? each.className} ${ratio.toFixed(2)}`);
-  } return [...bad]; })()"""
+    if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) bad.add(`${each.outerHTML.slice(0, 60)} ${ratio}`);
+  }
+  return [...bad];
+})()"""
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
