@@ -63,7 +63,6 @@ def page_parts(graph: AttributionGraph, groups: Groups, max_nodes: int, max_edge
             "nodes": int((~nodes["kind"].isin(LEFT_OUT)).sum()),
             "edges": int(graph.matrix.nnz),
             "kept": digits(_kept_influence(nodes, chosen)),
-            "whole": _is_whole(graph),
         },
     }
 
@@ -130,16 +129,13 @@ def _strongest_edges(
 def _nodes(
     graph: AttributionGraph, chosen: Int[Vector, " kept"], into: pd.DataFrame, sources: Int[Vector, " edge"]
 ) -> list[dict[str, Any]]:
-    nodes, matrix = graph.nodes, graph.matrix[chosen]
-    kinds, whole = nodes["kind"].to_numpy(), _is_whole(graph)
-    outgoing = np.bincount(graph.matrix.indices, minlength=len(nodes))[chosen]
-    shown_outgoing = np.bincount(sources, minlength=len(chosen))
-    words = words_of(graph, nodes.iloc[chosen])
-    found = []
-    for i, row in enumerate(nodes.iloc[chosen].to_dict("records")):
-        part = slice(matrix.indptr[i], matrix.indptr[i + 1])
-        weights, of = matrix.data[part].astype(np.float64), kinds[matrix.indices[part]]
-        total, n_edges = (into.loc[i, "sum"], int(into.loc[i, "count"])) if i in into.index else (0.0, 0)
+    nodes, sums = graph.nodes.iloc[chosen], graph.sums.iloc[chosen]
+    into = into.reindex(range(len(chosen)), fill_value=0)
+    unseen = sums["sum"].to_numpy() - sums["bias"].to_numpy() - sums["rest"].to_numpy() - into["sum"].to_numpy()
+    n_unseen = sums["into"].to_numpy() - into["count"].to_numpy()
+    n_unseen_out = sums["out"].to_numpy() - np.bincount(sources, minlength=len(chosen))
+    words, found = words_of(graph, nodes), []
+    for i, (row, of) in enumerate(zip(nodes.to_dict("records"), sums.to_dict("records"), strict=True)):
         node = {
             "id": row["node"],
             "kind": row["kind"],
@@ -153,17 +149,16 @@ def _nodes(
             "share": digits(row["cumulative"]),
             "target": digits(row["target"]),
             "probability": digits(row["probability"]),
-            "size": digits(np.abs(weights[~np.isin(of, LEFT_OUT)]).sum()),
-            "unseenOut": int(outgoing[i] - shown_outgoing[i]),
+            "size": digits(of["size"]),
+            "unseenOut": int(n_unseen_out[i]),
         }
-        if whole and len(weights):
-            bias, rest = (weights[of == kind].sum() for kind in LEFT_OUT)
+        if of["into"]:
             node["left"] = {
-                "bias": _long(bias),
-                "rest": _long(rest),
-                "unseen": _long(weights.sum() - bias - rest - total),
-                "n": int((~np.isin(of, LEFT_OUT)).sum()) - n_edges,
-                "sum": _long(weights.sum()),
+                "bias": _long(of["bias"]),
+                "rest": _long(of["rest"]),
+                "unseen": _long(unseen[i]),
+                "n": int(n_unseen[i]),
+                "sum": _long(of["sum"]),
             }
         if row["node"] in words:
             node["up"], node["down"] = words[row["node"]]

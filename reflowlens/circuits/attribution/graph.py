@@ -71,6 +71,7 @@ class AttributionGraph:
     _dropped: Float[Vector, " node"] = dataclasses.field(repr=False)
     _scores: dict[str, float] | None = dataclasses.field(default=None, repr=False)
     traced: Traced | None = dataclasses.field(default=None, repr=False)
+    _sums: pd.DataFrame | None = dataclasses.field(default=None, repr=False)
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
@@ -184,6 +185,14 @@ class AttributionGraph:
             "rest_influence": rest / float(influence.sum() + rest),
         }
 
+    @cached_property
+    def sums(self) -> pd.DataFrame:
+        """What the edges into each node add up to, of a pruned graph all that there were: see
+        :func:`~reflowlens.circuits.attribution.sums.sums_of`."""
+        from reflowlens.circuits.attribution.sums import sums_of
+
+        return sums_of(self) if self._sums is None else self._sums
+
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The part that most of the influence goes through.
 
@@ -209,6 +218,7 @@ class AttributionGraph:
             self._dropped[kept.nodes],
             self.scores(),
             self.traced,
+            self.sums.iloc[kept.nodes].reset_index(drop=True),
         )
 
     def paths(self, k: int = 10, *, edges: int = 2, errors: bool = True) -> pd.DataFrame:

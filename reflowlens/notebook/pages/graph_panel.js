@@ -42,16 +42,13 @@ function sumOf(item) {
   const listed = item.into.reduce((sum, link) => sum + link.weight, 0);
   const lines = [[t("inputs above"), listed]];
   if (item.within) lines.push([t("within the group"), item.within]);
-  const isWhole = item.members.every((node) => node.left);
-  if (isWhole) {
-    const n = total(item.members, "n");
-    if (n) lines.push([t("{count} smaller ones, not on this page", { count: whole(n) }), total(item.members, "unseen")]);
-    if (total(item.members, "bias")) lines.push([t("biases"), total(item.members, "bias")]);
-    if (total(item.members, "rest")) lines.push([t("edges that were not kept"), total(item.members, "rest")]);
-  } else lines.push([t("pruned away, biases included"), item.value - listed - (item.within ?? 0)]);
+  const n = total(item.members, "n");
+  if (n) lines.push([t("{count} smaller ones, not on this page", { count: whole(n) }), total(item.members, "unseen")]);
+  if (total(item.members, "bias")) lines.push([t("biases"), total(item.members, "bias")]);
+  if (total(item.members, "rest")) lines.push([t("edges that were not kept"), total(item.members, "rest")]);
   const sum = lines.reduce((all, [, value]) => all + value, 0);
   const fits = Math.abs(sum - item.value) <= 1e-3 * Math.max(1e-3, item.size);
-  lines.push([isWhole ? (fits ? t("sum: its value ✓") : t("sum; its value is {value}", { value: number(item.value) })) : t("its value"), sum]);
+  lines.push([fits ? t("sum: its value ✓") : t("sum; its value is {value}", { value: number(item.value) }), sum]);
   return make("table", { class: "sum", "data-fits": String(fits) }, make("tbody", {}, ...lines.map(([name, value]) => make("tr", {}, make("td", {}, name), make("td", {}, weight(value))))));
 }
 
@@ -86,7 +83,7 @@ function acts(item) {
   return make("div", { class: "do" }, ...made);
 }
 
-function about(item) {
+function nodePanel(item) {
   const parts = [make("h2", { id: "node-name" }, nameOf(item)), make("p", { class: "note" }, placeOf(item)), acts(item)];
   if (item.node) {
     parts.push(chips(item.kind === "signal" ? t("in tokens") : t("pushes up"), item.node.up), chips(item.kind === "signal" ? null : t("pushes down"), item.kind === "signal" ? [] : item.node.down), chips(t("active on"), item.node.words));
@@ -135,7 +132,7 @@ function paintPanel() {
   const panel = element("panel");
   const item = itemOf.get(state.selected);
   const to = document.activeElement?.closest?.("#panel") ? document.activeElement.id : null;
-  panel.replaceChildren(...(item ? about(item) : overview()));
+  panel.replaceChildren(...(item ? nodePanel(item) : overview()));
   panel.dataset.shown = state.selected ?? "";
   if (to) (element(to) ?? panel).focus({ preventScroll: true });
 }
@@ -390,22 +387,27 @@ function pressed(event) {
   event.preventDefault();
 }
 
+const toldOf = (link) => `${nameOf(link.source)} → ${nameOf(link.target)}\n${weight(link.weight)}, ${t("{share} of what goes into it", { share: percent(link.part) })}`;
+
+// What lies under the pointer: a node, or an edge that stands out.
 function tell(event) {
   const tip = element("tip");
-  const mark = event.target.closest?.(".node");
+  const mark = event.target.closest?.(".node, .lit path");
   tip.hidden = !mark;
   if (!mark) return;
-  const item = itemOf.get(mark.dataset.key);
-  const lines = [nameOf(item), `${kindOf(item)} · ${placeOf(item)}`, t("influence {share}", { share: percent(item.influence) })];
-  if (item.node && item.node.activation !== null && ["feature", "neuron", "signal", "readout"].includes(item.kind)) lines.push(`${t("activation")} ${number(item.node.activation)}`);
-  const chosen = itemOf.get(state.selected);
-  for (const link of chosen ? [...chosen.into.filter((each) => each.source === item), ...chosen.out.filter((each) => each.target === item)] : []) {
-    lines.push(`${nameOf(link.source)} → ${nameOf(link.target)}: ${weight(link.weight)}`);
-  }
-  tip.textContent = lines.join("\n");
   const box = mark.getBoundingClientRect();
-  tip.style.left = `${Math.max(6, Math.min(box.left, innerWidth - tip.offsetWidth - 6))}px`;
-  tip.style.top = `${box.bottom + 8 + tip.offsetHeight > innerHeight ? box.top - tip.offsetHeight - 8 : box.bottom + 8}px`;
+  const [left, top, bottom] = mark.dataset.key === undefined ? [event.clientX + 10, event.clientY, event.clientY] : [box.left, box.top, box.bottom];
+  tip.textContent = mark.dataset.key === undefined ? mark.dataset.told : about(itemOf.get(mark.dataset.key));
+  tip.style.left = `${Math.max(6, Math.min(left, innerWidth - tip.offsetWidth - 6))}px`;
+  tip.style.top = `${bottom + 8 + tip.offsetHeight > innerHeight ? top - tip.offsetHeight - 8 : bottom + 8}px`;
+}
+
+function about(item) {
+  const lines = [nameOf(item), `${kindOf(item)} · ${placeOf(item)}`, t("influence {share}", { share: percent(item.influence) })];
+  if (item.node && item.node.activation !== null && ["feature", "neuron", "signal", "readout", "head"].includes(item.kind)) lines.push(`${t("activation")} ${number(item.node.activation)}`);
+  const chosen = itemOf.get(state.selected);
+  const between = chosen ? [...chosen.into.filter((each) => each.source === item), ...chosen.out.filter((each) => each.target === item)] : [];
+  return [...lines, ...between.map(toldOf)].join("\n");
 }
 
 function listen() {
@@ -419,7 +421,7 @@ function listen() {
   });
   stage.addEventListener("dblclick", (event) => keyOf(event) && pin(keyOf(event)));
   stage.addEventListener("pointerover", (event) => {
-    light(keyOf(event));
+    if (!event.target.closest(".lit")) light(keyOf(event));
     tell(event);
   });
   stage.addEventListener("scroll", follow, { passive: true });

@@ -385,7 +385,7 @@ function light(key) {
   const most = { into: Math.max(...strongest.filter((link) => link.target === at).map((link) => link.part)), out: Math.max(...strongest.filter((link) => link.source === at).map((link) => link.part)) };
   const paths = strongest.reverse().map((link) => {
     const part = link.part / (link.target === at ? most.into : most.out);
-    return draw("path", { class: link.weight < 0 ? "cuts" : "adds", d: curve(link.source, link.target), "stroke-width": (0.7 + 4.8 * part).toFixed(2) });
+    return draw("path", { class: link.weight < 0 ? "cuts" : "adds", d: curve(link.source, link.target), "stroke-width": (0.7 + 4.8 * part).toFixed(2), "data-told": toldOf(link) });
   });
   svg.querySelector(".lit").replaceChildren(...paths);
   for (const [name, mark] of byKey) {

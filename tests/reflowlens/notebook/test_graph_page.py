@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import reflowlens as rl
@@ -38,16 +41,30 @@ def content(path: Path):
     return json.loads(found)
 
 
-def test_every_sum_on_the_page_is_of_all_edges(graph, page):
-    held = content(page)
+def edges_of(held) -> pd.DataFrame:
+    names = np.array([node["id"] for node in held["nodes"]])
+    columns = {"source": "<u2", "target": "<u2", "weight": "<f4"}
+    found = {name: np.frombuffer(base64.b64decode(held["edges"][name]), kind) for name, kind in columns.items()}
+    return pd.DataFrame(found | {end: names[found[end]] for end in ("source", "target")})
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_every_sum_on_the_page_is_of_all_edges(graph, page, tmp_path, pruned):
+    held = content(graph.prune(0.5).save(tmp_path / "pruned.html") if pruned else page)
     sums = dict(zip(graph.nodes["node"], graph.matrix.sum(1), strict=True))
     reached = [node for node in held["nodes"] if "left" in node]
     assert {node["kind"] for node in reached} == {"feature", "logit"}
+    into = edges_of(held).groupby("target")["weight"].sum()
     for node in reached:
-        assert node["left"]["sum"] == pytest.approx(sums[node["id"]], rel=1e-5, abs=1e-5)
-        assert node["left"]["sum"] == pytest.approx(node["value"], rel=1e-4, abs=1e-4)
+        left = node["left"]
+        assert left["sum"] == pytest.approx(sums[node["id"]], rel=1e-5, abs=1e-5)
+        assert left["sum"] == pytest.approx(node["value"], rel=1e-4, abs=1e-4)
+        parts = into.get(node["id"], 0.0) + left["unseen"] + left["bias"] + left["rest"]
+        assert parts == pytest.approx(node["value"], rel=1e-4, abs=1e-4)
+    if pruned:
+        return
     of = held["all"]
-    assert (of["nodes"], of["edges"], of["whole"]) == (1005, graph.matrix.nnz, True)
+    assert (of["nodes"], of["edges"]) == (1005, graph.matrix.nnz)
     kept = graph.influence[[node["id"] for node in held["nodes"]]].sum()
     assert of["kept"] == pytest.approx(kept / graph.influence.drop(["rest", *BIASES]).sum(), rel=1e-3)
 
@@ -99,6 +116,7 @@ def test_pages_are_bounded(graph, tmp_path):
     again = content(signals.prune(0.5).save(tmp_path / "pruned.html"))
     assert len(again["nodes"]) == len(signals.prune(0.5).nodes)
     assert again["all"]["kept"] == pytest.approx(0.5, abs=0.01)
+    assert max(node["left"]["n"] for node in again["nodes"] if "left" in node) > 1000, "of what was pruned"
 
 
 # -- in Chromium ------------------------------------------------------------------------------------------------------
