@@ -106,9 +106,17 @@ def _content(
             [name, digits(scores[name.replace(" ", "_") if name != "rest" else "rest_influence"]), meaning]
             for name, meaning in _SCORES.items()
         ],
-        "verdict": None,
+        "verdict": _verdict(graph),
         "messages": messages(lang),
     }
+
+
+def _verdict(graph: AttributionGraph) -> dict[str, Any] | None:
+    """What interventions say of the graph; None of one that cannot be performed."""
+    if graph.traced is None or not hasattr(graph, "faithfulness"):
+        return None
+    found = graph.faithfulness()
+    return {name: digits(value) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def _n_blocks(graph: AttributionGraph) -> int:

@@ -53,7 +53,7 @@ function sumOf(item) {
 }
 
 function chips(name, words) {
-  return words?.length ? make("p", { class: "words" }, make("b", {}, name), ...words.map((word) => make("span", {}, visible(word)))) : null;
+  return words?.length ? make("p", { class: "words" }, make("b", {}, name), ...words.map((word) => make("span", { title: JSON.stringify(word) }, bare(word)))) : null;
 }
 
 function factsOf(item) {
@@ -295,7 +295,25 @@ function paintHead() {
   element("of").append(`${data.of} · ${left}`);
   const facts = data.scores.map(([name, value, meaning]) => make("div", {}, make("dt", { title: t(meaning), tabindex: 0 }, t(name)), make("dd", {}, percent(value))));
   element("facts").append(make("dl", {}, ...facts));
-  if (data.verdict) element("facts").append(make("span", { class: `verdict ${data.verdict.trusted === null ? "" : data.verdict.trusted ? "yes" : "no"}`, id: "verdict" }, data.verdict.text));
+  element("facts").prepend(verdict());
+}
+
+// Whether the graph can be trusted, by what interventions in the model said.
+function verdict() {
+  const told = data.verdict;
+  if (!told) return make("span", { class: "verdict", id: "verdict" }, t("faithfulness not measured"));
+  const two = (value) => (value === null ? "–" : value.toFixed(2).replace("-", "−"));
+  const seen = { r: two(told.correlation), low: two(told.low), high: two(told.high), control: two(told.control), share: percent(told.error_influence) };
+  const why = {
+    "": t("removals as predicted, correlation {r} ({low} to {high}), random nodes {control}", seen),
+    errors: t("errors have {share} of the influence", seen),
+    "few nodes": t("too few nodes can be removed to test it"),
+    correlation: t("removals not as predicted, correlation {r} ({low} to {high})", seen),
+    control: t("random nodes do as well, correlation {r} ({low} to {high}) against {control}", seen),
+  };
+  const name = told.trustworthy ? t("trustworthy") : t("not trustworthy");
+  const kept = told.faithfulness === null ? "" : t("{share} of the prediction is left with the nodes of the pruned graph alone", { share: percent(told.faithfulness).replace("-", "−") });
+  return make("span", { class: `verdict ${told.trustworthy ? "yes" : "no"}`, id: "verdict", title: kept, tabindex: 0 }, `${name}: ${why[told.reason] ?? told.verdict}`);
 }
 
 function paintLegend() {

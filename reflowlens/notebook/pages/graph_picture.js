@@ -152,17 +152,23 @@ function placePins(shown, available) {
       item.below = shorter(placeOf(item), 34);
       item.width = Math.max(54, 22 + Math.max(widthOf(item.text, "12.5px"), widthOf(item.below, "10.5px")));
     }
-    const total = boxes.reduce((sum, box) => sum + box.width + BOX.gap, -BOX.gap);
-    const count = Math.ceil(total / inner);
-    const lines = Array.from({ length: count }, () => []);
+    row.boxes = [[]];
     let filledTo = 0;
     for (const box of boxes) {
-      lines[Math.min(count - 1, Math.floor((count * filledTo) / (total + 1)))].push(box);
+      if (filledTo + box.width > inner && filledTo) {
+        row.boxes.push([]);
+        filledTo = 0;
+      }
+      row.boxes.at(-1).push(box);
       filledTo += box.width + BOX.gap;
     }
+  }
+  const lines = rows.reduce((sum, row) => sum + row.boxes.length, 0);
+  const margin = Math.max(6, Math.min(17, (available.height - 20 - lines * (BOX.height + 14)) / (2 * rows.length)));
+  for (const row of rows) {
     row.top = y;
-    row.height = count * (BOX.height + 14) + 34;
-    lines.reverse().forEach((line, i) => spread(line, row.top + 17 + (i + 0.5) * (BOX.height + 14), inner, n));
+    row.height = row.boxes.length * (BOX.height + 14) + 2 * margin;
+    row.boxes.forEach((line, i) => spread(line, row.top + margin + (i + 0.5) * (BOX.height + 14), inner, n));
     y += row.height;
   }
   const stretch = Math.max(0, Math.min(70, (available.height - y - 10) / Math.max(1, rows.length)));
