@@ -120,6 +120,15 @@ class FrozenAttention:
         """What biases add on the way."""
         return torch.einsum("ptd,pd->t", gradient, self._biases[: len(gradient)])
 
+    def ahead(
+        self, vectors: Float[Tensor, "source d_model"], positions: Int[Tensor, " source"]
+    ) -> Float[Tensor, "query d_model source"]:
+        """From ``resid_pre`` to ``resid_mid``: what is written at one position a source, at every position."""
+        written = torch.einsum("sd,hed,hef->hsf", vectors, self._values_back, self.W_O)
+        middle = torch.einsum("hqs,hsd->qds", self._scaled_pattern[:, :, positions], written)
+        middle[positions, :, torch.arange(len(vectors), device=vectors.device)] += vectors
+        return middle
+
     def back_from_heads(
         self,
         gradient: Float[Tensor, "target d_model"],

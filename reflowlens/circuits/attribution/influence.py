@@ -48,14 +48,16 @@ class Shares:
             dropped: Σ|weight| of the edges of each target that were not kept.
         """
         size, sources, starts = np.abs(weights.data), weights.indices, weights.indptr
+        counted = (~left_out).astype(size.dtype)
         sums = np.zeros(len(targets)) if dropped is None else dropped.copy()
         for first in range(0, len(targets), _ROWS_AT_ONCE):  # copies of whole matrices would be most of the memory
             last = min(first + _ROWS_AT_ONCE, len(targets))
-            part = slice(starts[first], starts[last])
-            size[part][left_out[sources[part]]] = 0.0
-            rows = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1]))
-            sums[first:last] += np.bincount(rows, weights=size[part], minlength=last - first)
-            size[part] /= np.where(sums[first:last] > 0, sums[first:last], 1.0)[rows]
+            part, counts = size[starts[first] : starts[last]], np.diff(starts[first : last + 1])
+            part *= counted[sources[starts[first] : starts[last]]]
+            filled, here = counts > 0, sums[first:last]
+            if filled.any():
+                here[filled] += np.add.reduceat(part, starts[first:last][filled] - starts[first], dtype=np.float64)
+            part /= np.repeat(np.where(here > 0, here, 1.0).astype(size.dtype), counts)
         matrix = sparse.csr_array((size, sources, starts), shape=weights.shape)
         rest = np.zeros(len(targets)) if dropped is None else dropped / np.where(sums > 0, sums, 1.0)
         return cls(matrix, rest, targets / targets.sum())

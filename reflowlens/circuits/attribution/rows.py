@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
@@ -31,30 +30,36 @@ class SparseRows:
         self.counts = np.zeros(n_nodes, dtype=np.int64)
         self.dropped = np.zeros(n_nodes, dtype=np.float64)
         self.n_edges = 0
+        self._columns = np.arange(n_nodes, dtype=np.int32)
 
     def add(self, first: int, values: Float[Tensor, "row column"]) -> None:
         """Rows from node ``first`` on; columns that they lack are zero."""
-        if self.per_row is not None and values.shape[1] - self.n_kept > self.per_row:
-            values = self._largest(first, values)
-        rows, columns = values.nonzero().unbind(1)
-        end = self.n_edges + len(rows)
-        self.weights[self.n_edges : end] = values[rows, columns].float().cpu()
-        self.sources[self.n_edges : end] = columns.cpu()
-        self.counts[first : first + len(values)] = rows.bincount(minlength=len(values)).cpu()
+        rows = values.float().cpu().numpy()
+        if self.per_row is not None and rows.shape[1] - self.n_kept > self.per_row:
+            rows = self._largest(first, rows, self.per_row)
+        present = rows != 0
+        counts = np.count_nonzero(present, axis=1)
+        end = self.n_edges + int(counts.sum())
+        self.weights[self.n_edges : end] = rows[present]
+        self.sources[self.n_edges : end] = np.broadcast_to(self._columns[: rows.shape[1]], rows.shape)[present]
+        self.counts[first : first + len(rows)] = counts
         self.n_edges = end
 
-    def _largest(self, first: int, values: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    def _largest(self, first: int, values: Float[np.ndarray, "row column"], n: int) -> Float[np.ndarray, "row column"]:
         others = values[:, self.n_kept :]
-        places = others.abs().topk(self.per_row or 0, dim=1, sorted=False).indices
-        kept = torch.zeros_like(others).scatter(1, places, others.gather(1, places))
+        places = np.argpartition(np.abs(others), -n, axis=1)[:, -n:]
+        rows, kept = values.copy(), np.zeros_like(others)
+        np.put_along_axis(kept, places, np.take_along_axis(others, places, axis=1), axis=1)
         rest = others - kept
-        self.dropped[first : first + len(values)] = rest.abs().sum(1, dtype=torch.float64).cpu()
-        kept = torch.cat([values[:, : self.n_kept], kept], dim=1)
-        kept[:, REST] = rest.sum(1)
-        return kept
+        self.dropped[first : first + len(values)] = np.abs(rest).sum(axis=1, dtype=np.float64)
+        rows[:, self.n_kept :] = kept
+        rows[:, REST] = rest.sum(axis=1)
+        return rows
 
     def matrix(self) -> Any:
         """The rows as a matrix [target, source]."""
         starts = np.concatenate([[0], self.counts.cumsum()])
+        if self.n_edges < 2**31:  # scipy has one type for both, and would copy all sources
+            starts = starts.astype(np.int32)
         parts = self.weights[: self.n_edges], self.sources[: self.n_edges], starts
         return sparse.csr_array(parts, shape=(self.n_nodes, self.n_nodes))
