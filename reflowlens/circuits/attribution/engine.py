@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -174,22 +175,47 @@ class Engine:
         layout = self.layout
         values = constant.new_zeros(len(constant), layout.first_unit[stage])
         values[:, layout.bias(constant_of)] = constant
-        for number in reversed(range(stage)):
-            block, here = self.stages[number].block, self.stages[number].written
+        for number in reversed(range(bool(self._ahead), stage)):
             carried, written, constant = self.frozen.descend(number, carried)
-            if here.bias is not None:
-                constant = constant + written.sum(0) @ here.bias
-            for source, vectors in here.by_units.items():
-                _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, written)
-            if here.error is not None:
-                n = len(written)
-                errors = values[:, layout.first_error[block] :][:, :n]
-                errors += torch.einsum("ptd,pd->tp", written, here.error[:n])
-            values[:, layout.bias(block)] += constant
+            self._add_written(values, number, written, constant)
         stream = dense(carried)
+        if stage and self._ahead:
+            middle, constant = self.frozen.descend_to_middle(stream)
+            self._add_written(values, 0, stream, constant)
+            middle = middle.transpose(0, 1).flatten(1)
+            for first, ahead, starts in zip(layout.first_input[:-1], self._ahead, self.input_starts, strict=True):
+                n = starts[len(stream)]
+                torch.mm(middle, ahead[: middle.shape[1], :n], out=values[:, first : first + n])
+            return values
         for first, each, starts in zip(layout.first_input[:-1], self.inputs, self.input_starts, strict=True):
             _add_products(values, first, starts, each.vectors, stream)
         return values
+
+    def _add_written(
+        self,
+        values: Float[Tensor, "target node"],
+        number: int,
+        written: Float[Tensor, "pos target d_model"],
+        constant: Float[Tensor, " target"],
+    ) -> None:
+        """Add the edges from what is written in a stage."""
+        layout, block, here = self.layout, self.stages[number].block, self.stages[number].written
+        if here.bias is not None:
+            constant = constant + written.sum(0) @ here.bias
+        for source, vectors in here.by_units.items():
+            _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, written)
+        if here.error is not None:
+            n = len(written)
+            errors = values[:, layout.first_error[block] :][:, :n]
+            errors += torch.einsum("ptd,pd->tp", written, here.error[:n])
+        values[:, layout.bias(block)] += constant
+
+    @cached_property
+    def _ahead(self) -> list[Float[Tensor, "pos_and_d_model input"]]:
+        """What the inputs of each kind are behind the first attention, where it is cheaper to carry them there than all
+        targets to them; otherwise empty."""
+        found = [self.frozen.ahead(each.vectors, each.position) for each in self.inputs]
+        return [each.flatten(0, 1) for each in found if each is not None] if None not in found else []
 
     def _parts(self, n_columns: int, positions: Int[Tensor, " target"]) -> Iterator[slice]:
         """Targets of a stage that are carried together: neighbours, so that few are carried over positions behind their

@@ -26,6 +26,8 @@ from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
 
+_MOST_AHEAD = 2**25  # numbers
+
 Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways"
 Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"
 
@@ -57,6 +59,16 @@ class FrozenModel(Protocol):
 
     def descend(self, stage: int, carried: Carried) -> PulledBack:
         """From a stage's output to its input, what its sources write left out."""
+        ...
+
+    def ahead(
+        self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]
+    ) -> Float[Tensor, "pos d_model input"] | None:
+        """What inputs have become where :meth:`descend_to_middle` ends; None where it is no shorter way."""
+        ...
+
+    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+        """From the first stage's output to where attention has written, and what biases add before."""
         ...
 
 
@@ -228,6 +240,18 @@ class FrozenDecoder:
             return PulledBack(attention.back_by_ways(carried), stream, attention.of_biases(stream))
         below, constant = attention.back(self.middle(layer, stream))
         return PulledBack(below, stream, constant)
+
+    def ahead(
+        self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]
+    ) -> Float[Tensor, "pos d_model input"] | None:
+        n = len(self.final.scale)
+        if self.heads or len(vectors) > vectors.shape[1] or n * vectors.numel() > _MOST_AHEAD:
+            return None
+        return self.attention[0].ahead(vectors, positions)
+
+    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+        middle = self.middle(0, stream)
+        return middle, self.attention[0].of_biases(middle)
 
     def middle(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
         """From a block's output to ``resid_mid``, by the way around the MLP and the skip of its replacement."""

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.frozen import Entered, FrozenNorm, PulledBack, at_positions
@@ -63,6 +63,12 @@ class FrozenLevels:
     def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
         below = self.post[stage].back(stream)
         return PulledBack(below, self.out[stage].back(below), stream.new_zeros(stream.shape[1]))
+
+    def ahead(self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]) -> None:
+        """There is no way between positions but the neurons."""
+
+    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+        raise NotImplementedError
 
 
 def _frozen_norm(x: Float[Tensor, "row d_model"], eps: float) -> FrozenNorm:
