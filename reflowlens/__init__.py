@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reflowlens.checkpoints import load_model as load_model
     from reflowlens.checkpoints import save_model as save_model
     from reflowlens.circuits.attribution.attribute import attribute as attribute
+    from reflowlens.circuits.attribution.directions import DirectionAt as DirectionAt
     from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
     from reflowlens.circuits.attribution.many import AttributionGraphs as AttributionGraphs
     from reflowlens.circuits.attribution.many import attribute_each as attribute_each
@@ -76,6 +77,7 @@ _HOMES = {
     "AttributionGraph": "circuits.attribution.graph",
     "AttributionGraphs": "circuits.attribution.many",
     "Dictionary": "dictionaries.dictionary",
+    "DirectionAt": "circuits.attribution.directions",
     "FeatureAt": "circuits.attribution.replacement",
     "Graph": "circuits.graph",
     "Collected": "activations.collect",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reflowlens.dictionaries.dictionary import Dictionary
 
+HELD = (".hook_scale", "hook_pattern", "hook_z", "ln2.hook_normalized", "hook_mlp_out", "mlp.hook_pre", "mlp.hook_post")
 POINTS_OF_LEVELS = ("resid_pre", "attn_scores", "attn_out", "x_sparse", "xy_sparse", "mlp_out")
 Leaves = dict[tuple[Any, ...], Tensor]
 
@@ -23,7 +24,8 @@ class Frozen:
 
     ``leaves``: ("embedding",), ("position",), ("signal",), ("error", block), ("unit", block) [pos, unit], ("readout",),
     ("head", block) [pos, head, d_model], and the parameters of biases ("bias", block, name). ``units`` [pos, unit] of
-    each block, ``chosen`` which are nodes, ``heads`` [pos, head] the norms of what heads write.
+    each block, ``chosen`` which are nodes, ``heads`` [pos, head] the norms of what heads write, ``streams``
+    [pos, d_model] by their points.
     """
 
     def __init__(
@@ -42,13 +44,13 @@ class Frozen:
         self.parameters = {name: p for name, p in model.named_parameters() if ".b" in name and not name.endswith("w")}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        _, self.cache = model.run_with_cache(tokens[None], names_filter=lambda name: "basis" not in name)
+        _, self.cache = model.run_with_cache(tokens[None], names_filter=lambda name: name.endswith(HELD))
         hooks: list[tuple[str, Any]] = [("hook_recipe" if signals else "hook_embed", self._leaf)]
         if "hook_pos_embed" in model.hook_dict:
             hooks.append(("hook_pos_embed", self._leaf))
         if signals:
             hooks.append(("unembed.hook_signal", self._read_out))
-        hooks += [(name, self._detach) for name in model.hook_dict if name.endswith(("hook_scale", "hook_pattern"))]
+        hooks += [(name, self._hold) for name in model.hook_dict if name.endswith(("hook_scale", "hook_pattern"))]
         for block in range(model.cfg.n_layers):
             hooks.append((f"blocks.{block}.ln2.hook_normalized", self._read))
             hooks.append((f"blocks.{block}.hook_mlp_out", self._write))
@@ -57,7 +59,9 @@ class Frozen:
                 hooks.append((f"blocks.{block}.mlp.{inner}", self._read_neurons))
             if heads:
                 hooks.append((f"blocks.{block}.attn.hook_result", self._write_heads))
+            hooks += [(name, self._record) for name in streams_of(block)]
         self.heads: dict[int, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
         self.reads: dict[int, Tensor] = {}
         with torch.enable_grad():
             self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
@@ -74,13 +78,18 @@ class Frozen:
         return leaf
 
     def _write_heads(self, x: Tensor, hook: Any) -> Tensor:
-        leaf = x[0].detach().requires_grad_()
-        self.heads[hook.layer()] = (x[0] * leaf.detach() / leaf.detach().norm(dim=-1, keepdim=True)).sum(-1)
+        z, W_O = self.cache[f"blocks.{hook.layer()}.attn.hook_z"][0], self.model.blocks[hook.layer()].attn.W_O
+        written = torch.einsum("phe,hed->phd", z, W_O).detach()
+        leaf = written.clone().requires_grad_()
+        self.heads[hook.layer()] = (x[0] * written / written.norm(dim=-1, keepdim=True)).sum(-1)
         self.leaves["head", hook.layer()] = leaf
         return leaf[None]
 
-    def _detach(self, x: Tensor, hook: Any) -> Tensor:
-        return x.detach()
+    def _record(self, x: Tensor, hook: Any) -> None:
+        self.streams[hook.name] = x[0]
+
+    def _hold(self, x: Tensor, hook: Any) -> Tensor:
+        return self.cache[hook.name].detach()
 
     def _read(self, x: Tensor, hook: Any) -> None:
         self.reads[hook.layer()] = x[0]
@@ -88,7 +97,7 @@ class Frozen:
             layer = self.dictionary.each_layer()[hook.layer()]
             layer.b_enc.requires_grad_(True)
             self.parameters[f"blocks.{hook.layer()}.dictionary.b_enc"] = layer.b_enc
-            before, after = layer.preactivations(x[0]), layer.encode(x[0]).detach()
+            before, after = layer.preactivations(x[0]), layer.encode(self.cache[hook.name][0]).detach()
             self._units(hook.layer(), before, after, after > 0)
 
     def _read_neurons(self, x: Tensor, hook: Any) -> None:
@@ -143,12 +152,17 @@ class Frozen:
         return found | {("bias",): biases}
 
 
+def streams_of(block: int) -> list[str]:
+    parts = ("hook_resid_pre", "ln1.hook_normalized", "hook_resid_mid", "ln2.hook_normalized", "hook_resid_post")
+    return [f"blocks.{block}.{part}" for part in parts]
+
+
 class FrozenBDH(Frozen):
     """The same of a BDH: first readings, attention scores and the divisors of all norms are constants."""
 
     def __init__(self, model: Any, tokens: Tensor, neurons: int = 8) -> None:
         self.model, self.neurons = model, neurons
-        self.leaves, self.units, self.chosen, self.parameters = {}, {}, {}, {}
+        self.leaves, self.units, self.chosen, self.parameters, self.streams = {}, {}, {}, {}, {}
         _, self.cache = model.run_with_cache(tokens[None], names_filter=lambda name: True)
         embedding = self.leaves["embedding",] = self.cache["hook_embed"][0].detach().requires_grad_()
         shared = model.neurons
@@ -164,7 +178,9 @@ class FrozenBDH(Frozen):
             out = self.leaves["unit", level] @ writes
             error = self.leaves["error", level] = (known["mlp_out"] - out).detach().requires_grad_()
             written = self._norm(out + error, known["mlp_out"])
+            self.streams[f"blocks.{level}.hook_resid_pre"] = x
             x = self._norm(x + written, known["resid_pre"] + written)
+            self.streams[f"blocks.{level}.hook_resid_post"] = x
         self.logits = x[-1] @ model.W_U.detach()
 
     def _norm(self, x: Tensor, at: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
+from reflowlens.circuits.attribution.directions import PLACES
 from reflowlens.circuits.attribution.frozen import FrozenDecoder, FrozenModel
 from reflowlens.circuits.attribution.levels import FrozenLevels, gated_points, of_gated_neurons
 from reflowlens.circuits.attribution.replacement import (
@@ -29,7 +30,13 @@ from reflowlens.models.residual import ResidualModel
 
 
 class Parts(Protocol):
-    """A model with what of it are nodes."""
+    """A model with what of it are nodes.
+
+    Attributes:
+        places: where directions can be read.
+    """
+
+    places: ClassVar[tuple[str, ...]]
 
     def points(self) -> list[str]:
         """The hook points whose activations are needed."""
@@ -52,6 +59,7 @@ class Parts(Protocol):
 class DecoderParts:
     """Features of a dictionary, or of each block and position the ``neurons`` that write the most; ``heads`` too."""
 
+    places = tuple(PLACES)
     model: Decoder
     dictionary: Dictionary | None
     neurons: int
@@ -78,6 +86,7 @@ class DecoderParts:
 class LevelParts:
     """Of each level and position the gated ``neurons`` that write the most. The embedding is taken behind its norm."""
 
+    places = ("resid_pre", "resid_post")
     model: BDH
     neurons: int
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from reflowlens.arguments import whole_number
 from reflowlens.circuits.attribution.architectures import parts_of
+from reflowlens.circuits.attribution.directions import DirectionAt, checked, directions_of
 from reflowlens.circuits.attribution.ends import end_of, inputs_of, no_end
 from reflowlens.circuits.attribution.engine import Engine, layout_of, possible_edges
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
 from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
-from reflowlens.circuits.attribution.targets import Targets, split_targets
+from reflowlens.circuits.attribution.targets import Asked, Targets, split_targets
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -65,7 +66,8 @@ def attribute(
         dictionary: transcoders of the model's MLPs: a layer each or cross-layer, with a skip or without. Its active
             features are nodes. None: the model's own neurons are, of BDH the gated ones.
         targets: what is explained, at the last position: one token or several, as texts or ids; or features anywhere,
-            as ``rl.FeatureAt(layer, index, position)``. None: the likeliest tokens, as many as reach 95% of the
+            as ``rl.FeatureAt(layer, index, position)``; or directions of the stream, as
+            ``rl.DirectionAt(vector, layer, position)``. None: the likeliest tokens, as many as reach 95% of the
             probability, at most 10.
         against: a token; what is explained is by how much the target's logit is above its.
         neurons: without a dictionary: how many of each block and position are nodes, those that write the most; what
@@ -98,10 +100,12 @@ def attribute(
     check_budget(memory)
     tokens = one_prompt(model, prompt)
     asked_tokens, asked = split_targets(targets, model.cfg.n_layers, tokens.shape[1])
+    features = [target for target in asked if isinstance(target, FeatureAt)]
+    _check_features(features, model.cfg.d_mlp if dictionary is None else dictionary.cfg.n_features)
+    directions = [checked(each, parts.places, model.ln_final.w) for each in asked if isinstance(each, DirectionAt)]
     if asked:
         if against is not None:
-            raise ReflowlensError("against= compares tokens, and the targets are features")
-        _check_features(asked, model.cfg.d_mlp if dictionary is None else dictionary.cfg.n_features)
+            raise ReflowlensError("against= compares tokens, and the targets are features or directions")
         tokens = tokens[:, : 1 + max(each.position for each in asked)]  # what comes behind does not matter
     factored = "hook_recipe" in model.hook_dict
     if signals and not factored:
@@ -110,14 +114,15 @@ def attribute(
 
     ends = ("hook_embed", "hook_pos_embed", "hook_recipe", "ln_final.hook_normalized")
     points = parts.points() + [name for name in ends if name in model.hook_dict]
+    points += [direction.point for direction in directions]
     logits, cache = model.run_with_cache(tokens, names_filter=points)
     _check_finite(logits, cache)
-    replacement = parts.replacement(cache, asked)
+    replacement = parts.replacement(cache, features)
     if asked:
         replacement = _upstream(replacement, asked)
     inputs = inputs_of(model, tokens[0], cache, parts.embedded(cache), by_signals)
     if asked:
-        end = no_end(cache["hook_embed"])
+        end = no_end(cache["hook_embed"], directions_of(directions, cache))
     else:
         normalized = cache["ln_final.hook_normalized"][0, -1] if by_signals else None
         end = end_of(model, logits[0, -1], asked_tokens, against, normalized)
@@ -178,17 +183,21 @@ def _check_finite(logits: Tensor, cache: Any) -> None:
             raise ReflowlensError(f"{name} of this prompt are not all finite: what is NaN or infinite has no parts")
 
 
-def _upstream(replacement: Replacement, asked: list[FeatureAt]) -> Replacement:
-    """Without the units of the targets' last block that are no targets, and of all blocks behind."""
-    last = max(target.layer for target in asked)
-    chosen = {(target.index, target.position) for target in asked if target.layer == last}
-    here, written = replacement.units[last], replacement.written[last]
-    places = zip(here.index.tolist(), here.position.tolist(), strict=True)
-    kept = torch.tensor([i for i, place in enumerate(places) if place in chosen], dtype=torch.long)
-    units = [*replacement.units[:last], here[kept]]
-    own = {source: vectors[kept] if source == last else vectors for source, vectors in written.by_units.items()}
-    blocks = [*replacement.written[:last], replace(written, by_units=own)]
-    return Replacement(replacement.kind, units, blocks, replacement.heads[: last + 1])
+def _upstream(replacement: Replacement, asked: list[Asked]) -> Replacement:
+    """Without what none of the targets reads: all behind the last of them, and of the block that this one reads in the
+    middle of the units that are no targets."""
+    passed, is_middle = max(target.passed for target in asked)
+    here = slice(passed + is_middle)
+    units, written = list(replacement.units[here]), list(replacement.written[here])
+    if is_middle:
+        features = [target for target in asked if isinstance(target, FeatureAt) and target.layer == passed]
+        chosen = {(target.index, target.position) for target in features}
+        places = zip(units[passed].index.tolist(), units[passed].position.tolist(), strict=True)
+        kept = torch.tensor([i for i, place in enumerate(places) if place in chosen], dtype=torch.long)
+        units[passed], last = units[passed][kept], written[passed]
+        own = {source: vectors[kept] if source == passed else vectors for source, vectors in last.by_units.items()}
+        written[passed] = replace(last, by_units=own)
+    return Replacement(replacement.kind, units, written, replacement.heads[here])
 
 
 def _edges_per_node(n_edges: int, n_targets: int, asked: int | None, memory: float) -> int | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.engine import End, Inputs
 from reflowlens.circuits.attribution.targets import LogitTargets, logit_targets
 from reflowlens.models.residual import ResidualModel
@@ -64,8 +65,8 @@ def end_of(
     return End(targets, rows, constant, None if normalized is None else rows @ normalized + constant)
 
 
-def no_end(like: Float[Tensor, "*batch d_model"]) -> End:
-    """Of a graph whose targets are no tokens."""
+def no_end(like: Float[Tensor, "*batch d_model"], directions: Sequence[Directions]) -> End:
+    """Of a graph whose targets are no tokens, but features or directions."""
     nothing = like.new_zeros(0)
     targets = LogitTargets([], [], [], nothing, like.new_zeros(0, 0), nothing, nothing)
-    return End(targets, like.new_zeros(0, like.shape[-1]), nothing, None)
+    return End(targets, like.new_zeros(0, like.shape[-1]), nothing, None, directions)

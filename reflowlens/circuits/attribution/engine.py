@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.frozen import Carried, FrozenModel
 from reflowlens.circuits.attribution.replacement import Replacement
 from reflowlens.circuits.attribution.rows import REST, SparseRows
@@ -52,12 +53,18 @@ class End:
         rows: by which each target, or each signal of the readout, reads ``ln_final.hook_normalized``.
         constant: what the biases add to it.
         signals: of a readout by way of signals, their values; the targets are sums over these.
+        directions: targets that are read off the stream elsewhere, where there are no logits.
     """
 
     targets: LogitTargets
     rows: Float[Tensor, "row d_model"]
     constant: Float[Tensor, " row"]
     signals: Float[Tensor, " row"] | None
+    directions: Sequence[Directions] = ()
+
+    @property
+    def n_targets(self) -> int:
+        return len(self.targets.name) + sum(len(each.asked) for each in self.directions)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def _running(start: int, counts: Sequence[int]) -> list[int]:
 def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End, n_positions: int) -> Layout:
     n_signals = 0 if end.signals is None else len(end.signals)
     sizes = [len(each.index) for each in inputs], [len(stage.units) for stage in replacement.stages]
-    return Layout(len(replacement.units), n_positions, *sizes, n_signals, len(end.targets.name))
+    return Layout(len(replacement.units), n_positions, *sizes, n_signals, end.n_targets)
 
 
 class Engine:
@@ -157,6 +164,14 @@ class Engine:
             values[:, layout.first_signal :] = end.targets.vectors * end.signals
             rows.add(layout.first_target, values)
             done(layout.n_targets)
+        first = layout.first_target
+        for directions in end.directions:
+            positions = directions.positions
+            for part in self._parts(layout.first_signal, positions):
+                entered = frozen.enter_at(directions.at, directions.layer, directions.rows[part], positions[part])
+                rows.add(first + part.start, self._row_values(*entered, directions.layer))
+                done(part.stop - part.start)
+            first += len(positions)
 
     def edges_into(
         self,

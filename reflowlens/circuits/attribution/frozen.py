@@ -20,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.circuits.attribution.directions import MIDDLE
 from reflowlens.circuits.attribution.replacement import Units, detached
 from reflowlens.circuits.attribution.ways import Ways, dense
 from reflowlens.models.components import Block
@@ -30,6 +31,14 @@ _MOST_AHEAD = 2**25  # numbers
 
 Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways"
 Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"
+
+
+class EnteredAt(NamedTuple):
+    """The number of a stage, gradients at its input, and what biases add behind that."""
+
+    stage: int
+    stream: Carried
+    constant: Float[Tensor, " target"]
 
 
 class PulledBack(NamedTuple):
@@ -51,6 +60,12 @@ class FrozenModel(Protocol):
 
     def enter(self, stage: int, units: Units) -> Entered:
         """From where units of a stage read to the stage's input: gradients, and what biases add on the way."""
+        ...
+
+    def enter_at(
+        self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> EnteredAt:
+        """From the stream, or what a norm made of it, at one position a target, to the input of the stage behind."""
         ...
 
     def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
@@ -223,6 +238,18 @@ class FrozenDecoder:
         if self.heads:
             return at_positions(gradient, units.position), gradient.new_zeros(len(gradient))
         return self.attention[layer].back_from(gradient, units.position)
+
+    def enter_at(
+        self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> EnteredAt:
+        if at == "ln1.hook_normalized":
+            rows = self.attention[layer].norm.back(rows, positions)
+        if at == "ln2.hook_normalized":
+            rows = self.norms[layer].back(rows, positions)
+        if at in MIDDLE and not self.heads:
+            return EnteredAt(layer, *self.attention[layer].back_from(rows, positions))
+        stage = (1 + self.heads) * (layer + (at == "resid_post")) + (at in MIDDLE)
+        return EnteredAt(stage, at_positions(rows, positions), rows.new_zeros(len(rows)))
 
     def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
         """From ``ln_final.hook_normalized`` of the last position to the output of the last block."""

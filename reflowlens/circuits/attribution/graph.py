@@ -40,17 +40,17 @@ class AttributionGraph:
             ``node``         its name, such as ``feature:2.17@5`` (block, number, position)
             ``kind``         ``feature``, ``neuron``, ``head``, ``error``, ``embedding``, ``position``, ``signal`` (of a
                              recipe), ``readout`` (a signal read off the end), ``bias``, ``rest`` (edges that were not
-                             kept), ``logit``
+                             kept), ``logit``, ``direction`` (of the stream, as a target)
             ``layer``        its block; -1 of inputs, the number of blocks behind the last
             ``pos``          its position; missing of ``bias`` and ``rest``
             ``feature``      number of the feature, neuron, head or signal; of ``embedding`` and ``logit`` the token's
                              id
-            ``label``        text of the token
+            ``label``        text of the token, name of the direction
             ``activation``   what it writes with
             ``value``        what its incoming edges add up to, by the forward pass: of a feature or neuron the
                              pre-activation (of a gated neuron, whose gate is held, the activation), of a head the norm
                              of what it writes, of a ``logit`` the logit less the vocabulary's mean, or the difference
-                             of two; missing where nothing goes in
+                             of two, of a ``direction`` vector · stream; missing where nothing goes in
             ``target``       the share of a target in what is explained: probabilities, normalised to 1
             ``probability``  of a ``logit`` of a token; otherwise missing
             ``influence``    how much of the targets goes through it

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import Entered, FrozenNorm, PulledBack, at_positions
+from reflowlens.circuits.attribution.frozen import Entered, EnteredAt, FrozenNorm, PulledBack, at_positions
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
@@ -55,6 +55,11 @@ class FrozenLevels:
         gradient = self.found[stage].back(units.rows, positions * self.cfg.n_heads + head)
         weights = self.scores[stage][head, positions, : int(positions.max()) + 1]
         return rearrange(weights, "target key -> key target 1") * gradient, gradient.new_zeros(len(gradient))
+
+    def enter_at(
+        self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> EnteredAt:
+        return EnteredAt(layer + (at == "resid_post"), at_positions(rows, positions), rows.new_zeros(len(rows)))
 
     def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
         """The last level's output is read as it is."""

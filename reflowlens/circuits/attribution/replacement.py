@@ -35,6 +35,11 @@ class FeatureAt:
     index: int
     position: int = -1
 
+    @property
+    def passed(self) -> tuple[int, bool]:
+        """How many blocks lie before it, and whether it reads the next one in its middle, behind attention."""
+        return self.layer, True
+
 
 @dataclass(frozen=True)
 class Units:

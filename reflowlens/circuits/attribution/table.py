@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from reflowlens.circuits.attribution.directions import DirectionAt
 from reflowlens.circuits.attribution.graph import LEFT_OUT, AttributionGraph, shares_of
-from reflowlens.circuits.attribution.replacement import FeatureAt
 from reflowlens.circuits.attribution.rows import SparseRows
+from reflowlens.circuits.attribution.targets import Asked
 from reflowlens.circuits.attribution.traced import Traced
 
 _INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
@@ -52,16 +53,25 @@ def nodes_of(traced: Traced) -> pd.DataFrame:
     parts.append(
         _nodes("logit", targets.name, n_blocks + (end.signals is not None), last, token, targets.label, value, value)
     )
+    for each in end.directions:
+        names, numbers = [direction.node for direction in each.asked], _numbers(each.value)
+        positions, labels = [one.position for one in each.asked], [one.name for one in each.asked]
+        parts.append(_nodes("direction", names, each.layer, positions, None, labels, numbers, numbers))
     return pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
 
 
-def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[FeatureAt]) -> AttributionGraph:
+def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> AttributionGraph:
     """The graph of finished rows."""
     engine, nodes = traced.engine, nodes_of(traced)
     layout, targets, kind = engine.layout, engine.end.targets, engine.replacement.kind
     nodes["target"], nodes["probability"] = 0.0, np.nan
     if asked:
-        wanted = {f"{kind}:{target.layer}.{target.index}@{target.position}" for target in asked}
+        wanted = {
+            target.node
+            if isinstance(target, DirectionAt)
+            else f"{kind}:{target.layer}.{target.index}@{target.position}"
+            for target in asked
+        }
         nodes.loc[nodes["node"].isin(wanted), "target"] = 1.0 / len(wanted)
     else:
         probability = _numbers(targets.probability).astype(np.float64)

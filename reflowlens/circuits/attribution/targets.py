@@ -1,9 +1,9 @@
-"""What a graph explains: logits of tokens, the difference between two, or features."""
+"""What a graph explains: logits of tokens, the difference between two, features, or directions of the stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -11,12 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import integer
+from reflowlens.circuits.attribution.directions import DirectionAt
 from reflowlens.circuits.attribution.replacement import FeatureAt
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.residual import ResidualModel
 from reflowlens.tokenizers.targets import target_ids
 
-Targets: TypeAlias = "str | int | FeatureAt | Sequence[str | int | FeatureAt] | None"
+Asked: TypeAlias = "FeatureAt | DirectionAt"
+Targets: TypeAlias = "str | int | Asked | Sequence[str | int | Asked] | None"
 MASS, MOST = 0.95, 10
 
 
@@ -43,30 +45,39 @@ class LogitTargets:
     value: Float[Tensor, " target"]
 
 
-def split_targets(targets: Targets, n_layers: int, n_positions: int) -> tuple[Any, list[FeatureAt]]:
-    """Tokens and features apart; positions counted from the beginning.
+def split_targets(targets: Targets, n_layers: int, n_positions: int) -> tuple[Any, list[Asked]]:
+    """Tokens, and what else is asked for; positions counted from the beginning, directions named.
 
     Raises:
-        ReflowlensError: a feature's layer or position does not exist, or tokens stand beside features.
+        ReflowlensError: a layer or position does not exist, a direction is named twice, or tokens stand beside others.
     """
     asked: list[Any] = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
     if not asked:
         raise ReflowlensError("targets is empty: name tokens or features, or leave it out for the likeliest tokens")
-    features = [target for target in asked if isinstance(target, FeatureAt)]
-    if not features:
+    others = [target for target in asked if isinstance(target, FeatureAt | DirectionAt)]
+    if not others:
         return (None if targets is None else asked), []
-    if len(features) < len(asked):
-        raise ReflowlensError("targets are tokens or features, not both: make a graph of each")
-    found = []
-    for target in features:
-        layer, index, position = map(integer, (target.layer, target.index, target.position))
+    if len(others) < len(asked):
+        raise ReflowlensError("targets are tokens, or features and directions, not both: make a graph of each")
+    found: list[Asked] = []
+    for number, target in enumerate(others):
+        layer, position = integer(target.layer), integer(target.position)
+        what = "feature" if isinstance(target, FeatureAt) else "direction"
         if layer is None or not 0 <= layer < n_layers:
-            raise ReflowlensError(f"no layer {target.layer!r} for a feature: this model has blocks 0 to {n_layers - 1}")
+            raise ReflowlensError(f"no layer {target.layer!r} for a {what}: this model has blocks 0 to {n_layers - 1}")
         if position is None or not -n_positions <= position < n_positions:
             raise ReflowlensError(f"no position {target.position!r}: the prompt has {n_positions} tokens")
+        where: dict[str, Any] = {"layer": layer, "position": position % n_positions}
+        if isinstance(target, DirectionAt):
+            found.append(replace(target, name=str(target.name) or str(number), **where))
+            continue
+        index = integer(target.index)
         if index is None or index < 0:
             raise ReflowlensError(f"a feature's index is its number, got {target.index!r}")
-        found.append(FeatureAt(layer, index, position % n_positions))
+        found.append(replace(target, index=index, **where))
+    names = [target.node for target in found if isinstance(target, DirectionAt)]
+    if len(set(names)) < len(names):
+        raise ReflowlensError("targets names a direction twice: give each a name of its own")
     return None, found
 
 

@@ -11,24 +11,16 @@ import torch
 from torch import Tensor
 
 import reflowlens as rl
-from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from tests.reference.attribution import Frozen, FrozenBDH
+from tests.reference.attribution import Frozen
 from tests.support.dictionaries import KINDS, dictionary_of
-from tests.support.tiny import FACTORED, NAMES, random_model, random_tokens
+from tests.support.exactness import BDH
+from tests.support.tiny import random_tokens
 
 TOKENS = random_tokens(None, 1, 5)[0]  # type: ignore[arg-type] # of the models' bytes
 NODES = [*(kind for kind in KINDS if kind != "sae"), "neurons"]
-CASES = [(name, kind, {"heads": heads}) for name in NAMES for kind in NODES for heads in (False, True)]
-CASES += [(name, "plt", {"signals": True}) for name in FACTORED] + [("reflow", "neurons", {"signals": False})]
-CASES += [("reflow", "plt", {"signals": True, "heads": True})]
-
-BDH = ModelConfig(
-    architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256, n_ctx=64,
-    tie_word_embeddings=False, tokenizer_name="bytes",
-)  # fmt: skip
 
 
 def graph_of(model: HookedModel, kind: str = "plt", *args: Any, tokens: Tensor = TOKENS, **options: Any) -> Any:
@@ -36,76 +28,9 @@ def graph_of(model: HookedModel, kind: str = "plt", *args: Any, tokens: Tensor =
     return rl.attribute(model, tokens, dictionary, *args, neurons=8, progress=False, **options)
 
 
-def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> list[float]:
-    """The edges of one target by autograd, in the order of a graph's nodes."""
-    leaf = {kind: edges[kind,] for kind in ("bias", "embedding", "position", "signal", "readout") if (kind,) in edges}
-    where = {
-        "rest": lambda node: torch.tensor(0.0),
-        "logit": lambda node: torch.tensor(0.0),
-        "bias": lambda node: leaf["bias"][node.layer],
-        "embedding": lambda node: leaf["embedding"][node.pos],
-        "position": lambda node: leaf["position"][node.pos],
-        "signal": lambda node: leaf["signal"][node.pos, node.feature],
-        "readout": lambda node: leaf["readout"][0, -1, node.feature],
-        "error": lambda node: edges["error", node.layer][node.pos],
-        "feature": lambda node: edges["unit", node.layer][node.pos, node.feature],
-        "neuron": lambda node: edges["unit", node.layer][node.pos, node.feature],
-        "head": lambda node: edges["head", node.layer][node.pos, node.feature],
-    }
-    return torch.stack([where[node.kind](node) for node in nodes]).tolist()
-
-
-def targets_of(nodes: list[Any], frozen: Frozen) -> dict[int, Tensor]:
-    """What is attributed, by autograd's run of the frozen model."""
-    found = {
-        "feature": lambda node: frozen.units[node.layer][node.pos, node.feature],
-        "neuron": lambda node: frozen.units[node.layer][node.pos, node.feature],
-        "head": lambda node: frozen.heads[node.layer][node.pos, node.feature],
-        "readout": lambda node: frozen.readout[node.feature],
-        "logit": lambda node: frozen.logits[node.feature] - frozen.logits.mean(),
-    }
-    return {i: found[node.kind](node) for i, node in enumerate(nodes) if node.kind in found}
-
-
-@pytest.mark.parametrize(("name", "kind", "options"), CASES)
-def test_every_edge_is_that_of_autograd_and_they_add_up(name, kind, options, tiny_models):
-    model = tiny_models[name]
-    graph = graph_of(model, kind, **options)
-    dictionary = None if kind == "neurons" else dictionary_of(model, kind)
-    kinds = set(graph.nodes["kind"])
-    frozen = Frozen(model, TOKENS, dictionary, neurons=8, signals="signal" in kinds, heads="head" in kinds)
-    nodes, edges = list(graph.nodes.itertuples()), graph.matrix.toarray()
-    targets = targets_of(nodes, frozen)
-    largest = graph.nodes["value"].abs().max()
-    for i, target in targets.items():
-        expected = np.array(expected_row(nodes, frozen.edges(target)))
-        np.testing.assert_allclose(edges[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-        assert nodes[i].value == pytest.approx(target.item(), abs=1e-5 * largest)
-        assert edges[i].sum() == pytest.approx(nodes[i].value, abs=1e-4 * largest)
-    assert len(targets) >= 30
-    assert not np.delete(edges, list(targets), axis=0).any()
-    assert graph.nodes["value"].notna().sum() == len(targets)
-
-
 def test_the_frozen_model_of_the_reference_has_the_models_logits(model):
     for dictionary in (dictionary_of(model, "clt"), None):
         torch.testing.assert_close(Frozen(model, TOKENS, dictionary).logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
-
-
-def test_every_edge_of_gated_neurons_is_that_of_autograd(tiny_models):
-    model = random_model(BDH)
-    graph = graph_of(model, "neurons")
-    frozen = FrozenBDH(model, TOKENS)
-    torch.testing.assert_close(frozen.logits, model(TOKENS)[0, -1], rtol=0, atol=1e-4)
-    nodes, edges = list(graph.nodes.itertuples()), graph.matrix.toarray()
-    targets = targets_of(nodes, frozen)
-    for i, target in targets.items():
-        expected = np.array(expected_row(nodes, frozen.edges(target)))
-        np.testing.assert_allclose(edges[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-        assert nodes[i].value == pytest.approx(target.item(), rel=1e-4)
-        assert edges[i].sum() == pytest.approx(nodes[i].value, rel=1e-4)
-    assert len(targets) >= 30
-    assert graph.nodes.query("kind == 'neuron'")["pos"].min() == 1, "at the first position nothing is attended to"
 
 
 def test_with_heads_as_nodes_nothing_else_passes_between_positions(tiny_models):
@@ -195,6 +120,41 @@ def test_a_feature_that_is_not_active_is_explained_too(tiny_models):
     assert graph.matrix.sum(axis=1)[node.name] == pytest.approx(node["value"], abs=1e-4)
 
 
+def test_the_encoder_row_of_a_feature_as_a_direction_has_its_edges(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    whole, layer = graph_of(model, "clt"), dictionary_of(model, "clt").each_layer()[1]
+    feature = whole.nodes.query("kind == 'feature' and layer == 1 and pos == 3").iloc[0]
+    row = layer.W_enc[feature["feature"]]
+    graph = graph_of(model, "clt", rl.DirectionAt(row, 1, 3, "ln2.hook_normalized", "row"))
+    node = graph.nodes.query("target > 0").iloc[0]
+    assert (node["node"], node["kind"], node["label"]) == ("direction:1.row@3", "direction", "row")
+    assert node["value"] + layer.b_enc[feature["feature"]].item() == pytest.approx(feature["value"], rel=1e-5)
+    expected = whole.edges.query("target == @feature.node and source != 'bias:1'").set_index("source")["weight"]
+    found = graph.edges.query("target == @node.node and source != 'bias:1'").set_index("source")["weight"]
+    assert set(found.index) == set(expected.index)
+    np.testing.assert_allclose(found, expected[found.index], rtol=0, atol=1e-5 * expected.abs().max())
+
+
+def test_features_and_directions_share_what_is_explained(tiny_models):
+    model = tiny_models["reflow"]
+    vector = [1.0] * model.cfg.d_model
+    targets = [
+        rl.DirectionAt(vector, 1, at="resid_pre"),
+        rl.FeatureAt(0, 7, 1),
+        rl.DirectionAt(vector, 0, 2, name="sum"),
+    ]
+    graph = graph_of(model, "plt", targets)
+    named = graph.nodes.query("target > 0").set_index("node")
+    assert set(named.index) == {"feature:0.7@1", "direction:1.0@4", "direction:0.sum@2"}
+    np.testing.assert_allclose(named["target"], 1 / 3)
+    streams = model.run_with_cache(TOKENS)[1]
+    assert named["value"]["direction:1.0@4"] == pytest.approx(streams["resid_pre", 1][0, 4].sum().item(), abs=1e-4)
+    assert named["value"]["direction:0.sum@2"] == pytest.approx(streams["resid_post", 0][0, 2].sum().item(), abs=1e-4)
+    units = graph.nodes.query("kind == 'feature'")
+    assert units["layer"].max() == 0, "the second block lies behind all targets"
+    assert set(graph.prune(0.5).nodes["node"]) >= set(named.index)
+
+
 # -- a bound on the edges ---------------------------------------------------------------------------------------------
 
 
@@ -242,6 +202,7 @@ def test_frames_name_what_the_matrix_holds(tiny_models):
     assert "the nodes of most influence" in graph._repr_html_()
 
 
+ALONG = [1.0] * 32
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one token": ({"prompt": "a"}, "two tokens at least"),
     "two prompts": ({"prompt": ["ab", "cd"]}, "of one prompt, got 2"),
@@ -250,11 +211,30 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"targets": ["a", "a"]}, "names a token twice"),
     "against without a token": ({"against": "a"}, "name a token there too"),
     "against itself": ({"targets": "a", "against": "a"}, "compared with itself"),
-    "a mixture": ({"targets": ["a", rl.FeatureAt(0, 1)]}, "tokens or features, not both"),
+    "a mixture": ({"targets": ["a", rl.FeatureAt(0, 1)]}, "tokens, or features and directions, not both"),
     "no such block": ({"targets": rl.FeatureAt(7, 1)}, "no layer 7"),
     "no such position": ({"targets": rl.FeatureAt(0, 1, 9)}, "no position 9"),
     "no such feature": ({"targets": rl.FeatureAt(0, 40)}, "no feature 40: they are 0 to 39"),
     "a negative feature": ({"targets": rl.FeatureAt(0, -1)}, "index is its number"),
+    "a mixture with a direction": (
+        {"targets": ["a", rl.DirectionAt(ALONG, 0)]},
+        "features and directions, not both",
+    ),
+    "no such block of a direction": ({"targets": rl.DirectionAt(ALONG, 2)}, "no layer 2 for a direction"),
+    "no such place": (
+        {"targets": rl.DirectionAt(ALONG, 0, at="mlp_out")},
+        "got at='mlp_out'",
+    ),
+    "too short": ({"targets": rl.DirectionAt([1.0] * 31, 0)}, "a vector of d_model=32 finite numbers"),
+    "a matrix": (
+        {"targets": rl.DirectionAt(torch.ones(1, 32), 0, name="probe")},
+        "that of 'direction:0.probe@4' is not",
+    ),
+    "NaN": ({"targets": rl.DirectionAt([float("nan")] * 32, 0)}, "a vector of d_model=32 finite numbers"),
+    "zero": ({"targets": rl.DirectionAt(torch.zeros(32), 0)}, "not all zero"),
+    "no numbers": ({"targets": rl.DirectionAt("north", 0)}, "a vector of d_model=32 finite numbers"),
+    "two of a name": ({"targets": [rl.DirectionAt(ALONG, 0, name="a")] * 2}, "names a direction twice"),
+    "directions against": ({"targets": rl.DirectionAt(ALONG, 0), "against": "a"}, "are features or directions"),
     "features against": ({"targets": rl.FeatureAt(0, 1), "against": "a"}, "the targets are features"),
     "no signals": ({"signals": True}, "a GPT2 has none"),
     "little memory": ({"memory": 100.0}, "hold 0 edges of each"),
@@ -283,6 +263,8 @@ def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models, monkey
         rl.attribute(model, "abcde", silent)
     with pytest.raises(ReflowlensError, match="no MLPs that a dictionary could stand for"):
         rl.attribute(build_model(BDH), "abcde", dictionary_of(model, "plt"))
+    with pytest.raises(ReflowlensError, match="read at resid_pre, resid_post, got at='resid_mid'"):
+        rl.attribute(build_model(BDH), "abcde", targets=rl.DirectionAt([1.0] * 16, 0, at="resid_mid"))
     with pytest.raises(ReflowlensError, match="write nothing but by their neurons"):
         rl.attribute(build_model(BDH), "abcde", heads=True)
     with monkeypatch.context() as patch:

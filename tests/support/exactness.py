@@ -1,0 +1,188 @@
+"""How exact attribution graphs are: every architecture with every kind of node, against plain autograd.
+
+``python -m tests.support.exactness`` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reflowlens as rl
+from reflowlens.circuits.attribution.directions import PLACES
+from reflowlens.config import ModelConfig, preset
+from reflowlens.models.base import HookedModel
+from tests.reference.attribution import Frozen, FrozenBDH
+from tests.support.dictionaries import Kind, dictionary_of
+from tests.support.tiny import CONFIGS, FACTORED, NAMES, random_model, random_tokens
+
+BDH = ModelConfig(
+    architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256, n_ctx=64,
+    tie_word_embeddings=False, tokenizer_name="bytes",
+)  # fmt: skip
+TINY_TRANSCODER = dataclasses.replace(
+    preset("tiny_transcoder_gpt"), d_model=32, n_heads=3, d_head=10, d_mlp=48, d_vocab=288, tokenizer_name="bytes"
+)
+MODELS = {name: CONFIGS[name] for name in NAMES} | {"tiny_transcoder_gpt": TINY_TRANSCODER, "bdh": BDH}
+N_TOKENS, NEURONS = 5, 8
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A kind of nodes.
+
+    Args:
+        kind, activation: of a dictionary; None: neurons.
+        options: of ``rl.attribute``.
+        directions: whether they are targets, at every place and block, and not tokens.
+    """
+
+    kind: Kind | None = None
+    activation: str = "topk"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    directions: bool = False
+
+
+NODES = {
+    "transcoders": Nodes("plt"),
+    "transcoders, batchtopk": Nodes("plt", "batchtopk"),
+    "transcoders, jumprelu": Nodes("plt", "jumprelu"),
+    "transcoders, relu": Nodes("plt", "relu"),
+    "transcoders with skip": Nodes("skip"),
+    "cross-layer": Nodes("clt"),
+    "neurons": Nodes(),
+    "heads and transcoders": Nodes("plt", options={"heads": True}),
+    "heads and neurons": Nodes(options={"heads": True}),
+    "heads and cross-layer, jumprelu": Nodes("clt", "jumprelu", {"heads": True}),
+    "signals and transcoders": Nodes("plt", options={"signals": True}),
+    "signals, heads and cross-layer": Nodes("clt", options={"signals": True, "heads": True}),
+    "neurons without signals": Nodes(options={"signals": False}),
+    "directions": Nodes(directions=True),
+    "directions, skip": Nodes("skip", directions=True),
+    "directions, heads and cross-layer": Nodes("clt", options={"heads": True}, directions=True),
+}
+OF_SIGNALS = [name for name in NODES if "signals" in name]
+CASES = [
+    (model, nodes)
+    for model in MODELS
+    for nodes in (("neurons", "directions") if model == "bdh" else NODES)
+    if model in FACTORED or nodes not in OF_SIGNALS
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The worst of a graph.
+
+    Args:
+        sums: |Σ edges − value|, relative to the value or, where that is smaller, the largest edge into the target.
+        edges: |edge − autograd's|, relative to the largest edge into the target.
+        values: |value − that of autograd's run|, relative as sums are.
+        of_value: |Σ edges − value| relative to the value itself, however near zero it is.
+        n_targets: how many.
+    """
+
+    sums: float
+    edges: float
+    values: float
+    of_value: float
+    n_targets: int
+
+
+@cache
+def model_of(name: str) -> HookedModel:
+    return random_model(MODELS[name]).eval()
+
+
+def measure(model_name: str, nodes_name: str) -> Measured:
+    """The graph of a random prompt, node by node beside autograd."""
+    model, nodes = model_of(model_name), NODES[nodes_name]
+    tokens = random_tokens(model.cfg, 1, N_TOKENS)[0]
+    dictionary = None if nodes.kind is None else dictionary_of(model, nodes.kind, nodes.activation)
+    directions = directions_of(model) if nodes.directions else {}
+    targets = list(directions.values()) or None
+    graph = rl.attribute(model, tokens, dictionary, targets, neurons=NEURONS, progress=False, **nodes.options)
+    kinds = set(graph.nodes["kind"])
+    if model_name == "bdh":
+        frozen: Frozen = FrozenBDH(model, tokens, NEURONS)
+    else:
+        frozen = Frozen(model, tokens, dictionary, NEURONS, signals="signal" in kinds, heads="head" in kinds)
+    rows, found, worst = list(graph.nodes.itertuples()), graph.matrix.toarray(), []
+    expected_targets = targets_of(rows, frozen, directions)
+    for i, target in expected_targets.items():
+        expected = expected_row(rows, frozen.edges(target))
+        largest = np.abs(expected).max()
+        size, off = max(abs(rows[i].value), largest), abs(found[i].sum(dtype=np.float64) - rows[i].value)
+        edges = np.abs(found[i] - expected).max() / largest
+        worst.append((off / size, edges, abs(target.item() - rows[i].value) / size, off / abs(rows[i].value)))
+    assert not np.delete(found, list(expected_targets), axis=0).any()
+    assert graph.nodes["value"].notna().sum() == len(expected_targets)
+    return Measured(*np.max(worst, axis=0).tolist(), len(worst))
+
+
+def directions_of(model: HookedModel) -> dict[str, rl.DirectionAt]:
+    """One at every place of every block, at different positions, by the names of their nodes."""
+    generator, found = torch.Generator().manual_seed(3), {}
+    places = [place for place in PLACES if f"blocks.0.{PLACES[place]}" in model.hook_dict]
+    for layer in range(model.cfg.n_layers):
+        for i, place in enumerate(places):
+            position = (i + 1) % N_TOKENS
+            vector = torch.randn(model.cfg.d_model, generator=generator)
+            found[f"direction:{layer}.{place}@{position}"] = rl.DirectionAt(vector, layer, position, place, place)
+    last = N_TOKENS - 1
+    return found | {f"direction:0.last@{last}": rl.DirectionAt(vector, 0, last, "resid_pre", "last")}
+
+
+def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> np.ndarray:
+    """The edges of one target by autograd, in the order of a graph's nodes."""
+    leaf = {kind: edges[kind,] for kind in ("bias", "embedding", "position", "signal", "readout") if (kind,) in edges}
+    nothing = torch.tensor(0.0)
+    where = {
+        "rest": lambda node: nothing,
+        "logit": lambda node: nothing,
+        "direction": lambda node: nothing,
+        "bias": lambda node: leaf["bias"][node.layer],
+        "embedding": lambda node: leaf["embedding"][node.pos],
+        "position": lambda node: leaf["position"][node.pos],
+        "signal": lambda node: leaf["signal"][node.pos, node.feature],
+        "readout": lambda node: leaf["readout"][0, -1, node.feature],
+        "error": lambda node: edges["error", node.layer][node.pos],
+        "feature": lambda node: edges["unit", node.layer][node.pos, node.feature],
+        "neuron": lambda node: edges["unit", node.layer][node.pos, node.feature],
+        "head": lambda node: edges["head", node.layer][node.pos, node.feature],
+    }
+    return torch.stack([where[node.kind](node) for node in nodes]).numpy()
+
+
+def targets_of(nodes: list[Any], frozen: Frozen, directions: Mapping[str, rl.DirectionAt]) -> dict[int, Tensor]:
+    """What is attributed, by autograd's run of the frozen model."""
+    found = {
+        "feature": lambda node: frozen.units[node.layer][node.pos, node.feature],
+        "neuron": lambda node: frozen.units[node.layer][node.pos, node.feature],
+        "head": lambda node: frozen.heads[node.layer][node.pos, node.feature],
+        "readout": lambda node: frozen.readout[node.feature],
+        "logit": lambda node: frozen.logits[node.feature] - frozen.logits.mean(),
+        "direction": lambda node: frozen.streams[directions[node.node].point][node.pos] @ directions[node.node].vector,
+    }
+    return {i: found[node.kind](node) for i, node in enumerate(nodes) if node.kind in found}
+
+
+def main() -> None:
+    print("| nodes | " + " | ".join(MODELS) + " |\n|---|" + "---|" * len(MODELS))
+    for nodes in NODES:
+        cells = []
+        for model in MODELS:
+            worst = measure(model, nodes) if (model, nodes) in CASES else None
+            cells.append("" if worst is None else f"{worst.sums:.0e} · {worst.edges:.0e} · {worst.of_value:.0e}")
+        print(f"| {nodes} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
