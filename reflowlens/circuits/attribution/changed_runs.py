@@ -14,6 +14,7 @@ The first row of every batch is the prompt as it is, and what is held in the oth
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -27,7 +28,7 @@ from reflowlens.circuits.attribution.replacement import blocks_of
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
-from reflowlens.models.parts import plus
+from reflowlens.models.decoder import Decoder
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 from reflowlens.sweeps.batching import in_batches
@@ -64,31 +65,50 @@ class Change:
     kept: Mapping[int, Bool[Tensor, "pos unit"]] | None = None
 
 
-def performed(
-    graph: AttributionGraph, changes: Sequence[Change], level: Level, memory: float | None = None
-) -> Float[np.ndarray, "row node"]:
-    """Values of all nodes: in the first row on the prompt, then under each change; NaN of nodes that have none.
+class Outcome(NamedTuple):
+    """Of the prompt, in the first row, and of each change.
+
+    Args:
+        values: of all nodes; NaN of those that have none.
+        logits: at the last position; of a graph of features none.
+    """
+
+    values: Float[np.ndarray, "row node"]
+    logits: Float[np.ndarray, "row d_vocab"]
+
+
+def performed(graph: AttributionGraph, changes: Sequence[Change], level: Level, memory: float | None = None) -> Outcome:
+    """What becomes of the nodes and of the logits.
 
     Raises:
         ReflowlensError: as :func:`.performing.perform`, about the graph and the model.
     """
     traced = traced_of(graph)
     model = traced.model
+    if not isinstance(model, Decoder):
+        raise ReflowlensError(
+            f"graphs are performed in decoders with attention heads and MLPs, and not in a {type(model).__name__} yet"
+        )
     if attached := attached_points(model):
         raise ReflowlensError(
             f"something is attached to {attached[0]!r}, and a graph is performed in the model as it is: remove hooks "
             "and leave blocks of interventions first"
         )
 
-    def run(batch: list[Change]) -> Float[Tensor, "row node"]:
-        return _Pass(graph, traced, [Change({}), *batch], level).values()
+    def run(batch: list[Change]) -> tuple[Tensor, Tensor]:
+        return _Pass(graph, traced, [Change({}), *batch], level).run()
 
-    device = traced.tokens.device
     lower = "memory= of a batch, or the length of the prompt"
     with changing(model), torch.no_grad(), UNCOMPILED, lower_if_it_does_not_fit(lower):
-        parts = [values.double().cpu().numpy() for _, values in in_batches(changes, run, device, memory)]
-    _check_same(parts[0][0], graph.nodes["value"].to_numpy())
-    return np.concatenate([parts[0], *(part[1:] + (parts[0][0] - part[0]) for part in parts[1:])])
+        batches = [found for _, found in in_batches(changes, run, traced.tokens.device, memory)]
+    _check_same(batches[0][0][0].double().cpu().numpy(), graph.nodes["value"].to_numpy())
+    return Outcome(*(_joined([each.double().cpu().numpy() for each in parts]) for parts in zip(*batches, strict=True)))
+
+
+def _joined(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """The prompt's row once, and the others as they differ from that of their batch, which is rounded alike."""
+    first = batches[0][0]
+    return np.concatenate([batches[0], *(batch[1:] + (first - batch[0]) for batch in batches[1:])])
 
 
 def traced_of(graph: AttributionGraph) -> Traced:
@@ -121,23 +141,24 @@ class _Pass:
         self.changed: dict[int, Tensor] = {}  # by layer of the dictionary, the change of its features
         self.read: dict[int, Tensor] = {}
         size = len(changes), len(graph.nodes)
-        self.found = torch.full(size, torch.nan, dtype=torch.float32, device=traced.tokens.device)
+        dtype = traced.model.ln_final.w.dtype
+        self.found = torch.full(size, torch.nan, dtype=dtype, device=traced.tokens.device)
         places: dict[tuple[str, int], list[tuple[int, int, int, float]]] = {}
         for row, change in enumerate(changes):
             for place, by in change.by.items():
                 places.setdefault(place[:2], []).append((row, place.position, place.unit, by))
         self.set = {key: _columns(entries, traced.tokens.device) for key, entries in places.items()}
 
-    def values(self) -> Float[Tensor, "row node"]:
-        model, tokens = self.traced.model, self.traced.tokens
-        n_blocks = len(self.replacement.units)
-        whole = bool(len(self.end.rows))
-        batch = tokens.expand(len(self.changes), -1)
-        last = None if whole else n_blocks
-        model.run_with_hooks(batch, return_type=None, fwd_hooks=self._hooks(n_blocks, whole), stop_at_layer=last)
-        return self.found
+    def run(self) -> tuple[Float[Tensor, "row node"], Float[Tensor, "row d_vocab"]]:
+        """Values and logits."""
+        model, n_blocks = self.traced.model, len(self.replacement.units)
+        batch = self.traced.tokens.expand(len(self.changes), -1)
+        stream = model.run_with_hooks(batch, fwd_hooks=self._hooks(n_blocks), stop_at_layer=n_blocks)
+        if not self.end.targets.name:
+            return self.found, stream.new_zeros(len(stream), 0)
+        return self.found, self._read_out(stream[:, -1:])
 
-    def _hooks(self, n_blocks: int, whole: bool) -> list[tuple[Any, Callable[..., Any]]]:
+    def _hooks(self, n_blocks: int) -> list[tuple[Any, Callable[..., Any]]]:
         hooks: list[tuple[Any, Callable[..., Any]]] = []
         gated = bool(self.traced.model.cfg.gated_mlp)
         for kind, name in INPUT_POINTS.items():
@@ -158,10 +179,6 @@ class _Pass:
                     hooks.append((f"{name}.mlp.hook_pre", _held))
                 hooks.append((f"{name}.mlp.hook_post", self._set_neurons(block, gated)))
             hooks.append((f"{name}.hook_mlp_out", self._write(block)))
-        if whole:
-            if self.level in ("direct", "constrained"):
-                hooks.append(("ln_final.hook_scale", _held))
-            hooks.append(("ln_final.hook_normalized", self._read_out))
         return hooks
 
     def _set_input(self, kind: str) -> Callable[..., Tensor]:
@@ -251,38 +268,36 @@ class _Pass:
             total += (x - x[:1]) @ layer.W_skip.T
         return total
 
-    def _read_out(self, x: Tensor, hook: Any) -> None:
-        end, nodes = self.end, self.graph.nodes
-        read = x[:, -1] @ end.rows.T + end.constant
-        if end.signals is not None:
+    def _read_out(self, stream: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row d_vocab"]:
+        """The logits of the model at the last position, and the values of the nodes there."""
+        model, nodes = self.traced.model, self.graph.nodes
+        held = self.level in ("direct", "constrained")
+        with model.hooks([("ln_final.hook_scale", _held)]) if held else contextlib.nullcontext():
+            x = model.ln_final(stream)
+        if self.end.signals is None:
+            logits = model.unembed.readout(x, model.tied_weights()).logits()[:, 0]
+        else:
+            recipe, basis = model.tied_weights()
+            signals = x[:, 0] @ basis.T
             numbers = np.flatnonzero(nodes["kind"] == "readout")
-            self.found[:, numbers] = read[:, nodes["feature"].to_numpy()[numbers].astype(int)]
+            self.found[:, numbers] = signals[:, nodes["feature"].to_numpy()[numbers].astype(int)]
             if self.level == "direct":
-                read = read[:1].repeat(len(read), 1)
+                signals = signals[:1].repeat(len(signals), 1)
             if ("readout", len(self.replacement.units)) in self.set:
                 row, _, unit, by = self.set["readout", len(self.replacement.units)]
-                read[row, unit] = read[0, unit] + by
-            read = read @ end.targets.vectors.T + end.targets.bias
-        names = {name: number for number, name in enumerate(nodes["node"])}
-        self.found[:, [names[name] for name in end.targets.name]] = read
-        self._check_readout(x[:1, -1:], read[0])
-
-    def _check_readout(self, normalized: Float[Tensor, "1 1 d_model"], values: Float[Tensor, " target"]) -> None:
-        """Of the readout the graph has its own copy."""
-        model = self.traced.model
-        logits = model.unembed(plus(normalized * model.ln_final.w, model.ln_final.b))[0, 0]
-        expected = []
-        for name in self.end.targets.name:
+                signals[row, unit] = signals[0, unit] + by
+            logits = signals @ recipe.T
+        for number, name in nodes.loc[nodes["kind"] == "logit", "node"].items():
             token, *other = map(int, name.removeprefix("logit:").split("-"))
-            expected.append(logits[token] - (logits[other[0]] if other else logits.mean()))
-        _check_same(values.cpu().numpy(), torch.stack(expected).cpu().numpy())
+            self.found[:, number] = logits[:, token] - (logits[:, other[0]] if other else logits.mean(1))
+        return logits
 
     def _note(self, kind: str, block: int, x: Float[Tensor, "row pos unit"]) -> None:
         """The values of a block's nodes."""
         nodes = self.graph.nodes
         number = np.flatnonzero((nodes["kind"] == kind) & (nodes["layer"] == block))
         position, index = (nodes[name].to_numpy()[number].astype(int) for name in ("pos", "feature"))
-        self.found[:, number] = x[:, position, index].float()
+        self.found[:, number] = x[:, position, index]
 
 
 def _held(x: Tensor, hook: Any) -> Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from reflowlens.circuits.attribution.performing import Factors
     from reflowlens.circuits.attribution.traced import Traced
+    from reflowlens.circuits.attribution.validation import Validation
 
 INPUTS = ("embedding", "position", "signal")
 LEFT_OUT = ("bias", "rest")
@@ -234,6 +235,24 @@ class AttributionGraph:
         from reflowlens.circuits.attribution.performing import perform
 
         return perform(self, interventions, **options)
+
+    def validate(self, n_nodes: int = 32, *args: Any, **options: Any) -> Validation:
+        """Set nodes one at a time, and compare what changes with what the graph predicts, beside random nodes: see
+        :func:`reflowlens.circuits.attribution.validation.validate`, which has the arguments."""
+        from reflowlens.circuits.attribution.validation import validate
+
+        return validate(self, n_nodes, *args, **options)
+
+    def faithfulness(self) -> dict[str, Any]:
+        """Whether the graph is to be trusted, by a few interventions in the model, once: see
+        :func:`reflowlens.circuits.attribution.faithful.faithfulness`, which has the values and the rule."""
+        return dict(self._faithfulness)
+
+    @cached_property
+    def _faithfulness(self) -> dict[str, Any]:
+        from reflowlens.circuits.attribution.faithful import faithfulness
+
+        return faithfulness(self)
 
     @cached_property
     def shares(self) -> Shares:

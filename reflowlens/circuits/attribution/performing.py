@@ -56,7 +56,7 @@ def perform(
     if not asked:
         raise ReflowlensError("no intervention: give at least one, such as {node: 0}")
     factors = [factors_of(graph, each) for each in asked]
-    values = performed(graph, [change_of(graph, each) for each in factors], level_of(free), memory)
+    values = performed(graph, [change_of(graph, each) for each in factors], level_of(free), memory).values
     nodes = graph.nodes
     has_value = np.flatnonzero(nodes["value"].notna())
     parts = []

@@ -60,7 +60,7 @@ def test_performing_is_what_plain_hooks_do(name, kind, signals, tiny_models):
     asked = [dict.fromkeys(nodes[::2], 2.5), {nodes[1]: -1.0, nodes[-2]: 0.0}, {nodes[-1]: 5.0}]
     changes = [change_of(graph, factors_of(graph, each)) for each in asked]
     for level in LEVELS:
-        found = performed(graph, changes, level)
+        found = performed(graph, changes, level).values
         scale = np.nanmax(np.abs(found))
         for row, factors in zip(found, [{}, *asked], strict=True):
             np.testing.assert_allclose(row, plain(model, graph, factors, level), rtol=0, atol=1e-5 * scale)
@@ -72,7 +72,7 @@ def test_with_all_else_held_a_change_is_the_edge(name, kind, signals, tiny_model
     graph = graph_of(tiny_models[name], kind, signals=signals)
     nodes, edges = some_nodes(graph), graph.matrix.toarray()
     changes = [change_of(graph, factors_of(graph, {node: 3.0})) for node in nodes]
-    values = performed(graph, changes, "direct")
+    values = performed(graph, changes, "direct").values
     numbers = [graph.nodes.index[graph.nodes["node"] == node][0] for node in nodes]
     has_value = graph.nodes["value"].notna().to_numpy()
     expected = 2.0 * edges[np.ix_(has_value, numbers)].T

@@ -1,0 +1,65 @@
+"""Random nodes beside those of a graph: other features or neurons of a block, that write as much at the same place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from reflowlens.circuits.attribution.changed_runs import Change, Place
+from reflowlens.circuits.attribution.replacement import blocks_of
+
+if TYPE_CHECKING:
+    from reflowlens.circuits.attribution.traced import Traced
+
+_NEAREST = 0.1, 8  # the share, and the least number, of candidates that one is drawn from
+
+
+class Matched:
+    """Draws random nodes for those of a graph.
+
+    Of a block and a position, a candidate is a feature that is not active there and is elsewhere on the prompt (any
+    that is not active there if these are fewer than 8), or a neuron that is no node there. One is drawn from the tenth,
+    and 8 at least, whose decoder norms are nearest.
+    """
+
+    def __init__(self, traced: Traced, seed: int) -> None:
+        self.traced, self.rng = traced, np.random.default_rng(seed)
+        self.blocks = [] if traced.dictionary is None else blocks_of(traced.dictionary)
+
+    def norms(self, block: int) -> Float[Tensor, " unit"]:
+        """Of what each feature or neuron of a block writes with an activation of 1, over all that it writes to."""
+        if self.traced.dictionary is not None:
+            return self.traced.dictionary.decoder_norms(self.blocks.index(block)).detach()
+        return self.traced.model.blocks[block].mlp.W_out.detach().norm(dim=1)
+
+    def candidates(self, block: int, position: int) -> Bool[Tensor, " unit"]:
+        units = self.traced.engine.replacement.units[block]
+        free = torch.ones(len(self.norms(block)), dtype=torch.bool, device=units.index.device)
+        free[units.index[units.position == position]] = False
+        if self.traced.dictionary is None:
+            return free
+        elsewhere = torch.zeros_like(free)
+        elsewhere[units.index[units.activation > 0]] = True
+        both = free & elsewhere
+        return both if int(both.sum()) >= _NEAREST[1] else free
+
+    def draw(self, place: Place) -> tuple[Place, float]:
+        """Another unit for a node's, and what its activation is multiplied with to write as much."""
+        norms = self.norms(place.block)
+        candidates = self.candidates(place.block, place.position).nonzero()[:, 0]
+        distance = (norms[candidates] / norms[place.unit].clamp_min(1e-30)).clamp_min(1e-30).log().abs()
+        share, least = _NEAREST
+        nearest = distance.sort(stable=True).indices[: max(least, round(share * len(candidates)))]
+        unit = int(candidates[nearest[int(self.rng.integers(len(nearest)))]])
+        return place._replace(unit=unit), float(norms[place.unit] / norms[unit].clamp_min(1e-30))
+
+
+def instead(change: Change, other: tuple[Place, float]) -> Change:
+    """A change of one node, as large and at the same place, of another."""
+    (by,) = change.by.values()
+    place, ratio = other
+    return Change({place: by * ratio})
