@@ -99,7 +99,7 @@ def logit_targets(
     Raises:
         ReflowlensError: a text is not a single token, or ``against`` comes without a token.
     """
-    probability, b_U = logits.softmax(-1), model.b_U.detach()
+    probability, b_U = logits.softmax(-1), model.b_U.detach().to(logits.dtype)
     if tokens is None:
         if against is not None:
             raise ReflowlensError("against= is compared with targets=: name a token there too")
