@@ -5,7 +5,7 @@
     result.metrics, result.frames["layers"], result.figures["probability"]
 
 Names are imported when first used. Rooms, from what everybody uses to what uses everything: `words`, `statistics`,
-`measures`, `result`, `controls`; `experiments`, a folder each, and `units`; `report` and `runner`.
+`measures`, `result`, `controls`; `units`, `features`; `experiments`, a folder each; `report` and `runner`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from reflowlens.former_names import keep_former_names
 if TYPE_CHECKING:
     from analyses.experiments.basis_geometry import basis_geometry as basis_geometry
     from analyses.experiments.causal_ablation import causal_ablation as causal_ablation
+    from analyses.experiments.circuit_tracing import circuit_tracing as circuit_tracing
     from analyses.experiments.concept_inception import concept_inception as concept_inception
     from analyses.experiments.crystallisation_boundary import crystallisation_boundary as crystallisation_boundary
     from analyses.experiments.emotion_surgery import emotion_surgery as emotion_surgery

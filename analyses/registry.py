@@ -63,6 +63,13 @@ _LISTED = (
         11, "concept_inception", "Concept Inception", CONTROL, "How strongly must a word be injected to be said?"
     ),
     Experiment(12, "genetic_hijack", "Genetic Hijack", CONTROL, "What happens if the recipes themselves are edited?"),
+    Experiment(
+        13,
+        "circuit_tracing",
+        "Circuit Tracing",
+        MECHANISTIC,
+        "Which features made this prediction, along which paths, and what can one of them do?",
+    ),
 )
 EXPERIMENTS: dict[int, Experiment] = {experiment.number: experiment for experiment in _LISTED}
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from analyses.experiments.basis_geometry.experiment import basis_geometry
 from analyses.experiments.causal_ablation.experiment import causal_ablation
+from analyses.experiments.circuit_tracing.experiment import circuit_tracing
 from analyses.experiments.concept_inception.experiment import concept_inception
 from analyses.experiments.emotion_surgery.experiment import emotion_surgery
 from analyses.experiments.genetic_hijack.experiment import genetic_hijack
@@ -361,9 +362,36 @@ HIJACK = Case(
     ),
 )
 
+
+def _strongest_path(result: Result) -> str:
+    """The words at its ends and the units between, without where these are."""
+    nodes = str(result.frames["paths"].loc[0, "path"]).split(" → ")
+    return " ".join(node.split(" at ")[0].strip("“ ”") for node in nodes)
+
+
+TRACING = Case(
+    "circuit_tracing",
+    partial(planted.chained_model),
+    lambda model: circuit_tracing(model, lexicon=planted.chained_lexicon(), units=48, quick=True),
+    (
+        Expected("the strongest path", f"{planted.concepts()[0]} 1.0 3.0 {planted.answers()[0]}", 0, _strongest_path),
+        metric("strongest_path_share", 1, 0.001),
+        metric("multi_hop_share", 1, 0.001),
+        # Without the first hop the concept says itself, e^√80 against all words at 1; without the second, nothing does.
+        metric("removal_effect", (math.log(16639 + math.exp(80**0.5)) + math.log(16640)) / 2, 0.001),
+        metric("promoting_share", 0.5),
+        # Of the two hops the second alone promotes its answer on the direct path.
+        metric("forced_probability", 0.5, 0.001),
+        metric("best_forced_probability", 1, 0.001),
+        metric("lifting_share_1", 0.5),
+        metric("lifting_share_any", 1),
+        verdict("lifting_share_1", "supported"),
+    ),
+)
+
 CASES = (
     *(ATLAS, SPARSITY, GEOMETRY, GALAXY, ALGEBRA, TYPOS, DECISION),
-    *(RELAY, KEPT, ABLATION, SURGERY, CRITICAL, CLOSING, HIJACK),
+    *(RELAY, KEPT, ABLATION, SURGERY, CRITICAL, CLOSING, HIJACK, TRACING),
 )
 
 

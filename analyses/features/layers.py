@@ -77,7 +77,7 @@ def dictionary_layers(model: HookedModel, dictionary: Dictionary) -> list[Featur
         ReflowlensError: it is no dictionary of this model.
     """
     check_belongs(dictionary, model)
-    cfg, unembedding = dictionary.cfg, _unembedding(model)
+    cfg, unembedding = dictionary.cfg, unembedding_of(model)
     numbers = [level_of(point) for point in cfg.reads]
     usual = len(set(numbers)) == len(numbers) and -1 not in numbers
     found = []
@@ -115,7 +115,7 @@ def unit_layers(model: HookedModel, names: str | Sequence[str] | None = None) ->
         points = ["hook_recipe"] * ("hook_recipe" in model.hook_dict) + default_points(model)
     else:
         points = points_named(model, names)
-    sizes, unembedding = _sizes(model, points), _unembedding(model)
+    sizes, unembedding = _sizes(model, points), unembedding_of(model)
     return [_unit_layer(model, point, sizes[point], unembedding) for point in points]
 
 
@@ -177,7 +177,7 @@ def _written(
     return directions, partial(_direct_logits, directions, unembedding)
 
 
-def _unembedding(model: HookedModel) -> Float[Tensor, "token d_model"]:
+def unembedding_of(model: HookedModel) -> Float[Tensor, "token d_model"]:
     """What the final norm's scale is divided into: its weight and the unembedding; of a LayerNorm its centring too."""
     tokens = torch.arange(model.tokenizer.n_vocab, device=model.cfg.device)
     rows = wide(model.tokens_to_residual_directions(tokens).detach())

@@ -21,7 +21,7 @@ def add_commands(commands: Commands) -> None:
 def _add_run(commands: Commands) -> None:
     parser = add_command(commands, "run", run, "run experiments on a model and write a report")
     parser.epilog = (
-        "Times: all twelve experiments with reflow-nano take one minute on two idle CPU cores, four on busy ones; "
+        "Times: all experiments with reflow-nano take a minute and a half on two idle CPU cores, five on busy ones; "
         "--compare as long for every model, and for every view again. Progress goes to stderr, off a terminal as a "
         "line per experiment with the time left."
     )

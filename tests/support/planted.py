@@ -399,3 +399,42 @@ def closing_model(layer: int) -> HookedModel:
         attention.W_O[0, 0, marker] = 60.0
         model.embed.W_recipe[model.to_single_token(f" {CLAUSE}"), marker] = WEIGHT
     return model
+
+
+def answers() -> list[str]:
+    """24 words, none of them a concept, that a `chained_model` says behind the concepts."""
+    words = [word for name in ("animals", "body_parts", "food") for word in load_lexicon().categories[name]]
+    tokenizer = get_tokenizer(CONFIG.tokenizer_name)
+    return [word for word in words if tokenizer.is_single_token(f" {word}")][:24]
+
+
+def chained_lexicon() -> Lexicon:
+    """A prompt that ends in each concept, and prompts without any."""
+    pairs = zip(concepts(), answers(), strict=True)
+    factual = tuple(FactualPrompt(f"They saw the {word}", f" {answer}") for word, answer in pairs)
+    return Lexicon(version="planted", factual=factual, short_prompts=("The king saw the", "They came to the"))
+
+
+def chained_model() -> HookedModel:
+    """Two hops: neuron i of block 1 reads concept i and writes signal 25 + i, which neuron i of block 3 reads and
+    writes answer i, 10 and 100 times as much as a word's embedding.
+
+    Concepts are unit vectors, answers three times unit vectors, and all other words are signal 0.
+    """
+    width, n = 80, len(concepts())
+    model = silent_blocks(build_model(dataclasses.replace(CONFIG, d_model=width, n_signals=width, d_head=40), seed=0))
+    unit, seen = torch.eye(width), torch.tensor(width**0.5)  # what a unit vector measures behind the norm
+    with torch.no_grad():
+        model.embed.W_basis.copy_(unit)
+        model.embed.W_recipe.copy_(unit[0].expand_as(model.embed.W_recipe))
+        for i, (concept, answer) in enumerate(zip(concepts(), answers(), strict=True)):
+            model.embed.W_recipe[model.to_single_token(f" {concept}")] = unit[1 + i]
+            model.embed.W_recipe[model.to_single_token(f" {answer}")] = 3 * unit[1 + 2 * n + i]
+        for layer, strength in ((1, 10.0), (3, 100.0)):
+            mlp, hop = model.blocks[layer].mlp, layer // 2
+            for weight in (mlp.W_gate, mlp.W_in, mlp.W_out):
+                weight.zero_()
+            read, write = (unit[1 + place * n : 1 + (place + 1) * n] for place in (hop, hop + 1))
+            mlp.W_gate[:, :n] = mlp.W_in[:, :n] = read.T
+            mlp.W_out[:n] = strength / (torch.nn.functional.silu(seen) * seen) * write
+    return model
