@@ -183,7 +183,7 @@ def test_matched_units_of_a_graph_are_of_the_same_block_and_near_in_size(tiny_mo
     assert (np.log(matched["size"].to_numpy() / strongest["size"].to_numpy()).__abs__() < 1).all()
     norms = model.blocks[0].mlp.W_out.norm(dim=1)
     first = units.query("layer == 0").iloc[0]
-    assert first["size"] == pytest.approx(abs(first["activation"]) * float(norms[first["feature"]]), rel=1e-5)
+    assert first["size"] == pytest.approx(abs(first["activation"]) * norms[first["feature"]].item(), rel=1e-5)
 
 
 def test_shuffled_weights_are_the_same_weights_in_each_row(tiny_models):
