@@ -265,8 +265,14 @@ function drawNode(item, largest, pitch) {
   return group;
 }
 
+// Where an edge meets a box: the side that the other end is on.
+function port(item, other) {
+  const room = Math.max(0, (item.width ?? 0) / 2 - 12);
+  return item.x + Math.max(-room, Math.min(room, 0.16 * (other.x - item.x)));
+}
+
 function curve(source, target) {
-  const [x1, y1, x2, y2] = [source.x, source.y - source.r, target.x, target.y + target.r];
+  const [x1, y1, x2, y2] = [port(source, target), source.y - source.r, port(target, source), target.y + target.r];
   const bend = y1 - y2 > 8 ? 0.5 * (y1 - y2) : -30; // within a row: below
   const y = bend > 0 ? [y1, y2] : [source.y + source.r, target.y + target.r];
   return `M${x1.toFixed(1)} ${y[0].toFixed(1)}C${x1.toFixed(1)} ${(y[0] - bend).toFixed(1)} ${x2.toFixed(1)} ${(y[1] + bend).toFixed(1)} ${x2.toFixed(1)} ${y[1].toFixed(1)}`;
