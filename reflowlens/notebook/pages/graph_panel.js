@@ -327,7 +327,7 @@ function paintLegend() {
   element("legend").append(make("span", {}, edge("adds"), t("adds")), make("span", {}, edge("cuts"), t("suppresses")), ...marks, make("span", {}, t("larger: more influence")));
 }
 
-const isPhone = () => matchMedia("(max-width: 60rem)").matches;
+const isPhone = () => matchMedia("(max-width: 46rem)").matches;
 
 function show() {
   arrange();
