@@ -114,29 +114,40 @@ def gate(kind: Literal["and", "or"] = "and") -> PlantedCircuit:
     return PlantedCircuit(f"{kind} gate", planted.model, f"AC{OTHER}", "B", {"f": (0, 0)}, {"f": f}, edges)
 
 
-def suppression() -> PlantedCircuit:
-    """A → f → g → B, and C → s, which lowers g."""
-    planted = _Planted("AC", d_mlp=2)
-    for i in range(2):
-        planted.neuron(0, i, {planted.carried[i]: INTO_F}, planted.f[i], OUT_OF_F)
-    planted.neuron(1, 0, {planted.f[0]: INTO_G, planted.f[1]: INTO_G_FROM_S}, planted.g[0], OUT_OF_G)
+def suppression(copies: int = 1, weight: float = INTO_G_FROM_S) -> PlantedCircuit:
+    """A → f → g → B, and C → s, which lowers g.
+
+    Args:
+        copies: neurons that read what f does and write a part each of what it writes, beside each other: f, f2, f3, …
+        weight: by which g reads s; of f it is 1.25.
+
+    Raises:
+        ReflowlensError: ``copies`` is not 1 or more, or the weight leaves g silent or raises it.
+    """
+    if copies < 1:
+        raise ReflowlensError(f"copies must be 1 or more, got {copies!r}")
+    if not -INTO_G < weight < 0:
+        raise ReflowlensError(f"weight must be between {-INTO_G} and 0, got {weight!r}")
+    planted = _Planted("AC", d_mlp=copies + 1)
+    for i in range(copies):
+        planted.neuron(0, i, {planted.carried[0]: INTO_F}, planted.f[0], OUT_OF_F / copies)
+    planted.neuron(0, copies, {planted.carried[1]: INTO_F}, planted.f[1], OUT_OF_F)
+    planted.neuron(1, 0, {planted.f[0]: INTO_G, planted.f[1]: weight}, planted.g[0], OUT_OF_G)
     planted.read_out("B", planted.g[0])
     carried = CARRIED / planted.scale()
     f = INTO_F * carried / planted.scale(carried, carried)
     written = OUT_OF_F * f
     before_g = planted.scale(carried, carried, written, written)
-    from_f, from_s = INTO_G * written / before_g, INTO_G_FROM_S * written / before_g
+    from_f, from_s = INTO_G * written / before_g, weight * written / before_g
     g = from_f + from_s
     end = planted.scale(carried, carried, written, written, OUT_OF_G * g)
-    edges = {
-        ("A", "f"): f,
-        ("C", "s"): f,
-        ("f", "g"): from_f,
-        ("s", "g"): from_s,
-        ("g", "B"): planted.logit(OUT_OF_G * g / end),
-    }
-    units = {"f": (0, 0), "s": (0, 1), "g": (1, 0)}
-    return PlantedCircuit("suppression", planted.model, f"AC{OTHER}", "B", units, {"f": f, "s": f, "g": g}, edges)
+    letters = ["f", *(f"f{i}" for i in range(2, copies + 1))]
+    edges = {("A", letter): f for letter in letters} | {("C", "s"): f}
+    edges |= {(letter, "g"): from_f / copies for letter in letters}
+    edges |= {("s", "g"): from_s, ("g", "B"): planted.logit(OUT_OF_G * g / end)}
+    units = {letter: (0, i) for i, letter in enumerate(letters)} | {"s": (0, copies), "g": (1, 0)}
+    activation = dict.fromkeys([*letters, "s"], f) | {"g": g}
+    return PlantedCircuit("suppression", planted.model, f"AC{OTHER}", "B", units, activation, edges)
 
 
 class _Planted:

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
+from reflowlens.circuits.attribution.alike import UNITS, written_by
+
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
     from reflowlens.circuits.attribution.traced import Traced
@@ -37,8 +39,8 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
     if graph.traced is None:
         return {}
     found: dict[str, tuple[list[str], list[str]]] = {}
-    for layer, rows in nodes[nodes["kind"].isin(["feature", "neuron"])].groupby("layer"):
-        logits = _written(graph.traced, int(layer), rows) @ _unembedding(graph.traced).T
+    for _, rows in nodes[nodes["kind"].isin(["feature", "neuron"])].groupby("layer"):
+        logits = written_by(graph.traced, rows) @ _unembedding(graph.traced).T
         found |= _named(graph.traced, rows["node"], logits, n)
     matrix, rows = graph.traced.model.W_E, nodes[nodes["kind"].isin(["signal", "readout"])]
     if len(rows) and isinstance(matrix, FactoredMatrix):
@@ -54,22 +56,28 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
     return found
 
 
+@torch.no_grad()
+def pushed_up(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 3) -> list[str]:
+    """The tokens that features or neurons push up together, most first, beyond what they push up the mean token.
+
+    Args:
+        nodes: rows of a graph with ``traced``; other kinds push nothing.
+    """
+    traced = graph.traced
+    units = nodes[nodes["kind"].isin(UNITS)]
+    if traced is None or not len(units):
+        return []
+    logits = _unembedding(traced) @ written_by(traced, units).sum(0)
+    ids = (logits - logits.mean()).topk(min(_CANDIDATES * n, len(logits)))
+    return _distinct(traced, ids.indices.tolist(), ids.values.tolist(), n)
+
+
 def _unembedding(traced: Traced) -> Float[Tensor, "token d_model"]:
     """Directions of the tokens in the stream, of a LayerNorm centred."""
     model = traced.model
     tokens = torch.arange(model.tokenizer.n_vocab, device=traced.tokens.device)
     rows = model.tokens_to_residual_directions(tokens).detach()
     return rows - rows.mean(-1, keepdim=True) if getattr(model.ln_final, "centered", False) else rows
-
-
-def _written(traced: Traced, layer: int, rows: pd.DataFrame) -> Float[Tensor, "node d_model"]:
-    """What units of a block write on this prompt, into whatever blocks."""
-    units = traced.engine.replacement.units[layer]
-    places = {place: i for i, place in enumerate(zip(units.index.tolist(), units.position.tolist(), strict=True))}
-    asked = zip(rows["feature"].astype(int), rows["pos"].astype(int), strict=True)
-    numbers = torch.tensor([places[place] for place in asked])
-    parts = [block.by_units[layer][numbers] for block in traced.engine.replacement.written if layer in block.by_units]
-    return torch.stack(parts).sum(0)
 
 
 def _named(

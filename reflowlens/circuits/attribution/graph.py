@@ -21,6 +21,7 @@ from reflowlens.storage.opening import as_path
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from reflowlens.circuits.attribution.groups import Groups
     from reflowlens.circuits.attribution.performing import Factors
     from reflowlens.circuits.attribution.traced import Traced
     from reflowlens.circuits.attribution.validation import Validation
@@ -134,7 +135,7 @@ class AttributionGraph:
         from reflowlens.figures.export import stamp
         from reflowlens.figures.layered_graph import layered_graph
 
-        pruned = self if self._scores is not None else self.prune()
+        pruned = self if self.is_pruned else self.prune()
         title = "".join(self.tokens) if title is None else title
         figure = layered_graph(
             pruned.nodes, pruned.edges, self.tokens, most_nodes=most_nodes, most_edges=most_edges, title=title
@@ -221,6 +222,18 @@ class AttributionGraph:
             self.traced,
             self.sums.iloc[kept.nodes].reset_index(drop=True),
         )
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it is a part of a graph, whose scores it has."""
+        return self._scores is not None
+
+    def groups(self, **options: Any) -> Groups:
+        """Nodes that do the same thing, found without a language model, named and tested: see
+        :func:`reflowlens.circuits.attribution.groups.groups_of`, which has the arguments."""
+        from reflowlens.circuits.attribution.groups import groups_of
+
+        return groups_of(self, **options)
 
     def paths(self, k: int = 10, *, edges: int = 2, errors: bool = True) -> pd.DataFrame:
         """The k paths that most of what is explained goes along; see

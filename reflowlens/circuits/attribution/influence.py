@@ -63,10 +63,13 @@ class Shares:
         return cls(matrix, rest, targets / targets.sum())
 
     def influence(self) -> Float[Vector, " node"]:
-        """Of every node, over paths of any number of edges."""
+        """Of every node, over paths of any number of edges, which are fewer than nodes: where groups of nodes lead back
+        to themselves (only there) longer ones are left out."""
         current, total = self.targets.astype(self.matrix.dtype), np.zeros(len(self.targets))
-        while current.any():
+        for _ in range(len(self.targets)):
             current = self.matrix.T @ current
+            if not current.any():
+                break
             total += current
         return total
 

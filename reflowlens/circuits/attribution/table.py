@@ -82,7 +82,7 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> Attrib
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
-    nodes["cumulative"] = _cumulative(np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"]))
+    nodes["cumulative"] = cumulative_shares(np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"]))
     name = "" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
     of = f"{name or 'neurons'} of {traced.model.cfg.model_name or 'a model'}"
     return AttributionGraph(nodes, matrix, traced.texts, of, rows.dropped, traced=traced)
@@ -102,7 +102,7 @@ def _nodes(
     return pd.DataFrame(columns | {"activation": activation, "value": value}, index=range(len(names)))
 
 
-def _cumulative(influence: np.ndarray) -> np.ndarray:
+def cumulative_shares(influence: np.ndarray) -> np.ndarray:
     """The share of all influence that each node has together with those of more."""
     order = np.argsort(-influence, kind="stable")
     shares = np.empty(len(influence))

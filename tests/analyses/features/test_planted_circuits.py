@@ -26,6 +26,7 @@ CIRCUITS = {
     "and": gate,
     "or": lambda: gate("or"),
     "suppression": suppression,
+    "copies": lambda: suppression(3),
 }
 
 
@@ -40,7 +41,7 @@ def test_a_graph_has_the_edges_of_the_circuit_and_no_others(name, kind):
 
 
 def test_the_model_computes_what_is_said_of_it():
-    for circuit in (two_hop(), two_hop(2), gate(), gate("or"), suppression()):
+    for circuit in (two_hop(2), *(make() for make in CIRCUITS.values())):
         logits, cache = circuit.model.run_with_cache(circuit.prompt)
         for name, (block, index) in circuit.units.items():
             found = float(cache[f"blocks.{block}.mlp.hook_post"][0, -1, index])
@@ -161,6 +162,10 @@ def test_trained_transcoders_keep_the_second_hop_and_cross_layer_ones_lose_it():
 def test_bad_input_is_one_error(tiny_models):
     with pytest.raises(ReflowlensError, match="1 to 6 circuits"):
         two_hop(7)
+    with pytest.raises(ReflowlensError, match="copies must be 1 or more"):
+        suppression(0)
+    with pytest.raises(ReflowlensError, match="weight must be between"):
+        suppression(weight=-2.0)
     with pytest.raises(ReflowlensError, match="'and' or 'or'"):
         gate("xor")  # type: ignore[arg-type]
     with pytest.raises(ReflowlensError, match="ungated and their activation ReLU"):
