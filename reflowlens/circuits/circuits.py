@@ -217,7 +217,7 @@ def grow_circuit(
     circuits = [order[:size] for size in sizes]
     kept = [mask_of(runs.graph, circuit) | empty for circuit in circuits]
     left = [full & ~mask | empty for mask in kept]
-    shares = _shares(runs.values([full, empty, *kept, *left], memory))
+    shares = shares_of(runs.values([full, empty, *kept, *left], memory))
     n = len(circuits)
     frame = pd.DataFrame({"size": [len(c) for c in circuits], "faithfulness": shares[:n], "completeness": shares[n:]})
     return CircuitGrowth(frame, circuits)
@@ -291,7 +291,7 @@ def _score(
     masks += [mask_of(runs.graph, other) for other in matched_circuits(runs.graph, circuit, controls, match, seed)]
     masks = [(full & ~mask if removed else mask) | empty for mask in masks]
     values = runs.values([full, empty, *masks], memory)
-    observed, *null = _shares(values)
+    observed, *null = shares_of(values)
     ahead = sum(share <= observed + _TIE if removed else share >= observed - _TIE for share in null)
     return CircuitScore(
         value=observed,
@@ -326,7 +326,7 @@ def _ends(graph: Graph, nodes: bool) -> tuple[Bool[Tensor, "sender receiver"], B
     return graph.possible, mask_of(graph, ["embed"] if nodes else [])
 
 
-def _shares(values: Float[Tensor, "circuit prompt"]) -> list[float]:
+def shares_of(values: Float[Tensor, "circuit prompt"]) -> list[float]:
     """Scores of all but the first two, which are the whole model and the empty circuit."""
     for circuit, prompt in (~values.isfinite()).nonzero().tolist():
         raise ReflowlensError(
