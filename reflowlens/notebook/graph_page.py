@@ -113,7 +113,7 @@ def _content(
 
 def _verdict(graph: AttributionGraph) -> dict[str, Any] | None:
     """What interventions say of the graph; None of one that cannot be performed."""
-    if graph.traced is None or not hasattr(graph, "faithfulness"):
+    if graph.traced is None:
         return None
     found = graph.faithfulness()
     return {name: digits(value) if isinstance(value, float) else value for name, value in found.items()}

@@ -36,7 +36,7 @@ function number(value, signed = false) {
   const shown = size && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(3)));
   return (signed && value > 0 ? "+" : "") + shown.replace("-", "−");
 }
-const percent = (share) => (share > 0 && share < 0.001 ? "<0.1%" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`);
+const percent = (share) => (share < 0 ? `−${percent(-share)}` : share > 0 && share < 0.001 ? "<0.1%" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%`);
 const weight = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value) >= 9.995 ? Math.abs(value).toFixed(1) : Math.abs(value).toFixed(Math.abs(value) < 0.0995 ? 4 : 3)}`;
 
 function visible(token) {
@@ -239,7 +239,7 @@ function aboveThreshold() {
 
 const KINDS = {
   feature: t("feature"), neuron: t("neuron"), head: t("attention head"), error: t("error"), embedding: t("token"), position: t("position"),
-  signal: t("recipe signal"), readout: t("readout signal"), logit: t("target"), group: t("group"),
+  signal: t("recipe signal"), readout: t("readout signal"), logit: t("target"), direction: t("direction"), group: t("group"),
 };
 const kindOf = (item) => KINDS[item.kind] ?? item.kind;
 

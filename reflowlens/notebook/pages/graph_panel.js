@@ -293,7 +293,13 @@ function paintHead() {
     nodes: whole(nodes.length), allNodes: whole(all.nodes), share: percent(all.kept), edges: whole(edges.weight.length), allEdges: whole(all.edges),
   });
   element("of").append(`${data.of} · ${left}`);
-  const facts = data.scores.map(([name, value, meaning]) => make("div", {}, make("dt", { title: t(meaning), tabindex: 0 }, t(name)), make("dd", {}, percent(value))));
+  const scores = [...data.scores];
+  const told = data.verdict;
+  if (told && told.faithfulness !== null) {
+    const meaning = t("what is left of the prediction with the nodes of the pruned graph alone; with random nodes {share}", { share: told.faithfulness_control === null ? "–" : percent(told.faithfulness_control) });
+    scores.unshift(["faithfulness", told.faithfulness, meaning]);
+  }
+  const facts = scores.map(([name, value, meaning]) => make("div", {}, make("dt", { title: t(meaning), tabindex: 0 }, t(name)), make("dd", {}, percent(value))));
   element("facts").append(make("dl", {}, ...facts));
   element("facts").prepend(verdict());
 }
@@ -301,7 +307,7 @@ function paintHead() {
 // Whether the graph can be trusted, by what interventions in the model said.
 function verdict() {
   const told = data.verdict;
-  if (!told) return make("span", { class: "verdict", id: "verdict" }, t("faithfulness not measured"));
+  if (!told || (told.reason === "correlation" && told.correlation === null)) return make("span", { class: "verdict", id: "verdict" }, t("faithfulness not measured"));
   const two = (value) => (value === null ? "–" : value.toFixed(2).replace("-", "−"));
   const seen = { r: two(told.correlation), low: two(told.low), high: two(told.high), control: two(told.control), share: percent(told.error_influence) };
   const why = {
@@ -312,8 +318,7 @@ function verdict() {
     control: t("random nodes do as well, correlation {r} ({low} to {high}) against {control}", seen),
   };
   const name = told.trustworthy ? t("trustworthy") : t("not trustworthy");
-  const kept = told.faithfulness === null ? "" : t("{share} of the prediction is left with the nodes of the pruned graph alone", { share: percent(told.faithfulness).replace("-", "−") });
-  return make("span", { class: `verdict ${told.trustworthy ? "yes" : "no"}`, id: "verdict", title: kept, tabindex: 0 }, `${name}: ${why[told.reason] ?? told.verdict}`);
+  return make("span", { class: `verdict ${told.trustworthy ? "yes" : "no"}`, id: "verdict" }, `${name}: ${why[told.reason] ?? told.verdict}`);
 }
 
 function paintLegend() {

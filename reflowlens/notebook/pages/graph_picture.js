@@ -12,7 +12,7 @@ const IN_CELL = { head: 0, feature: 1, neuron: 1, embedding: 0, position: 1, sig
 const inCell = (a, b) => (IN_CELL[a.kind] ?? 2) - (IN_CELL[b.kind] ?? 2) || b.influence - a.influence;
 const hasHeads = nodes.some((node) => node.kind === "head");
 const lastLayer = Math.max(data.blocks - 1, ...nodes.map((node) => node.layer));
-const isPill = (item) => item.kind === "logit" || (item.kind === "direction" && item.target > 0);
+const isPill = (item) => item.kind === "logit";
 
 // From the output down: each layer a row, heads a row of their own below the MLP of their layer.
 function rowsOf(shown) {
@@ -214,6 +214,7 @@ const SHAPES = {
   signal: (r) => polygon(1.1 * r, 6, 0),
   readout: (r) => polygon(1.1 * r, 6, Math.PI / 6),
   logit: (r) => rounded(2.6 * r, 1.7 * r, 0.8 * r),
+  direction: (r) => polygon(1.25 * r, 5, -Math.PI / 2),
   group: (r) => rounded(2.4 * r, 2 * r, 0.6 * r),
 };
 const HOLLOW = ["position", "readout"];
@@ -238,7 +239,7 @@ function classesOf(item) {
 function drawNode(item, largest, pitch) {
   const isBox = state.view === "pins" || isPill(item);
   if (!isBox) item.width = 0;
-  const r = item.label !== undefined ? 9 : INPUTS.includes(item.kind) ? pitch / 3 : 0.2 * pitch + 0.3 * pitch * Math.sqrt(Math.min(1, item.influence / largest));
+  const r = item.label !== undefined || item.target > 0 ? 9 : INPUTS.includes(item.kind) ? pitch / 3 : 0.2 * pitch + 0.3 * pitch * Math.sqrt(Math.min(1, item.influence / largest));
   const height = state.view === "pins" ? BOX.height : 24;
   item.r = isBox ? height / 2 : r;
   const about = [kindOf(item), nameOf(item), placeOf(item), t("influence {share}", { share: percent(item.influence) })].join(", ");
@@ -417,7 +418,8 @@ function writeLabels(svg, at, strongest) {
   if (at) wanted.push(at, ...[...strongest].reverse().slice(0, 7).map((link) => (link.source === at ? link.target : link.source)));
   else {
     wanted.push(...shownItems.filter((item) => state.pinned.includes(item.key) || item.label !== undefined));
-    if (!wanted.length) wanted.push(...[...shownItems].filter((item) => item.node?.up?.length && item.isJoined).sort((a, b) => b.influence - a.influence).slice(0, 10));
+    wanted.push(...shownItems.filter((item) => item.target > 0));
+    if (!state.pinned.length) wanted.push(...[...shownItems].filter((item) => item.node?.up?.length && item.isJoined).sort((a, b) => b.influence - a.influence).slice(0, 10));
   }
   const bodies = shownItems.map((item) => [item.x - (item.width / 2 || item.r), item.y - item.r, item.x + (item.width / 2 || item.r), item.y + item.r]);
   const taken = [];

@@ -200,9 +200,34 @@ def test_rows_are_layers_and_columns_are_tokens(graph, opened):
     for pos in range(4):
         assert max(by_token[pos]) < min(by_token[pos + 1])
     assert texts(opened, "#stage .word") == ["The", "capital", "of", "France", "is"]
-    assert texts(opened, "#facts dd") == ["87%", "96%", "4.9%", "0.0%"]
+    faithful = graph.faithfulness()
+    assert texts(opened, "#facts dd") == [f"{faithful['faithfulness']:.0%}", "87%", "96%", "4.9%", "0.0%"]
+    (verdict,) = texts(opened, "#verdict.yes")
+    assert verdict.startswith(f"trustworthy: removals as predicted, correlation {faithful['correlation']:.2f} (")
     assert "196 of 1,005 nodes" in texts(opened, "#of")[0]
     assert texts(opened, "#title .target")[0] == "the15%"
+
+
+def test_a_graph_that_is_not_to_be_trusted_says_so_first(opened):
+    told = """(() => { const before = data.verdict; data.verdict = { ...before, trustworthy: false, ...%s };
+        const made = verdict(); data.verdict = before; return [made.className, made.textContent]; })()"""
+    for reason, words in (
+        ("errors", "errors have 61% of the influence"),
+        ("few nodes", "too few nodes can be removed to test it"),
+        ("control", "random nodes do as well, correlation 0.20 (0.05 to 0.30) against 0.35"),
+        ("correlation", "removals not as predicted, correlation 0.20 (0.05 to 0.30)"),
+    ):
+        numbers = {
+            "reason": reason,
+            "error_influence": 0.61,
+            "correlation": 0.2,
+            "low": 0.05,
+            "high": 0.3,
+            "control": 0.35,
+        }
+        assert opened.evaluate(told % json.dumps(numbers)) == ["verdict no", f"not trustworthy: {words}"]
+    box = "document.querySelector('{}').getBoundingClientRect().top"
+    assert opened.evaluate(box.format("#verdict")) <= opened.evaluate(box.format("#facts dl"))
 
 
 def test_a_click_shows_in_and_outputs_that_add_up(graph, opened):
