@@ -52,7 +52,7 @@ class Removals:
         missing = [nodes for nodes in asked if nodes not in self.found]
         if missing:
             changes = [change_of(self.graph, dict.fromkeys(nodes, 0.0)) for nodes in missing]
-            values = np.nan_to_num(performed(self.graph, changes, self.level))
+            values = np.nan_to_num(performed(self.graph, changes, self.level).values)
             self.found |= zip(missing, (values[1:] - values[0]) * self.weights, strict=True)
         return [self._agreement(group) for group in groups]
 
