@@ -26,7 +26,7 @@ from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
 from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
 from reflowlens.circuits.attribution.targets import Asked, Targets, split_targets
-from reflowlens.circuits.attribution.traced import Traced
+from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
@@ -36,7 +36,6 @@ from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.progress import bar
 from reflowlens.sweeps.batching import check_budget
-from reflowlens.sweeps.reading import attached_points
 
 _FEWEST_EDGES = 16  # of a target, below which a graph says little
 
@@ -145,11 +144,7 @@ def attribute(
 
 def _checked_model(model: Any) -> ResidualModel:
     model = hooked_model(model)
-    if attached := attached_points(model):
-        raise ReflowlensError(
-            f"something is attached to {attached[0]!r}, and a graph is of the model as it is: remove hooks and leave "
-            "blocks of interventions first"
-        )
+    check_unhooked(model)
     if model.ln_final.w.dtype not in (torch.float32, torch.float64):
         raise ReflowlensError(
             f"in {model.ln_final.w.dtype} the edges of a graph do not add up: load the model in float32"

@@ -25,14 +25,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.circuits.attribution.replacement import blocks_of
-from reflowlens.circuits.attribution.traced import Traced
+from reflowlens.circuits.attribution.traced import Traced, check_unhooked, traced_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.reading import attached_points
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -89,11 +88,7 @@ def performed(graph: AttributionGraph, changes: Sequence[Change], level: Level, 
         raise ReflowlensError(
             f"graphs are performed in decoders with attention heads and MLPs, and not in a {type(model).__name__} yet"
         )
-    if attached := attached_points(model):
-        raise ReflowlensError(
-            f"something is attached to {attached[0]!r}, and a graph is performed in the model as it is: remove hooks "
-            "and leave blocks of interventions first"
-        )
+    check_unhooked(model)
 
     def run(batch: list[Change]) -> tuple[Tensor, Tensor]:
         return _Pass(graph, traced, [Change({}), *batch], level).run()
@@ -109,17 +104,6 @@ def _joined(batches: Sequence[np.ndarray]) -> np.ndarray:
     """The prompt's row once, and the others as they differ from that of their batch, which is rounded alike."""
     first = batches[0][0]
     return np.concatenate([batches[0], *(batch[1:] + (first - batch[0]) for batch in batches[1:])])
-
-
-def traced_of(graph: AttributionGraph) -> Traced:
-    """What a graph was made of.
-
-    Raises:
-        ReflowlensError: it is not known.
-    """
-    if graph.traced is None:
-        raise ReflowlensError("this graph comes without its model, and cannot be performed: make it with rl.attribute")
-    return graph.traced
 
 
 def _check_same(values: Float[np.ndarray, " value"], expected: Float[np.ndarray, " value"]) -> None:

@@ -174,14 +174,10 @@ class Engine:
             first += len(positions)
 
     def edges_into(
-        self,
-        block: int,
-        stream: Float[Tensor, "pos target d_model"],
-        constant: Float[Tensor, " target"],
-        constant_of: int,
+        self, block: int, carried: Carried, constant: Float[Tensor, " target"], constant_of: int
     ) -> Float[Tensor, "target node"]:
         """The edges into targets, from the gradients at the input of their block and what biases added above."""
-        return self._row_values(self.first_stage[block], stream, constant, constant_of)
+        return self._row_values(self.first_stage[block], carried, constant, constant_of)
 
     def _row_values(
         self, stage: int, carried: Carried, constant: Float[Tensor, " target"], constant_of: int

@@ -21,6 +21,7 @@ from reflowlens.storage.opening import as_path
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from reflowlens.circuits.attribution.attention import WhyAttended
     from reflowlens.circuits.attribution.groups import Groups
     from reflowlens.circuits.attribution.performing import Factors
     from reflowlens.circuits.attribution.traced import Traced
@@ -266,6 +267,27 @@ class AttributionGraph:
         from reflowlens.circuits.attribution.faithful import faithfulness
 
         return faithfulness(self)
+
+    def why_attended(self, layer: int, head: int, query: int | str, key: int | str, top: int = 1000) -> WhyAttended:
+        """Why a head looks from one position at another: its score split exactly into pairs of nodes; see
+        :func:`~reflowlens.circuits.attribution.attention.why_attended`."""
+        from reflowlens.circuits.attribution.attention import why_attended
+
+        return why_attended(self, layer, head, query, key, top)
+
+    def heads(self, target: str, source: str | None = None, top: int = 1000) -> pd.DataFrame:
+        """The edges into a node split exactly by the last head on the way; see
+        :func:`~reflowlens.circuits.attribution.heads.by_last_head`."""
+        from reflowlens.circuits.attribution.heads import by_last_head
+
+        return by_last_head(self, target, source, top)
+
+    def through_heads(self, target: str) -> pd.DataFrame:
+        """What every head brings to a node, on all ways; see
+        :func:`~reflowlens.circuits.attribution.heads.through_heads`."""
+        from reflowlens.circuits.attribution.heads import through_heads
+
+        return through_heads(self, target)
 
     @cached_property
     def shares(self) -> Shares:

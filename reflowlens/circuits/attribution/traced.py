@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from reflowlens.arguments import integer
 from reflowlens.circuits.attribution.engine import Engine
 from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.errors import ReflowlensError
 from reflowlens.models.residual import ResidualModel
+from reflowlens.sweeps.reading import attached_points
+
+if TYPE_CHECKING:
+    from reflowlens.circuits.attribution.graph import AttributionGraph
 
 
 @dataclass(frozen=True)
@@ -31,3 +38,47 @@ class Traced:
         """Of the tokens; ids beyond the tokenizer's have none."""
         model, n_vocab = self.model, self.model.tokenizer.n_vocab
         return [model.to_single_str_token(token) if token < n_vocab else "" for token in self.tokens.tolist()]
+
+    def position(self, where: Any, name: str) -> int:
+        """A position of the prompt, counted from its beginning.
+
+        Args:
+            where: a position, negative from the end, a token that occurs once, or ``"last"``.
+            name: of the argument.
+
+        Raises:
+            ReflowlensError: there is none, or the token occurs several times.
+        """
+        n = len(self.tokens)
+        if isinstance(where, str) and where != "last":
+            places = (self.tokens == self.model.to_single_token(where)).nonzero()[:, 0].tolist()
+            if not places:
+                raise ReflowlensError(f"{name}={where!r}: the token does not occur in the prompt")
+            if len(places) > 1:
+                every = ", ".join(map(str, places))
+                raise ReflowlensError(f"{name}={where!r}: the token occurs at positions {every}: give one of them")
+            return int(places[0])
+        place = n - 1 if where == "last" else integer(where)
+        if place is None or not -n <= place < n:
+            raise ReflowlensError(f"no {name} {where!r}: the prompt has {n} tokens")
+        return place % n
+
+
+def check_unhooked(model: ResidualModel) -> None:
+    """Raise where something is attached to a model of which a graph is, or is to be: as it was without."""
+    if attached := attached_points(model):
+        raise ReflowlensError(
+            f"something is attached to {attached[0]!r}, and a graph is of the model as it is: remove hooks and leave "
+            "blocks of interventions first"
+        )
+
+
+def traced_of(graph: AttributionGraph) -> Traced:
+    """The frozen prompt that a graph was made of.
+
+    Raises:
+        ReflowlensError: it was made without one.
+    """
+    if graph.traced is None:
+        raise ReflowlensError("this graph comes without its model, which is needed here: make it with rl.attribute")
+    return graph.traced

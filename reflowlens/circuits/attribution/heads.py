@@ -1,0 +1,292 @@
+"""Which heads carried the edges of a graph.
+
+An edge is a sum over paths along the residual stream, each of which passes some heads or none, and no other node. Every
+path that passes any has a last head, from which it goes to the target without passing another: so that an edge is what
+comes directly, plus, for every head of every block and every position that it read, what passed that head last.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reflowlens.arguments import whole_number
+from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.circuits.attribution.frozen import FrozenDecoder, at_positions
+from reflowlens.circuits.attribution.table import nodes_of
+from reflowlens.circuits.attribution.traced import Traced, check_unhooked, traced_of
+from reflowlens.circuits.attribution.ways import Ways
+from reflowlens.config import nearest
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.decoder import Decoder
+from reflowlens.out_of_memory import lower_if_it_does_not_fit
+
+if TYPE_CHECKING:
+    from reflowlens.circuits.attribution.graph import AttributionGraph
+
+_NUMBERS_AT_ONCE = 2**22  # of gradients and edges
+
+
+@torch.no_grad()
+def by_last_head(graph: AttributionGraph, target: str, source: str | None = None, top: int = 1000) -> pd.DataFrame:
+    """The edges into a node, or one of them, split exactly by the last head on the way.
+
+    Args:
+        graph: pruned or not; edges are those of the whole graph.
+        target, source: names of nodes; without a source all edges are split.
+        top: how many parts are kept, the largest; what all others of an edge add up to is one part of it.
+
+    Returns:
+        A row a part, the largest first, behind them those that sum up others: ``source``, ``route``, ``layer``,
+        ``head``, ``key``, ``weight``. Of the route ``head`` the last head on the way is named, and the position that it
+        read; it wrote at the target's own. The route ``direct`` passes no head: it stays at the target's position. The
+        route ``rest`` is all others. The parts of a source add up to its edge.
+
+    Raises:
+        ReflowlensError: the graph was made without its model, a node is not in it, or nothing goes into the target or
+            only what no head carries.
+
+    Example: ``graph.heads("logit:262").groupby(["layer", "head"])["weight"].sum()``
+    """
+    traced = traced_of(graph)
+    nodes = nodes_of(traced)
+    return split_by_last_head(traced, nodes, reader_of(traced, nodes, target), source, top, repr(target))
+
+
+def split_by_last_head(
+    traced: Traced, nodes: pd.DataFrame, reader: Reader, source: str | None, top: int, name: str
+) -> pd.DataFrame:
+    """What goes to a reader, as :func:`by_last_head` says.
+
+    Args:
+        nodes: of the whole graph.
+        name: of the reader.
+    """
+    _check_passed(traced, nodes)
+    top, number = whole_number(top, "top", 1), None if source is None else _number(nodes, source)
+    first_layer, first_key = _begins(nodes, number)
+    engine, n, n_heads = traced.engine, traced.engine.layout.n_positions, traced.model.cfg.n_heads
+    parts = _Parts(len(nodes), top, number)
+    with lower_if_it_does_not_fit("the length of the prompt, or top="):
+        direct = _without_heads(engine)
+        parts.add(reader.edges(direct), torch.tensor([-1]))
+        for layer, middle in reader.middles(direct.frozen):
+            for positions, edges in _from_heads(engine, layer, middle, first_key if layer >= first_layer else n):
+                parts.add(edges, (positions[:, None] + n * (torch.arange(n_heads) + n_heads * layer)).flatten())
+    if number is not None and not parts.counts[number]:
+        raise ReflowlensError(f"no path leads from {source!r} to {name}")
+    return parts.table(nodes["node"].to_numpy(), n, n_heads)
+
+
+@torch.no_grad()
+def through_heads(graph: AttributionGraph, target: str) -> pd.DataFrame:
+    """What every head of every position brings to a node, on all ways from there that pass no other node.
+
+    Of a head that is: what it adds to the stream at a position, times the gradient of the target there. What passes two
+    heads counts for both, so that these do not add up to the target; biases of values and their norm are part of it.
+
+    Args:
+        graph: pruned or not.
+        target: the name of a node.
+
+    Returns:
+        A row a head and position, the largest first: ``layer``, ``head``, ``query``, ``weight``.
+
+    Raises:
+        ReflowlensError: the graph was made without its model, or the target is not in it or has no heads before it.
+
+    Example: ``graph.through_heads("logit:262").head()``
+    """
+    traced = traced_of(graph)
+    nodes = nodes_of(traced)
+    reader = reader_of(traced, nodes, target)
+    check_unhooked(traced.model)
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(reader.n_blocks)]
+    _, cache = traced.model.run_with_cache(traced.tokens[None], names_filter=names)
+    frozen, frames = traced.engine.frozen, []
+    for layer, middle in reader.middles(frozen):
+        gradient = torch.einsum("qd,hed->qhe", middle[:, 0], frozen.attention[layer].W_O)
+        weights = (gradient * cache[names[layer]][0, : len(gradient)]).sum(-1)
+        query, head = weights.nonzero().unbind(1)
+        columns = {"layer": layer, "head": head.cpu(), "query": query.cpu(), "weight": weights[query, head].cpu()}
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames).sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Targets that read the stream at one position.
+
+    Args:
+        gradient: of each, there.
+        n_blocks: whose attention comes before them.
+        inside: they read the middle of the last of these, and not its output.
+        constant: what biases add to them behind that.
+    """
+
+    gradient: Float[Tensor, "target d_model"]
+    position: int
+    n_blocks: int
+    inside: bool
+    constant: Float[Tensor, " target"]
+
+    @property
+    def positions(self) -> Int[Tensor, " target"]:
+        return torch.full((len(self.gradient),), self.position, device=self.gradient.device)
+
+    def edges(self, engine: Engine) -> Float[Tensor, "target node"]:
+        """All that go into them."""
+        if not self.inside:
+            carried = Ways.at(self.gradient, self.positions)
+            return engine.edges_into(self.n_blocks, carried, self.constant, self.n_blocks)
+        block = self.n_blocks - 1
+        carried, constant = engine.frozen.attention[block].back_from(self.gradient, self.positions)
+        return engine.edges_into(block, carried, self.constant + constant, block)
+
+    def middles(self, frozen: FrozenDecoder) -> Iterator[tuple[int, Float[Tensor, "pos target d_model"]]]:
+        """Block by block downwards, their gradients at ``resid_mid``, where heads write."""
+        stream = at_positions(self.gradient, self.positions)
+        for layer in reversed(range(self.n_blocks)):
+            if not self.inside or layer < self.n_blocks - 1:
+                stream = frozen.middle(layer, stream)
+            yield layer, stream
+            stream, _ = frozen.attention[layer].back(stream)
+
+
+def reader_of(traced: Traced, nodes: pd.DataFrame, target: str) -> Reader:
+    _check_passed(traced, nodes)
+    engine, number = traced.engine, _number(nodes, target)
+    layout, end, frozen = engine.layout, engine.end, engine.frozen
+    if number < layout.first_unit[0]:
+        raise ReflowlensError(f"nothing goes into {target!r}, of which heads could carry something")
+    if number >= layout.first_target and end.directions:
+        return _reader_of_direction(traced, number - layout.first_target)
+    if number >= layout.first_signal:
+        row = number - layout.first_signal
+        if end.signals is not None and number >= layout.first_target:
+            raise ReflowlensError(f"what goes into {target!r} are signals of the readout: ask for one, as 'readout:0'")
+        last = layout.n_positions - 1
+        gradient = frozen.final.back(end.rows[[row]], slice(last, last + 1))
+        return Reader(gradient, last, layout.n_blocks, False, end.constant[[row]])
+    block = bisect_right(layout.first_unit, number) - 1
+    unit = engine.replacement.units[block][[number - layout.first_unit[block]]]
+    gradient = frozen.norms[block].back(unit.rows, unit.position)
+    return Reader(gradient, int(unit.position), block + 1, True, unit.constant)
+
+
+def _reader_of_direction(traced: Traced, number: int) -> Reader:
+    groups, frozen = traced.engine.end.directions, traced.engine.frozen
+    group, i = [(each, i) for each in groups for i in range(len(each.asked))][number]
+    gradient, position = group.rows[[i]], group.positions[[i]]
+    if group.at == "ln1.hook_normalized":
+        gradient = frozen.attention[group.layer].norm.back(gradient, position)
+    if group.at == "ln2.hook_normalized":
+        gradient = frozen.norms[group.layer].back(gradient, position)
+    before, inside = group.asked[i].passed
+    return Reader(gradient, int(position), before + inside, inside, gradient.new_zeros(1))
+
+
+def _check_passed(traced: Traced, nodes: pd.DataFrame) -> None:
+    """Raise where edges pass no heads: where these are nodes, and in architectures whose neurons are part of them."""
+    if (nodes["kind"] == "head").any():
+        raise ReflowlensError("heads are nodes of this graph, and no edge passes one: see the edges of those")
+    if not isinstance(traced.model, Decoder):
+        name = type(traced.model).__name__
+        raise ReflowlensError(
+            f"edges of a {name} pass no head but that of the neuron that they go into: see its number"
+        )
+
+
+def _number(nodes: pd.DataFrame, name: Any) -> int:
+    places = np.flatnonzero(nodes["node"] == name)
+    if not len(places):
+        raise ReflowlensError(f"no node {name!r} in this graph{nearest(name, nodes['node'].tolist())}")
+    return int(places[0])
+
+
+def _begins(nodes: pd.DataFrame, number: int | None) -> tuple[int, int]:
+    """The first block, and the first position, at which heads can read what a node writes."""
+    if number is None:
+        return 0, 0
+    node = nodes.iloc[number]
+    return node["layer"], 0 if pd.isna(node["pos"]) else node["pos"]
+
+
+def _without_heads(engine: Engine) -> Engine:
+    """The same engine where heads look nowhere: its edges are those that pass none."""
+    frozen = copy.copy(engine.frozen)
+    frozen.attention = [replace(each, pattern=torch.zeros_like(each.pattern)) for each in frozen.attention]
+    return Engine(frozen, engine.replacement, engine.inputs, engine.end, engine.layout)
+
+
+def _from_heads(
+    engine: Engine, layer: int, middle: Float[Tensor, "query 1 d_model"], first_key: int
+) -> Iterator[tuple[Int[Tensor, " key"], Float[Tensor, "key_and_head node"]]]:
+    """What goes to a target at the last position by a head of a block, and on without another, from each position."""
+    attention, last = engine.frozen.attention[layer], torch.tensor(len(middle) - 1, device=middle.device)
+    heads = torch.arange(len(attention.W_O), device=middle.device)
+    n, n_heads = len(middle), len(heads)
+    gradients, constant = attention.back_from_heads(middle[-1].expand(n_heads, -1), heads, last.expand(n_heads))
+    constants = attention.pattern[:, n - 1, :n].T * constant  # a row of the pattern sums to 1
+    numbers = n_heads * (engine.layout.first_unit[layer] + 2 * n * engine.frozen.numbers_carried)
+    size = max(1, min(_NUMBERS_AT_ONCE // numbers, n // 4))  # few, lest most be carried over positions behind their own
+    for start in range(first_key, n, size):
+        keys = torch.arange(start, min(start + size, n), device=middle.device)
+        carried = Ways.at(gradients[keys].flatten(0, 1), keys.repeat_interleave(n_heads))
+        yield keys.cpu(), engine.edges_into(layer, carried, constants[keys].flatten(), layer)
+
+
+class _Parts:
+    """Collects the parts of edges: the largest of them, and of each source how many there were and their sum.
+
+    Args:
+        n_nodes: from which edges may come.
+        top: how many parts are kept.
+        source: the only node whose edge counts, or None.
+    """
+
+    def __init__(self, n_nodes: int, top: int, source: int | None) -> None:
+        self.top, self.source, self.least = top, source, 0.0
+        self.totals = torch.zeros(n_nodes, dtype=torch.float64)
+        self.counts = torch.zeros(n_nodes, dtype=torch.long)
+        self.sources, self.routes, self.weights = self.counts[:0], self.counts[:0], torch.zeros(0)
+
+    def add(self, edges: Float[Tensor, "part node"], routes: Int[Tensor, " part"]) -> None:
+        """Of each route the part of every edge; columns that are missing are zero."""
+        n, edges = edges.shape[1], edges.cpu()
+        if self.source is not None:
+            edges = torch.where(torch.arange(n) == self.source, edges, 0.0)
+        self.totals[:n] += edges.sum(0, dtype=torch.float64)
+        self.counts[:n] += edges.count_nonzero(0)
+        part, source = (edges.abs() > self.least).nonzero().unbind(1)
+        self.sources = torch.cat([self.sources, source])
+        self.routes = torch.cat([self.routes, routes[part]])
+        self.weights = torch.cat([self.weights, edges[part, source]])
+        if len(self.weights) > self.top:
+            kept = self.weights.abs().topk(self.top).indices
+            self.sources, self.routes, self.weights = self.sources[kept], self.routes[kept], self.weights[kept]
+            self.least = float(self.weights[-1].abs())
+
+    def table(self, names: np.ndarray, n_positions: int, n_heads: int) -> pd.DataFrame:
+        sources, routes, weights = (each.numpy() for each in (self.sources, self.routes, self.weights))
+        frame = pd.DataFrame({"source": names[sources], "route": np.where(routes < 0, "direct", "head")})
+        block, place = np.divmod(routes, n_heads * n_positions)
+        head, key = np.divmod(place, n_positions)
+        for name, value in (("layer", block), ("head", head), ("key", key)):
+            frame[name] = pd.array(value, dtype="Int64")
+            frame.loc[routes < 0, name] = pd.NA
+        frame["weight"] = weights
+        others = self.counts.numpy() - np.bincount(sources, minlength=len(names)) > 0
+        rest = self.totals.numpy() - np.bincount(sources, weights, len(names))
+        summed = pd.DataFrame({"source": names[others], "route": "rest", "weight": rest[others]})
+        by_size = [each.sort_values("weight", key=np.abs, ascending=False) for each in (frame, summed) if len(each)]
+        return pd.concat(by_size, ignore_index=True)[frame.columns]
