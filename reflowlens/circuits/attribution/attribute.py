@@ -86,8 +86,9 @@ def attribute(
 
     Raises:
         ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder or BDH, is not in float32,
-            or is changed by hooks, activations are not finite, the dictionary belongs to another model or is none of
-            MLPs, no feature is active, a target does not exist, or not even 16 edges a node fit ``memory``.
+            or is changed by hooks, activations or a dictionary's output are not finite, the dictionary belongs to
+            another model or is none of MLPs, no feature is active, a target does not exist, or not even 16 edges a node
+            fit ``memory``.
 
     Example: ``rl.attribute(model, "The capital of France is", dictionary).prune().edges``
     """

@@ -170,7 +170,7 @@ def of_dictionary(
     """The active features of a transcoder, and those that are asked for; a block without a layer is all error.
 
     Raises:
-        ReflowlensError: no feature is active.
+        ReflowlensError: no feature is active, or what they write is not finite.
     """
     blocks, layers = blocks_of(dictionary), dictionary.each_layer()
     none = cache["blocks.0.hook_mlp_out"][0]
@@ -194,6 +194,8 @@ def of_dictionary(
             if dictionary.cfg.cross_layer or m == i
         }
         error = cache[f"blocks.{block}.hook_mlp_out"][0] - dictionary.reconstruct(i, encoded, x)
+        if not bool(error.isfinite().all()):
+            raise ReflowlensError(f"what the dictionary writes in block {block} holds NaN or infinite values")
         written[block] = Written(by_units, error, layer.b_dec, layer.W_skip)
     if not any(bool((each.activation > 0).any()) for each in units):
         raise ReflowlensError("no feature of the dictionary is active on this prompt: there is nothing to draw")

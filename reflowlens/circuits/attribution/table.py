@@ -83,8 +83,9 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> Attrib
     nodes["influence"] = shares.influence()
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
     nodes["cumulative"] = cumulative_shares(np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"]))
-    name = "" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
-    of = f"{name or 'neurons'} of {traced.model.cfg.model_name or 'a model'}"
+    name = "neurons" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
+    with_heads = " and heads" if engine.replacement.heads else ""
+    of = f"{name}{with_heads} of {traced.model.cfg.model_name or 'a model'}"
     return AttributionGraph(nodes, matrix, traced.texts, of, rows.dropped, traced=traced)
 
 

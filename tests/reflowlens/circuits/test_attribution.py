@@ -261,6 +261,10 @@ def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models, monkey
         layer.b_enc.fill_(-1e3)
     with pytest.raises(ReflowlensError, match="no feature of the dictionary is active"):
         rl.attribute(model, "abcde", silent)
+    broken = dictionary_of(model, "plt")
+    broken.each_layer()[1].W_dec[3] = torch.nan
+    with pytest.raises(ReflowlensError, match="writes in block 1 holds NaN"):
+        rl.attribute(model, "abcde", broken)
     with pytest.raises(ReflowlensError, match="no MLPs that a dictionary could stand for"):
         rl.attribute(build_model(BDH), "abcde", dictionary_of(model, "plt"))
     with pytest.raises(ReflowlensError, match="read at resid_pre, resid_post, got at='resid_mid'"):
