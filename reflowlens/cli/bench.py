@@ -15,9 +15,12 @@ def add_commands(commands: Commands) -> None:
         "benchmark",
         nargs="?",
         default="all",
-        choices=["all", "hooks", "decode", "sweep", "train", "dictionary"],
+        choices=["all", "hooks", "decode", "sweep", "train", "dictionary", "graph"],
         help="which",
     )
+    graph = parser.add_argument_group("of graph")
+    graph.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="of the prompts")
+    graph.add_argument("--dictionary", nargs="+", help="packaged transcoders (default: all)")
     train = parser.add_argument_group("of train")
     train.add_argument("--preset", help="model's shape, e.g. reflow_1_small (default: reflow_nano on a CPU)")
     train.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
@@ -31,7 +34,14 @@ def add_commands(commands: Commands) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from reflowlens.benchmarks import TrainBench, bench_dictionary, bench_sweep, bench_train, run_benchmarks
+    from reflowlens.benchmarks import (
+        TrainBench,
+        bench_dictionary,
+        bench_graph,
+        bench_sweep,
+        bench_train,
+        run_benchmarks,
+    )
 
     if options.benchmark in ("all", "hooks", "decode"):
         print(run_benchmarks(options.benchmark).to_string(index=False))
@@ -43,3 +53,6 @@ def _bench(options: argparse.Namespace) -> None:
         print(bench_train(bench, steps=options.steps))
     if options.benchmark in ("all", "dictionary"):
         print(bench_dictionary().to_string(index=False))
+    if options.benchmark in ("all", "graph"):
+        chosen = {"dictionaries": options.dictionary} if options.dictionary else {}
+        print(bench_graph(options.tokens, **chosen).to_string(index=False, na_rep="-"))

@@ -164,6 +164,7 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr("reflowlens.benchmarks.run_benchmarks", lambda which: pd.DataFrame([{"benchmark": which}]))
     monkeypatch.setattr("reflowlens.benchmarks.bench_sweep", lambda: pd.DataFrame([{"benchmark": "sweeps"}]))
     monkeypatch.setattr("reflowlens.benchmarks.bench_dictionary", lambda: pd.DataFrame([{"benchmark": "steps"}]))
+    monkeypatch.setattr("reflowlens.benchmarks.bench_graph", lambda tokens: pd.DataFrame([{"graph": max(tokens)}]))
     assert main(["bench", "train", "--preset", "reflow_1_small", "--batch", "2", "--steps", "3", "--compile"]) == 0
     (bench, steps) = called[0]
     assert (bench.model.model_name, bench.batch, bench.compiled, steps) == ("reflow_1_small", 2, True, 3)
@@ -178,6 +179,7 @@ def test_the_command(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "sweeps" in printed
     assert "steps" in printed
+    assert "256" in printed
 
 
 def test_sweeps_are_compared_with_equal_results():
