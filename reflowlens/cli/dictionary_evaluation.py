@@ -49,6 +49,9 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.add_argument("--seeds", nargs="+", default=[], metavar="DICTIONARY", help="stability: others of its kind")
     parser.add_argument("--probe", action="store_true", help="k-sparse probes of word categories and text concepts")
+    parser.add_argument(
+        "--graphs", action="store_true", help="scores of attribution graphs of 60 factual prompts, beside nulls"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="documents read at once")
     parser.add_argument("--resamples", type=int, default=1000, help="of documents, for the intervals")
     parser.add_argument("--seed", type=int, default=0, help="of documents, resamples and the rotated basis")
@@ -58,9 +61,11 @@ def add_evaluate(commands: Commands) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from analyses.features.evaluation import evaluate_dictionary
+    from analyses.features.graph_scores import graph_scores, summary
     from analyses.features.probing import sparse_probing
     from analyses.features.stability import seed_stability
     from analyses.units.terminal import table
+    from analyses.words.lexicon import load_lexicon
     from reflowlens.checkpoints import load_model
     from reflowlens.dictionaries.files import load_dictionary
 
@@ -74,12 +79,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ReflowlensError(f"{options.dictionary} does not name its model: give it with --model")
     model = load_model(name, device=options.device)
     held_out = _documents(model, options, "val", options.tokens)
+    against = dict(_against(name, model, options) for name in options.against)
     result = evaluate_dictionary(
         model,
         dictionary,
         held_out,
         _documents(model, options, "train", options.training_tokens),
-        against=dict(_against(name, model, options) for name in options.against),
+        against=against,
         with_nulls=not options.no_nulls,
         layerwise=not options.together,
         batch_size=options.batch_size,
@@ -97,6 +103,20 @@ def _evaluate(options: argparse.Namespace) -> None:
         probes = sparse_probing(model, dictionary, held_out, seed=options.seed, progress=True)
         print("\nk-sparse probes, mean over classes", table(probes[probes["class"] == "all"]), sep="\n")
         result = result.and_frame("probes", probes)
+    if options.graphs:
+        prompts = [one.prompt for one in load_lexicon().factual]
+        scores = graph_scores(
+            model,
+            dictionary,
+            prompts,
+            against=against,
+            with_nulls=not options.no_nulls,
+            seed=options.seed,
+            progress=True,
+        )
+        graphs = summary(scores, resamples=options.resamples, seed=options.seed)
+        print("\nscores of attribution graphs, mean over prompts", table(graphs), sep="\n")
+        result = result.and_frame("graphs", graphs)
     if options.out:
         print(result.save(options.out))
 

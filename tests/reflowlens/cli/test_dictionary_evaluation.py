@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from analyses.words import lexicon
+from analyses.words.lexicon import FactualPrompt, Lexicon
 from pretraining.data import prepare
 from reflowlens.checkpoints import save_model
 from reflowlens.cli import main
@@ -79,9 +81,11 @@ def test_windows_stand_in_for_documents_that_are_few(
     assert "held out are 1 documents" in capsys.readouterr().err
 
 
-def test_stability_and_probes_are_kept_with_it(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_stability_probes_and_graphs_are_kept_with_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    prompts = (FactualPrompt("a short one", " a"), FactualPrompt("another", " b"))  # the model reads 24 bytes
+    monkeypatch.setattr(lexicon, "load_lexicon", lambda: Lexicon("", factual=prompts))
     command = ["dictionary", "evaluate", str(folder / "first"), "--data", str(folder / "data"), "--tokens", "0"]
     more = [
         "--together",
@@ -90,6 +94,7 @@ def test_stability_and_probes_are_kept_with_it(
         "--seeds",
         str(folder / "second"),
         "--probe",
+        "--graphs",
         "--out",
         str(tmp_path / "x.json"),
     ]
@@ -97,9 +102,11 @@ def test_stability_and_probes_are_kept_with_it(
     printed = capsys.readouterr().out
     assert "stability over seeds" in printed
     assert "mean over classes" in printed
+    assert "scores of attribution graphs" in printed
     frames = json.loads((tmp_path / "x.json").read_text())["frames"]
     assert [row["layer"] for row in frames["stability"]] == ["0", "1", "all"]
     assert {row["basis"] for row in frames["probes"]} >= {"dictionary", "neurons", "pca", "random"}
+    assert {row["dictionary"] for row in frames["graphs"]} == {"first", "neurons", "random", "none"}
     alone = [row for row in frames["layers"] if row["dictionary"] == "pca" and row["layer"] == "0"]
     assert [row["loss"] for row in alone] == [None]
 
