@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -116,7 +117,7 @@ def _verdict(graph: AttributionGraph) -> dict[str, Any] | None:
     if graph.traced is None:
         return None
     found = graph.faithfulness()
-    return {name: digits(value) if isinstance(value, float) else value for name, value in found.items()}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
 
 
 def _n_blocks(graph: AttributionGraph) -> int:
