@@ -8,7 +8,7 @@ function widthOf(text, font = "12px") {
   return measure.measureText(text).width;
 }
 
-const IN_CELL = { head: 0, feature: 1, neuron: 1, embedding: 0, position: 1, signal: 1, readout: 1, error: 3 };
+const IN_CELL = { head: 0, group: 1, direction: 1, feature: 1, neuron: 1, embedding: 0, position: 1, signal: 1, readout: 1, error: 3 };
 const inCell = (a, b) => (IN_CELL[a.kind] ?? 2) - (IN_CELL[b.kind] ?? 2) || b.influence - a.influence;
 const hasHeads = nodes.some((node) => node.kind === "head");
 const lastLayer = Math.max(data.blocks - 1, ...nodes.map((node) => node.layer));
@@ -146,7 +146,7 @@ function placePins(shown, available) {
   let y = 10;
   for (const row of rows) {
     row.cells = [];
-    const boxes = [...row.items].sort((a, b) => a.pos - b.pos || inCell(a, b));
+    const boxes = [...row.items].sort((a, b) => a.pos - b.pos || b.target - a.target || inCell(a, b));
     for (const item of boxes) {
       item.text = shorter(nameOf(item), 28);
       item.below = shorter(placeOf(item), 34);
@@ -239,7 +239,7 @@ function classesOf(item) {
 function drawNode(item, largest, pitch) {
   const isBox = state.view === "pins" || isPill(item);
   if (!isBox) item.width = 0;
-  const r = item.label !== undefined || item.target > 0 ? 9 : INPUTS.includes(item.kind) ? pitch / 3 : 0.2 * pitch + 0.3 * pitch * Math.sqrt(Math.min(1, item.influence / largest));
+  const r = item.label !== undefined || item.target > 0 ? 0.42 * pitch : INPUTS.includes(item.kind) ? pitch / 3 : 0.2 * pitch + 0.3 * pitch * Math.sqrt(Math.min(1, item.influence / largest));
   const height = state.view === "pins" ? BOX.height : 24;
   item.r = isBox ? height / 2 : r;
   const about = [kindOf(item), nameOf(item), placeOf(item), t("influence {share}", { share: percent(item.influence) })].join(", ");
