@@ -13,7 +13,7 @@ from analyses.result import Finding, Result
 from analyses.statistics import bootstrap_interval, derive_rng, holm, paired_permutation_pvalue, rate_interval, verdict
 from reflowlens.circuits.attribution.alike import UNITS, Numbers
 from reflowlens.circuits.attribution.groups import Groups
-from reflowlens.circuits.attribution.jointly import Agreement
+from reflowlens.circuits.attribution.jointly import JointRemoval
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -102,7 +102,7 @@ def _of_prompt(groups: Groups, draws: int, rng: np.random.Generator) -> dict[str
         for _ in range(draws)
     ]
     random = groups.removals.agreement(drawn)
-    own = [Agreement(row.deviation, row.likeness) for row in clusters.itertuples()]
+    own = [JointRemoval(row.deviation, row.likeness) for row in clusters.itertuples()]
     return row | _passed(groups, own, "") | _passed(groups, random, "_random")
 
 
@@ -118,7 +118,7 @@ def random_group(groups: Groups, members: Sequence[int], rng: np.random.Generato
     return tuple(sorted(int(node) for node in np.concatenate(parts)))
 
 
-def _passed(groups: Groups, agreements: Sequence[Agreement], suffix: str) -> dict[str, float]:
+def _passed(groups: Groups, agreements: Sequence[JointRemoval], suffix: str) -> dict[str, float]:
     deviation, likeness = np.array(agreements).T
     additive, alike = deviation <= groups.tolerance, likeness >= groups.alike
     values = dict(

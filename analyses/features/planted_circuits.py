@@ -67,30 +67,38 @@ class PlantedCircuit:
         return "bias:0" if name == "bias" else f"embedding@{self.prompt.index(name)}"
 
 
-def two_hop(n: int = 1) -> PlantedCircuit:
+def two_hop(n: int = 1, present: int = 1) -> PlantedCircuit:
     """A → f → g → B.
 
     Args:
-        n: circuits beside each other, A to B, C to D, …, of which the prompt has the first.
+        n: circuits beside each other, A to B, C to D, …
+        present: of how many of them the prompt has the source: units and edges are theirs, f2 and g2 of the second.
+            What raises other tokens than B lowers it against the vocabulary's mean.
 
     Raises:
-        ReflowlensError: ``n`` is not 1 to 6.
+        ReflowlensError: not 1 ≤ ``present`` ≤ ``n`` ≤ 6.
     """
-    if not 1 <= n <= len(SOURCES):
-        raise ReflowlensError(f"n must be 1 to {len(SOURCES)} circuits, got {n!r}")
+    if not 1 <= present <= n <= len(SOURCES):
+        raise ReflowlensError(f"1 to {len(SOURCES)} circuits and no more of them present, got {n!r} and {present!r}")
     planted = _Planted(SOURCES[:n], d_mlp=n)
     for i, target in enumerate(TARGETS[:n]):
         planted.neuron(0, i, {planted.carried[i]: INTO_F}, planted.f[i], OUT_OF_F)
         planted.neuron(1, i, {planted.f[i]: INTO_G}, planted.g[i], OUT_OF_G)
         planted.read_out(target, planted.g[i])
     carried = CARRIED / planted.scale()
-    f = INTO_F * carried / planted.scale(carried)
-    g = INTO_G * OUT_OF_F * f / planted.scale(carried, OUT_OF_F * f)
-    end = planted.scale(carried, OUT_OF_F * f, OUT_OF_G * g)
-    edges = {("A", "f"): f, ("f", "g"): g, ("g", "B"): planted.logit(OUT_OF_G * g / end)}
-    return PlantedCircuit(
-        "two hops", planted.model, f"A{OTHER * 2}", "B", {"f": (0, 0), "g": (1, 0)}, {"f": f, "g": g}, edges
-    )
+    f = INTO_F * carried / planted.scale(*[carried] * present)
+    written = OUT_OF_F * f
+    g = INTO_G * written / planted.scale(*[carried, written] * present)
+    end = planted.scale(*[carried, written, OUT_OF_G * g] * present)
+    units, edges = {}, {}
+    for i, source in enumerate(SOURCES[:present]):
+        letters = [f"{letter}{i + 1 if i else ''}" for letter in "fg"]
+        units |= {letter: (block, i) for block, letter in enumerate(letters)}
+        read = OUT_OF_G * g / end
+        raised = planted.logit(read) if i == 0 else -READOUT * read / planted.model.cfg.d_vocab  # the mean logit
+        edges |= {(source, letters[0]): f, (letters[0], letters[1]): g, (letters[1], "B"): raised}
+    activation = {letter: (f, g)[block] for letter, (block, _) in units.items()}
+    return PlantedCircuit("two hops", planted.model, f"{SOURCES[:present]}{OTHER * 2}", "B", units, activation, edges)
 
 
 def gate(kind: Literal["and", "or"] = "and") -> PlantedCircuit:
@@ -235,7 +243,7 @@ def exact_dictionary(model: HookedModel, *, cross_layer: bool = False) -> Dictio
 def collapsed(circuit: PlantedCircuit) -> Dictionary:
     """A cross-layer dictionary of :func:`two_hop` without g: f writes in block 1 what g does.
 
-    It is exact wherever f has the activation that it has on the prompt, or none: of one circuit on every text.
+    It is exact wherever every f has the activation that f has on the prompt, or none: of one circuit on every text.
     """
     dictionary = exact_dictionary(circuit.model, cross_layer=True)
     first, second = dictionary.each_layer()

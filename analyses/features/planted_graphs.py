@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
@@ -20,9 +20,9 @@ from analyses.features.planted_circuits import (
     two_hop,
 )
 from analyses.result import Finding, Result
+from reflowlens.circuits.attribution.effects import predicted_changes
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.dictionaries.dictionary import Dictionary
-from reflowlens.models.base import HookedModel
 
 TEXTS = ("..A", "..A.", "xA.y", "x.yA..", "zzA")  # of the derivatives
 SHOWN = 1e-5  # weights below this are rounding
@@ -159,44 +159,20 @@ def removals(circuit: PlantedCircuit) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-@torch.no_grad()
 def feature_removals(circuit: PlantedCircuit, dictionary: Dictionary) -> pd.DataFrame:
     """What a graph says of the target when a feature of two hops is taken out, and what comes of it.
 
     Returns:
-        A row a feature that is active: ``removed``, ``predicted``: minus all that its paths add to the target, and
-        ``observed``: the change of the logit when what the feature writes is taken out and all behind it runs on.
+        A row a feature that is active: ``removed``, and of the target's logit the change that is ``predicted``, over
+        all paths of the graph, and ``observed`` in the model, everything behind computed anew.
     """
     graph = graph_of(circuit, dictionary)
-    effect = total_effects(graph, circuit.node(circuit.target))
-    before, rows = _logit(circuit, circuit.model), []
-    for name, (block, index) in circuit.units.items():
-        if circuit.node(name) in effect:
-            with (
-                dictionary.spliced(circuit.model) as model,
-                rl.intervene(model, rl.Ablate("features", layer=block, index=index)),
-            ):
-                rows.append((name, -effect[circuit.node(name)], _logit(circuit, model) - before))
-    return pd.DataFrame(rows, columns=["removed", "predicted", "observed"])
-
-
-def _logit(circuit: PlantedCircuit, model: HookedModel) -> float:
-    logits = model(circuit.prompt)[0, -1]
-    return float(logits[ord(circuit.target)] - logits.mean())
-
-
-def total_effects(graph: AttributionGraph, target: str) -> dict[str, float]:
-    """What each node adds to a target over all paths, features taken as linear in their pre-activations."""
-    nodes: Sequence[str] = graph.nodes["node"].tolist()
-    activation = graph.nodes["activation"].fillna(0.0).to_numpy()
-    weights = graph.matrix.tocsr()
-    effect = dict.fromkeys(nodes, 0.0)
-    effect[target] = 1.0
-    for i in reversed(range(len(nodes))):  # every source stands before its targets
-        through = effect[nodes[i]]
-        if through == 0.0:
-            continue
-        per_unit = through if nodes[i] == target else through / activation[i]
-        for edge in range(weights.indptr[i], weights.indptr[i + 1]):
-            effect[nodes[weights.indices[edge]]] += float(weights.data[edge] * per_unit)
-    return {name: value for name, value in effect.items() if value and name != target}
+    nodes = graph.nodes["node"].tolist()
+    active = {name: circuit.node(name) for name in circuit.units if circuit.node(name) in nodes}
+    predicted = predicted_changes(graph, [{nodes.index(node): 0.0} for node in active.values()])
+    done = graph.perform([{node: 0.0} for node in active.values()], free="model")
+    target = circuit.node(circuit.target)
+    observed = done[done["node"] == target]["change"]
+    return pd.DataFrame(
+        {"removed": list(active), "predicted": predicted[:, nodes.index(target)], "observed": observed.to_numpy()}
+    )

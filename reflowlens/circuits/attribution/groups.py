@@ -18,7 +18,7 @@ from reflowlens.arguments import real_number
 from reflowlens.circuits.attribution.alike import UNITS, Numbers, at_least, similarity, tree_of
 from reflowlens.circuits.attribution.changed_runs import traced_of
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.jointly import Agreement, Removals
+from reflowlens.circuits.attribution.jointly import JointRemoval, Removals
 from reflowlens.circuits.attribution.performing import PERFORMED, Free, level_of
 from reflowlens.circuits.attribution.table import cumulative_shares
 from reflowlens.config import nearest
@@ -41,7 +41,7 @@ class Groups:
         tested: how the groups came about, a row a candidate: its ``round`` (0: a cluster, later ones parts of it),
             its ``members``, their ``n``, their ``similarity`` (that of the two parts that it was joined of),
             ``deviation`` and ``likeness`` of their removal
-            (:class:`~reflowlens.circuits.attribution.jointly.Agreement`), ``outcome``: ``kept``, ``split`` into the
+            (:class:`~reflowlens.circuits.attribution.jointly.JointRemoval`), ``outcome``: ``kept``, ``split`` into the
             two parts, which were tested next, or ``dissolved``: these were single nodes; ``group``: its name, if kept.
         tolerance, alike: the most deviation and the least likeness with which a group ``agrees``.
         removals: of nodes of ``whole``, together and one by one.
@@ -187,7 +187,7 @@ class Groups:
     def _numbers(self, name: str) -> Numbers:
         return tuple(sorted(self._number[node] for node in self.members[name]))
 
-    def _agrees(self, agreement: Agreement) -> bool:
+    def _agrees(self, agreement: JointRemoval) -> bool:
         return agreement.deviation <= self.tolerance and agreement.likeness >= self.alike
 
     def _of(self, name: str) -> tuple[str, ...]:

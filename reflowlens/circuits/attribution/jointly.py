@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
 
 
-class Agreement(NamedTuple):
+class JointRemoval(NamedTuple):
     """What removing nodes together has to do with removing each.
 
     Args:
@@ -42,7 +42,7 @@ class Removals:
         self.weights = np.where(has_value, influence / np.where(sums > 0, sums, 1.0), 0.0)
         self.found: dict[Numbers, Float[Vector, " node"]] = {}
 
-    def agreement(self, groups: Sequence[Numbers]) -> list[Agreement]:
+    def agreement(self, groups: Sequence[Numbers]) -> list[JointRemoval]:
         """Of each group of two nodes or more.
 
         Raises:
@@ -56,13 +56,13 @@ class Removals:
             self.found |= zip(missing, (values[1:] - values[0]) * self.weights, strict=True)
         return [self._agreement(group) for group in groups]
 
-    def _agreement(self, group: Numbers) -> Agreement:
+    def _agreement(self, group: Numbers) -> JointRemoval:
         joint, single = self.found[group].copy(), np.stack([self.found[node,] for node in group])
         joint[list(group)], single[:, list(group)] = 0.0, 0.0
         total = single.sum(axis=0)
         largest = max(np.abs(joint).sum(), np.abs(total).sum())
         units = single / np.maximum(np.linalg.norm(single, axis=1, keepdims=True), 1e-30)
         pairs = np.triu_indices(len(group), 1)
-        return Agreement(
+        return JointRemoval(
             float(np.abs(joint - total).sum() / max(largest, 1e-30)), float((units @ units.T)[pairs].mean())
         )

@@ -22,8 +22,9 @@ class Matched:
     """Draws random nodes for those of a graph.
 
     Of a block and a position, a candidate is a feature that is not active there and is elsewhere on the prompt (any
-    that is not active there if these are fewer than 8), or a neuron that is no node there. One is drawn from the tenth,
-    and 8 at least, whose decoder norms are nearest.
+    that is not active there if these are fewer than 8), or a neuron that is no node there; where there is none, any
+    other, and of a block of one unit this one. One is drawn from the tenth, and 8 at least, whose decoder norms are
+    nearest.
     """
 
     def __init__(self, traced: Traced, seed: int) -> None:
@@ -51,6 +52,9 @@ class Matched:
         """Another unit for a node's, and what its activation is multiplied with to write as much."""
         norms = self.norms(place.block)
         candidates = self.candidates(place.block, place.position).nonzero()[:, 0]
+        if not len(candidates):
+            others = torch.arange(len(norms), device=norms.device) != place.unit
+            candidates = (others if bool(others.any()) else ~others).nonzero()[:, 0]
         distance = (norms[candidates] / norms[place.unit].clamp_min(1e-30)).clamp_min(1e-30).log().abs()
         share, least = _NEAREST
         nearest = distance.sort(stable=True).indices[: max(least, round(share * len(candidates)))]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import reflowlens as rl
 from analyses.features.jacobians import jacobian_match, mlp_derivative
 from analyses.features.planted_circuits import collapsed, exact_dictionary, gate, suppression, two_hop
 from analyses.features.planted_graphs import (
@@ -14,7 +15,6 @@ from analyses.features.planted_graphs import (
     graph_of,
     planted_graphs,
     removals,
-    total_effects,
 )
 from reflowlens.errors import ReflowlensError
 from tests.support.dictionaries import dictionary_of
@@ -22,7 +22,7 @@ from tests.support.planted_circuits import fit, kept
 
 CIRCUITS = {
     "two hops": two_hop,
-    "three circuits": lambda: two_hop(3),
+    "three circuits": lambda: two_hop(3, present=2),
     "and": gate,
     "or": lambda: gate("or"),
     "suppression": suppression,
@@ -37,7 +37,8 @@ def test_a_graph_has_the_edges_of_the_circuit_and_no_others(name, kind):
     edges = expected_against_found(circuit, dictionaries_of(circuit)[kind], kind)
     assert [*zip(edges["source"], edges["target"], strict=True)] == [*circuit.edges]
     np.testing.assert_allclose(edges["found"], edges["expected"], rtol=1e-4)
-    assert edges.loc[edges["source"] != "bias", "pruned"].all()
+    kept = edges["pruned"] | (edges["source"] == "bias")
+    assert kept.all() or name == "three circuits"  # of which the second does next to nothing to B
 
 
 def test_the_model_computes_what_is_said_of_it():
@@ -99,6 +100,23 @@ def test_the_result_tells_the_collapsed_dictionary_from_the_others():
     assert list(ratio.controls.values()) == pytest.approx([1, 1], rel=1e-5)
 
 
+def test_no_correlation_of_effects_tells_a_collapsed_dictionary():
+    """Six circuits at once: enough nodes for a verdict, which is that of a faithful dictionary."""
+    circuit = two_hop(6, present=6)
+    for dictionary in (exact_dictionary(circuit.model, cross_layer=True), collapsed(circuit)):
+        graph = rl.attribute(circuit.model, circuit.prompt, dictionary, list("BDFHJL"), progress=False)
+        found = graph.faithfulness()
+        assert found["trustworthy"]
+        assert found["correlation"] > 0.99
+        assert found["faithfulness"] == pytest.approx(1, abs=1e-4)
+
+
+def test_graphs_of_circuits_of_a_unit_a_block_have_a_verdict():
+    circuit = two_hop()
+    for dictionary in dictionaries_of(circuit).values():
+        assert graph_of(circuit, dictionary).faithfulness()["reason"] == "few nodes"
+
+
 def test_linear_edges_are_the_same_for_and_and_or_and_a_removal_is_not():
     both = {kind: gate(kind) for kind in ("and", "or")}
     assert both["and"].edges["A", "f"] == both["or"].edges["A", "f"]
@@ -108,16 +126,6 @@ def test_linear_edges_are_the_same_for_and_and_or_and_a_removal_is_not():
     assert table["and"].loc["AC", "predicted_f"] == pytest.approx(4 * table["and"].loc["AC", "observed_f"], rel=1e-4)
     assert table["or"].loc["A", "observed_f"] == pytest.approx(table["or"].loc["A", "predicted_f"], rel=0.05)
     assert table["or"].loc["AC", "observed_f"] == pytest.approx(-both["or"].activation["f"], rel=1e-5)
-
-
-def test_total_effects_add_up_to_the_logit():
-    circuit = suppression()
-    graph = graph_of(circuit, exact_dictionary(circuit.model))
-    effect, edges = total_effects(graph, circuit.node("B")), circuit.edges
-    per_g = edges["g", "B"] / circuit.activation["g"]
-    assert effect[circuit.node("A")] == pytest.approx(edges["f", "g"] * per_g, rel=1e-5)
-    assert effect[circuit.node("C")] == pytest.approx(edges["s", "g"] * per_g, rel=1e-5)
-    assert effect[circuit.node("A")] + effect[circuit.node("C")] == pytest.approx(edges["g", "B"], rel=1e-5)
 
 
 def test_derivatives_are_those_of_finite_differences(tiny_models):
@@ -160,7 +168,7 @@ def test_trained_transcoders_keep_the_second_hop_and_cross_layer_ones_lose_it():
 
 
 def test_bad_input_is_one_error(tiny_models):
-    with pytest.raises(ReflowlensError, match="1 to 6 circuits"):
+    with pytest.raises(ReflowlensError, match="1 to 6 circuits and no more of them present"):
         two_hop(7)
     with pytest.raises(ReflowlensError, match="copies must be 1 or more"):
         suppression(0)
