@@ -113,10 +113,13 @@ def _content(
 
 
 def _verdict(graph: AttributionGraph) -> dict[str, Any] | None:
-    """What interventions say of the graph; None of one that cannot be performed."""
+    """What interventions say of the graph; None of one that cannot be performed, as long as hooks are attached."""
     if graph.traced is None:
         return None
-    found = graph.faithfulness()
+    try:
+        found = graph.faithfulness()
+    except ReflowlensError:
+        return None
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
 
 

@@ -19,7 +19,8 @@ class Performed:
     """A run with nodes at factors of their activation.
 
     ``units`` of each block [pos, unit]: pre-activations of features and ungated neurons, activations of gated ones;
-    ``readout`` [signal] of the last position as the stream has it; ``logits`` of the last position.
+    ``heads`` [pos, head] what each head writes along what it writes on the prompt; ``readout`` [signal] of the last
+    position as the stream has it; ``logits`` of the last position.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Performed:
         level: str,
         neurons: int = 8,
         signals: bool = False,
+        heads: bool = False,
     ) -> None:
         self.model, self.dictionary, self.factors, self.level, self.neurons = model, dictionary, factors, level, neurons
         self.signals = signals
@@ -38,6 +40,7 @@ class Performed:
         self.units: dict[int, Tensor] = {}
         self.reads: dict[int, Tensor] = {}
         self.features: dict[int, Tensor] = {}
+        self.heads: dict[int, Tensor] = {}
         self.readout: Tensor | None = None
         hooks: list[tuple[str, Any]] = [("hook_embed", self._set_whole("embedding"))]
         if "hook_pos_embed" in model.hook_dict:
@@ -56,6 +59,8 @@ class Performed:
                     hooks.append((f"blocks.{block}.mlp.hook_pre", self._read_neurons))
                 hooks.append((f"blocks.{block}.mlp.hook_post", self._set_neurons))
             hooks.append((f"blocks.{block}.hook_mlp_out", self._write))
+            if heads:
+                hooks.append((f"blocks.{block}.attn.hook_z", self._set_heads))
         with torch.no_grad():
             self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
 
@@ -86,6 +91,14 @@ class Performed:
             if kind == "readout":
                 x[0, -1, signal] = factor * first[0, -1, signal]
         return x
+
+    def _set_heads(self, z: Tensor, hook: Any) -> Tensor:
+        block, first = hook.layer(), self.cache[hook.name][0]
+        W_O = self.model.blocks[block].attn.W_O
+        before, after = (torch.einsum("phe,hed->phd", each, W_O) for each in (first, z[0]))
+        self.heads[block] = (before * after).sum(-1) / before.norm(dim=-1)
+        z = first.clone() if self.level == "direct" else z[0].clone()
+        return self._set_units("head", block, z, first)[None]
 
     def _set_units(self, kind: str, block: int, answer: Tensor, first: Tensor) -> Tensor:
         for (of, layer, position, index), factor in self.factors.items():
@@ -145,3 +158,69 @@ class Performed:
         elif self.level != "model":
             answer = torch.where(self._chosen(block), answer, first)
         return self._set_units("neuron", block, answer, first)[None]
+
+
+class PerformedBDH:
+    """The same in a BDH, whose levels are written out: ``units`` [pos, neuron] x_sparse · y_pre of each level."""
+
+    def __init__(self, model: Any, tokens: Tensor, factors: dict[Node, float], level: str, neurons: int = 8) -> None:
+        self.model, self.factors, self.level, self.neurons = model, factors, level, neurons
+        self.positions = torch.arange(len(tokens))
+        self.units: dict[int, Tensor] = {}
+        with torch.no_grad():
+            first: list[dict[str, Tensor]] = []
+            self._run(tokens, first, None)
+            stream = self._run(tokens, [], first)
+            self.logits = stream[-1] @ model.W_U
+
+    def _run(self, tokens: Tensor, kept: list[dict[str, Tensor]], first: list[dict[str, Tensor]] | None) -> Tensor:
+        shared, eps = self.model.neurons, self.model.cfg.eps
+        frozen = first is not None and self.level in ("direct", "constrained")
+
+        def divided(x: Tensor, by: Tensor) -> Tensor:
+            """LayerNorm of x by the divisor of another."""
+            return (x - x.mean(-1, keepdim=True)) / (by.var(-1, keepdim=True, correction=0) + eps).sqrt()
+
+        x = self.model.embed.W_E[tokens]
+        x = divided(x, x)
+        for (kind, _, position, _), factor in (self.factors if first else {}).items():
+            if kind == "embedding":
+                x[position] *= factor
+        for level in range(self.model.cfg.n_layers):
+            now: dict[str, Tensor] = {"x": x}
+            then = first[level] if first else now
+            now["gate"] = torch.einsum("pd,hdn->phn", x, shared.W_x).relu()
+            turned = shared.turn(now["gate"][None], slice(0, len(tokens)))[:, 0]
+            now["scores"] = torch.einsum("hqn,hkn->hqk", turned, turned).tril(-1)
+            gate, scores = (then if frozen else now)["gate"], (then if frozen else now)["scores"]
+            now["found"] = torch.einsum("hqk,kd->qhd", scores, x)
+            a = divided(now["found"], (then if frozen else now)["found"])
+            before = torch.einsum("phd,hdn->phn", a, shared.W_y)
+            now["written"] = (gate * before.relu()).flatten(1)
+            self.units[level] = (gate * before).flatten(1)
+            written = self._changed(level, now["written"], then["written"]) if first else now["written"]
+            now["out"] = written @ shared.W_out.flatten(0, 1)
+            for (kind, block, position, _), factor in (self.factors if first else {}).items():
+                if (kind, block) == ("error", level):
+                    error = (then["written"] * ~self._chosen(then["written"]))[position] @ shared.W_out.flatten(0, 1)
+                    now["out"][position] += (factor - 1) * error
+            out = divided(now["out"], (then if frozen else now)["out"])
+            now["sum"] = x + out
+            x = divided(now["sum"], (then if frozen else now)["sum"])
+            kept.append(now)
+        return x
+
+    def _chosen(self, written: Tensor) -> Tensor:
+        size = written.abs() * self.model.neurons.W_out.flatten(0, 1).norm(dim=1)
+        return (size >= size.sort(dim=1, descending=True).values[:, self.neurons - 1, None]) & (size > 0)
+
+    def _changed(self, level: int, now: Tensor, then: Tensor) -> Tensor:
+        answer = now.clone()
+        if self.level == "direct":
+            answer = then.clone()
+        elif self.level != "model":
+            answer = torch.where(self._chosen(then), now, then)
+        for (kind, block, position, index), factor in self.factors.items():
+            if (kind, block) == ("neuron", level):
+                answer[position, index] = factor * then[position, index]
+        return answer

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -53,10 +56,10 @@ def _answers(graph: AttributionGraph) -> Float[Array, " node"]:
     kind, activation = graph.nodes["kind"].to_numpy(), graph.nodes["activation"].to_numpy(dtype=np.float64)
     value = graph.nodes["value"].to_numpy(dtype=np.float64)
     slope = np.ones(len(kind))
-    traced = graph.traced
+    model = None if graph.traced is None else graph.traced.model
     neurons = kind == "neuron"
-    if traced is not None and neurons.any() and traced.model.cfg.gated_mlp is False:
-        act = traced.model.blocks[0].mlp.act
+    if isinstance(model, Decoder) and not model.cfg.gated_mlp and neurons.any():
+        act = cast(Block, model.blocks[0]).mlp.act
         with torch.enable_grad():
             before = torch.tensor(value[neurons], requires_grad=True)
             slope[neurons] = torch.autograd.grad(act(before).sum(), before)[0].numpy()
@@ -73,7 +76,7 @@ def _stages(graph: AttributionGraph) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Correlations:
     """How predictions and observations agree, with 95% intervals by resampling the nodes that were intervened on.
 
     Args:
@@ -92,7 +95,7 @@ class Agreement:
 
 def agreement(
     predicted: Float[Array, " effect"], observed: Float[Array, " effect"], node: Int[Array, " effect"], seed: int = 0
-) -> Agreement:
+) -> Correlations:
     """Of effects of several nodes, those of a node drawn together; ranks in resamples are those among all effects.
 
     Args:
@@ -112,7 +115,8 @@ def agreement(
         ends = np.quantile(spread, [0.025, 0.975]) if len(numbers) > 1 and len(spread) else [np.nan, np.nan]
         found += [float(sample[0]), *map(float, ends)]
     square = float(predicted @ predicted)
-    return Agreement(*found, slope=float(predicted @ observed) / square if square else float("nan"))
+    found.append(float(predicted @ observed) / square if square else float("nan"))
+    return Correlations(**dict(zip(Correlations.__dataclass_fields__, found, strict=True)))
 
 
 def _ranks(x: Float[Array, " effect"]) -> Float[Array, " effect"]:

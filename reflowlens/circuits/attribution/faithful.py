@@ -15,10 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_runs import Change, performed, traced_of
+from reflowlens.circuits.attribution.changed_pass import Change
+from reflowlens.circuits.attribution.changed_runs import performed
 from reflowlens.circuits.attribution.effects import agreement, predicted_changes
 from reflowlens.circuits.attribution.matched import Matched, instead
 from reflowlens.circuits.attribution.performing import change_of, place_of
+from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.circuits.attribution.validation import UNITS, strongest
 
 if TYPE_CHECKING:

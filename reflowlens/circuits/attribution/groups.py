@@ -16,11 +16,11 @@ from scipy import sparse
 
 from reflowlens.arguments import real_number
 from reflowlens.circuits.attribution.alike import UNITS, Numbers, at_least, similarity, tree_of
-from reflowlens.circuits.attribution.changed_runs import traced_of
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.circuits.attribution.jointly import JointRemoval, Removals
 from reflowlens.circuits.attribution.performing import PERFORMED, Free, level_of
 from reflowlens.circuits.attribution.table import cumulative_shares
+from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from reflowlens.circuits.attribution.changed_runs import Level, performed
+from reflowlens.circuits.attribution.changed_pass import Level
+from reflowlens.circuits.attribution.changed_runs import performed
 from reflowlens.circuits.attribution.influence import Vector
 from reflowlens.circuits.attribution.performing import change_of
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_runs import Change, Place
+from reflowlens.circuits.attribution.changed_pass import Change, Place
 from reflowlens.circuits.attribution.replacement import blocks_of
+from reflowlens.models.bdh import BDH
+from reflowlens.models.components import Block
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.traced import Traced
@@ -35,7 +37,10 @@ class Matched:
         """Of what each feature or neuron of a block writes with an activation of 1, over all that it writes to."""
         if self.traced.dictionary is not None:
             return self.traced.dictionary.decoder_norms(self.blocks.index(block)).detach()
-        return self.traced.model.blocks[block].mlp.W_out.detach().norm(dim=1)
+        model = self.traced.model
+        if isinstance(model, BDH):
+            return model.neurons.W_out.detach().flatten(0, 1).norm(dim=1)
+        return cast(Block, model.blocks[block]).mlp.W_out.detach().norm(dim=1)
 
     def candidates(self, block: int, position: int) -> Bool[Tensor, " unit"]:
         units = self.traced.engine.replacement.units[block]

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.arguments import real_number
-from reflowlens.circuits.attribution.changed_runs import INPUT_POINTS, Change, Level, Place, performed
+from reflowlens.circuits.attribution.changed_pass import Change, Level, Place
+from reflowlens.circuits.attribution.changed_runs import performed
+from reflowlens.circuits.attribution.graph import INPUTS
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 Free: TypeAlias = bool | Literal["model"]
 Factors: TypeAlias = "Mapping[str | tuple[str, ...], float]"
-PERFORMED = ("feature", "neuron", *INPUT_POINTS, "error", "readout")
+PERFORMED = ("feature", "neuron", "head", *INPUTS, "error", "readout")
 
 
 def perform(
@@ -33,8 +35,8 @@ def perform(
     Args:
         interventions: by node, or by tuple of nodes, the factor by which the activation on the prompt is multiplied: 0
             removes a node, 1 changes nothing. All of a mapping is done at once; of a sequence of mappings each is an
-            intervention of its own, many of which are run in a batch. Features, neurons, errors, embeddings, positions,
-            signals and readouts can be set.
+            intervention of its own, many of which are run in a batch. Features, neurons, heads, errors, embeddings,
+            positions, signals and readouts can be set.
         free: True: the dictionary is spliced into the model, with the errors of the prompt as constants, and everything
             behind is computed anew, attention patterns, norm scales, and features through their activation function.
             False: patterns, scales and gates are held as well, as the graph holds them. ``"model"``: the errors, too,

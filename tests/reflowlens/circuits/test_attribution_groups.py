@@ -210,7 +210,7 @@ def test_bad_input_is_one_clear_error(groups, tiny_models):
         "similar must be from -1 to 1": lambda: groups.whole.groups(similar=2),
         "tolerance must be from 0": lambda: groups.whole.groups(tolerance=-1),
         "free must be": lambda: groups.whole.groups(free="yes"),
-        "cannot be performed": lambda: groups.graph.groups(),
+        "comes without its model": lambda: groups.graph.groups(),
     }
     for message, call in cases.items():
         with pytest.raises(ReflowlensError, match=message):

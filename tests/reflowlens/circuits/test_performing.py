@@ -15,14 +15,17 @@ from reflowlens.circuits.attribution.changed_runs import performed
 from reflowlens.circuits.attribution.performing import change_of, factors_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from tests.reference.performing import Performed
-from tests.reflowlens.circuits.test_attribution import NODES, TOKENS, graph_of
+from reflowlens.models.bdh import BDH as BDHModel
+from tests.reference.performing import Performed, PerformedBDH
+from tests.reflowlens.circuits.test_attribution import BDH, NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of
-from tests.support.tiny import FACTORED, NAMES
+from tests.support.tiny import FACTORED, NAMES, random_model
 
 LEVELS = ("direct", "constrained", "free", "model")
-CASES = [(name, kind, None) for name in NAMES for kind in NODES]
-CASES += [(name, "plt", True) for name in FACTORED] + [("reflow", "neurons", False)]
+CASES: list[Any] = [(name, kind, {}) for name in NAMES for kind in NODES]
+CASES += [(name, "plt", {"signals": True}) for name in FACTORED] + [("reflow", "neurons", {"signals": False})]
+CASES += [(name, kind, {"heads": True}) for name in ("gpt2_biased", "reflow_lite") for kind in ("clt", "neurons")]
+CASES += [("bdh", "neurons", {})]
 FREE = {"constrained": False, "free": True, "model": "model"}
 
 
@@ -41,21 +44,32 @@ def plain(model: HookedModel, graph: Any, factors: dict[str, float], level: str)
         node = nodes[name]
         is_whole = node.kind in ("embedding", "position", "error")
         places[node.kind, node.layer, node.pos, 0 if is_whole else node.feature] = factor
-    signals = "readout" in set(graph.nodes["kind"])
-    run = Performed(model, TOKENS, graph.traced.dictionary, places, level, signals=signals)
+    kinds = set(graph.nodes["kind"])
+    run: Any
+    if isinstance(model, BDHModel):
+        run = PerformedBDH(model, TOKENS, places, level)
+    else:
+        options = {"signals": "readout" in kinds, "heads": "head" in kinds}
+        run = Performed(model, TOKENS, graph.traced.dictionary, places, level, **options)
     read = {
         "feature": lambda node: run.units[node.layer][node.pos, node.feature],
         "neuron": lambda node: run.units[node.layer][node.pos, node.feature],
-        "readout": lambda node: run.readout[node.feature],  # type: ignore[index]
+        "readout": lambda node: run.readout[node.feature],
+        "head": lambda node: run.heads[node.layer][node.pos, node.feature],
         "logit": lambda node: run.logits[node.feature] - run.logits.mean(),
     }
     return np.array([float(read[node.kind](node)) if node.kind in read else np.nan for node in nodes.values()])
 
 
-@pytest.mark.parametrize(("name", "kind", "signals"), CASES)
-def test_performing_is_what_plain_hooks_do(name, kind, signals, tiny_models):
-    model = tiny_models[name]
-    graph = graph_of(model, kind, signals=signals)
+@pytest.fixture(scope="module")
+def models(tiny_models: dict[str, HookedModel]) -> dict[str, HookedModel]:
+    return tiny_models | {"bdh": random_model(BDH)}
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+def test_performing_is_what_plain_hooks_do(name, kind, options, models):
+    model = models[name]
+    graph = graph_of(model, kind, **options)
     nodes = some_nodes(graph)
     asked = [dict.fromkeys(nodes[::2], 2.5), {nodes[1]: -1.0, nodes[-2]: 0.0}, {nodes[-1]: 5.0}]
     changes = [change_of(graph, factors_of(graph, each)) for each in asked]
@@ -67,9 +81,9 @@ def test_performing_is_what_plain_hooks_do(name, kind, signals, tiny_models):
     assert np.nanmax(np.abs(found[1] - found[0])) > 0.05 * scale
 
 
-@pytest.mark.parametrize(("name", "kind", "signals"), CASES)
-def test_with_all_else_held_a_change_is_the_edge(name, kind, signals, tiny_models):
-    graph = graph_of(tiny_models[name], kind, signals=signals)
+@pytest.mark.parametrize(("name", "kind", "options"), CASES)
+def test_with_all_else_held_a_change_is_the_edge(name, kind, options, models):
+    graph = graph_of(models[name], kind, **options)
     nodes, edges = some_nodes(graph), graph.matrix.toarray()
     changes = [change_of(graph, factors_of(graph, {node: 3.0})) for node in nodes]
     values = performed(graph, changes, "direct").values
@@ -156,6 +170,25 @@ def test_a_graph_of_features_is_performed_up_to_them(tiny_models):
         found, expected = (g.perform({node: 3}, free=free).set_index("node")["after"] for g in (graph, whole))
         assert found[target["node"]] == pytest.approx(expected[target["node"]], rel=1e-5)
         assert found.notna().all()
+
+
+@pytest.mark.parametrize(
+    ("at", "layer"),
+    [("resid_pre", 0), ("ln1.hook_normalized", 1), ("resid_mid", 1), ("ln2.hook_normalized", 0), ("resid_post", 1)],
+)
+def test_directions_are_read_where_they_lie(at, layer, tiny_models):
+    model, vector = tiny_models["gpt2_biased"], torch.linspace(-1, 1, 32)
+    graph = graph_of(model, "neurons", rl.DirectionAt(vector, layer, 3, at=at, name="d"), heads=True)
+    node, source = f"direction:{layer}.d@3", "embedding@3"
+    edge = graph.edges.query("source == @source and target == @node")["weight"].item()
+    found = performed(graph, [change_of(graph, factors_of(graph, {source: 3}))], "direct").values[:, -1]
+    assert found[0] == pytest.approx(graph.nodes.iloc[-1]["value"], rel=1e-4)
+    assert found[1] - found[0] == pytest.approx(2 * edge, abs=1e-4 * abs(found[0]))
+    point = f"blocks.{layer}.{'hook_' if at.startswith('resid') else ''}{at}"
+    with model.hooks([("hook_embed", lambda x, hook: x * (torch.arange(x.shape[1]) != 3)[:, None])]):
+        stream = model.run_with_cache(TOKENS[None], names_filter=[point])[1][point][0, 3].detach()
+    seen = graph.perform({source: 0}, free="model").set_index("node").loc[node, "after"]
+    assert seen == pytest.approx(float(stream @ vector), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -21,18 +21,18 @@ from reflowlens.circuits.attribution.matched import Matched
 from reflowlens.circuits.attribution.performing import change_of, place_of
 from reflowlens.circuits.attribution.validation import strongest
 from reflowlens.errors import ReflowlensError
-from tests.reflowlens.circuits.test_attribution import NODES, TOKENS, graph_of
+from tests.reflowlens.circuits.test_attribution import BDH, NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import FACTORED, NAMES, random_model
 
 CASES = [(name, kind, None) for name in NAMES for kind in NODES]
-CASES += [(name, "plt", True) for name in FACTORED]
+CASES += [(name, "plt", True) for name in FACTORED] + [("bdh", "neurons", None)]
 
 
 @pytest.fixture(scope="module")
 def exact_models() -> dict[str, Any]:
     """In float64, where a small change is small and not rounding."""
-    return {name: random_model(name).double() for name in NAMES}
+    return {name: random_model(BDH if name == "bdh" else name).double() for name in [*NAMES, "bdh"]}
 
 
 def relu_graph(model: Any, kind: str, signals: bool | None = None) -> Any:
@@ -264,7 +264,13 @@ def test_faithfulness_removes_the_strongest_nodes_in_the_model(tiny_models):
 def test_every_kind_of_graph_has_a_faithfulness(tiny_models):
     model = tiny_models["reflow"]
     target = graph_of(model).nodes.query("kind == 'feature' and layer == 1 and pos == 3")["feature"].iloc[0]
-    graphs = [graph_of(model, "neurons"), graph_of(model, "clt", signals=True), graph_of(model).prune(0.95)]
+    graphs = [
+        graph_of(random_model(BDH), "neurons"),
+        graph_of(model, "clt", heads=True),
+        graph_of(model, "neurons"),
+        graph_of(model, "clt", signals=True),
+        graph_of(model).prune(0.95),
+    ]
     graphs += [graph_of(model, "plt", rl.FeatureAt(1, target, 3)), graph_of(model, "plt", "a", against="b")]
     for graph in graphs:
         found = graph.faithfulness()
@@ -305,3 +311,13 @@ def test_the_verdict_says_what_fails(changed, n_nodes, reason, sentence):
     assert judged["trustworthy"] is (reason == "")
     assert judged["reason"] == reason
     assert judged["verdict"].startswith(sentence)
+
+
+def test_a_graph_shows_itself_while_it_cannot_be_performed(tiny_models):
+    model = tiny_models["gpt2"]
+    graph = graph_of(model)
+    with rl.intervene(model, rl.Ablate("z", layer=0)):
+        model("abcde")
+        shown = graph._repr_html_()
+    assert "&quot;verdict&quot;: null" in shown or "&quot;verdict&quot;:null" in shown
+    assert "trustworthy&quot;: " in graph._repr_html_().replace(":false", ": false").replace(":true", ": true")
