@@ -20,7 +20,7 @@ def mean_intervals(
     Whole prompts are drawn, the same ones for every column. Of a single prompt both ends are NaN.
 
     >>> mean_intervals(np.array([[0.0, 1.0], [0.0, 1.0]]))
-    (array([0., 0.]), array([1., 1.]))
+    (array([0., 1.]), array([0., 1.]))
     """
     columns = sparse.csc_array(values)
     n, n_columns = columns.shape

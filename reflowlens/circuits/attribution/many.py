@@ -32,16 +32,24 @@ USABLE = 0.5  # the replacement score from which on a graph is counted as usable
 
 @dataclass(frozen=True, repr=False)
 class AttributionGraphs(Sequence[AttributionGraph]):
-    """The pruned graphs of several prompts; :func:`attribute_each` makes them."""
+    """The pruned graphs of several prompts; :func:`attribute_each` makes them.
+
+    Args:
+        graphs: one a prompt.
+        faithfulness: what :meth:`AttributionGraph.faithfulness` says of each before pruning; empty if it was not asked.
+    """
 
     graphs: tuple[AttributionGraph, ...]
+    faithfulness: tuple[dict[str, Any], ...] = ()
 
     @overload
     def __getitem__(self, place: int) -> AttributionGraph: ...
     @overload
     def __getitem__(self, place: slice) -> AttributionGraphs: ...
     def __getitem__(self, place: int | slice) -> AttributionGraph | AttributionGraphs:
-        return AttributionGraphs(self.graphs[place]) if isinstance(place, slice) else self.graphs[place]
+        if isinstance(place, slice):
+            return AttributionGraphs(self.graphs[place], self.faithfulness[place])
+        return self.graphs[place]
 
     def __len__(self) -> int:
         return len(self.graphs)
@@ -52,14 +60,19 @@ class AttributionGraphs(Sequence[AttributionGraph]):
     def scores(self) -> pd.DataFrame:
         """A row a prompt: its text, the scores of :meth:`AttributionGraph.scores`, which are those before pruning, and
         ``usable``: whether the replacement score is at least 0.5, so that what comes in at the ends of all paths comes
-        from the prompt more than from errors."""
+        from the prompt more than from errors. If the graphs were validated, also ``correlation`` and ``trustworthy``
+        of :meth:`AttributionGraph.faithfulness`, by what the model does."""
         frame = pd.DataFrame([graph.scores() for graph in self], columns=list(SCORES))
         frame.insert(0, "prompt", ["".join(graph.tokens) for graph in self])
-        return frame.assign(usable=frame["replacement"] >= USABLE)
+        frame["usable"] = frame["replacement"] >= USABLE
+        for name in ("correlation", "trustworthy") if self.faithfulness else ():
+            frame[name] = [found[name] for found in self.faithfulness]
+        return frame
 
     def summary(self, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The scores over prompts, a row each: ``mean``, and ``low`` and ``high``, the middle 95% of the means of
-        ``resamples`` resamples of the prompts (percentile bootstrap); ``usable`` is the share of usable prompts.
+        ``resamples`` resamples of the prompts (percentile bootstrap); ``usable`` and ``trustworthy`` are shares of the
+        prompts.
 
         Example: ``rl.attribute_each(model, prompts, dictionary).summary()``
         """
@@ -110,6 +123,7 @@ def attribute_each(
     against: Any = None,
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
+    validate: bool = False,
     progress: bool | None = None,
     **options: Any,
 ) -> AttributionGraphs:
@@ -128,6 +142,8 @@ def attribute_each(
         against: a token, or a list with one a prompt.
         node_threshold, edge_threshold: of :meth:`AttributionGraph.prune`; with 1 and 1 nothing is lost but constants
             and what leads nowhere.
+        validate: also ask :meth:`AttributionGraph.faithfulness` of each graph, which performs it in the model and takes
+            longer than to make it.
         progress: show a bar over the prompts; by default on a terminal.
         options: further ones of :func:`reflowlens.attribute`: ``neurons``, ``signals``, ``memory``, ...
 
@@ -144,24 +160,27 @@ def attribute_each(
     for number, prompt in enumerate(listed):
         with_prompt(number, prompt, _check_asked, hooked, prompt, each_target[number], each_against[number])
     rank, n_processes = processes()
-    found: dict[int, AttributionGraph | ReflowlensError] = {}
+    found: dict[int, tuple[AttributionGraph, dict[str, Any]] | ReflowlensError] = {}
     shown = (sys.stderr.isatty() if progress is None else progress) and rank == 0
     for number in bar(range(rank, len(listed), n_processes), show=shown, unit="prompt", desc="attribution"):
         arguments = hooked, listed[number], dictionary, each_target[number]
         options_of_one = {"against": each_against[number], "progress": False, **options}
         try:
             graph = with_prompt(number, listed[number], attribute, *arguments, **options_of_one)
-            found[number] = dataclasses.replace(graph.prune(node_threshold, edge_threshold), traced=None)
+            judged = with_prompt(number, listed[number], graph.faithfulness) if validate else {}
+            found[number] = dataclasses.replace(graph.prune(node_threshold, edge_threshold), traced=None), judged
         except ReflowlensError as error:  # told by every process, lest the others wait for this one
             found[number] = error
             break
     everything = {number: one for part in of_all_processes(found) for number, one in part.items()}
-    graphs = []
-    for _, one in sorted(everything.items()):
+    finished = []
+    for number in sorted(everything):
+        one = everything[number]
         if isinstance(one, ReflowlensError):
             raise one
-        graphs.append(one)
-    return AttributionGraphs(tuple(graphs))
+        finished.append(one)
+    graphs, faithfulness = zip(*finished, strict=True)
+    return AttributionGraphs(graphs, faithfulness if validate else ())
 
 
 def with_prompt(number: int, prompt: Any, function: Any, *arguments: Any, **options: Any) -> Any:

@@ -23,9 +23,10 @@ class MergedGraph:
     """What the graphs of several prompts have in common; ``rl.attribute_each(...).merged()`` makes it.
 
     Nodes of the same ``kind``, ``layer`` and ``feature`` are one, whatever their position: prompts of a task differ in
-    length, and the same word stands in other places. Tokens, at the input and as targets, are told apart; all
-    differences of two tokens are one node ``logit``, that of the task. The weight of an edge in a prompt is the sum
-    over all pairs of positions, and 0 where it did not survive pruning, as where a feature is not active.
+    length, and the same word stands in other places. Tokens, at the input and as targets, are told apart, directions
+    are by their names; all differences of two tokens are one node ``logit``, that of the task. The weight of an edge in
+    a prompt is the sum over all pairs of positions, and 0 where it did not survive pruning, as where a feature is not
+    active.
 
     Attributes:
         nodes: a row a node, those of most influence first: ``node``, its name, such as ``feature:2.17``, ``kind``,
@@ -78,7 +79,8 @@ def merge(graphs: Sequence[AttributionGraph], share: float, resamples: int, seed
 def merged_names(nodes: pd.DataFrame) -> pd.Series:
     """What nodes of graphs are called where positions do not count, such as ``feature:2.17``."""
     layer = nodes["layer"].astype("string").where(~nodes["kind"].isin(_ENDS), "")
-    feature = nodes["feature"].astype("string").fillna("")
+    of_direction = nodes["label"].astype("string").where(nodes["kind"] == "direction", "")
+    feature = nodes["feature"].astype("string").fillna(of_direction)
     point = np.where((layer != "") & (feature != ""), ".", "")
     place = layer + point + feature
     return (nodes["kind"].astype("string") + ":" + place).str.removesuffix(":")

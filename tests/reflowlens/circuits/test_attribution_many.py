@@ -68,6 +68,29 @@ def test_scores_over_prompts_are_those_of_each_and_their_means(tiny_models):
     np.testing.assert_allclose(summary.loc["replacement", ["low", "high"]].astype(float), ends, atol=0.05 * spread)
 
 
+def test_graphs_are_validated_before_they_are_pruned(tiny_models):
+    model = tiny_models["gpt2"]
+    graphs = rl.attribute_each(model, PROMPTS[:2], dictionary_of(model), validate=True, progress=False)
+    alone = [rl.attribute(model, prompt, dictionary_of(model), progress=False).faithfulness() for prompt in PROMPTS[:2]]
+    for found, expected in zip(graphs.faithfulness, alone, strict=True):
+        assert found["verdict"] == expected["verdict"]
+        assert found["faithfulness"] == pytest.approx(expected["faithfulness"], rel=1e-4)
+    assert graphs.scores()["trustworthy"].tolist() == [each["trustworthy"] for each in alone]
+    np.testing.assert_allclose(graphs.scores()["correlation"], [each["correlation"] for each in alone], rtol=1e-4)
+    assert graphs.summary().loc["trustworthy", "mean"] == np.mean([each["trustworthy"] for each in alone])
+    assert graphs[1:].faithfulness == graphs.faithfulness[1:]
+
+
+def test_directions_are_merged_by_their_names(tiny_models):
+    model = tiny_models["gpt2"]
+    generator = torch.Generator().manual_seed(0)
+    asked = [rl.DirectionAt(torch.randn(32, generator=generator), layer=1, name=name) for name in ("one", "other")]
+    graphs = rl.attribute_each(model, PROMPTS, dictionary_of(model), [asked] * 4, progress=False)
+    ends = graphs.merged().nodes.query("kind == 'direction'")
+    assert set(ends["node"]) == {"direction:1.one", "direction:1.other"}
+    assert ends["share"].tolist() == [1.0, 1.0]
+
+
 def plain_merge(graphs: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Means over prompts and shares of nodes and edges, by the frames of the graphs."""
     nodes, edges = [], []
