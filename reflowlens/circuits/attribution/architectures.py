@@ -59,7 +59,7 @@ class Parts(Protocol):
 class DecoderParts:
     """Features of a dictionary, or of each block and position the ``neurons`` that write the most; ``heads`` too."""
 
-    places = tuple(PLACES)
+    places: ClassVar[tuple[str, ...]] = tuple(PLACES)
     model: Decoder
     dictionary: Dictionary | None
     neurons: int
@@ -86,7 +86,7 @@ class DecoderParts:
 class LevelParts:
     """Of each level and position the gated ``neurons`` that write the most. The embedding is taken behind its norm."""
 
-    places = ("resid_pre", "resid_post")
+    places: ClassVar[tuple[str, ...]] = ("resid_pre", "resid_post")
     model: BDH
     neurons: int
 

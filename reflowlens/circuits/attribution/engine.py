@@ -159,7 +159,7 @@ class Engine:
                 rows.add(first + start, self.edges_into(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
                 done(part.stop - part.start)
         if end.signals is not None and n_rows:
-            values = stream.new_zeros(layout.n_targets, layout.first_target)
+            values = end.rows.new_zeros(layout.n_targets, layout.first_target)
             values[:, layout.bias(layout.n_blocks)] = end.targets.bias
             values[:, layout.first_signal :] = end.targets.vectors * end.signals
             rows.add(layout.first_target, values)

@@ -82,7 +82,9 @@ class FrozenModel(Protocol):
         """What inputs have become where :meth:`descend_to_middle` ends; None where it is no shorter way."""
         ...
 
-    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+    def descend_to_middle(
+        self, stream: Float[Tensor, "pos target d_model"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
         """From the first stage's output to where attention has written, and what biases add before."""
         ...
 
@@ -276,7 +278,9 @@ class FrozenDecoder:
             return None
         return self.attention[0].ahead(vectors, positions)
 
-    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+    def descend_to_middle(
+        self, stream: Float[Tensor, "pos target d_model"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
         middle = self.middle(0, stream)
         return middle, self.attention[0].of_biases(middle)
 

@@ -16,8 +16,16 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import Entered, EnteredAt, FrozenNorm, PulledBack, at_positions
+from reflowlens.circuits.attribution.frozen import (
+    Carried,
+    Entered,
+    EnteredAt,
+    FrozenNorm,
+    PulledBack,
+    at_positions,
+)
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
+from reflowlens.circuits.attribution.ways import dense
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
 
@@ -65,14 +73,17 @@ class FrozenLevels:
         """The last level's output is read as it is."""
         return at_positions(rows, torch.full((len(rows),), len(self.post[0].scale) - 1, device=rows.device))
 
-    def descend(self, stage: int, stream: Float[Tensor, "pos target d_model"]) -> PulledBack:
+    def descend(self, stage: int, carried: Carried) -> PulledBack:
+        stream = dense(carried)
         below = self.post[stage].back(stream)
         return PulledBack(below, self.out[stage].back(below), stream.new_zeros(stream.shape[1]))
 
     def ahead(self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]) -> None:
         """There is no way between positions but the neurons."""
 
-    def descend_to_middle(self, stream: Float[Tensor, "pos target d_model"]) -> Entered:
+    def descend_to_middle(
+        self, stream: Float[Tensor, "pos target d_model"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
         raise NotImplementedError
 
 

@@ -53,10 +53,11 @@ def nodes_of(traced: Traced) -> pd.DataFrame:
     parts.append(
         _nodes("logit", targets.name, n_blocks + (end.signals is not None), last, token, targets.label, value, value)
     )
-    for each in end.directions:
-        names, numbers = [direction.node for direction in each.asked], _numbers(each.value)
-        positions, labels = [one.position for one in each.asked], [one.name for one in each.asked]
-        parts.append(_nodes("direction", names, each.layer, positions, None, labels, numbers, numbers))
+    for directions in end.directions:
+        asked, value = directions.asked, _numbers(directions.value)
+        names, labels = [each.node for each in asked], [each.name for each in asked]
+        positions = directions.positions.tolist()
+        parts.append(_nodes("direction", names, directions.layer, positions, None, labels, value, value))
     return pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
 
 
