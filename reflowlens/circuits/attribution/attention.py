@@ -2,13 +2,14 @@
 
 Under the norm scale of a prompt a head's query at one position and its key at another are sums over the nodes of a
 graph, q = Σ_i q_i and k = Σ_j k_j, rotary turns included. So the score is a sum over pairs, q · k / √d_head =
-Σ_ij q_i · k_j / √d_head: exact, for it is of degree one in either.
+Σ_ij q_i · k_j / √d_head: exact, for it is of degree one in either. Of BDH query and key are the turned neurons of the
+first reading, without √d_head; those that are active are held to be so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,15 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.arguments import integer, whole_number
-from reflowlens.circuits.attribution.frozen import dot
-from reflowlens.circuits.attribution.heads import Reader, split_by_last_head
+from reflowlens.arguments import whole_number
+from reflowlens.circuits.attribution.heads import split_by_last_head
+from reflowlens.circuits.attribution.queries_keys import HeadAt, Side, head_at
 from reflowlens.circuits.attribution.table import nodes_of
-from reflowlens.circuits.attribution.traced import Traced, check_unhooked, traced_of
+from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.attention import Attention
-from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class WhyAttended:
         other_key: the key that it is compared with, or None.
         score: before softmax, as the model has it; of a comparison the difference, which is the logarithm of how many
             times more attention the key gets.
-        pattern: the attention that it became; of a comparison the difference.
+        pattern: the attention that it became (of BDH, which has no softmax, the score); of a comparison the difference.
         pairs: a row a pair of nodes, ``query_source`` and ``key_source``, with the ``weight`` that it adds, the largest
             first; the last row, ``rest`` and ``rest``, is the sum of all others. They add up to the score.
         queries: a row a node, ``source``, what it is (columns of ``graph.nodes``), and the ``weight`` that it adds by
@@ -61,10 +59,11 @@ class WhyAttended:
     pairs: pd.DataFrame = field(repr=False)
     queries: pd.DataFrame = field(repr=False)
     keys: pd.DataFrame = field(repr=False)
-    _head: _Head = field(repr=False)
+    _at: HeadAt = field(repr=False)
+    _nodes: pd.DataFrame = field(repr=False)
     _top: int = field(repr=False)
-    _query: Float[Tensor, "node d_head"] = field(repr=False)
-    _key: Float[Tensor, "node d_head"] = field(repr=False)
+    _query: Float[Tensor, "node channel"] = field(repr=False)
+    _key: Float[Tensor, "node channel"] = field(repr=False)
 
     @torch.no_grad()
     def compared(self, other_key: int | str) -> WhyAttended:
@@ -80,14 +79,14 @@ class WhyAttended:
         """
         if self.other_key is not None:
             raise ReflowlensError("this is a comparison already: compare what graph.why_attended gave")
-        other = self._head.key_position(other_key, self.query)
+        other = self._at.key_position(other_key)
         if other == self.key:
             raise ReflowlensError(f"key {other} is compared with itself: name another one")
-        pair = self.query, self.key, other
-        return self._head.explained(*pair, self._query, self._key - self._head.key(other), self._top)
+        key = self._key - self._at.sources("key", other)
+        return _explained(self._at, self._nodes, self.key, other, self._query, key, self._top)
 
     @torch.no_grad()
-    def heads(self, side: Literal["query", "key"], source: str | None = None, top: int = 1000) -> pd.DataFrame:
+    def heads(self, side: Side, source: str | None = None, top: int = 1000) -> pd.DataFrame:
         """A marginal split exactly by the last head that carried it to the position of the query, or of the key.
 
         Composition of heads: of a key at which an earlier head put the token before it, this names that head.
@@ -110,8 +109,8 @@ class WhyAttended:
         if self.other_key is not None:
             raise ReflowlensError("heads that carried a key are those of one key: ask what graph.why_attended gave")
         other = self._key if side == "query" else self._query
-        reader = self._head.reader(side, self.query if side == "query" else self.key, other.sum(0))
-        return split_by_last_head(self._head.traced, self._head.nodes, reader, source, top, f"this {side}")
+        reader = self._at.reader(side, self.query if side == "query" else self.key, other.sum(0))
+        return split_by_last_head(self._at.traced, self._nodes, reader, source, top, f"this {side}")
 
     def by(self, *columns: str) -> pd.DataFrame:
         """The sums over all pairs of groups of nodes, exactly: rows are the query's groups, columns the key's.
@@ -121,7 +120,7 @@ class WhyAttended:
 
         Example: ``why.by("kind", "layer")``
         """
-        nodes = self._head.nodes.iloc[: len(self._query)]
+        nodes = self._nodes.iloc[: len(self._query)]
         if unknown := [name for name in columns if name not in nodes] or ["nothing"] * (not columns):
             raise ReflowlensError(f"no column {unknown[0]!r}: nodes are grouped by {', '.join(nodes.columns)}")
         groups = nodes.groupby(list(columns) if len(columns) > 1 else columns[0], dropna=False, sort=True)
@@ -153,7 +152,7 @@ class WhyAttended:
     def _repr_html_(self) -> str:
         from reflowlens.notebook.html import folded, table, titled
 
-        texts = self._head.traced.texts
+        texts = self._at.traced.texts
         where = [f"{texts[place]!r} @{place}" for place in (self.query, self.key)]
         instead = "" if self.other_key is None else f" and not at {texts[self.other_key]!r} @{self.other_key}"
         facts = f"{self.layer}.{self.head} at {where[0]} looks at {where[1]}{instead}: score {self.score:.4g}"
@@ -187,114 +186,46 @@ def why_attended(
 
     Example: ``graph.why_attended(layer=2, head=1, query=-1, key=" king").compared(" queen").pairs.head()``
     """
-    found = _Head.of(traced_of(graph), layer, head)
-    query = found.traced.position(query, "query")
-    key = found.key_position(key, query)
+    at = head_at(traced_of(graph), layer, head, query)
+    place, top = at.key_position(key), whole_number(top, "top", 1)
     with lower_if_it_does_not_fit("the length of the prompt, or top="):
-        return found.explained(query, key, None, found.query(query), found.key(key), whole_number(top, "top", 1))
+        return _explained(
+            at, nodes_of(at.traced), place, None, at.sources("query", at.query), at.sources("key", place), top
+        )
 
 
-@dataclass(frozen=True)
-class _Head:
-    """A head on the prompt of a graph."""
+def _explained(
+    at: HeadAt,
+    nodes: pd.DataFrame,
+    key: int,
+    other_key: int | None,
+    q: Float[Tensor, "node channel"],
+    k: Float[Tensor, "node channel"],
+    top: int,
+) -> WhyAttended:
+    score, pattern = (float(x[key] - (0.0 if other_key is None else x[other_key])) for x in (at.scores, at.pattern))
+    whole_q, whole_k = q.sum(0, dtype=torch.float64), k.sum(0, dtype=torch.float64)
+    total = float(whole_q @ whole_k)
+    if abs(total - score) > _TOLERANCE * float(whole_q.norm() * whole_k.norm()):
+        raise ReflowlensError("the model is not what it was when the graph was made: make the graph anew")
+    names = nodes["node"].to_numpy()
+    i, j, weights = (each.numpy() for each in largest_products(q, k, top))
+    pairs = pd.DataFrame({"query_source": names[i], "key_source": names[j], "weight": weights})
+    pairs.loc[len(pairs)] = ["rest", "rest", total - weights.sum(dtype=np.float64)]
+    marginals = _marginal(nodes, q @ whole_k.to(k)), _marginal(nodes, k @ whole_q.to(q))
+    where = at.layer, at.head, at.query, key, other_key
+    return WhyAttended(*where, score, pattern, pairs, *marginals, at, nodes, top, q, k)
 
-    traced: Traced
-    layer: int
-    head: int
-    scores: Float[Tensor, "query key"]
-    nodes: pd.DataFrame
 
-    @classmethod
-    def of(cls, traced: Traced, layer: Any, head: Any) -> _Head:
-        if not isinstance(traced.model, Decoder):
-            raise ReflowlensError(f"why a head of a {type(traced.model).__name__} looks where it does is not split yet")
-        n_blocks, n_heads = traced.engine.layout.n_blocks, traced.model.cfg.n_heads
-        block, number = integer(layer), integer(head)
-        if block is None or not 0 <= block < n_blocks:
-            raise ReflowlensError(f"no layer {layer!r}: this graph has blocks 0 to {n_blocks - 1}")
-        if number is None or not 0 <= number < n_heads:
-            raise ReflowlensError(f"no head {head!r}: a block has heads 0 to {n_heads - 1}")
-        check_unhooked(traced.model)
-        name = f"blocks.{block}.attn.hook_attn_scores"
-        _, cache = traced.model.run_with_cache(traced.tokens[None], names_filter=[name], stop_at_layer=block + 1)
-        return cls(traced, block, number, cache[name][0, number], nodes_of(traced))
-
-    @property
-    def attn(self) -> Attention:
-        return cast(Block, self.traced.model.blocks[self.layer]).attn
-
-    def key_position(self, key: Any, query: int) -> int:
-        place = self.traced.position(key, "key")
-        if place > query:
-            raise ReflowlensError(f"key {place} comes behind query {query}: heads look at positions up to their own")
-        return place
-
-    def query(self, position: int) -> Float[Tensor, "node d_head"]:
-        """What each node adds to the query, divided by √d_head."""
-        return self._sources("query", position)
-
-    def key(self, position: int) -> Float[Tensor, "node d_head"]:
-        """What each node adds to the key."""
-        return self._sources("key", position)
-
-    def _sources(self, side: Literal["query", "key"], position: int) -> Float[Tensor, "node d_head"]:
-        """The channels of a query or key as targets of the graph's engine."""
-        reader = self.reader(side, position, None)
-        return reader.edges(self.traced.engine).T.contiguous()
-
-    def reader(self, side: Literal["query", "key"], position: int, along: Float[Tensor, " d_head"] | None) -> Reader:
-        """The channels of a query, divided by √d_head, or of a key, turned as rotary positions turn them, or their sum
-        along a vector, as targets that read the stream in front of the block."""
-        attn, cfg = self.attn, self.attn.cfg
-        if side == "query":
-            W, b, scale = attn.W_Q[self.head], None if attn.b_Q is None else attn.b_Q[self.head], cfg.d_head**-0.5
-        else:
-            shared = self.head * cfg.kv_heads // cfg.n_heads
-            W, b, scale = attn.W_K[shared], None if attn.b_K is None else attn.b_K[shared], 1.0
-        turn = torch.eye(cfg.d_head, dtype=W.dtype, device=W.device) * scale  # a row what becomes of a channel
-        if cfg.positional_embedding_type == "rotary":
-            turn = attn.rotary(turn[None, None], slice(position, position + 1))[0, 0]
-        channels = turn.T if along is None else (turn @ along)[None]
-        norm, rows = self.traced.engine.frozen.attention[self.layer].norm, channels @ W.T
-        gradient = norm.back(rows * norm.w, slice(position, position + 1))
-        return Reader(gradient, position, self.layer, False, dot(rows, norm.b) + dot(channels, b))
-
-    def explained(
-        self,
-        query: int,
-        key: int,
-        other_key: int | None,
-        q: Float[Tensor, "node d_head"],
-        k: Float[Tensor, "node d_head"],
-        top: int,
-    ) -> WhyAttended:
-        pattern = self.traced.engine.frozen.attention[self.layer].pattern[self.head, query]
-        of_keys = [self.scores[query], pattern]
-        score, attention = (float(row[key] - (0.0 if other_key is None else row[other_key])) for row in of_keys)
-        self._check_sum(q, k, score)
-        names = self.nodes["node"].to_numpy()
-        i, j, weights = (each.numpy() for each in largest_products(q, k, top))
-        rest = float(q.sum(0, dtype=torch.float64) @ k.sum(0, dtype=torch.float64)) - weights.sum(dtype=np.float64)
-        pairs = pd.DataFrame({"query_source": names[i], "key_source": names[j], "weight": weights})
-        pairs.loc[len(pairs)] = ["rest", "rest", rest]
-        marginals = [self._marginal(q, k.sum(0)), self._marginal(k, q.sum(0))]
-        where = self.layer, self.head, query, key, other_key
-        return WhyAttended(*where, score, attention, pairs, *marginals, self, top, q, k)
-
-    def _marginal(self, parts: Float[Tensor, "node d_head"], whole: Float[Tensor, " d_head"]) -> pd.DataFrame:
-        weights = _numbers(parts @ whole)
-        frame = self.nodes[["node", "kind", "layer", "pos", "feature", "label"]].iloc[: len(weights)]
-        frame = frame.rename(columns={"node": "source"}).assign(weight=weights)
-        return frame[weights != 0].sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
-
-    def _check_sum(self, q: Tensor, k: Tensor, score: float) -> None:
-        q, k = q.sum(0), k.sum(0)
-        if abs(float(q @ k) - score) > _TOLERANCE * float(q.norm() * k.norm()):
-            raise ReflowlensError("the model is not what it was when the graph was made: make the graph anew")
+def _marginal(nodes: pd.DataFrame, weights: Float[Tensor, " node"]) -> pd.DataFrame:
+    numbers = _numbers(weights)
+    frame = nodes[["node", "kind", "layer", "pos", "feature", "label"]].iloc[: len(numbers)]
+    frame = frame.rename(columns={"node": "source"}).assign(weight=numbers)
+    return frame[numbers != 0].sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
 
 
 def largest_products(
-    q: Float[Tensor, "query_node d_head"], k: Float[Tensor, "key_node d_head"], n: int
+    q: Float[Tensor, "query_node channel"], k: Float[Tensor, "key_node channel"], n: int
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
     """The pairs of rows with the n largest |products|, in descending order; none that are 0.
 

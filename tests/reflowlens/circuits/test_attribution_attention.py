@@ -15,10 +15,10 @@ from reflowlens.circuits.attribution.attention import largest_products
 from reflowlens.circuits.attribution.table import nodes_of
 from reflowlens.errors import ReflowlensError
 from tests.reference.attention import last_heads, score_parts, watched
-from tests.reference.attribution import Frozen
+from tests.reference.attribution import Frozen, FrozenBDH
 from tests.reflowlens.circuits.test_attribution import NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of
-from tests.support.exactness import directions_of, expected_row, targets_of
+from tests.support.exactness import directions_of, expected_row, model_of, targets_of
 from tests.support.tiny import NAMES
 
 LAST = len(TOKENS) - 1
@@ -78,6 +78,38 @@ def test_pairs_and_marginals_add_up_to_the_models_own_score_wherever_a_head_may_
                 for sums in (why.pairs, why.queries, why.keys, why.by("kind")):
                     total = sums["weight"].sum() if "weight" in sums else sums.to_numpy().sum()
                     assert total == pytest.approx(why.score, abs=1e-4 * largest)
+
+
+@pytest.mark.parametrize(("query", "key"), [(4, 2), (3, 0)])
+def test_scores_of_bdh_are_split_by_active_neurons_as_by_autograd(query, key):
+    model = model_of("bdh")
+    graph = rl.attribute(model, TOKENS, neurons=8, progress=False)
+    for layer in range(2):
+        for head in range(2):
+            why = graph.why_attended(layer, head, query, key, top=10**6)
+            frozen = FrozenBDH(model, TOKENS)
+            stream, read = frozen.streams[f"blocks.{layer}.hook_resid_pre"], model.neurons.W_x.detach()[head]
+            active = frozen.cache[f"blocks.{layer}.hook_x_sparse"][0, :, head] > 0
+            turned = model.neurons.turn((active * (stream @ read))[None, :, None], slice(0, len(TOKENS)))[0, 0]
+            q, k = (rows_of(graph, [frozen.edges(channel) for channel in turned[place]]) for place in (query, key))
+            expected, names = q.T @ k, graph.nodes["node"]
+            found = why.pairs.iloc[:-1].pivot(index="query_source", columns="key_source", values="weight")
+            found = found.reindex(index=names, columns=names).fillna(0.0).to_numpy()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+            scores = frozen.cache[f"blocks.{layer}.hook_attn_scores"][0, head]
+            assert why.score == pytest.approx(scores[query, key].item(), abs=1e-5 * scores.max().item())
+            for sums in (why.pairs, why.queries, why.keys):
+                assert sums["weight"].sum() == pytest.approx(why.score, abs=1e-4 * scores.max().item())
+            difference = why.compared(1)
+            expected_difference = (scores[query, key] - scores[query, 1]).item()
+            assert difference.pairs["weight"].sum() == pytest.approx(
+                expected_difference, abs=1e-4 * scores.max().item()
+            )
+    with pytest.raises(ReflowlensError, match="key 3 is not before query 3"):
+        graph.why_attended(0, 0, 3, 3)
+    for ask in (lambda: graph.heads("logit:97"), lambda: why.heads("key")):
+        with pytest.raises(ReflowlensError, match="edges of a BDH pass no head but"):
+            ask()
 
 
 def test_only_the_largest_pairs_are_kept_and_the_rest_is_one_row(tiny_models):

@@ -1,0 +1,135 @@
+"""Queries and keys of a head on the prompt of a graph, channel by channel, as targets of the graph's engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from reflowlens.arguments import integer
+from reflowlens.circuits.attribution.frozen import FrozenDecoder, dot
+from reflowlens.circuits.attribution.heads import Reader
+from reflowlens.circuits.attribution.traced import Traced, check_unhooked
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.bdh import Level
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
+
+Side: TypeAlias = Literal["query", "key"]
+
+
+@dataclass(frozen=True)
+class HeadAt:
+    """A head at the position of a query.
+
+    Args:
+        scores: its own for the keys, before softmax, and ``pattern`` what attention they became.
+    """
+
+    traced: Traced
+    layer: int
+    head: int
+    query: int
+    scores: Float[Tensor, " key"]
+    pattern: Float[Tensor, " key"]
+
+    def key_position(self, key: Any) -> int:
+        """A position that the head may look at.
+
+        Raises:
+            ReflowlensError: there is none, or it may not.
+        """
+        place = self.traced.position(key, "key")
+        if place > self.query:
+            raise ReflowlensError(
+                f"key {place} comes behind query {self.query}: heads look at positions up to their own"
+            )
+        return place
+
+    def sources(self, side: Side, position: int) -> Float[Tensor, "node channel"]:
+        """What each node adds to the channels of the query or a key, of which the score is the inner product."""
+        return self.reader(side, position).edges(self.traced.engine).T.contiguous()
+
+    def reader(self, side: Side, position: int, along: Float[Tensor, " channel"] | None = None) -> Reader:
+        """The channels, or their sum along a vector, as targets that read the stream in front of the block."""
+        gradient, constant = self.channels(side, position)
+        if along is not None:
+            gradient, constant = (along @ gradient)[None], (along @ constant)[None]
+        return Reader(gradient, position, self.layer, False, constant)
+
+    def channels(self, side: Side, position: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, " channel"]]:
+        """The gradient of each with respect to the stream there, and what biases add."""
+        raise NotImplementedError
+
+
+class DecoderHeadAt(HeadAt):
+    """Channels are those of q / √d_head and of k, turned as rotary positions turn them, the norm's divisor held."""
+
+    def channels(self, side: Side, position: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, " channel"]]:
+        attn = cast(Block, self.traced.model.blocks[self.layer]).attn
+        cfg = attn.cfg
+        W, b, scale, head = attn.W_Q, attn.b_Q, cfg.d_head**-0.5, self.head
+        if side == "key":
+            W, b, scale, head = attn.W_K, attn.b_K, 1.0, self.head * cfg.kv_heads // cfg.n_heads
+        turn = scale * torch.eye(cfg.d_head, dtype=W.dtype, device=W.device)  # a row what becomes of a channel
+        if cfg.positional_embedding_type == "rotary":
+            turn = attn.rotary(turn[None, None], slice(position, position + 1))[0, 0]
+        norm = cast(FrozenDecoder, self.traced.engine.frozen).attention[self.layer].norm
+        rows = turn.T @ W[head].T
+        gradient = norm.back(rows * norm.w, slice(position, position + 1))
+        return gradient, dot(rows, norm.b) + dot(turn.T, None if b is None else b[head])
+
+
+@dataclass(frozen=True)
+class LevelHeadAt(HeadAt):
+    """Of BDH: channels are the head's turned neurons, of which those that are active are held to be so.
+
+    Args:
+        active: neurons of the head whose first reading is above zero.
+    """
+
+    active: Bool[Tensor, "pos neuron"]
+
+    def key_position(self, key: Any) -> int:
+        place = self.traced.position(key, "key")
+        if place >= self.query:
+            raise ReflowlensError(
+                f"key {place} is not before query {self.query}: levels look at earlier positions alone"
+            )
+        return place
+
+    def channels(self, side: Side, position: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, " channel"]]:
+        neurons = cast(Level, self.traced.model.blocks[self.layer]).neurons()
+        read = (neurons.W_x[self.head] * self.active[position])[:, None, None]
+        turned = neurons.turn(read, slice(position, position + 1))[0, :, 0].T
+        of_query = self.active[self.query].unflatten(0, (-1, 2)).any(1)  # a turn mixes two neurons, and no others
+        gradient = turned[of_query.repeat_interleave(2)]
+        return gradient, gradient.new_zeros(len(gradient))
+
+
+def head_at(traced: Traced, layer: Any, head: Any, query: Any) -> HeadAt:
+    """A head of a graph's model at a position.
+
+    Raises:
+        ReflowlensError: a layer, head or position does not exist, or something is attached to the model.
+    """
+    model, n_blocks, n_heads = traced.model, traced.engine.layout.n_blocks, traced.model.cfg.n_heads
+    block, number = integer(layer), integer(head)
+    if block is None or not 0 <= block < n_blocks:
+        raise ReflowlensError(f"no layer {layer!r}: this graph has blocks 0 to {n_blocks - 1}")
+    if number is None or not 0 <= number < n_heads:
+        raise ReflowlensError(f"no head {head!r}: a block has heads 0 to {n_heads - 1}")
+    place = traced.position(query, "query")
+    check_unhooked(model)
+    is_decoder = isinstance(model, Decoder)
+    parts = ("attn.hook_attn_scores", "attn.hook_pattern") if is_decoder else ("hook_attn_scores", "hook_x_sparse")
+    names = [f"blocks.{block}.{part}" for part in parts]
+    _, cache = model.run_with_cache(traced.tokens[None], names_filter=names, stop_at_layer=block + 1)
+    scores = cache[names[0]][0, number, place]
+    where = traced, block, number, place, scores
+    if is_decoder:
+        return DecoderHeadAt(*where, cache[names[1]][0, number, place])
+    return LevelHeadAt(*where, scores, cache[names[1]][0, :, number] > 0)
