@@ -35,7 +35,12 @@ MAX_NODES, MAX_EDGES = 300, 8000  # of a page, beside inputs and targets: about 
 _MAX_IN_NOTEBOOK = 150, 2500
 _SCRIPTS = ("graph.js", "graph_picture.js", "graph_panel.js")
 _MESSAGE = re.compile(r"\{\{(.*?)\}\}")
-_LINKED = ("feature", "neuron")
+_PAGES = {  # by kind of node the keys that feature pages may have of its layer
+    "feature": ("{}",),
+    "neuron": ("{}-mlp_post", "{}-xy_sparse"),
+    "signal": ("recipe",),
+    "readout": ("unembed_signal",),
+}
 _SCORES = {
     "replacement": "of what comes in at the ends of all paths, the share that is the prompt's and no error",
     "completeness": "the share of what goes into nodes that is no error, nodes weighted by their influence",
@@ -112,14 +117,12 @@ def _content(
     }
 
 
-def _verdict(graph: AttributionGraph) -> dict[str, Any] | None:
-    """What interventions say of the graph; None of one that cannot be performed, as long as hooks are attached."""
-    if graph.traced is None:
-        return None
+def _verdict(graph: AttributionGraph) -> dict[str, Any]:
+    """What interventions say of the graph, or why none could be made: a picture there is all the same."""
     try:
         found = graph.faithfulness()
-    except ReflowlensError:
-        return None
+    except ReflowlensError as error:
+        return {"unmeasured": str(error)}
     return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in found.items()}
 
 
@@ -164,9 +167,9 @@ def _asset(name: str) -> str:
 
 def _link(nodes: Sequence[dict[str, Any]], features: str | Path, path: Path) -> None:
     """Give each feature the address of its page and, from a folder, the words on which it is active."""
+    words: Mapping[tuple[str, int], list[str]] | None = None
     if isinstance(features, str) and re.match(r"(https?|file)://", features):
         base = features if features.endswith(".html") else f"{features.rstrip('/')}/{PAGE}"
-        words = {}
     else:
         folder = as_path(features)
         if not (folder / INDEX).is_file():
@@ -174,24 +177,19 @@ def _link(nodes: Sequence[dict[str, Any]], features: str | Path, path: Path) -> 
                 f"no feature pages in {str(folder)!r}: it has no {INDEX}; reflowlens features writes them, and an "
                 "address that begins with https:// is taken as it is"
             )
-        base = quote(Path(os.path.relpath(folder / PAGE, path.parent)).as_posix())
-        words = _active_on(folder)
+        base, words = quote(Path(os.path.relpath(folder / PAGE, path.parent)).as_posix()), _active_on(folder)
     for node in nodes:
-        if node["kind"] in _LINKED:
-            node["link"] = f"{base}#layer={node['layer']}&feature={node['feature']}"
-            if found := words.get((node["layer"], node["feature"])):
-                node["words"] = found
+        for key in (own.format(node["layer"]) for own in _PAGES.get(node["kind"], ())):
+            if words is None or (key, node["feature"]) in words:
+                node["link"] = f"{base}#layer={key}&feature={node['feature']}"
+                node["words"] = [] if words is None else words[key, node["feature"]]
+                break
 
 
-def _active_on(folder: Path) -> Mapping[tuple[int, int], list[str]]:
-    """By block and number, the label words of the features that pages tell of."""
+def _active_on(folder: Path) -> Mapping[tuple[str, int], list[str]]:
+    """By key of the layer and number, the label words of the features that there are pages of."""
     (index,) = call_arguments(folder / INDEX)
     try:
-        return {
-            (int(layer["key"].split("-")[0]), i): words
-            for layer in index["layers"]
-            if layer["key"].split("-")[0].isdigit()
-            for i, words in enumerate(layer["words"])
-        }
-    except (KeyError, TypeError, AttributeError) as error:
+        return {(layer["key"], i): words for layer in index["layers"] for i, words in enumerate(layer["words"])}
+    except (KeyError, TypeError) as error:
         raise ReflowlensError(f"{folder / INDEX} is damaged: {error!r}") from error

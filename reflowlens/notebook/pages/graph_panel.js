@@ -295,7 +295,7 @@ function paintHead() {
   element("of").append(`${data.of} · ${left}`);
   const scores = [...data.scores];
   const told = data.verdict;
-  if (told && told.faithfulness !== null) {
+  if (Number.isFinite(told.faithfulness)) {
     const meaning = t("what is left of the prediction with the nodes of the pruned graph alone; with random nodes {share}", { share: told.faithfulness_control === null ? "–" : percent(told.faithfulness_control) });
     scores.unshift(["faithfulness", told.faithfulness, meaning]);
   }
@@ -307,7 +307,9 @@ function paintHead() {
 // Whether the graph can be trusted, by what interventions in the model said.
 function verdict() {
   const told = data.verdict;
-  if (!told || (told.reason === "correlation" && told.correlation === null)) return make("span", { class: "verdict", id: "verdict" }, t("faithfulness not measured"));
+  if ("unmeasured" in told || (told.reason === "correlation" && told.correlation === null)) {
+    return make("span", { class: "verdict", id: "verdict", title: told.unmeasured, tabindex: 0 }, t("faithfulness not measured"));
+  }
   const two = (value) => (value === null ? "–" : value.toFixed(2).replace("-", "−"));
   const seen = { r: two(told.correlation), low: two(told.low), high: two(told.high), control: two(told.control), share: percent(told.error_influence) };
   const why = {

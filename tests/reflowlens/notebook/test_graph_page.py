@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import json
 import re
@@ -230,6 +231,14 @@ def test_a_graph_that_is_not_to_be_trusted_says_so_first(opened):
     assert opened.evaluate(box.format("#verdict")) <= opened.evaluate(box.format("#facts dl"))
 
 
+def test_a_graph_that_cannot_be_performed_is_drawn_all_the_same(graph, tmp_path):
+    alone = dataclasses.replace(graph, traced=None)
+    held = content(alone.save(tmp_path / "alone.html"))
+    assert "unmeasured" in held["verdict"]
+    assert not any("up" in node for node in held["nodes"])
+    assert len(held["nodes"]) == 196
+
+
 def test_a_click_shows_in_and_outputs_that_add_up(graph, opened):
     name = "logit:262"
     click(opened, node(name))
@@ -411,6 +420,7 @@ def test_links_lead_to_the_pages_of_features(opened, graph, tmp_path):
     (found,) = [each for each in held["nodes"] if each["id"] == "feature:5.1220@4"]
     assert found["link"] == "../my%20pages/index.html#layer=5&feature=1220"
     assert found["words"] == ["web"]
+    assert {each["layer"] for each in held["nodes"] if "link" in each} == {5}, "there are pages of this layer alone"
 
 
 STATE = """adopt({view: "pins", selected: "logit:262", pinned: ["logit:262", "embedding@3", "feature:5.1220@4"],
