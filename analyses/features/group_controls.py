@@ -62,7 +62,7 @@ def group_controls(
         metric: [with_clusters[f"{metric}{suffix}"].to_numpy() for suffix in ("", "_random")]
         for metric in (*TESTS, "deviation", "likeness")
     }
-    p = holm([paired_permutation_pvalue(found - random, seed=seed) for found, random in map(values.get, TESTS)])
+    p = holm([paired_permutation_pvalue(values[test][0] - values[test][1], seed=seed) for test in TESTS])
     findings = {}
     for (metric, (found, random)), p_value in zip(values.items(), p, strict=False):
         interval, control = rate_interval(found, seed=seed), float(random.mean())
@@ -102,7 +102,7 @@ def _of_prompt(groups: Groups, draws: int, rng: np.random.Generator) -> dict[str
         for _ in range(draws)
     ]
     random = groups.removals.agreement(drawn)
-    own = [JointRemoval(row.deviation, row.likeness) for row in clusters.itertuples()]
+    own = [JointRemoval(*row) for row in clusters[["deviation", "likeness"]].to_numpy().tolist()]
     return row | _passed(groups, own, "") | _passed(groups, random, "_random")
 
 

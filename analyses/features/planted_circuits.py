@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -27,7 +27,9 @@ from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
-from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Block
+from reflowlens.models.decoder import Decoder
+from reflowlens.models.residual import OwnUnembed
 
 BALLAST = 4.0  # in every token's embedding: what queries read, and most of what norms divide by
 ATTENTION = 200.0  # score of a token that a head looks for; of all others it is 0
@@ -50,7 +52,7 @@ class PlantedCircuit:
     """
 
     name: str
-    model: HookedModel
+    model: Decoder
     prompt: str
     target: str
     units: Mapping[str, tuple[int, int]]
@@ -90,7 +92,8 @@ def two_hop(n: int = 1, present: int = 1) -> PlantedCircuit:
     written = OUT_OF_F * f
     g = INTO_G * written / planted.scale(*[carried, written] * present)
     end = planted.scale(*[carried, written, OUT_OF_G * g] * present)
-    units, edges = {}, {}
+    units: dict[str, tuple[int, int]] = {}
+    edges: dict[tuple[str, str], float] = {}
     for i, source in enumerate(SOURCES[:present]):
         letters = [f"{letter}{i + 1 if i else ''}" for letter in "fg"]
         units |= {letter: (block, i) for block, letter in enumerate(letters)}
@@ -170,7 +173,7 @@ class _Planted:
         n = len(tokens)
         groups = [range(2 + i * n, 2 + (i + 1) * n) for i in range(4)]
         token, self.carried, self.f, self.g = groups
-        self.model = model = build_model(
+        model: Any = build_model(
             ModelConfig(
                 architecture="gpt2", normalization_type="RMS", act_fn="relu", mlp_bias=True, tie_word_embeddings=False,
                 n_layers=2, d_model=2 + 4 * n, n_heads=n, d_head=1, d_mlp=d_mlp, d_vocab=256, n_ctx=16,
@@ -187,16 +190,17 @@ class _Planted:
             attention.W_Q[head, 0, 0] = ATTENTION
             attention.W_K[head, token[head], 0] = attention.W_V[head, token[head], 0] = 1.0
             attention.W_O[head, 0, self.carried[head]] = CARRIED
-        model.requires_grad_(False)
+        self.model = cast(Decoder, model.requires_grad_(False))
 
     def neuron(self, block: int, i: int, reads: Mapping[int, float], to: int, writes: float, bias: float = 0.0) -> None:
-        mlp = self.model.blocks[block].mlp
+        mlp = cast(Block, self.model.blocks[block]).mlp
+        assert mlp.b_in is not None
         for coordinate, weight in reads.items():
             mlp.W_in[coordinate, i] = weight
         mlp.W_out[i, to], mlp.b_in[i] = writes, bias
 
     def read_out(self, token: str, coordinate: int) -> None:
-        self.model.unembed.W_U[coordinate, ord(token)] = READOUT
+        cast(OwnUnembed, self.model.unembed).W_U[coordinate, ord(token)] = READOUT
 
     def scale(self, *added: float) -> float:
         """What a norm divides by where this was added to an embedding, all in coordinates of their own."""
@@ -208,7 +212,7 @@ class _Planted:
 
 
 @torch.no_grad()
-def exact_dictionary(model: HookedModel, *, cross_layer: bool = False) -> Dictionary:
+def exact_dictionary(model: Decoder, *, cross_layer: bool = False) -> Dictionary:
     """Every neuron of ungated ReLU MLPs as a feature; of a cross-layer dictionary too they write in their own block.
 
     Raises:
@@ -227,14 +231,14 @@ def exact_dictionary(model: HookedModel, *, cross_layer: bool = False) -> Dictio
             cfg.d_model, cfg.d_model, cfg.d_mlp, "relu", cross_layer=cross_layer, name="exact",
         )
     )  # fmt: skip
-    for layer, block in zip(dictionary.each_layer(), model.blocks, strict=True):
+    for layer, block in zip(dictionary.each_layer(), cast("list[Block]", list(model.blocks)), strict=True):
         for parameter in layer.parameters():
             parameter.zero_()
         layer.W_enc.copy_((block.ln2.w[:, None] * block.mlp.W_in).T)
         layer.W_dec[:, 0] = block.mlp.W_out
-        if block.mlp.b_in is not None:
-            layer.b_enc.copy_(block.mlp.b_in)
-            layer.b_dec.copy_(block.mlp.b_out)
+        for bias, own in ((layer.b_enc, block.mlp.b_in), (layer.b_dec, block.mlp.b_out)):
+            if own is not None:
+                bias.copy_(own)
         if block.ln2.b is not None:
             layer.b_enc.add_(block.ln2.b @ block.mlp.W_in)
     return dictionary.requires_grad_(False)

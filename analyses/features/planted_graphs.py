@@ -47,7 +47,7 @@ def planted_graphs() -> Result:
             edges.append(expected_against_found(circuit, dictionary, kind))
     for kind, dictionary in dictionaries_of(hops).items():
         if dictionary is not None:
-            jacobians.append(jacobian_match(hops.model, dictionary, TEXTS).assign(dictionary=kind))  # type: ignore[arg-type]
+            jacobians.append(jacobian_match(hops.model, dictionary, TEXTS).assign(dictionary=kind))
             removed.append(feature_removals(hops, dictionary).assign(dictionary=kind))
     frames = {
         "edges": pd.concat(edges, ignore_index=True),
@@ -123,10 +123,8 @@ def _weights(graph: AttributionGraph, names: Mapping[str, str]) -> dict[tuple[st
     node = graph.nodes.set_index("node")
     reached = set(node.index[(node["influence"] > 0) | (node["target"] > 0)])
     edges = graph.edges[graph.edges["target"].isin(reached) & (graph.edges["weight"].abs() > SHOWN)]
-    return {
-        (names.get(edge.source, edge.source), names.get(edge.target, edge.target)): float(edge.weight)
-        for edge in edges.itertuples()
-    }
+    ends = [edges[end].map(lambda node: names.get(node, node)) for end in ("source", "target")]
+    return dict(zip(zip(*ends, strict=True), edges["weight"].astype(float), strict=True))
 
 
 @torch.no_grad()

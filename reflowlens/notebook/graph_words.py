@@ -41,7 +41,7 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
     found: dict[str, tuple[list[str], list[str]]] = {}
     for _, rows in nodes[nodes["kind"].isin(["feature", "neuron"])].groupby("layer"):
         logits = written_by(graph.traced, rows) @ _unembedding(graph.traced).T
-        found |= _named(graph.traced, rows["node"], logits, n)
+        found |= _named(graph.traced, rows["node"].tolist(), logits, n)
     matrix, rows = graph.traced.model.W_E, nodes[nodes["kind"].isin(["signal", "readout"])]
     if len(rows) and isinstance(matrix, FactoredMatrix):
         recipe = matrix.A.detach()[: graph.traced.model.tokenizer.n_vocab]
@@ -52,7 +52,7 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
         )  # lest rare tokens, whose recipes are large, be all
         recipe = torch.where(of_recipe, shares, recipe[:, chosen]).T
         sign = recipe.new_tensor([-1.0 if activation < 0 else 1.0 for activation in rows["activation"]])
-        found |= _named(graph.traced, rows["node"], sign[:, None] * recipe, n)
+        found |= _named(graph.traced, rows["node"].tolist(), sign[:, None] * recipe, n)
     return found
 
 

@@ -93,7 +93,8 @@ def tree_of(graph: AttributionGraph, numbers: Sequence[int]) -> Cluster | None:
     np.fill_diagonal(distance, 0.0)
     condensed = squareform((distance + distance.T) / 2, checks=False)
 
-    def cluster(joined: ClusterNode) -> Cluster:
+    def cluster(joined: ClusterNode | None) -> Cluster:
+        assert joined is not None
         nodes = tuple(sorted(ordered[leaf] for leaf in joined.pre_order()))
         if joined.is_leaf():
             return Cluster(nodes, 1.0, ())

@@ -284,7 +284,8 @@ def _name(graph: AttributionGraph, numbers: Sequence[int], features: FeaturePage
     if features is None:
         active = [graph.tokens[pos] for pos in rows.sort_values("influence", ascending=False)["pos"].dropna()]
     else:
-        of_each = [features.feature(row.layer, row.feature)[0].words(features.text) for row in rows.itertuples()]
+        places = zip(rows["layer"].tolist(), rows["feature"].tolist(), strict=True)
+        of_each = [features.feature(*place)[0].words(features.text) for place in places]
         active = [word for words in zip_longest(*of_each, fillvalue="") for word in words]
     tokens = list(dict.fromkeys(token.strip() for token in active if token.strip()))[:3]
     parts = [f"→ {', '.join(word.strip() for word in promoted)}"] if promoted else []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import reflowlens as rl
+from analyses.features.dashboards import feature_dashboards
 from analyses.features.planted_circuits import PlantedCircuit, exact_dictionary, gate, suppression
 from reflowlens.circuits.attribution.alike import similarity, tree_of, written_by
 from reflowlens.circuits.attribution.groups import Groups
@@ -55,6 +56,27 @@ def test_a_name_says_what_the_members_promote_and_where_they_are_active():
     named = rl.attribute(circuit.model, circuit.prompt, exact_dictionary(circuit.model), "B", progress=False).groups()
     assert list(named.members) == ["→ y, x · on ."]
     assert list(groups.members) == ["on ."]
+
+
+def test_with_feature_pages_a_name_says_on_which_words_of_a_text(tmp_path):
+    circuit, groups = planted()
+    texts = ["ABCABC", "AAA.A.", "xyA..A"]
+    pages = feature_dashboards(circuit.model, texts, exact_dictionary(circuit.model), n_removed=0, around=(1, 1))
+    pages.save(tmp_path / "pages", json=True)
+    words = pages.feature(0, 0)[0].words(pages.text)
+    assert words
+    for features in (pages, tmp_path / "pages"):
+        (name,) = groups.whole.groups(features=features).members
+        assert name == f"on {', '.join(words)}"
+
+
+@pytest.mark.parametrize("name", ["reflow", "gpt2_biased"])
+def test_neurons_have_groups_too(name, tiny_models):
+    graph = rl.attribute(tiny_models[name], "abcdef", neurons=6, progress=False)
+    groups = graph.prune(0.99, 1.0).groups(similar=0.1, alike=-1.0, tolerance=1.0)
+    assert len(groups) > 2
+    assert set(groups.nodes["kind"]) == {"neuron"}
+    assert groups.summary["deviation"].between(0, 1).all()
 
 
 def test_similarity_is_the_mean_of_three_cosines(groups):
