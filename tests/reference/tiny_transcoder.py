@@ -71,3 +71,69 @@ def in_their_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         for norm in ("ln1", "ln2"):
             theirs |= {f"{at}.{norm}.weight": ours[f"{at}.{norm}.w"], f"{at}.{norm}.bias": ours[f"{at}.{norm}.b"]}
     return theirs
+
+
+class PublishedTracing:
+    """TinyTranscoder's tracing of a feature as it is published, faults included; each is named where it is made.
+
+    Args:
+        gpt: the frozen model.
+        tokens: of one prompt [pos].
+        W_enc, W_dec: of each block [feature, d_model].
+        k: features that TopK keeps.
+    """
+
+    def __init__(self, gpt: GPT, tokens: Tensor, W_enc: list[Tensor], W_dec: list[Tensor], k: int) -> None:
+        self.gpt, self.W_enc, self.W_dec, self.k = gpt, W_enc, W_dec, k
+        self.embeddings = gpt.tokens(tokens)
+        self.ln1, self.mlp_inputs, self.patterns, self.values = [], [], [], []
+        x = self.embeddings + gpt.positions(torch.arange(len(tokens)))
+        for block in gpt.blocks:
+            normed = block.ln1(x)
+            later = torch.ones(len(tokens), len(tokens)).triu(1) == 1
+            scores = [head.query(normed) @ head.key(normed).T * head.query.out_features**-0.5 for head in block.heads]
+            self.ln1.append(normed)
+            self.patterns.append([each.masked_fill(later, float("-inf")).softmax(dim=-1) for each in scores])
+            self.values.append([head.value(normed) for head in block.heads])
+            mixed = [pattern @ value for pattern, value in zip(self.patterns[-1], self.values[-1], strict=True)]
+            x = x + block.projection(torch.cat(mixed, dim=-1))
+            self.mlp_inputs.append(block.ln2(x))
+            x = x + block.mlp(block.ln2(x))
+
+    def contributions(self, layer: int, index: int, position: int) -> dict[tuple[str, ...], float]:
+        """What adds to a feature, by its name."""
+        f = self.W_enc[layer][index]
+        found = {("embedding", str(position)): self.embeddings[position] @ f}  # without position, norms and biases
+        for block in range(layer):  # without the attention of the feature's own layer
+            for head, (pattern, values) in enumerate(zip(self.patterns[block], self.values[block], strict=True)):
+                for source in range(position + 1):
+                    out = values[source] @ self.output_of(block, head)
+                    found["attention", str(block), str(head), str(source)] = pattern[position, source] * (out @ f)
+            for feature, activation in enumerate(self.activations(block)[position]):
+                found["feature", str(block), str(feature)] = activation * (self.W_dec[block][feature] @ f)
+        return {name: float(each.detach()) for name, each in found.items()}
+
+    def activations(self, block: int) -> Tensor:
+        """Pre-activations in place of what TopK keeps."""
+        return self.mlp_inputs[block] @ self.W_enc[block].T
+
+    def first_contributor(self, layer: int, index: int, position: int) -> dict[tuple[str, ...], float]:
+        """The routine returns inside its loop."""
+        for name, contribution in self.contributions(layer, index, position).items():
+            return {name: contribution}
+        return {}
+
+    def reconstruction(self, layer: int) -> Tensor:
+        """Of the attention's norm, which no transcoder has seen."""
+        before = self.ln1[layer] @ self.W_enc[layer].T
+        values, places = before.topk(self.k, dim=-1)
+        return torch.zeros_like(before).scatter(-1, places, values) @ self.W_dec[layer]
+
+    def pulled_back(self, layer: int, head: int, f: Tensor) -> Tensor:
+        """A direction behind a head, before it: by OV, though it is OVᵀ that takes directions back."""
+        return f @ (self.gpt.blocks[layer].heads[head].value.weight.T @ self.output_of(layer, head))
+
+    def output_of(self, layer: int, head: int) -> Tensor:
+        """W_O of a head [d_head, d_model]."""
+        block = self.gpt.blocks[layer]
+        return block.projection.weight.T.split(block.heads[0].value.out_features)[head]

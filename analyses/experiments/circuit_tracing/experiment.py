@@ -51,6 +51,7 @@ from analyses.experiments.circuit_tracing.tracing import (
     shuffled_paths,
     unit_frame,
 )
+from analyses.experiments.circuit_tracing.trust import SCORES, scores_beside_nulls, validated
 from analyses.experiments.circuit_tracing.writers import Writers
 from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
@@ -73,6 +74,17 @@ PATHS_SHOWN = 20
 _PROMPTS, _QUICK_PROMPTS = 20, 6
 _UNITS, _QUICK_UNITS = 60, 24
 _FORCED_PROMPTS, _QUICK_FORCED_PROMPTS = 4, 2
+_VALIDATED, _QUICK_VALIDATED = 8, 3
+_OF_PROMPTS = {  # metric: how columns of the prompts' frame begin, and what its own ends with
+    "removal_effect": ("removal_", "influence"),
+    "promoting_share": ("promoting_", "influence"),
+    "strongest_path_share": ("strongest_", "model"),
+    "multi_hop_share": ("multi_hop_", "model"),
+    "replacement": ("replacement_", "model"),
+    "completeness": ("completeness_", "model"),
+    "validation_target": ("validation_target_", "model"),
+    "validation_units": ("validation_units_", "model"),
+}
 DEFINITIONS = {
     "removal_effect": "by how many nats the likeliest token's log probability changes, up or down, when one of the "
     f"{STRONGEST} units of most influence on it is removed from the model where it is active; mean over units, then "
@@ -86,6 +98,16 @@ DEFINITIONS = {
     "neurons, and of the untrained model's",
     "multi_hop_share": "share of all influence that goes along paths through two units or more, errors among what "
     "paths begin at; mean over prompts",
+    "replacement": "replacement score, I_inputs / (I_inputs + I_errors), of graphs of the likeliest tokens; mean over "
+    "prompts. neurons: of as many neurons as the dictionary has active features; random_features: of features of the "
+    "same norms and activations that point elsewhere; no_features: all that MLPs write is error. Without a dictionary "
+    "of graphs of the likeliest token, beside the untrained model's",
+    "completeness": "completeness score of the same graphs: the share of what goes into nodes that is no error, nodes "
+    "weighted by their influence",
+    "validation_target": "Pearson correlation of what a graph predicts of its likeliest token's logit with what the "
+    "model does, when 16 units of most influence are removed and doubled, one at a time; mean over prompts. "
+    "matched_unit: with what it does when units that are not active there are given as much to write",
+    "validation_units": "the same of the pre-activations of units behind",
     "forced_probability": "probability of the token that a unit promotes most, the unit at the last position set to "
     "the largest activation that it has in the texts; mean over units drawn at random, of the mean over prompts. "
     "unforced: as it is; matched_unit: of the same token when another unit of the block writes as much; "
@@ -150,14 +172,19 @@ def circuit_tracing(
     own, writers = derive_seed(seed, "circuit_tracing"), Writers.of(model, chosen)
     prompt = prompts[0] if prompt is None else prompt
     detail = graph_of(model, chosen, prompt, target)
+    untrained, n_validated = untrained_model(model, seed), _QUICK_VALIDATED if quick else _VALIDATED
     traced = [
-        _traced(writers, each, own, number, untrained)
-        for untrained in [untrained_model(model, seed)]
+        _traced(writers, each, own, number, untrained, validate=number < n_validated)
         for number, each in enumerate(tqdm(prompts, desc="circuit tracing", disable=not progress))
     ]
     texts = [*lexicon.neutral_texts, *(item.prompt for item in lexicon.factual)]
     n_units = units or (_QUICK_UNITS if quick else _UNITS)
     sample, forced = _forced(writers, texts, ends, n_units, own)
+    if chosen is not None:
+        scores = scores_beside_nulls(writers, prompts, derive_seed(own, "scores")).drop(columns="prompt")
+        traced = [
+            ({**row, **found}, paths) for (row, paths), found in zip(traced, scores.to_dict("records"), strict=True)
+        ]
     frames = {
         "units": _detail_frame(detail, writers, own),
         "paths": path_frame(detail, writers, PATHS_SHOWN),
@@ -200,6 +227,15 @@ def lifting_verdict(interval: tuple[float, float], random_direction: float, p: f
     return verdict(interval, random_direction, p, minimum_units=MINIMUM_UNITS, units=units)
 
 
+def replacement_verdict(interval: tuple[float, float], best: float, p: float, units: int) -> Verdict:
+    """Claim: a dictionary explains its model better than as many neurons, and than random features as large, do.
+
+    Supported if the interval of replacement lies above the better of the two, and the sign-flip test over prompts has
+    p < 0.05 against both; underpowered with fewer than 20 prompts.
+    """
+    return verdict(interval, best, p, minimum_units=MINIMUM_UNITS, units=units)
+
+
 def packaged_dictionary(model: HookedModel) -> str | None:
     """The name of the packaged per-layer transcoders of a model's MLPs, if there are any."""
     for name in list_dictionaries():
@@ -222,7 +258,7 @@ def _some(items: Sequence[str], n: int) -> list[str]:
 
 
 def _traced(
-    writers: Writers, prompt: str, seed: int, number: int, untrained: HookedModel
+    writers: Writers, prompt: str, seed: int, number: int, untrained: HookedModel, validate: bool
 ) -> tuple[dict[str, object], dict[str, Paths]]:
     """What the graphs of one prompt say, a row of numbers, and how influence is shared out among paths."""
     model, graph = writers.model, graph_of(writers.model, writers.dictionary, prompt)
@@ -233,12 +269,15 @@ def _traced(
     paths = {"model": paths_of(graph), "shuffled_weights": shuffled_paths(graph, seed, str(number))}
     if writers.dictionary is not None:
         paths[NEURONS] = paths_of(graph_of(model, None, prompt))
-    paths["untrained"] = paths_of(graph_of(untrained, None, prompt))
+    fresh = graph_of(untrained, None, prompt)
+    paths["untrained"] = paths_of(fresh)
+    scores = {"model": graph.scores(), "untrained": fresh.scores()} if writers.dictionary is None else {}
     row = {
         "prompt": prompt,
         "target": str(graph.nodes["label"].iloc[-1]),
         "probability": float(model(prompt)[0, -1].softmax(-1)[target]),
-        **graph.scores(),
+        **{f"{score}_{name}": each[score] for score in SCORES for name, each in scores.items()},
+        **(validated(graph, derive_seed(seed, "validated", number)) if validate else {}),
         **{f"removal_{name}": effect for name, effect in effects.items()},
         **{f"promoting_{name}": share for name, share in promoting.items()},
         **{f"strongest_{name}": each.strongest for name, each in paths.items()},
@@ -298,15 +337,15 @@ def _length_frame(paths: Sequence[Mapping[str, Paths]], seed: int) -> pd.DataFra
 
 
 def _findings(prompts: pd.DataFrame, forced: Mapping[str, Forced], seed: int) -> tuple[dict[str, Finding], list[str]]:
-    findings = {
-        metric: _over_prompts(prompts, prefix, own, seed)
-        for metric, prefix, own in (
-            ("removal_effect", "removal_", "influence"),
-            ("promoting_share", "promoting_", "influence"),
-            ("strongest_path_share", "strongest_", "model"),
-            ("multi_hop_share", "multi_hop_", "model"),
-        )
-    }
+    findings, notes = {}, []
+    for metric, (prefix, own_name) in _OF_PROMPTS.items():
+        found = _over_prompts(prompts, prefix, own_name, seed)
+        if found is None:
+            notes.append(f"{metric} is absent: it could be measured on fewer than 2 prompts")
+        else:
+            findings[metric] = found
+    if "random_features" in findings["replacement"].controls:
+        findings["replacement"] = _judged_scores(prompts, findings["replacement"], seed)
     own = forced["unit"]
     at_one = DOSES.index(1.0)
     controls = {name: each for name, each in forced.items() if name != "unit"}
@@ -322,7 +361,6 @@ def _findings(prompts: pd.DataFrame, forced: Mapping[str, Forced], seed: int) ->
     findings["lifting_share_any"] = _share({name: each.lifts_any[:, -1] for name, each in forced.items()}, seed)
     lifts = [{name: each.lifts[:, i] for name, each in forced.items()} for i in range(len(BOUNDS))]
     pvalues = [paired_permutation_pvalue(each["unit"] - each["random_direction"], seed=seed) for each in lifts]
-    notes = []
     for bound, each, p, adjusted in zip(BOUNDS, lifts, pvalues, holm(pvalues), strict=True):
         metric, found = f"lifting_share_{bound}", _share(each, seed)
         control = found.controls["random_direction"]
@@ -337,13 +375,24 @@ def _share(lifts: Mapping[str, NDArray[np.float64]], seed: int) -> Finding:
     return Finding(float(lifts["unit"].mean()), rate_interval(lifts["unit"], seed=seed), controls)
 
 
-def _over_prompts(prompts: pd.DataFrame, prefix: str, own: str, seed: int) -> Finding:
-    """The mean of a column over prompts, beside those of the others that begin alike."""
+def _judged_scores(prompts: pd.DataFrame, found: Finding, seed: int) -> Finding:
+    """The replacement score against the better of its two nulls with as many features."""
+    own, nulls = prompts["replacement_model"], ("neurons", "random_features")
+    p = max(paired_permutation_pvalue(own - prompts[f"replacement_{name}"], seed=seed) for name in nulls)
+    best = max(found.controls[name] for name in nulls)
+    return replace(found, verdict=replacement_verdict(found.interval or (0.0, 1.0), best, p, len(own)))
+
+
+def _over_prompts(prompts: pd.DataFrame, prefix: str, own: str, seed: int) -> Finding | None:
+    """The mean of a column over the prompts that have it, beside those of the others that begin alike; None if fewer
+    than two prompts do."""
     values: dict[str, NDArray[np.float64]] = {
         str(name).removeprefix(prefix): prompts[name].dropna().to_numpy(float)
         for name in prompts
         if str(name).startswith(prefix)
     }
-    mine = values.pop(own)
-    controls = {name: float(each.mean()) for name, each in values.items() if len(each) == len(prompts)}
+    mine = values.pop(own, np.zeros(0))
+    if len(mine) < 2:
+        return None
+    controls = {name: float(each.mean()) for name, each in values.items() if len(each) == len(mine)}
     return Finding(float(mine.mean()), bootstrap_interval(mine, seed=seed), controls)

@@ -17,6 +17,7 @@ from reflowlens.models.components import Block
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.traced import Traced
 
+_OWN = 2**40  # added to a seed, that what is resampled by the same seed is no draw of these
 _NEAREST = 0.1, 8  # the share, and the least number, of candidates that one is drawn from
 
 
@@ -30,7 +31,7 @@ class Matched:
     """
 
     def __init__(self, traced: Traced, seed: int) -> None:
-        self.traced, self.rng = traced, np.random.default_rng(seed)
+        self.traced, self.rng = traced, np.random.default_rng(_OWN + seed)
         self.blocks = [] if traced.dictionary is None else blocks_of(traced.dictionary)
 
     def norms(self, block: int) -> Float[Tensor, " unit"]:

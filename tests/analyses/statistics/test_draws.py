@@ -20,6 +20,8 @@ SHARED = {
     "bootstrap_band": "resampling is no control: every metric over the same units takes the same resamples",
     "paired_permutation_pvalue": "neither are sign flips",
     "resampled_means": "as bootstrap_band",
+    "agreement": "as bootstrap_band: effects of interventions and of their controls are resampled alike",
+    "relative_size": "as agreement",
     "build_model": "one untrained model for all experiments",
     "generate": "texts are continued from the same seeds with and without an edit",
 }
