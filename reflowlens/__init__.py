@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from reflowlens.checkpoints import load_model as load_model
     from reflowlens.checkpoints import save_model as save_model
     from reflowlens.circuits.attribution.attribute import attribute as attribute
+    from reflowlens.circuits.attribution.cost import graph_cost as graph_cost
     from reflowlens.circuits.attribution.directions import DirectionAt as DirectionAt
     from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
     from reflowlens.circuits.attribution.many import AttributionGraphs as AttributionGraphs
@@ -107,6 +108,7 @@ _HOMES = {
     "faithfulness": "circuits.circuits",
     "generate": "generation",
     "get_tokenizer": "tokenizers",
+    "graph_cost": "circuits.attribution.cost",
     "grow_circuit": "circuits.circuits",
     "intervene": "interventions.apply",
     "list_dictionaries": "dictionaries.files",

@@ -63,6 +63,7 @@ PUBLIC_CALLS: dict[str, Call] = {
     "examples": _examples,
     "faithfulness": lambda model, _: rl.faithfulness(model, *_PAIR, ["m0"], kl(), controls=2).value,
     "generate": lambda model, _: rl.generate(model, CLEAN, 3, temperature=0.0, return_type="tokens"),
+    "graph_cost": lambda model, _: rl.graph_cost(model, CLEAN, neurons=4).edges,
     "grow_circuit": lambda model, _: _grown(model),
     "intervene": lambda model, _: _in_block(rl.intervene(model, rl.Ablate("z", layer=0))),
     "model_hash": lambda model, _: rl.model_hash(model),

@@ -92,12 +92,40 @@ def attribute(
 
     Example: ``rl.attribute(model, "The capital of France is", dictionary).prune().edges``
     """
+    check_budget(memory)
+    traced, asked = trace(model, prompt, dictionary, targets, against, neurons, heads, signals, other_model)
+    rows = empty_rows(traced.engine, edges_per_node, memory)
+    batches = traced.engine.batches()
+    n_targets, work = sum(batch.n_targets for batch in batches), sum(batch.work for batch in batches)
+    shown = sys.stderr.isatty() if progress is None else progress
+    n_edges = len(rows.weights)
+    size = f"{rows.n_nodes:,} nodes, at most {n_edges:,} edges, {BYTES_AN_EDGE * n_edges / 1e9:.2f} GB"
+    with bar(show=shown, total=n_targets, unit="target", desc=size, leave=False) as progressed:
+        done = 0.0
+        for batch in batches:
+            rows.add(batch.first, batch.values())
+            done += batch.work  # targets are counted by what they cost, so that the time left is right
+            progressed.update(round(n_targets * done / work) - progressed.n)
+    return graph_of(traced, rows, asked)
+
+
+def trace(
+    model: Any,
+    prompt: TextInput,
+    dictionary: Dictionary | None,
+    targets: Targets,
+    against: str | int | None,
+    neurons: int,
+    heads: bool,
+    signals: bool | None,
+    other_model: bool,
+) -> tuple[Traced, list[Asked]]:
+    """The frozen prompt of a graph, and the targets that are no tokens; all as of :func:`attribute`."""
     model = _checked_model(model)
     neurons = whole_number(neurons, "neurons", 1)
     parts = parts_of(model, dictionary, neurons, bool(heads))
     if dictionary is not None:
         check_belongs(dictionary, model, other_model=other_model)
-    check_budget(memory)
     tokens = one_prompt(model, prompt)
     asked_tokens, asked = split_targets(targets, model.cfg.n_layers, tokens.shape[1])
     features = [target for target in asked if isinstance(target, FeatureAt)]
@@ -130,17 +158,21 @@ def attribute(
     del cache, logits
 
     layout = layout_of(replacement, inputs, end, tokens.shape[1])
-    n_edges, n_targets = possible_edges(layout, replacement, inputs)
+    return Traced(model, dictionary, tokens[0], Engine(frozen, replacement, inputs, end, layout)), asked
+
+
+def empty_rows(engine: Engine, edges_per_node: int | None, memory: float) -> SparseRows:
+    """Room for the edges that are kept.
+
+    Raises:
+        ReflowlensError: not even 16 edges a node fit ``memory``.
+    """
+    n_edges, n_targets = possible_edges(engine.layout, engine.replacement, engine.inputs)
     per_row = _edges_per_node(n_edges, n_targets, edges_per_node, memory)
+    n_kept = engine.layout.first_input[0]
     if per_row is not None:
-        n_edges = min(n_edges, n_targets * (per_row + layout.n_blocks + 2))
-    rows = SparseRows(layout.n_nodes, n_edges, layout.first_input[0], per_row)
-    shown = sys.stderr.isatty() if progress is None else progress
-    size = f"{layout.n_nodes:,} nodes, at most {n_edges:,} edges, {BYTES_AN_EDGE * n_edges / 1e9:.2f} GB"
-    with bar(show=shown, total=n_targets, unit="target", desc=size, leave=False) as progressed:
-        engine = Engine(frozen, replacement, inputs, end, layout)
-        engine.fill(rows, progressed.update)
-    return graph_of(Traced(model, dictionary, tokens[0], engine), rows, asked)
+        n_edges = min(n_edges, n_targets * (per_row + n_kept))
+    return SparseRows(engine.layout.n_nodes, n_edges, n_kept, per_row)
 
 
 def _checked_model(model: Any) -> ResidualModel:

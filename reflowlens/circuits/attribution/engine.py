@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.frozen import Carried, FrozenModel
-from reflowlens.circuits.attribution.replacement import Replacement
-from reflowlens.circuits.attribution.rows import REST, SparseRows
+from reflowlens.circuits.attribution.replacement import Replacement, Units
+from reflowlens.circuits.attribution.rows import REST
 from reflowlens.circuits.attribution.targets import LogitTargets
 from reflowlens.circuits.attribution.ways import dense
 
-_BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
+BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,24 @@ def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End, n_po
     return Layout(len(replacement.units), n_positions, *sizes, n_signals, end.n_targets)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Targets that are carried together.
+
+    Args:
+        stage: from whose input on they are carried down.
+        first: the number of the first; they follow each other.
+        work: how many multiply-adds their rows take, or so.
+        values: makes the rows.
+    """
+
+    stage: int
+    first: int
+    n_targets: int
+    work: float
+    values: Callable[[], Float[Tensor, "target node"]]
+
+
 class Engine:
     """The edges of a frozen model with its MLPs replaced."""
 
@@ -135,43 +153,61 @@ class Engine:
         self.unit_starts = [_starts(stage.units.position, n) for stage in self.stages]
         self.input_starts = [_starts(each.position, n) for each in inputs]
 
-    def fill(self, rows: SparseRows, done: Callable[[int], object]) -> None:
-        """Add the rows of all targets.
-
-        Args:
-            done: told how many targets were added.
-        """
-        layout, frozen = self.layout, self.frozen
+    def batches(self) -> list[Batch]:
+        """All targets, in the order of their rows."""
+        layout, found = self.layout, []
         for number, (stage, first) in enumerate(zip(self.stages, layout.first_unit, strict=False)):
             for part in self._parts(first, stage.units.position):
-                here = stage.units[part]
-                stream, constant = frozen.enter(number, here)
-                rows.add(first + part.start, self._row_values(number, stream, constant + here.constant, stage.block))
-                done(len(here))
-        end = self.end
-        n_rows = len(end.rows)
-        if n_rows:
-            first = layout.first_target if end.signals is None else layout.first_signal
-            size = self._targets_at_once(layout.first_signal, layout.n_positions)
-            for start in range(0, n_rows, size):
-                part = slice(start, min(start + size, n_rows))
-                stream = frozen.enter_end(end.rows[part])
-                rows.add(first + start, self.edges_into(layout.n_blocks, stream, end.constant[part], layout.n_blocks))
-                done(part.stop - part.start)
-        if end.signals is not None and n_rows:
-            values = end.rows.new_zeros(layout.n_targets, layout.first_target)
-            values[:, layout.bias(layout.n_blocks)] = end.targets.bias
-            values[:, layout.first_signal :] = end.targets.vectors * end.signals
-            rows.add(layout.first_target, values)
-            done(layout.n_targets)
+                values = partial(self._of_units, number, stage.units[part], stage.block)
+                found.append(self._batch(first, part, number, stage.units.position, values))
+        end, last = self.end, len(self.stages)
+        first = layout.first_target if end.signals is None else layout.first_signal
+        positions = torch.full((len(end.rows),), layout.n_positions - 1)
+        for part in self._parts(layout.first_signal, positions):
+            found.append(self._batch(first, part, last, positions, partial(self._of_end, part)))
+        if end.signals is not None and len(end.rows):
+            values = partial(self._of_signals, end.signals)
+            found.append(Batch(last, layout.first_target, layout.n_targets, 0.0, values))
         first = layout.first_target
-        for directions in end.directions:
-            positions = directions.positions
-            for part in self._parts(layout.first_signal, positions):
-                entered = frozen.enter_at(directions.at, directions.layer, directions.rows[part], positions[part])
-                rows.add(first + part.start, self._row_values(*entered, directions.layer))
-                done(part.stop - part.start)
-            first += len(positions)
+        for each in end.directions:
+            for part in self._parts(layout.first_signal, each.positions):
+                found.append(self._batch(first, part, last, each.positions, partial(self._of_directions, each, part)))
+            first += len(each.positions)
+        return found
+
+    def _batch(
+        self,
+        first: int,
+        part: slice,
+        stage: int,
+        positions: Int[Tensor, " target"],
+        values: Callable[[], Float[Tensor, "target node"]],
+    ) -> Batch:
+        """Every target and position costs what it takes to pass the stages below, and a product a source there."""
+        sources = self.layout.first_unit[stage] / self.layout.n_positions
+        products = stage * self.frozen.products + sources * self.frozen.d_model
+        carried = int(positions[part].sum()) + part.stop - part.start
+        return Batch(stage, first + part.start, part.stop - part.start, carried * products, values)
+
+    def _of_units(self, number: int, units: Units, block: int) -> Float[Tensor, "target node"]:
+        carried, constant = self.frozen.enter(number, units)
+        return self._row_values(number, carried, constant + units.constant, block)
+
+    def _of_end(self, part: slice) -> Float[Tensor, "target node"]:
+        stream, n_blocks = self.frozen.enter_end(self.end.rows[part]), self.layout.n_blocks
+        return self.edges_into(n_blocks, stream, self.end.constant[part], n_blocks)
+
+    def _of_directions(self, directions: Directions, part: slice) -> Float[Tensor, "target node"]:
+        at, layer, positions = directions.at, directions.layer, directions.positions[part]
+        return self._row_values(*self.frozen.enter_at(at, layer, directions.rows[part], positions), layer)
+
+    def _of_signals(self, signals: Float[Tensor, " signal"]) -> Float[Tensor, "target node"]:
+        """Logits, of the signals of the readout."""
+        layout, targets = self.layout, self.end.targets
+        values = targets.vectors.new_zeros(layout.n_targets, layout.first_target)
+        values[:, layout.bias(layout.n_blocks)] = targets.bias
+        values[:, layout.first_signal :] = targets.vectors * signals
+        return values
 
     def edges_into(
         self, block: int, carried: Carried, constant: Float[Tensor, " target"], constant_of: int
@@ -241,7 +277,7 @@ class Engine:
 
     def _targets_at_once(self, n_columns: int, n_positions: int) -> int:
         numbers = n_columns + n_positions * self.frozen.numbers_carried
-        return max(1, _BYTES_AT_ONCE // (4 * numbers))
+        return max(1, BYTES_AT_ONCE // (4 * numbers))
 
 
 def _add_products(

@@ -53,10 +53,14 @@ class FrozenModel(Protocol):
     """The linear map that a model is on one prompt, in stages, numbered as those of a replacement.
 
     Attributes:
+        d_model: width of the stream.
         numbers_carried: of a target and position, while a stage is passed.
+        products: multiply-adds of a target and position when a stage is passed, or so.
     """
 
+    d_model: int
     numbers_carried: int
+    products: int
 
     def enter(self, stage: int, units: Units) -> Entered:
         """From where units of a stage read to the stage's input: gradients, and what biases add on the way."""
@@ -223,7 +227,9 @@ class FrozenDecoder:
             self.attention.append(FrozenAttention(norm, pattern, *weights))
             self.norms.append(FrozenNorm.of(block.ln2, f"{name}.ln2", cache))
         self.final = FrozenNorm.of(model.ln_final, "ln_final", cache)
-        self.numbers_carried = 2 * (model.cfg.d_model + model.cfg.n_heads * model.cfg.d_head)
+        self.d_model, width = model.cfg.d_model, model.cfg.n_heads * model.cfg.d_head
+        self.numbers_carried = 2 * (self.d_model + width)
+        self.products = 0 if heads else width * (2 * self.d_model + len(self.final.scale))
 
     @staticmethod
     def points(n_layers: int) -> list[str]:

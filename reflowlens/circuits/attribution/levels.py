@@ -49,7 +49,7 @@ class FrozenLevels:
             self.found.append(_frozen_norm(found.flatten(0, 1), eps))
             self.out.append(_frozen_norm(out, eps))
             self.post.append(_frozen_norm(x + normalized(out, eps), eps))
-        self.numbers_carried = 3 * model.cfg.d_model
+        self.d_model, self.numbers_carried, self.products = model.cfg.d_model, 3 * model.cfg.d_model, model.cfg.d_model
 
     @staticmethod
     def points(n_layers: int) -> list[str]:

@@ -25,5 +25,6 @@ def redrawn(traced: Traced, replacement: Replacement) -> AttributionGraph:
     engine = Engine(own.frozen, replacement, own.inputs, own.end, layout)
     n_edges, _ = possible_edges(layout, replacement, own.inputs)
     rows = SparseRows(layout.n_nodes, n_edges, layout.first_input[0], None)
-    engine.fill(rows, lambda n: None)
+    for batch in engine.batches():
+        rows.add(batch.first, batch.values())
     return graph_of(Traced(traced.model, traced.dictionary, traced.tokens, engine), rows, [])
