@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from reflowlens.circuits.attribution.graph import LEFT_OUT
 from reflowlens.circuits.attribution.influence import Shares
+from reflowlens.circuits.attribution.sums import sums_of
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.notebook.feature_files import digits
@@ -129,7 +130,7 @@ def _strongest_edges(
 def _nodes(
     graph: AttributionGraph, chosen: Int[Vector, " kept"], into: pd.DataFrame, sources: Int[Vector, " edge"]
 ) -> list[dict[str, Any]]:
-    nodes, sums = graph.nodes.iloc[chosen], graph.sums.iloc[chosen]
+    nodes, sums = graph.nodes.iloc[chosen], sums_of(graph, chosen)
     into = into.reindex(range(len(chosen)), fill_value=0)
     unseen = sums["sum"].to_numpy() - sums["bias"].to_numpy() - sums["rest"].to_numpy() - into["sum"].to_numpy()
     n_unseen = sums["into"].to_numpy() - into["count"].to_numpy()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from reflowlens.arguments import real_number
 from reflowlens.circuits.attribution.influence import Kinds, Shares, Vector, prune
+from reflowlens.circuits.attribution.sums import sums_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.opening import as_path
 
@@ -188,14 +189,6 @@ class AttributionGraph:
             "rest_influence": rest / float(influence.sum() + rest),
         }
 
-    @cached_property
-    def sums(self) -> pd.DataFrame:
-        """What the edges into each node add up to, of a pruned graph all that there were: see
-        :func:`~reflowlens.circuits.attribution.sums.sums_of`."""
-        from reflowlens.circuits.attribution.sums import sums_of
-
-        return sums_of(self) if self._sums is None else self._sums
-
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:
         """The part that most of the influence goes through.
 
@@ -221,7 +214,7 @@ class AttributionGraph:
             self._dropped[kept.nodes],
             self.scores(),
             self.traced,
-            self.sums.iloc[kept.nodes].reset_index(drop=True),
+            sums_of(self, kept.nodes),
         )
 
     @property

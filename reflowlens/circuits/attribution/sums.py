@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
+
+from reflowlens.circuits.attribution.influence import Vector
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -13,23 +16,32 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 512  # copies of whole matrices would be most of the memory
 
 
-def sums_of(graph: AttributionGraph) -> pd.DataFrame:
-    """A row a node.
+def sums_of(graph: AttributionGraph, nodes: Int[Vector, " chosen"]) -> pd.DataFrame:
+    """What goes into some nodes, before pruning.
+
+    Args:
+        nodes: their numbers.
 
     Returns:
-        ``sum``: of the weights of all edges into it. ``bias`` and ``rest``: of those from constants, and from what was
-        not kept. ``size``: of the absolute weights of the others, and ``into`` how many these are. ``out``: how many
-        edges go out of it.
+        A row a node. ``sum``: of the weights of all edges into it. ``bias`` and ``rest``: of those from constants, and
+        from what was not kept. ``size``: of the absolute weights of the others, and ``into`` how many these are.
+        ``out``: how many edges go out of it.
 
-    Example: ``graph.prune().sums`` is of all edges before pruning.
+    Example: ``sums_of(graph.prune(), np.arange(3))["sum"]``
     """
-    kinds, n = graph.nodes["kind"].to_numpy(), len(graph.nodes)
+    if graph._sums is not None:
+        return graph._sums.iloc[nodes].reset_index(drop=True)
+    kind = graph.nodes["kind"].to_numpy()
+    is_bias, is_rest = kind == "bias", kind == "rest"
     parts = []
-    for first in range(0, n, _ROWS_AT_ONCE):
-        rows = graph.matrix[first : first + _ROWS_AT_ONCE].astype(np.float64)
-        sizes, is_constant = abs(rows), np.isin(kinds, ["bias", "rest"])
-        edges = sizes.astype(bool).astype(np.float64)
-        of = {"sum": rows.sum(1), "bias": rows @ (kinds == "bias"), "rest": rows @ (kinds == "rest")}
-        parts.append(pd.DataFrame(of | {"size": sizes @ ~is_constant, "into": edges @ ~is_constant}))
-    found = pd.concat(parts, ignore_index=True).astype({"into": int})
-    return found.assign(out=np.bincount(graph.matrix.indices, minlength=n))
+    for first in range(0, len(nodes), _ROWS_AT_ONCE):
+        rows = graph.matrix[nodes[first : first + _ROWS_AT_ONCE]].astype(np.float64)
+        bias, rest, total = rows @ is_bias, rows @ is_rest, rows.sum(1)
+        into = np.diff(rows.indptr)
+        rows.data[:] = np.abs(rows.data)
+        size = rows @ ~(is_bias | is_rest)
+        rows.data[:] = 1.0
+        into = into - (rows @ (is_bias | is_rest)).astype(int)
+        parts.append(pd.DataFrame({"sum": total, "bias": bias, "rest": rest, "size": size, "into": into}))
+    out = np.bincount(graph.matrix.indices, minlength=len(kind))[nodes]
+    return pd.concat(parts, ignore_index=True).assign(out=out)
