@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reflowlens.circuits.attribution.attribute import attribute as attribute
     from reflowlens.circuits.attribution.cost import graph_cost as graph_cost
     from reflowlens.circuits.attribution.directions import DirectionAt as DirectionAt
+    from reflowlens.circuits.attribution.dose import dose_response as dose_response
     from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
     from reflowlens.circuits.attribution.many import AttributionGraphs as AttributionGraphs
     from reflowlens.circuits.attribution.many import attribute_each as attribute_each
@@ -102,6 +103,7 @@ _HOMES = {
     "build_model": "models",
     "collect": "activations.collect",
     "completeness": "circuits.circuits",
+    "dose_response": "circuits.attribution.dose",
     "edge_attribution": "circuits.edges",
     "edit": "interventions.edit",
     "exact_edges": "circuits.path_patching",

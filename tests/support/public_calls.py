@@ -45,6 +45,12 @@ _SIGNAL = "unembed.hook_signal"
 _SWAP = rl.SwapWeights("embed.W_recipe", rows=("k", "q"))
 PUBLIC_CALLS: dict[str, Call] = {
     "ActivationCache.load": _saved_cache,
+    "AttributionGraph.perform": lambda model, _: (
+        rl.attribute(model, CLEAN, neurons=4).perform({"signal:0@0": 0.3, "error:1@1": 0.7})["after"].to_list()
+    ),
+    "AttributionGraph.faithfulness": lambda model, _: rl.attribute(model, CLEAN, neurons=4).faithfulness()[
+        "correlation"
+    ],
     "Graph.of": lambda model, _: rl.Graph.of(model).edges,
     "ablate_progressively": lambda model, _: rl.ablate_progressively(model, CLEAN, "g").kl(),
     "ablate_readout": lambda model, _: rl.ablate_readout(model, CLEAN).frame("g", against="d"),
@@ -56,6 +62,9 @@ PUBLIC_CALLS: dict[str, Call] = {
     ),
     "collect": lambda model, _: rl.collect(model, [[*_PAIR]], _SIGNAL)[_SIGNAL].covariance,
     "completeness": lambda model, _: rl.completeness(model, *_PAIR, ["m0"], kl(), controls=2).value,
+    "dose_response": lambda model, _: rl.dose_response(
+        model, None, rl.FeatureAt(0, 1), "g", CLEAN, controls=2, quantile=1.5
+    )["logit"].to_list(),
     "edge_attribution": lambda model, _: rl.edge_attribution(model, *_PAIR, kl(), steps=2).values.nan_to_num(),
     "edit": lambda model, _: _in_block(rl.edit(model, _SWAP)),
     "exact_edges": lambda model, _: rl.exact_edges(model, *_PAIR, kl(), edges=[("m0", "m1")]).values.nan_to_num(),

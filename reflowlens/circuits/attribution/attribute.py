@@ -8,6 +8,7 @@ activation times what its vector does to the target, over all paths that pass no
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import replace
 from typing import Any, cast
@@ -30,17 +31,30 @@ from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.numerics import without_autocast
 from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
-from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.models.unwrapping import Function, guarded, hooked_model
 from reflowlens.progress import bar
 from reflowlens.sweeps.batching import check_budget
 
 _FEWEST_EDGES = 16  # of a target, below which a graph says little
 
 
+def _unrounded(function: Function) -> Function:
+    """Without autocast: in 16 bits, edges do not add up."""
+
+    @functools.wraps(function)
+    def called(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with without_autocast(next(hooked_model(model).parameters())):
+            return function(model, *args, **kwargs)
+
+    return called  # type: ignore[return-value] # called as the function is
+
+
 @guarded(changing, lower="the length of the prompt, neurons=, or memory= of the edges that are kept")
+@_unrounded
 @torch.no_grad()
 def attribute(
     model: Any,

@@ -62,7 +62,7 @@ class Pass:
         for row, change in enumerate(changes):
             for place, by in change.by.items():
                 places.setdefault(place[:2], []).append((row, place.position, place.unit, by))
-        self.set = {key: _columns(entries, traced.tokens.device) for key, entries in places.items()}
+        self.set = {key: _columns(entries, self.found) for key, entries in places.items()}
 
     @property
     def n_units(self) -> int:
@@ -156,5 +156,7 @@ def held(x: Tensor, hook: Any) -> Tensor:
     return x[:1].expand_as(x)
 
 
-def _columns(entries: Iterable[tuple[int, int, int, float]], device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(column, device=device) for column in zip(*entries, strict=True))
+def _columns(entries: Iterable[tuple[int, int, int, float]], like: Tensor) -> tuple[Tensor, ...]:
+    """Rows, positions and units, and by how much each is changed."""
+    *places, by = zip(*entries, strict=True)
+    return *(torch.tensor(each, device=like.device) for each in places), torch.tensor(by, dtype=torch.float64).to(like)

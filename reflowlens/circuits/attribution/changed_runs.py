@@ -29,6 +29,7 @@ from reflowlens.circuits.attribution.traced import check_unhooked, traced_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
 from reflowlens.models.bdh import BDH
+from reflowlens.models.numerics import without_autocast
 from reflowlens.models.threads import changing
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 from reflowlens.sweeps.batching import in_batches
@@ -66,7 +67,13 @@ def performed(graph: AttributionGraph, changes: Sequence[Change], level: Level, 
         return kind(graph, traced, [Change({}), *batch], level).run()
 
     lower = "memory= of a batch, or the length of the prompt"
-    with changing(model), torch.no_grad(), UNCOMPILED, lower_if_it_does_not_fit(lower):
+    with (
+        changing(model),
+        torch.no_grad(),
+        without_autocast(model.ln_final.w),
+        UNCOMPILED,
+        lower_if_it_does_not_fit(lower),
+    ):
         batches = [found for _, found in in_batches(changes, run, traced.tokens.device, memory)]
     _check_same(batches[0][0][0].double().cpu().numpy(), graph.nodes["value"].to_numpy())
     return Outcome(*(_joined([each.double().cpu().numpy() for each in parts]) for parts in zip(*batches, strict=True)))

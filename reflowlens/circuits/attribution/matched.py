@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.changed_pass import Change, Place
@@ -58,14 +58,22 @@ class Matched:
         """Another unit for a node's, and what its activation is multiplied with to write as much."""
         norms = self.norms(place.block)
         candidates = self.candidates(place.block, place.position).nonzero()[:, 0]
-        if not len(candidates):
-            others = torch.arange(len(norms), device=norms.device) != place.unit
-            candidates = (others if bool(others.any()) else ~others).nonzero()[:, 0]
-        distance = (norms[candidates] / norms[place.unit].clamp_min(1e-30)).clamp_min(1e-30).log().abs()
-        share, least = _NEAREST
-        nearest = distance.sort(stable=True).indices[: max(least, round(share * len(candidates)))]
-        unit = int(candidates[nearest[int(self.rng.integers(len(nearest)))]])
-        return place._replace(unit=unit), float(norms[place.unit] / norms[unit].clamp_min(1e-30))
+        nearest = nearest_norms(norms, place.unit, candidates)
+        unit = int(nearest[int(self.rng.integers(len(nearest)))])
+        return place._replace(unit=unit), ratio_of(norms, place.unit, unit)
+
+
+def nearest_norms(
+    norms: Float[Tensor, " unit"], unit: int, candidates: Int[Tensor, " candidate"], least: int = _NEAREST[1]
+) -> Int[Tensor, " nearest"]:
+    """The tenth of the candidates, and ``least`` at least, whose norms are nearest to a unit's, the nearest first."""
+    distance = (norms[candidates].clamp_min(1e-30).log() - norms[unit].clamp_min(1e-30).log()).abs()
+    return candidates[distance.sort(stable=True).indices[: max(least, round(_NEAREST[0] * len(candidates)))]]
+
+
+def ratio_of(norms: Float[Tensor, " unit"], unit: int, other: int) -> float:
+    """What another unit's activation is multiplied with to write as much as a unit."""
+    return float(norms[unit] / norms[other].clamp_min(1e-30))
 
 
 def instead(change: Change, other: tuple[Place, float]) -> Change:

@@ -232,3 +232,12 @@ def test_an_unsuitable_graph_or_model_is_refused(tiny_models):
     graph = graph_of(model, "plt", rl.FeatureAt(1, int((features == 0).nonzero()[0])))
     with pytest.raises(ReflowlensError, match="is not active on this prompt"):
         graph.perform({graph.nodes.query("target > 0")["node"].item(): 2})
+
+
+def test_autocast_rounds_neither_a_graph_nor_what_is_performed(tiny_models):
+    graph = graph_of(tiny_models["reflow"], "plt")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = graph_of(tiny_models["reflow"], "plt")
+        found = graph.perform({"embedding@1": 0})
+    np.testing.assert_array_equal(rounded.matrix.data, graph.matrix.data)
+    np.testing.assert_array_equal(found["after"], graph.perform({"embedding@1": 0})["after"])
