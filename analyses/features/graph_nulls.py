@@ -56,14 +56,20 @@ def kept_units(replacement: Replacement, chosen: Sequence[Tensor]) -> Replacemen
     """
     written = []
     for block in replacement.written:
-        error, by_units = block.error.clone(), {}
+        error, by_units = _error_of(block), {}
         for source, vectors in block.by_units.items():
             lost, units = ~chosen[source], replacement.units[source]
             error.index_add_(0, units.position[lost], vectors[lost])
             by_units[source] = vectors[chosen[source]]
         written.append(dataclasses.replace(block, by_units=by_units, error=error))
-    units = [each[own] for each, own in zip(replacement.units, chosen, strict=True)]
-    return dataclasses.replace(replacement, units=units, written=written)
+    kept = [each[own] for each, own in zip(replacement.units, chosen, strict=True)]
+    return dataclasses.replace(replacement, units=kept, written=written)
+
+
+def _error_of(written: Written) -> Float[Tensor, "pos d_model"]:
+    """A copy of what an MLP's units miss."""
+    assert written.error is not None  # of attention alone there is none
+    return written.error.clone()
 
 
 class RandomFeatures:
@@ -92,7 +98,7 @@ class RandomFeatures:
         return dataclasses.replace(replacement, units=units, written=written)
 
     def _written(self, block: int, here: Written, units: Sequence[Units]) -> Written:
-        error, by_units = here.error.clone(), {}
+        error, by_units = _error_of(here), {}
         for source, vectors in here.by_units.items():
             random = self._of(units[source], "decoder", source, block) * vectors.norm(dim=1, keepdim=True)
             error.index_add_(0, units[source].position, vectors - random)

@@ -30,7 +30,7 @@ SCORES = ("replacement", "completeness", "error_influence", "rest_influence")
 USABLE = 0.5  # the replacement score from which on a graph is counted as usable
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class AttributionGraphs(Sequence[AttributionGraph]):
     """The pruned graphs of several prompts; :func:`attribute_each` makes them.
 

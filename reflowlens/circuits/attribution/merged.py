@@ -18,7 +18,7 @@ from reflowlens.errors import ReflowlensError
 _ENDS = (*INPUTS, "readout", "logit")  # in no block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class MergedGraph:
     """What the graphs of several prompts have in common; ``rl.attribute_each(...).merged()`` makes it.
 
@@ -46,6 +46,9 @@ class MergedGraph:
         """(layer, number) of the features or neurons, those of most influence first."""
         units = self.nodes[self.nodes["kind"].isin(["feature", "neuron"])]
         return [(int(layer), int(feature)) for layer, feature in zip(units["layer"], units["feature"], strict=True)]
+
+    def __repr__(self) -> str:
+        return f"MergedGraph({self.n_prompts} prompts, {len(self.nodes):,} nodes, {len(self.edges):,} edges)"
 
 
 def merge(graphs: Sequence[AttributionGraph], share: float, resamples: int, seed: int) -> MergedGraph:
