@@ -319,11 +319,13 @@ def _detail_frame(graph: AttributionGraph, writers: Writers, seed: int) -> pd.Da
     """The units of the prompt in detail, by how they were chosen, with what they promote."""
     text, parts = node_texts(graph), []
     for name, units in chosen_units(unit_frame(graph, writers), derive_rng(seed, "chosen_units", "detail")).items():
-        promotes = promoted_texts(writers.model, promoted_by(writers, units))
-        part = units.assign(chosen=name, unit=units["node"].map(text), promotes=promotes)
-        parts.append(part[["chosen", "unit", "layer", "feature", "pos", "activation", "size", "influence", "promotes"]])
+        promoted = promoted_by(writers, units)
+        first, more = (promoted_texts(writers.model, promoted, k) for k in (1, 5))
+        part = units.assign(chosen=name, unit=units["node"].map(text), promotes_most=first, promotes=more)
+        parts.append(part.drop(columns="node"))
     frame = pd.concat(parts, ignore_index=True)
-    return frame.astype({"layer": int, "feature": int, "pos": int})
+    frame = frame.astype({"layer": int, "feature": int, "pos": int})
+    return frame[["chosen", "unit", *(name for name in frame if name not in ("chosen", "unit"))]]
 
 
 def _length_frame(paths: Sequence[Mapping[str, Paths]], seed: int) -> pd.DataFrame:
@@ -344,6 +346,8 @@ def _findings(prompts: pd.DataFrame, forced: Mapping[str, Forced], seed: int) ->
             notes.append(f"{metric} is absent: it could be measured on fewer than 2 prompts")
         else:
             findings[metric] = found
+            if not found.controls:
+                notes.append(f"{metric}: without a control, for on some prompts there is none")
     if "random_features" in findings["replacement"].controls:
         findings["replacement"] = _judged_scores(prompts, findings["replacement"], seed)
     own = forced["unit"]
@@ -358,7 +362,6 @@ def _findings(prompts: pd.DataFrame, forced: Mapping[str, Forced], seed: int) ->
     findings["best_forced_probability"] = Finding(
         float(own.probability.max()), controls={name: float(each.probability.max()) for name, each in controls.items()}
     )
-    findings["lifting_share_any"] = _share({name: each.lifts_any[:, -1] for name, each in forced.items()}, seed)
     lifts = [{name: each.lifts[:, i] for name, each in forced.items()} for i in range(len(BOUNDS))]
     pvalues = [paired_permutation_pvalue(each["unit"] - each["random_direction"], seed=seed) for each in lifts]
     for bound, each, p, adjusted in zip(BOUNDS, lifts, pvalues, holm(pvalues), strict=True):
@@ -367,6 +370,7 @@ def _findings(prompts: pd.DataFrame, forced: Mapping[str, Forced], seed: int) ->
         judged = lifting_verdict(found.interval or (0.0, 1.0), control, float(adjusted), len(each["unit"]))
         findings[metric] = replace(found, verdict=judged)
         notes.append(f"{metric}: against random directions sign-flip p = {p:.2g}, Holm-adjusted {adjusted:.2g}")
+    findings["lifting_share_any"] = _share({name: each.lifts_any[:, -1] for name, each in forced.items()}, seed)
     return findings, notes
 
 

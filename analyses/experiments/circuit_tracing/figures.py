@@ -18,7 +18,8 @@ def tracing_figures(
 ) -> dict[str, go.Figure]:
     """``units``, ``paths``, ``lengths``, ``doses`` and ``lifting``."""
     units = frames["units"].query("chosen == 'influence'")
-    named = units.assign(name=units["unit"] + ": " + units["promotes"].str.split(" ").str[0])
+    named = units.assign(name=units["unit"] + ": " + units["promotes_most"])
+    doses = frames["doses"].query("dose > 0")  # a logarithm has no 0
     return {
         "units": bars(
             named,
@@ -51,8 +52,8 @@ def tracing_figures(
             y_title="share of the influence",
         ),
         "doses": line_with_band(
-            frames["doses"].assign(step=frames["doses"]["dose"].map("{:g}".format)),
-            "step",
+            doses,
+            "dose",
             "probability",
             "low",
             "high",
@@ -61,7 +62,7 @@ def tracing_figures(
             title="Forcing a unit and watching its token",
             x_title="dose (of its largest activation)",
             y_title="probability",
-        ),
+        ).update_xaxes(type="log", tickvals=doses["dose"].unique()),
         "lifting": bars(
             lifting_frame(findings),
             "dose",
@@ -84,6 +85,7 @@ def lifting_frame(findings: Mapping[str, Finding]) -> pd.DataFrame:
         if metric.startswith("lifting_share_"):
             bound = metric.removeprefix("lifting_share_")
             low, high = finding.interval or (finding.value, finding.value)
+            bound = "100, any token" if bound == "any" else bound
             rows.append({"series": "unit", "dose": bound, "share": finding.value, "low": low, "high": high})
             for name, value in finding.controls.items():
                 rows.append({"series": name, "dose": bound, "share": value, "low": value, "high": value})

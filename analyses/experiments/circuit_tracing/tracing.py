@@ -157,7 +157,7 @@ def path_frame(graph: AttributionGraph, writers: Writers, k: int) -> pd.DataFram
             "edges": rows["edges"],
             "sign": rows["sign"],
             "path": [" → ".join(text[node] for node in path) for path in rows["path"]],
-            "promotes": promoted_texts(writers.model, promoted),
+            "promotes": promoted_texts(writers.model, promoted, 5),
         }
     )
 
@@ -176,6 +176,6 @@ def node_texts(graph: AttributionGraph) -> dict[str, str]:
     return texts
 
 
-def promoted_texts(model: HookedModel, promoted: NDArray[np.int64], k: int = 5) -> list[str]:
+def promoted_texts(model: HookedModel, promoted: NDArray[np.int64], k: int) -> list[str]:
     """The first k of each row of tokens as one readable line."""
     return [" ".join(map(repr, model.tokenizer.to_str_tokens(row))) for row in promoted[:, :k].tolist()]
