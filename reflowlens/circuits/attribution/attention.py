@@ -129,7 +129,7 @@ class WhyAttended:
         query, key = (zeros.index_add(0, number, part) for part in (self._query, self._key))
         index = groups.size().index
         names = [index.set_names([f"{side} {name}" for name in columns]) for side in ("query", "key")]
-        table = pd.DataFrame(_numbers(query @ key.T), *names)
+        table = pd.DataFrame(_numbers(query @ key.T), index=names[0], columns=names[1])
         return table.loc[(table != 0).any(axis=1), (table != 0).any(axis=0)]
 
     def top(self, n: int = 10) -> dict[str, list[tuple[Any, ...]]]:

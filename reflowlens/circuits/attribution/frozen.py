@@ -122,7 +122,11 @@ class FrozenNorm:
 
 @dataclass(frozen=True)
 class FrozenAttention:
-    """Attention whose patterns are constants: from the values on a linear map."""
+    """Attention whose patterns are constants: from the values on a linear map.
+
+    Args:
+        z: what the heads found, before ``W_O``.
+    """
 
     norm: FrozenNorm
     pattern: Float[Tensor, "head query key"]
@@ -130,6 +134,7 @@ class FrozenAttention:
     W_O: Float[Tensor, "head d_head d_model"]
     b_V: Float[Tensor, "kv_head d_head"] | None
     b_O: Float[Tensor, " d_model"] | None
+    z: Float[Tensor, "query head d_head"]
 
     def back(self, gradient: Float[Tensor, "pos target d_model"]) -> tuple[Tensor, Float[Tensor, " target"]]:
         """From ``resid_mid`` to ``resid_pre``, the way around attention included."""
@@ -224,7 +229,7 @@ class FrozenDecoder:
             norm = FrozenNorm.of(block.ln1, f"{name}.ln1", cache)
             pattern = cache[f"{name}.attn.hook_pattern"][0]
             weights = attn.W_V.detach(), attn.W_O.detach(), detached(attn.b_V), detached(attn.b_O)
-            self.attention.append(FrozenAttention(norm, pattern, *weights))
+            self.attention.append(FrozenAttention(norm, pattern, *weights, cache[f"{name}.attn.hook_z"][0]))
             self.norms.append(FrozenNorm.of(block.ln2, f"{name}.ln2", cache))
         self.final = FrozenNorm.of(model.ln_final, "ln_final", cache)
         self.d_model, width = model.cfg.d_model, model.cfg.n_heads * model.cfg.d_head
@@ -234,7 +239,7 @@ class FrozenDecoder:
     @staticmethod
     def points(n_layers: int) -> list[str]:
         """The hook points whose activations are held."""
-        parts = ("ln1.hook_scale", "ln2.hook_scale", "attn.hook_pattern")
+        parts = ("ln1.hook_scale", "ln2.hook_scale", "attn.hook_pattern", "attn.hook_z")
         return [f"blocks.{layer}.{part}" for layer in range(n_layers) for part in parts] + ["ln_final.hook_scale"]
 
     def enter(self, stage: int, units: Units) -> Entered:

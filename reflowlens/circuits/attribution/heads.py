@@ -11,7 +11,7 @@ import copy
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,20 +20,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.engine import Engine
-from reflowlens.circuits.attribution.frozen import FrozenDecoder, at_positions
+from reflowlens.circuits.attribution.engine import End, Engine
+from reflowlens.circuits.attribution.frozen import FrozenAttention, FrozenDecoder, at_positions
 from reflowlens.circuits.attribution.table import nodes_of
-from reflowlens.circuits.attribution.traced import Traced, check_unhooked, traced_of
-from reflowlens.circuits.attribution.ways import Ways
+from reflowlens.circuits.attribution.traced import Traced, traced_of
+from reflowlens.circuits.attribution.ways import Ways, dense
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.decoder import Decoder
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
 
 _NUMBERS_AT_ONCE = 2**22  # of gradients and edges
+_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
@@ -71,16 +71,20 @@ def split_by_last_head(
         nodes: of the whole graph.
         name: of the reader.
     """
-    _check_passed(traced, nodes)
-    top, number = whole_number(top, "top", 1), None if source is None else _number(nodes, source)
+    frozen, top, number = (
+        _passed(traced),
+        whole_number(top, "top", 1),
+        None if source is None else _number(nodes, source),
+    )
     first_layer, first_key = _begins(nodes, number)
     engine, n, n_heads = traced.engine, traced.engine.layout.n_positions, traced.model.cfg.n_heads
+    direct = _looking(frozen, 0.0)  # where heads look nowhere, what goes to a target passes none
     parts = _Parts(len(nodes), top, number)
     with lower_if_it_does_not_fit("the length of the prompt, or top="):
-        direct = _without_heads(engine)
-        parts.add(reader.edges(direct), torch.tensor([-1]))
-        for layer, middle in reader.middles(direct.frozen):
-            for positions, edges in _from_heads(engine, layer, middle, first_key if layer >= first_layer else n):
+        parts.add(reader.edges(_engine_of(direct, engine)), torch.tensor([-1]))
+        for layer, middle in reader.middles(direct):
+            start = first_key if layer >= first_layer else n
+            for positions, edges in _from_heads(engine, frozen.attention[layer], layer, middle, start):
                 parts.add(edges, (positions[:, None] + n * (torch.arange(n_heads) + n_heads * layer)).flatten())
     if number is not None and not parts.counts[number]:
         raise ReflowlensError(f"no path leads from {source!r} to {name}")
@@ -109,13 +113,11 @@ def through_heads(graph: AttributionGraph, target: str) -> pd.DataFrame:
     traced = traced_of(graph)
     nodes = nodes_of(traced)
     reader = reader_of(traced, nodes, target)
-    check_unhooked(traced.model)
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(reader.n_blocks)]
-    _, cache = traced.model.run_with_cache(traced.tokens[None], names_filter=names)
-    frozen, frames = traced.engine.frozen, []
+    frozen, frames = _passed(traced), []
     for layer, middle in reader.middles(frozen):
-        gradient = torch.einsum("qd,hed->qhe", middle[:, 0], frozen.attention[layer].W_O)
-        weights = (gradient * cache[names[layer]][0, : len(gradient)]).sum(-1)
+        attention = frozen.attention[layer]
+        gradient = torch.einsum("qd,hed->qhe", middle[:, 0], attention.W_O)
+        weights = (gradient * attention.z[: len(gradient)]).sum(-1)
         query, head = weights.nonzero().unbind(1)
         columns = {"layer": layer, "head": head.cpu(), "query": query.cpu(), "weight": weights[query, head].cpu()}
         frames.append(pd.DataFrame(columns))
@@ -146,10 +148,11 @@ class Reader:
     def edges(self, engine: Engine) -> Float[Tensor, "target node"]:
         """All that go into them."""
         if not self.inside:
-            carried = Ways.at(self.gradient, self.positions)
-            return engine.edges_into(self.n_blocks, carried, self.constant, self.n_blocks)
+            here = Ways.at(self.gradient, self.positions)
+            return engine.edges_into(self.n_blocks, here, self.constant, self.n_blocks)
         block = self.n_blocks - 1
-        carried, constant = engine.frozen.attention[block].back_from(self.gradient, self.positions)
+        attention = cast(FrozenDecoder, engine.frozen).attention[block]
+        carried, constant = attention.back_from(self.gradient, self.positions)
         return engine.edges_into(block, carried, self.constant + constant, block)
 
     def middles(self, frozen: FrozenDecoder) -> Iterator[tuple[int, Float[Tensor, "pos target d_model"]]]:
@@ -163,13 +166,26 @@ class Reader:
 
 
 def reader_of(traced: Traced, nodes: pd.DataFrame, target: str) -> Reader:
-    _check_passed(traced, nodes)
-    engine, number = traced.engine, _number(nodes, target)
-    layout, end, frozen = engine.layout, engine.end, engine.frozen
+    """A node as a target, whose edges still add up to its value.
+
+    Raises:
+        ReflowlensError: it is none that edges through heads go into, or the model has changed.
+    """
+    frozen, number = _passed(traced), _number(nodes, target)
+    reader = _reader_of(traced, frozen, number, target)
+    edges, value = reader.edges(_engine_of(_looking(frozen, 1.0), traced.engine)), nodes["value"].iloc[number]
+    if abs(float(edges.sum()) - value) > _TOLERANCE * float(edges.abs().sum()):
+        raise ReflowlensError("the model is not what it was when the graph was made: make the graph anew")
+    return reader
+
+
+def _reader_of(traced: Traced, frozen: FrozenDecoder, number: int, target: str) -> Reader:
+    engine = traced.engine
+    layout, end = engine.layout, engine.end
     if number < layout.first_unit[0]:
         raise ReflowlensError(f"nothing goes into {target!r}, of which heads could carry something")
     if number >= layout.first_target and end.directions:
-        return _reader_of_direction(traced, number - layout.first_target)
+        return _reader_of_direction(end, frozen, number - layout.first_target)
     if number >= layout.first_signal:
         row = number - layout.first_signal
         if end.signals is not None and number >= layout.first_target:
@@ -178,14 +194,14 @@ def reader_of(traced: Traced, nodes: pd.DataFrame, target: str) -> Reader:
         gradient = frozen.final.back(end.rows[[row]], slice(last, last + 1))
         return Reader(gradient, last, layout.n_blocks, False, end.constant[[row]])
     block = bisect_right(layout.first_unit, number) - 1
-    unit = engine.replacement.units[block][[number - layout.first_unit[block]]]
+    first = number - layout.first_unit[block]
+    unit = engine.replacement.units[block][first : first + 1]
     gradient = frozen.norms[block].back(unit.rows, unit.position)
     return Reader(gradient, int(unit.position), block + 1, True, unit.constant)
 
 
-def _reader_of_direction(traced: Traced, number: int) -> Reader:
-    groups, frozen = traced.engine.end.directions, traced.engine.frozen
-    group, i = [(each, i) for each in groups for i in range(len(each.asked))][number]
+def _reader_of_direction(end: End, frozen: FrozenDecoder, number: int) -> Reader:
+    group, i = [(each, i) for each in end.directions for i in range(len(each.asked))][number]
     gradient, position = group.rows[[i]], group.positions[[i]]
     if group.at == "ln1.hook_normalized":
         gradient = frozen.attention[group.layer].norm.back(gradient, position)
@@ -195,15 +211,17 @@ def _reader_of_direction(traced: Traced, number: int) -> Reader:
     return Reader(gradient, int(position), before + inside, inside, gradient.new_zeros(1))
 
 
-def _check_passed(traced: Traced, nodes: pd.DataFrame) -> None:
-    """Raise where edges pass no heads: where these are nodes, and in architectures whose neurons are part of them."""
-    if (nodes["kind"] == "head").any():
-        raise ReflowlensError("heads are nodes of this graph, and no edge passes one: see the edges of those")
-    if not isinstance(traced.model, Decoder):
+def _passed(traced: Traced) -> FrozenDecoder:
+    """A frozen model whose edges pass heads: none where these are nodes, and where neurons are part of them."""
+    frozen = traced.engine.frozen
+    if not isinstance(frozen, FrozenDecoder):
         name = type(traced.model).__name__
         raise ReflowlensError(
             f"edges of a {name} pass no head but that of the neuron that they go into: see its number"
         )
+    if frozen.heads:
+        raise ReflowlensError("heads are nodes of this graph, and no edge passes one: see the edges of those")
+    return frozen
 
 
 def _number(nodes: pd.DataFrame, name: Any) -> int:
@@ -221,28 +239,37 @@ def _begins(nodes: pd.DataFrame, number: int | None) -> tuple[int, int]:
     return node["layer"], 0 if pd.isna(node["pos"]) else node["pos"]
 
 
-def _without_heads(engine: Engine) -> Engine:
-    """The same engine where heads look nowhere: its edges are those that pass none."""
-    frozen = copy.copy(engine.frozen)
-    frozen.attention = [replace(each, pattern=torch.zeros_like(each.pattern)) for each in frozen.attention]
-    return Engine(frozen, engine.replacement, engine.inputs, engine.end, engine.layout)
+def _looking(frozen: FrozenDecoder, share: float) -> FrozenDecoder:
+    """With its weights as they are now, and patterns times a number."""
+    other = copy.copy(frozen)
+    other.attention = [replace(each, pattern=share * each.pattern) for each in frozen.attention]
+    return other
+
+
+def _engine_of(frozen: FrozenDecoder, like: Engine) -> Engine:
+    return Engine(frozen, like.replacement, like.inputs, like.end, like.layout)
 
 
 def _from_heads(
-    engine: Engine, layer: int, middle: Float[Tensor, "query 1 d_model"], first_key: int
+    engine: Engine,
+    attention: FrozenAttention,
+    layer: int,
+    middle: Float[Tensor, "query 1 d_model"],
+    first_key: int,
 ) -> Iterator[tuple[Int[Tensor, " key"], Float[Tensor, "key_and_head node"]]]:
     """What goes to a target at the last position by a head of a block, and on without another, from each position."""
-    attention, last = engine.frozen.attention[layer], torch.tensor(len(middle) - 1, device=middle.device)
+    last = torch.tensor(len(middle) - 1, device=middle.device)
     heads = torch.arange(len(attention.W_O), device=middle.device)
     n, n_heads = len(middle), len(heads)
-    gradients, constant = attention.back_from_heads(middle[-1].expand(n_heads, -1), heads, last.expand(n_heads))
+    carried, constant = attention.back_from_heads(middle[-1].expand(n_heads, -1), heads, last.expand(n_heads))
+    gradients = dense(carried)
     constants = attention.pattern[:, n - 1, :n].T * constant  # a row of the pattern sums to 1
     numbers = n_heads * (engine.layout.first_unit[layer] + 2 * n * engine.frozen.numbers_carried)
     size = max(1, min(_NUMBERS_AT_ONCE // numbers, n // 4))  # few, lest most be carried over positions behind their own
     for start in range(first_key, n, size):
         keys = torch.arange(start, min(start + size, n), device=middle.device)
-        carried = Ways.at(gradients[keys].flatten(0, 1), keys.repeat_interleave(n_heads))
-        yield keys.cpu(), engine.edges_into(layer, carried, constants[keys].flatten(), layer)
+        ways = Ways.at(gradients[keys].flatten(0, 1), keys.repeat_interleave(n_heads))
+        yield keys.cpu(), engine.edges_into(layer, ways, constants[keys].flatten(), layer)
 
 
 class _Parts:

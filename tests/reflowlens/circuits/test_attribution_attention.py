@@ -384,8 +384,14 @@ def test_graphs_without_a_model_or_of_another_one_are_refused(tiny_models):
         model(TOKENS)  # else the block says that nothing ran in it
         with pytest.raises(ReflowlensError, match="is attached to"):
             graph.why_attended(1, 0, 1, 0)
-    with rl.edit(model, rl.ScaleWeights("embed.W_E", 3.0)), pytest.raises(ReflowlensError, match="make the graph anew"):
-        graph.why_attended(1, 0, 3, 1)
+    target = graph.nodes.query("kind == 'feature' and layer == 1")["node"].iloc[-1]
+    for weight, ask in (
+        ("embed.W_E", lambda: graph.why_attended(1, 0, 3, 1)),
+        ("blocks.0.attn.W_V", lambda: graph.heads(target)),
+        ("blocks.1.attn.W_O", lambda: graph.through_heads(target)),
+    ):
+        with rl.edit(model, rl.ScaleWeights(weight, 3.0)), pytest.raises(ReflowlensError, match="make the graph anew"):
+            ask()
 
 
 def test_nodes_whose_edges_no_head_carries_are_refused(tiny_models):
