@@ -70,7 +70,7 @@ def page_parts(graph: AttributionGraph, groups: Groups, max_nodes: int, max_edge
 
 def checked_groups(graph: AttributionGraph, groups: Groups) -> Groups:
     """Raise unless groups are ``[[label, node, ...], ...]`` of nodes that exist, each in one group."""
-    names, seen = set(graph.nodes["node"]), set[str]()
+    names, seen = set(graph.nodes.loc[~graph.nodes["kind"].isin(LEFT_OUT), "node"]), set[str]()
     for group in groups:
         is_list = isinstance(group, Sequence) and not isinstance(group, str)
         if not is_list or len(group) < 2 or not all(isinstance(each, str) for each in group):
@@ -84,11 +84,6 @@ def checked_groups(graph: AttributionGraph, groups: Groups) -> Groups:
     return groups
 
 
-def _is_whole(graph: AttributionGraph) -> bool:
-    """Whether it was not pruned: then constants are among its nodes, and rows add up."""
-    return bool(graph.nodes["kind"].isin(LEFT_OUT).any())
-
-
 def _kept(graph: AttributionGraph, max_nodes: int) -> Any:
     """Which nodes the page holds."""
     nodes = graph.nodes
@@ -97,17 +92,18 @@ def _kept(graph: AttributionGraph, max_nodes: int) -> Any:
     cumulative = nodes["cumulative"].to_numpy()
     others = np.sort(cumulative[~always & ~is_constant])
     threshold = float(others[max_nodes - 1]) if len(others) > max_nodes else 1.0
-    if not _is_whole(graph):
+    if graph.is_pruned:
         return always | (cumulative <= threshold)
     return nodes["node"].isin(graph.prune(min(threshold, NODE_THRESHOLD), EDGE_THRESHOLD).nodes["node"]).to_numpy()
 
 
 def _kept_influence(nodes: pd.DataFrame, chosen: Int[Vector, " kept"]) -> float:
-    """The share of all influence that chosen nodes have; that of all is told by the node of most."""
-    free = nodes[~nodes["kind"].isin(LEFT_OUT)]
-    most = free.loc[free["influence"].idxmax()]
-    own = nodes.iloc[chosen].query("kind not in @LEFT_OUT")["influence"].sum()
-    return float(own * most["cumulative"] / most["influence"]) if most["influence"] > 0 else 1.0
+    """The share of all influence that chosen nodes have; what all have is told by the node of most."""
+    influence = np.where(nodes["kind"].isin(LEFT_OUT), 0.0, nodes["influence"].to_numpy(dtype=np.float64))
+    most = int(influence.argmax())
+    if influence[most] == 0:
+        return 1.0
+    return float(influence[chosen].sum() * nodes["cumulative"].to_numpy()[most] / influence[most])
 
 
 def _strongest_edges(

@@ -495,10 +495,10 @@ function listen() {
     adopt(fromAddress(location.hash.slice(1)));
     show();
   });
-  let width = 0;
+  let [width, height] = [0, 0];
   new ResizeObserver(() => {
-    if (stage.clientWidth === width) return;
-    width = stage.clientWidth;
+    if (stage.clientWidth === width && (isPhone() || stage.clientHeight === height)) return; // a phone's grows with what it holds
+    [width, height] = [stage.clientWidth, stage.clientHeight];
     paint();
     search();
   }).observe(stage);
