@@ -20,7 +20,7 @@ from reflowlens.circuits.attribution.frozen import Carried, FrozenModel
 from reflowlens.circuits.attribution.replacement import Replacement, Units
 from reflowlens.circuits.attribution.rows import REST
 from reflowlens.circuits.attribution.targets import LogitTargets
-from reflowlens.circuits.attribution.ways import dense
+from reflowlens.circuits.attribution.ways import Within, dense
 
 BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
 
@@ -148,6 +148,7 @@ class Engine:
     ) -> None:
         self.frozen, self.replacement, self.inputs, self.end, self.layout = frozen, replacement, inputs, end, layout
         self.stages = replacement.stages
+        self._alone = bool(replacement.heads)  # what reads one position is connected with that alone, heads apart
         self.first_stage = [block * (1 + bool(replacement.heads)) for block in range(layout.n_blocks + 1)]
         n = layout.n_positions
         self.unit_starts = [_starts(stage.units.position, n) for stage in self.stages]
@@ -157,21 +158,23 @@ class Engine:
         """All targets, in the order of their rows."""
         layout, found = self.layout, []
         for number, (stage, first) in enumerate(zip(self.stages, layout.first_unit, strict=False)):
-            for part in self._parts(first, stage.units.position):
+            alone = self._alone and stage.kind != "head"
+            for part in self._parts(first, stage.units.position, alone):
                 values = partial(self._of_units, number, stage.units[part], stage.block)
-                found.append(self._batch(first, part, number, stage.units.position, values))
+                found.append(self._batch(first, part, number, stage.units.position, alone, values))
         end, last = self.end, len(self.stages)
         first = layout.first_target if end.signals is None else layout.first_signal
         positions = torch.full((len(end.rows),), layout.n_positions - 1)
-        for part in self._parts(layout.first_signal, positions):
-            found.append(self._batch(first, part, last, positions, partial(self._of_end, part)))
+        for part in self._parts(layout.first_signal, positions, self._alone):
+            found.append(self._batch(first, part, last, positions, self._alone, partial(self._of_end, part)))
         if end.signals is not None and len(end.rows):
             values = partial(self._of_signals, end.signals)
             found.append(Batch(last, layout.first_target, layout.n_targets, 0.0, values))
         first = layout.first_target
         for each in end.directions:
-            for part in self._parts(layout.first_signal, each.positions):
-                found.append(self._batch(first, part, last, each.positions, partial(self._of_directions, each, part)))
+            for part in self._parts(layout.first_signal, each.positions, self._alone):
+                values = partial(self._of_directions, each, part)
+                found.append(self._batch(first, part, last, each.positions, self._alone, values))
             first += len(each.positions)
         return found
 
@@ -181,13 +184,15 @@ class Engine:
         part: slice,
         stage: int,
         positions: Int[Tensor, " target"],
+        alone: bool,
         values: Callable[[], Float[Tensor, "target node"]],
     ) -> Batch:
         """Every target and position costs what it takes to pass the stages below, and a product a source there."""
         sources = self.layout.first_unit[stage] / self.layout.n_positions
         products = stage * self.frozen.products + sources * self.frozen.d_model
-        carried = int(positions[part].sum()) + part.stop - part.start
-        return Batch(stage, first + part.start, part.stop - part.start, carried * products, values)
+        n = part.stop - part.start
+        carried = n if alone else int(positions[part].sum()) + n
+        return Batch(stage, first + part.start, n, carried * products, values)
 
     def _of_units(self, number: int, units: Units, block: int) -> Float[Tensor, "target node"]:
         carried, constant = self.frozen.enter(number, units)
@@ -225,8 +230,8 @@ class Engine:
         for number in reversed(range(bool(self._ahead), stage)):
             carried, written, constant = self.frozen.descend(number, carried)
             self._add_written(values, number, written, constant)
-        stream = dense(carried)
-        if stage and self._ahead:
+        stream = carried if isinstance(carried, Within) else dense(carried)
+        if stage and self._ahead and not isinstance(stream, Within):
             middle, constant = self.frozen.descend_to_middle(stream)
             self._add_written(values, 0, stream, constant)
             middle = middle.transpose(0, 1).flatten(1)
@@ -242,19 +247,17 @@ class Engine:
         self,
         values: Float[Tensor, "target node"],
         number: int,
-        written: Float[Tensor, "pos target d_model"],
+        written: Float[Tensor, "pos target d_model"] | Within,
         constant: Float[Tensor, " target"],
     ) -> None:
         """Add the edges from what is written in a stage."""
         layout, block, here = self.layout, self.stages[number].block, self.stages[number].written
         if here.bias is not None:
-            constant = constant + written.sum(0) @ here.bias
+            constant = constant + (written.gradient if isinstance(written, Within) else written.sum(0)) @ here.bias
         for source, vectors in here.by_units.items():
             _add_products(values, layout.first_unit[source], self.unit_starts[source], vectors, written)
         if here.error is not None:
-            n = len(written)
-            errors = values[:, layout.first_error[block] :][:, :n]
-            errors += torch.einsum("ptd,pd->tp", written, here.error[:n])
+            _add_products(values, layout.first_error[block], range(layout.n_positions + 1), here.error, written)
         values[:, layout.bias(block)] += constant
 
     @cached_property
@@ -264,13 +267,15 @@ class Engine:
         found = [self.frozen.ahead(each.vectors, each.position) for each in self.inputs]
         return [each.flatten(0, 1) for each in found if each is not None] if None not in found else []
 
-    def _parts(self, n_columns: int, positions: Int[Tensor, " target"]) -> Iterator[slice]:
+    def _parts(self, n_columns: int, positions: Int[Tensor, " target"], alone: bool) -> Iterator[slice]:
         """Targets of a stage that are carried together: neighbours, so that few are carried over positions behind their
-        own."""
+        own; those of a position alone, where nothing reaches them from others."""
         ends, start = positions.tolist(), 0
         while start < len(ends):
             n = start + 1
             while n < len(ends) and n - start < self._targets_at_once(n_columns, ends[n] + 1):
+                if alone and ends[n] > ends[start]:
+                    break
                 n += 1
             yield slice(start, n)
             start = n
@@ -285,9 +290,13 @@ def _add_products(
     first: int,
     starts: Sequence[int],
     vectors: Float[Tensor, "source d_model"],
-    gradient: Float[Tensor, "pos target d_model"],
+    gradient: Float[Tensor, "pos target d_model"] | Within,
 ) -> None:
     """What sources write times the gradient at their positions; source i has column ``first + i``."""
+    if isinstance(gradient, Within):
+        start, end = starts[gradient.position : gradient.position + 2]
+        values[:, first + start : first + end] += gradient.gradient @ vectors[start:end].T
+        return
     n = len(gradient)
     if _are_even(starts):
         products = gradient @ vectors[: starts[n]].unflatten(0, (n, starts[1])).mT
@@ -311,18 +320,20 @@ def _starts(position: Int[Tensor, " source"], n_positions: int) -> list[int]:
 def possible_edges(layout: Layout, replacement: Replacement, inputs: Sequence[Inputs]) -> tuple[int, int]:
     """How many edges there can be, and how many targets they go into."""
     n = layout.n_positions
-    before = torch.arange(1, n + 1)  # errors of a block, up to each position
 
-    def up_to(position: Tensor) -> Tensor:
-        return torch.bincount(position.cpu(), minlength=n).cumsum(0)
+    def at(position: Tensor) -> Tensor:
+        return torch.bincount(position.cpu(), minlength=n)
 
-    sources = sum((up_to(each.position) for each in inputs), torch.zeros(n, dtype=torch.long)) + layout.n_blocks + 2
+    def reached(alone: bool) -> Tensor:
+        return (sources if alone else sources.cumsum(0)) + layout.n_blocks + 2
+
+    sources = sum((at(each.position) for each in inputs), torch.zeros(n, dtype=torch.long))
     edges = targets = 0
     for stage in replacement.stages:
-        position = stage.units.position.cpu()
-        edges += int(sources[position].sum())
+        position = stage.units.position
+        edges += int(reached(bool(replacement.heads) and stage.kind != "head")[position.cpu()].sum())
         targets += len(position)
-        sources = sources + up_to(position) + (0 if stage.written.error is None else before)
+        sources = sources + at(position) + (stage.written.error is not None)
     at_end = layout.n_signals or layout.n_targets
-    edges += int(sources[-1]) * at_end + layout.n_signals * layout.n_targets
+    edges += int(reached(bool(replacement.heads)).max()) * at_end + layout.n_signals * layout.n_targets
     return edges, targets + layout.n_signals + layout.n_targets

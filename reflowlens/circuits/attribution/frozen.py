@@ -22,14 +22,14 @@ from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import MIDDLE
 from reflowlens.circuits.attribution.replacement import Units, detached
-from reflowlens.circuits.attribution.ways import Ways, dense
+from reflowlens.circuits.attribution.ways import Ways, Within, dense
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
 
 _MOST_AHEAD = 2**25  # numbers
 
-Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways"
+Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways | Within"
 Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"
 
 
@@ -45,7 +45,7 @@ class PulledBack(NamedTuple):
     """Gradients at a stage's input and at what its sources write; what its biases add."""
 
     stream: Carried
-    written: Float[Tensor, "pos target d_model"]
+    written: Float[Tensor, "pos target d_model"] | Within
     constant: Float[Tensor, " target"]
 
 
@@ -72,7 +72,7 @@ class FrozenModel(Protocol):
         """From the stream, or what a norm made of it, at one position a target, to the input of the stage behind."""
         ...
 
-    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
+    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Carried:
         """From what the readout reads at the last position to the output of the last stage."""
         ...
 
@@ -249,7 +249,7 @@ class FrozenDecoder:
             return self.attention[layer].back_from_heads(units.rows, units.index, units.position)
         gradient = self.norms[layer].back(units.rows, units.position)
         if self.heads:
-            return at_positions(gradient, units.position), gradient.new_zeros(len(gradient))
+            return self._at(gradient, units.position), gradient.new_zeros(len(gradient))
         return self.attention[layer].back_from(gradient, units.position)
 
     def enter_at(
@@ -262,15 +262,19 @@ class FrozenDecoder:
         if at in MIDDLE and not self.heads:
             return EnteredAt(layer, *self.attention[layer].back_from(rows, positions))
         stage = (1 + self.heads) * (layer + (at == "resid_post")) + (at in MIDDLE)
-        return EnteredAt(stage, at_positions(rows, positions), rows.new_zeros(len(rows)))
+        return EnteredAt(stage, self._at(rows, positions), rows.new_zeros(len(rows)))
 
-    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
+    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Carried:
         """From ``ln_final.hook_normalized`` of the last position to the output of the last block."""
         last = torch.full((len(rows),), len(self.final.scale) - 1, device=rows.device)
-        return at_positions(self.final.back(rows, last), last)
+        return self._at(self.final.back(rows, last), last)
 
     def descend(self, stage: int, carried: Carried) -> PulledBack:
         layer, is_heads = self._part(stage)
+        if isinstance(carried, Within):
+            gradient, here = carried.gradient, slice(carried.position, carried.position + 1)
+            below = carried if is_heads else Within(self.middle(layer, gradient, here), carried.position)
+            return PulledBack(below, carried, gradient.new_zeros(len(gradient)))
         stream = dense(carried)
         if self.heads:
             below = stream if is_heads else self.middle(layer, stream)
@@ -295,10 +299,22 @@ class FrozenDecoder:
         middle = self.middle(0, stream)
         return middle, self.attention[0].of_biases(middle)
 
-    def middle(self, layer: int, stream: Float[Tensor, "pos target d_model"]) -> Float[Tensor, "pos target d_model"]:
-        """From a block's output to ``resid_mid``, by the way around the MLP and the skip of its replacement."""
+    def middle(
+        self, layer: int, stream: Float[Tensor, "*pos target d_model"], positions: slice | None = None
+    ) -> Float[Tensor, "*pos target d_model"]:
+        """From a block's output to ``resid_mid``, by the way around the MLP and the skip of its replacement.
+
+        Args:
+            positions: the one that all targets are at, where the stream is of that alone.
+        """
         skip = self.skips[layer]
-        return stream if skip is None else stream + self.norms[layer].back(stream @ skip)
+        return stream if skip is None else stream + self.norms[layer].back(stream @ skip, positions)
+
+    def _at(self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]) -> Carried:
+        """Where heads are nodes, what reads one position is connected with nothing else."""
+        if self.heads and bool((positions == positions[0]).all()):
+            return Within(gradient, int(positions[0]))
+        return at_positions(gradient, positions)
 
     def _part(self, stage: int) -> tuple[int, bool]:
         """The block of a stage, and whether it is that of its heads."""

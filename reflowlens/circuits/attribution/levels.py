@@ -25,7 +25,7 @@ from reflowlens.circuits.attribution.frozen import (
     at_positions,
 )
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
-from reflowlens.circuits.attribution.ways import dense
+from reflowlens.circuits.attribution.ways import Within, dense
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
 
@@ -69,11 +69,12 @@ class FrozenLevels:
     ) -> EnteredAt:
         return EnteredAt(layer + (at == "resid_post"), at_positions(rows, positions), rows.new_zeros(len(rows)))
 
-    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Float[Tensor, "pos target d_model"]:
+    def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Carried:
         """The last level's output is read as it is."""
         return at_positions(rows, torch.full((len(rows),), len(self.post[0].scale) - 1, device=rows.device))
 
     def descend(self, stage: int, carried: Carried) -> PulledBack:
+        assert not isinstance(carried, Within)
         stream = dense(carried)
         below = self.post[stage].back(stream)
         return PulledBack(below, self.out[stage].back(below), stream.new_zeros(stream.shape[1]))

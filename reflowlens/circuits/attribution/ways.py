@@ -69,5 +69,13 @@ class Ways:
         return (slice(*each) for each in pairwise(ends))
 
 
+@dataclass(frozen=True)
+class Within:
+    """Gradients of targets that nothing reaches but from one position."""
+
+    gradient: Float[Tensor, "target d_model"]
+    position: int
+
+
 def dense(carried: Float[Tensor, "pos target d_model"] | Ways) -> Float[Tensor, "pos target d_model"]:
     return carried.dense() if isinstance(carried, Ways) else carried
