@@ -1,9 +1,10 @@
 """Whether a graph is to be trusted: a few interventions in the model, as the header of every graph quotes them.
 
-The rule: a graph is trusted if errors have less than half of the influence, and the effects that it predicts correlate
-with those seen in the model, the whole interval above zero and above the same correlation with random nodes. With
-errors below half, most of what is explained comes by way of what the graph shows; the rest says that its nodes do what
-it says, and that others which write as much do not.
+The rule: a graph is trusted if errors have less than half of the influence; if the effects that it predicts correlate
+with those seen in the model, the whole interval above zero and above the same correlation with random nodes; and if its
+nodes alone keep half of the prediction at least, and more than random ones. By the first, most of what is explained
+comes by way of what the graph shows; by the second, its nodes do what it says, and others that write as much do not; by
+the third, they are most of what there is to say.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def faithfulness(graph: AttributionGraph) -> dict[str, Any]:
             near 0 where C holds all that matters.
         ``faithfulness_control``: the mean of three random circuits of as many active features of each block.
         ``error_influence``: of ``graph.scores()``.
-        ``trustworthy``: whether errors have less than half of the influence, and ``low`` is above 0 and above
-            ``control``. ``reason``: what fails first, ``"errors"``, ``"few nodes"``, ``"correlation"`` or
-            ``"control"``, or ``""``. ``verdict``: a sentence.
+        ``trustworthy``: whether errors have less than half of the influence, ``low`` is above 0 and above ``control``,
+            and ``faithfulness`` is at least one half and above ``faithfulness_control``. ``reason``: what fails first,
+            ``"errors"``, ``"few nodes"``, ``"correlation"``, ``"control"`` or ``"faithfulness"``, or ``""``.
+            ``verdict``: a sentence.
 
         What is not defined is NaN.
 
@@ -148,6 +150,12 @@ def _judged(found: dict[str, float], n_nodes: int) -> dict[str, Any]:
         reason, why = "correlation", f"{seen} ({interval})"
     elif not found["low"] > found["control"]:
         reason, why = "control", f"{seen} ({interval}), and with those of random nodes at {found['control']:.2f}"
+    elif not found["faithfulness"] >= 0.5 or not found["faithfulness"] > found["faithfulness_control"]:
+        reason = "faithfulness"
+        random = f"random ones {found['faithfulness_control']:.0%}"
+        why = f"its nodes alone keep {found['faithfulness']:.0%} of the prediction, {random}"
+        if np.isnan(found["faithfulness"]):
+            why = "without its features the prediction is the same"
     else:
         return {"trustworthy": True, "reason": "", "verdict": f"trustworthy: {seen} ({interval}); {errors}"}
     return {"trustworthy": False, "reason": reason, "verdict": f"not trustworthy: {why}"}

@@ -58,6 +58,9 @@ class Matched:
         """Another unit for a node's, and what its activation is multiplied with to write as much."""
         norms = self.norms(place.block)
         candidates = self.candidates(place.block, place.position).nonzero()[:, 0]
+        if not len(candidates):
+            others = torch.arange(len(norms), device=norms.device) != place.unit
+            candidates = (others if bool(others.any()) else ~others).nonzero()[:, 0]
         nearest = nearest_norms(norms, place.unit, candidates)
         unit = int(nearest[int(self.rng.integers(len(nearest)))])
         return place._replace(unit=unit), ratio_of(norms, place.unit, unit)

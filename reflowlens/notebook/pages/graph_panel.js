@@ -312,12 +312,14 @@ function verdict() {
   }
   const two = (value) => (value === null ? "–" : value.toFixed(2).replace("-", "−"));
   const seen = { r: two(told.correlation), low: two(told.low), high: two(told.high), control: two(told.control), share: percent(told.error_influence) };
+  const kept = { kept: percent(told.faithfulness).replace("-", "−"), random: percent(told.faithfulness_control).replace("-", "−") };
   const why = {
     "": t("removals as predicted, correlation {r} ({low} to {high}), random nodes {control}", seen),
     errors: t("errors have {share} of the influence", seen),
     "few nodes": t("too few nodes can be removed to test it"),
     correlation: t("removals not as predicted, correlation {r} ({low} to {high})", seen),
     control: t("random nodes do as well, correlation {r} ({low} to {high}) against {control}", seen),
+    faithfulness: told.faithfulness === null ? t("without its features the prediction is the same") : t("its nodes alone keep {kept} of the prediction, random ones {random}", kept),
   };
   const name = told.trustworthy ? t("trustworthy") : t("not trustworthy");
   return make("span", { class: `verdict ${told.trustworthy ? "yes" : "no"}`, id: "verdict" }, `${name}: ${why[told.reason] ?? told.verdict}`);

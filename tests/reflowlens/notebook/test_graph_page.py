@@ -217,6 +217,7 @@ def test_a_graph_that_is_not_to_be_trusted_says_so_first(opened):
         ("few nodes", "too few nodes can be removed to test it"),
         ("control", "random nodes do as well, correlation 0.20 (0.05 to 0.30) against 0.35"),
         ("correlation", "removals not as predicted, correlation 0.20 (0.05 to 0.30)"),
+        ("faithfulness", "its nodes alone keep −12% of the prediction, random ones 8.0%"),
     ):
         numbers = {
             "reason": reason,
@@ -225,6 +226,8 @@ def test_a_graph_that_is_not_to_be_trusted_says_so_first(opened):
             "low": 0.05,
             "high": 0.3,
             "control": 0.35,
+            "faithfulness": -0.12,
+            "faithfulness_control": 0.08,
         }
         assert opened.evaluate(told % json.dumps(numbers)) == ["verdict no", f"not trustworthy: {words}"]
     box = "document.querySelector('{}').getBoundingClientRect().top"
