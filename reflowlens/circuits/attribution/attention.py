@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
 from reflowlens.circuits.attribution.heads import split_by_last_head
+from reflowlens.circuits.attribution.largest import largest_products
 from reflowlens.circuits.attribution.queries_keys import HeadAt, Side, head_at
 from reflowlens.circuits.attribution.table import nodes_of
 from reflowlens.circuits.attribution.traced import traced_of
@@ -28,7 +29,6 @@ from reflowlens.out_of_memory import lower_if_it_does_not_fit
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
 
-_NUMBERS_AT_ONCE = 2**20  # products of pairs
 _TOLERANCE = 1e-3
 
 
@@ -222,36 +222,6 @@ def _marginal(nodes: pd.DataFrame, weights: Float[Tensor, " node"]) -> pd.DataFr
     frame = nodes[["node", "kind", "layer", "pos", "feature", "label"]].iloc[: len(numbers)]
     frame = frame.rename(columns={"node": "source"}).assign(weight=numbers)
     return frame[numbers != 0].sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
-
-
-def largest_products(
-    q: Float[Tensor, "query_node channel"], k: Float[Tensor, "key_node channel"], n: int
-) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
-    """The pairs of rows with the n largest |products|, in descending order; none that are 0.
-
-    Rows are taken in the order of their norms: |q_i · k_j| ≤ |q_i| |k_j| says which products cannot be among them, and
-    those are not formed.
-    """
-    (q_norm, q_order), (k_norm, k_order) = (each.norm(dim=1).sort(descending=True) for each in (q, k))
-    q, k = q[q_order], k[k_order]
-    places, weights = q_order.new_zeros(0), q.new_zeros(0)
-    n_keys = len(k)
-    size, least = max(1, _NUMBERS_AT_ONCE // n_keys), 0.0
-    for start in range(0, len(q), size):
-        reach = int((q_norm[start] * k_norm > least).sum())
-        if not reach:
-            break
-        products = q[start : start + size] @ k[:reach].T
-        rows, columns = (products.abs() > least).nonzero().unbind(1)
-        places = torch.cat([places, (start + rows) * n_keys + columns])
-        weights = torch.cat([weights, products[rows, columns]])
-        if len(weights) > n:
-            kept = weights.abs().topk(n).indices
-            places, weights = places[kept], weights[kept]
-            least = float(weights[-1].abs())
-    order = weights.abs().argsort(descending=True, stable=True)
-    places, weights = places[order], weights[order]
-    return q_order[places // n_keys].cpu(), k_order[places % n_keys].cpu(), weights.cpu()
 
 
 def _first(frame: pd.DataFrame, n: int) -> list[tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from reflowlens.arguments import whole_number
 from reflowlens.circuits.attribution.engine import End, Engine
 from reflowlens.circuits.attribution.frozen import FrozenAttention, FrozenDecoder, at_positions
+from reflowlens.circuits.attribution.largest import LargestParts
 from reflowlens.circuits.attribution.table import nodes_of
 from reflowlens.circuits.attribution.traced import Traced, traced_of
 from reflowlens.circuits.attribution.ways import Ways, dense
@@ -79,7 +80,7 @@ def split_by_last_head(
     first_layer, first_key = _begins(nodes, number)
     engine, n, n_heads = traced.engine, traced.engine.layout.n_positions, traced.model.cfg.n_heads
     direct = _looking(frozen, 0.0)  # where heads look nowhere, what goes to a target passes none
-    parts = _Parts(len(nodes), top, number)
+    parts = LargestParts(len(nodes), top, number)
     with lower_if_it_does_not_fit("the length of the prompt, or top="):
         parts.add(reader.edges(_engine_of(direct, engine)), torch.tensor([-1]))
         for layer, middle in reader.middles(direct):
@@ -270,50 +271,3 @@ def _from_heads(
         keys = torch.arange(start, min(start + size, n), device=middle.device)
         ways = Ways.at(gradients[keys].flatten(0, 1), keys.repeat_interleave(n_heads))
         yield keys.cpu(), engine.edges_into(layer, ways, constants[keys].flatten(), layer)
-
-
-class _Parts:
-    """Collects the parts of edges: the largest of them, and of each source how many there were and their sum.
-
-    Args:
-        n_nodes: from which edges may come.
-        top: how many parts are kept.
-        source: the only node whose edge counts, or None.
-    """
-
-    def __init__(self, n_nodes: int, top: int, source: int | None) -> None:
-        self.top, self.source, self.least = top, source, 0.0
-        self.totals = torch.zeros(n_nodes, dtype=torch.float64)
-        self.counts = torch.zeros(n_nodes, dtype=torch.long)
-        self.sources, self.routes, self.weights = self.counts[:0], self.counts[:0], torch.zeros(0)
-
-    def add(self, edges: Float[Tensor, "part node"], routes: Int[Tensor, " part"]) -> None:
-        """Of each route the part of every edge; columns that are missing are zero."""
-        n, edges = edges.shape[1], edges.cpu()
-        if self.source is not None:
-            edges = torch.where(torch.arange(n) == self.source, edges, 0.0)
-        self.totals[:n] += edges.sum(0, dtype=torch.float64)
-        self.counts[:n] += edges.count_nonzero(0)
-        part, source = (edges.abs() > self.least).nonzero().unbind(1)
-        self.sources = torch.cat([self.sources, source])
-        self.routes = torch.cat([self.routes, routes[part]])
-        self.weights = torch.cat([self.weights, edges[part, source]])
-        if len(self.weights) > self.top:
-            kept = self.weights.abs().topk(self.top).indices
-            self.sources, self.routes, self.weights = self.sources[kept], self.routes[kept], self.weights[kept]
-            self.least = float(self.weights[-1].abs())
-
-    def table(self, names: np.ndarray, n_positions: int, n_heads: int) -> pd.DataFrame:
-        sources, routes, weights = (each.numpy() for each in (self.sources, self.routes, self.weights))
-        frame = pd.DataFrame({"source": names[sources], "route": np.where(routes < 0, "direct", "head")})
-        block, place = np.divmod(routes, n_heads * n_positions)
-        head, key = np.divmod(place, n_positions)
-        for name, value in (("layer", block), ("head", head), ("key", key)):
-            frame[name] = pd.array(value, dtype="Int64")
-            frame.loc[routes < 0, name] = pd.NA
-        frame["weight"] = weights
-        others = self.counts.numpy() - np.bincount(sources, minlength=len(names)) > 0
-        rest = self.totals.numpy() - np.bincount(sources, weights, len(names))
-        summed = pd.DataFrame({"source": names[others], "route": "rest", "weight": rest[others]})
-        by_size = [each.sort_values("weight", key=np.abs, ascending=False) for each in (frame, summed) if len(each)]
-        return pd.concat(by_size, ignore_index=True)[frame.columns]
