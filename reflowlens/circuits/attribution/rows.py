@@ -45,16 +45,20 @@ class SparseRows:
         self.counts[first : first + len(rows)] = counts
         self.n_edges = end
 
-    def _largest(self, first: int, values: Float[np.ndarray, "row column"], n: int) -> Float[np.ndarray, "row column"]:
-        others = values[:, self.n_kept :]
-        places = np.argpartition(np.abs(others), -n, axis=1)[:, -n:]
-        rows, kept = values.copy(), np.zeros_like(others)
-        np.put_along_axis(kept, places, np.take_along_axis(others, places, axis=1), axis=1)
-        rest = others - kept
-        self.dropped[first : first + len(values)] = np.abs(rest).sum(axis=1, dtype=np.float64)
-        rows[:, self.n_kept :] = kept
-        rows[:, REST] = rest.sum(axis=1)
-        return rows
+    def _largest(self, first: int, rows: Float[np.ndarray, "row column"], n: int) -> Float[np.ndarray, "row column"]:
+        others = rows[:, self.n_kept :]
+        crowded = np.flatnonzero(np.count_nonzero(others, axis=1) > n)
+        if not len(crowded):
+            return rows
+        columns = np.flatnonzero(others[crowded].any(axis=0))  # many equal zeros would make partitions slow
+        candidates = others[np.ix_(crowded, columns)]
+        lost = np.argpartition(np.abs(candidates), -n, axis=1)[:, :-n]
+        rest = np.take_along_axis(candidates, lost, axis=1)
+        self.dropped[first + crowded] = np.abs(rest).sum(axis=1, dtype=np.float64)
+        bounded = rows.copy()
+        bounded[crowded[:, None], self.n_kept + columns[lost]] = 0.0
+        bounded[crowded, REST] = rest.sum(axis=1)
+        return bounded
 
     def matrix(self) -> Any:
         """The rows as a matrix [target, source]."""
