@@ -180,15 +180,14 @@ def circuit_tracing(
     texts = [*lexicon.neutral_texts, *(item.prompt for item in lexicon.factual)]
     n_units = units or (_QUICK_UNITS if quick else _UNITS)
     sample, forced = _forced(writers, texts, ends, n_units, own)
+    by_prompt = pd.DataFrame([row for row, _ in traced])
     if chosen is not None:
-        scores = scores_beside_nulls(writers, prompts, derive_seed(own, "scores")).drop(columns="prompt")
-        traced = [
-            ({**row, **found}, paths) for (row, paths), found in zip(traced, scores.to_dict("records"), strict=True)
-        ]
+        scores = scores_beside_nulls(writers, prompts, derive_seed(own, "scores"))
+        by_prompt = pd.concat([by_prompt, scores.drop(columns="prompt")], axis=1)
     frames = {
         "units": _detail_frame(detail, writers, own),
         "paths": path_frame(detail, writers, PATHS_SHOWN),
-        "prompts": pd.DataFrame([row for row, _ in traced]),
+        "prompts": by_prompt,
         "lengths": _length_frame([paths for _, paths in traced], seed),
         "forced": sample,
         "doses": dose_frame(forced, seed),
@@ -253,8 +252,9 @@ def _dictionary_of(model: HookedModel, dictionary: Dictionary | str | None) -> D
 
 
 def _some(items: Sequence[str], n: int) -> list[str]:
-    """At most n of them, spread evenly."""
-    return list(items[:: max(1, len(items) // n)][:n])
+    """At most n different ones of them, spread evenly."""
+    different = list(dict.fromkeys(items))
+    return different[:: max(1, len(different) // n)][:n]
 
 
 def _traced(

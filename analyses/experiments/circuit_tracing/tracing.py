@@ -64,10 +64,10 @@ def chosen_units(units: pd.DataFrame, rng: np.random.Generator) -> dict[str, pd.
     strongest = units.head(STRONGEST)
     others = units.iloc[len(strongest) :]
     matched: list[Any] = []
-    for unit in strongest.itertuples():
-        free = others[(others["layer"] == unit.layer) & ~others.index.isin(matched)]
+    for layer, size in zip(strongest["layer"], strongest["size"], strict=True):
+        free = others[(others["layer"] == layer) & ~others.index.isin(matched)]
         if len(free):
-            near = (np.log(free["size"]) - np.log(unit.size)).abs().nsmallest(_ALIKE).index
+            near = (np.log(free["size"]) - np.log(size)).abs().nsmallest(_ALIKE).index
             matched.append(rng.choice(near.to_numpy()))
     drawn = rng.permutation(len(others))[:STRONGEST]
     chosen = {
@@ -165,14 +165,16 @@ def path_frame(graph: AttributionGraph, writers: Writers, k: int) -> pd.DataFram
 def node_texts(graph: AttributionGraph) -> dict[str, str]:
     """Nodes as people read them: tokens by their text, units by block, number and the token that they are at."""
     texts = {}
-    for node in graph.nodes.itertuples():
-        at = "" if pd.isna(node.pos) else f"“{graph.tokens[node.pos]}”"
-        texts[node.node] = {
+    nodes = graph.nodes.astype({"pos": object}).to_dict("records")
+    for node in nodes:
+        at = "" if pd.isna(node["pos"]) else f"“{graph.tokens[node['pos']]}”"
+        special = {
             "embedding": at,
-            "position": f"position {node.pos}",
-            "error": f"error {node.layer} at {at}",
-            "logit": f"“{node.label}”",
-        }.get(node.kind, f"{node.layer}.{node.feature} at {at}")
+            "position": f"position {node['pos']}",
+            "error": f"error {node['layer']} at {at}",
+            "logit": f"“{node['label']}”",
+        }
+        texts[str(node["node"])] = special.get(str(node["kind"]), f"{node['layer']}.{node['feature']} at {at}")
     return texts
 
 

@@ -24,7 +24,7 @@ def scores_beside_nulls(writers: Writers, prompts: Sequence[str], seed: int) -> 
     scores = graph_scores(writers.model, writers.dictionary, prompts, seed=seed)
     series = scores["dictionary"].map(_NULLS).fillna("model")
     wide = scores.assign(series=series).pivot(index="prompt", columns="series", values=list(SCORES))
-    wide.columns = [f"{score}_{name}" for score, name in wide.columns]
+    wide.columns = pd.Index(["_".join(map(str, names)) for names in wide.columns.to_flat_index()])
     return wide.loc[list(prompts)].reset_index()
 
 
@@ -37,7 +37,7 @@ def validated(graph: AttributionGraph, seed: int) -> dict[str, float]:
     if graph.nodes["kind"].isin(("feature", "neuron")).sum() < 2:
         return {}
     summary = graph.validate(NODES, FACTORS, free="model", seed=seed).summary.set_index("kind")
-    found = {}
+    found: dict[str, float] = {}
     for kind, row in summary.iterrows():
         name = "validation_target" if kind == "logit" else "validation_units"
         found |= {f"{name}_model": float(row["pearson"]), f"{name}_matched_unit": float(row["control"])}

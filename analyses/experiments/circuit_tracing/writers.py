@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -103,26 +104,28 @@ def log_probabilities_with(
     """What a prompt is continued with when vectors are added to the outputs of its MLPs.
 
     Args:
-        added: to which block, at the last so many positions; each row is a run of its own.
+        added: to which block, at the last so many positions; each row is a run of its own, from its first block on that
+            anything is added to.
     """
-    rows, _, places, width = added.shape
-    n_tokens = model.tokenizer.n_vocab
-    found = added.new_empty(rows, n_tokens)
-    size = max(1, _AT_ONCE // (len(tokens) * width))
-    for start in range(0, rows, size):
-        some = added[start : start + size]
+    n_layers, n_tokens, places = model.cfg.n_layers, model.tokenizer.n_vocab, added.shape[2]
+    points = [f"blocks.{block}.hook_resid_pre" for block in range(n_layers)]
+    end, cache = model.run_with_cache(tokens[None], names_filter=points, stop_at_layer=n_layers)
+    streams = [*(cache[point] for point in points), end]
+    found = added.new_empty(len(added), n_tokens)
+    changes = torch.cat([added.flatten(2).any(dim=2), added.new_ones(len(added), 1, dtype=torch.bool)], dim=1)
+    first = changes.int().argmax(dim=1)
+    for begin in first.unique().tolist():
+        for rows in (first == begin).nonzero()[:, 0].split(max(1, _AT_ONCE // streams[0].numel())):
+            some = added[rows]
 
-        def add(y: Tensor, hook: object, block: int, some: Tensor = some) -> Tensor:
-            return torch.cat([y[:, :-places], y[:, -places:] + some[:, block].to(y)], dim=1)
+            def add(y: Tensor, hook: Any, some: Tensor = some) -> Tensor:
+                return torch.cat([y[:, :-places], y[:, -places:] + some[:, hook.layer()].to(y)], dim=1)
 
-        hooks = [
-            (f"blocks.{block}.hook_mlp_out", lambda y, hook, block=block: add(y, hook, block))
-            for block in range(model.cfg.n_layers)
-        ]
-        with model.hooks(hooks):
-            stream = model(tokens.expand(len(some), -1), stop_at_layer=model.cfg.n_layers)
-        logits = model(stream[:, -1:], start_at_layer=model.cfg.n_layers)[:, 0, :n_tokens]
-        found[start : start + size] = logits.float().log_softmax(dim=-1)
+            stream = streams[begin].expand(len(rows), -1, -1)
+            with model.hooks([(f"blocks.{block}.hook_mlp_out", add) for block in range(begin, n_layers)]):
+                stream = model(stream, start_at_layer=begin, stop_at_layer=n_layers)
+            logits = model(stream[:, -1:], start_at_layer=n_layers)[:, 0, :n_tokens]
+            found[rows] = logits.float().log_softmax(dim=-1)
     return found
 
 
