@@ -14,12 +14,14 @@ position, at its own layer, before those above are computed:
 
 Both are measured with ablated features set to 0 and to their ``mean`` over all positions of the prompts that the
 circuit was found on; and with the ``error`` of the dictionary, as the pass has it, added to what is written, or left
-out, so that M is the model or the replacement model. Controls are as many random features of each layer, each of about
-the mean activation of the feature that it stands for.
+out, so that M is the model or the replacement model. Controls are as many random features of each layer outside of the
+circuit, each of about the mean activation of the feature that it stands for, as far as there are such; and as many of
+each layer that are most active on average, whether in the circuit or not: they are more active than the circuit is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,8 +104,10 @@ def judge_circuit(
 
     Returns:
         A row an ``ablation``, ``errors`` (whether they are kept) and ``score``, faithfulness or completeness: its
-        ``value``, ``low`` and ``high`` over prompts, ``random``, the mean over controls, ``pvalue``, the rank of the
-        value among them (of completeness, how many leave as little), ``accuracy`` of that run and its ``logit_diff``,
+        ``value``, ``low`` and ``high`` over prompts, ``random``, the mean over random controls, ``pvalue``, the rank of
+        the value among them (of completeness, how many leave as little), ``most_active``, that of the most active
+        features, ``activation`` and ``random_activation``, sums of mean activations of the circuit and of a random
+        control, ``accuracy`` of the circuit's run and its ``logit_diff``,
         those of all features and none, ``full`` and ``empty``, and ``effect_low`` and ``effect_high``, the interval of
         what is between these. Where that contains 0, the features have no effect to explain, and ``value`` is NaN;
         where it is negative, the model is more right without them.
@@ -114,7 +118,13 @@ def judge_circuit(
     number_of_runs(controls, "controls", 1)
     means = mean_activations(model, dictionary, found_on)
     kept = kept_of(dictionary, circuit)
-    random = [kept_of(dictionary, each) for each in matched_features(circuit, means, controls, seed)]
+    drawn = matched_features(circuit, means, controls, seed)
+    random = [kept_of(dictionary, each) for each in drawn]
+    strong = kept_of(dictionary, most_active_features(circuit, means))
+    activity = {
+        "activation": _activity(circuit, means),
+        "random_activation": float(np.mean([_activity(each, means) for each in drawn])),
+    }
     everything = {block: torch.ones_like(of_block) for block, of_block in kept.items()}
     runs, rows = _Runs.of(model, prompts), []
     for errors in (True, False):
@@ -124,11 +134,10 @@ def judge_circuit(
                 run = partial(runs.ablated, value)
                 ends = [run(everything), run(_without(everything))]
                 for score, removed in (("faithfulness", False), ("completeness", True)):
-                    values = torch.stack(
-                        [*ends, *(run(_without(each) if removed else each) for each in (kept, *random))]
-                    )
+                    circuits = [_without(each) if removed else each for each in (kept, strong, *random)]
+                    values = torch.stack([*ends, *map(run, circuits)])
                     row = {"ablation": ablation, "errors": errors, "score": score, "size": len(set(circuit))}
-                    rows.append(row | _scored(values, removed, resamples, seed))
+                    rows.append(row | _scored(values, removed, resamples, seed) | activity)
     return pd.DataFrame(rows)
 
 
@@ -170,6 +179,16 @@ def matched_features(circuit: Features, means: Means, n: int, seed: int = 0) -> 
                 free = np.delete(free, place)
         found.append(drawn)
     return found
+
+
+def most_active_features(circuit: Features, means: Means) -> list[tuple[int, int]]:
+    """As many features of each block as a circuit has, those of the largest mean activation."""
+    counts = Counter(block for block, _ in set(circuit))
+    return [(block, int(i)) for block, n in counts.items() for i in means[block].topk(n).indices]
+
+
+def _activity(features: Features, means: Means) -> float:
+    return float(sum(means[block][feature] for block, feature in features))
 
 
 def kept_of(dictionary: Dictionary, circuit: Features) -> Kept:
@@ -241,7 +260,7 @@ def _set(
 
 
 def _scored(values: Float[Tensor, "run prompt"], removed: bool, resamples: int, seed: int) -> dict[str, Any]:
-    """Of runs with all features, none, those that are scored and their controls."""
+    """Of runs with all features, none, those that are scored, the most active ones, and random controls."""
     full, empty, own = (one.double().cpu().numpy() for one in values[:3])
     effect, n = full - empty, len(own)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
@@ -254,8 +273,9 @@ def _scored(values: Float[Tensor, "run prompt"], removed: bool, resamples: int, 
         "effect_high": ends.high,
     }
     if ends.low <= 0 <= ends.high:
-        return dict.fromkeys(("value", "low", "high", "random", "pvalue"), float("nan")) | found
-    value, *random = shares_of(values)
+        return dict.fromkeys(("value", "low", "high", "random", "pvalue", "most_active"), float("nan")) | found
+    value, strong, *random = shares_of(values)
     low, high = percentile_interval((weights @ (own - empty)) / (weights @ effect))
     pvalue = permutation_pvalue(value, random, "less" if removed else "greater")
-    return {"value": value, "low": low, "high": high, "random": float(np.mean(random)), "pvalue": pvalue} | found
+    scored = {"value": value, "low": low, "high": high, "random": float(np.mean(random)), "pvalue": pvalue}
+    return scored | {"most_active": strong} | found

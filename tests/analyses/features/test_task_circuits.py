@@ -91,9 +91,15 @@ def test_circuits_are_judged_as_plain_hooks_judge_them(kind):
         scored = [(np.mean(run(kept_by(each))) - np.mean(empty)) / effect for each in (CIRCUIT, *random)]
         assert row["value"] == pytest.approx(scored[0], abs=1e-3)
         assert row["random"] == pytest.approx(np.mean(scored[1:]), abs=1e-3)
+        strong = [(block, int(i)) for block in (0, 1) for i in means[block].sort(descending=True).indices[:3]]
+        most_active = (np.mean(run(kept_by(strong))) - np.mean(empty)) / effect
+        assert row["most_active"] == pytest.approx(most_active, abs=1e-3)
         ahead = np.array(scored[1:]) >= scored[0] if row["score"] == "faithfulness" else scored[1:] <= scored[0]
         assert row["pvalue"] == (1 + ahead.sum()) / 4
     assert table["value"].notna().sum() >= 2
+    assert table["activation"].to_numpy() == pytest.approx(sum(means[block][i].item() for block, i in CIRCUIT))
+    in_random = sum(means[block][i].item() for each in random for block, i in each) / 3
+    assert table["random_activation"].to_numpy() == pytest.approx(in_random)
 
 
 def test_what_is_no_circuit_or_has_no_effect_is_not_judged():
