@@ -139,8 +139,8 @@ def shuffled_paths(graph: AttributionGraph, seed: int, label: str) -> Paths:
     matrix = cast("Any", graph.shares.matrix.copy())
     matrix.eliminate_zeros()  # edges from constants, which do not count
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    order = np.lexsort((derive_rng(seed, "shuffled_weights", label).random(len(rows)), rows))
-    matrix.data = matrix.data[order]
+    drawn = derive_rng(seed, "shuffled_weights", label).random(len(rows))  # below 1: rows stay where they are
+    matrix.data = matrix.data[np.argsort(rows + drawn)]
     return Paths.of(Shares(matrix, graph.shares.rest, graph.shares.targets), beginnings(graph))
 
 
