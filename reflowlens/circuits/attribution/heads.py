@@ -20,9 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.engine import End, Engine
-from reflowlens.circuits.attribution.frozen import FrozenAttention, FrozenDecoder, at_positions
+from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.circuits.attribution.frozen import FrozenAttention, FrozenDecoder
+from reflowlens.circuits.attribution.frozen_model import at_positions
 from reflowlens.circuits.attribution.largest import LargestParts
+from reflowlens.circuits.attribution.layout import End
 from reflowlens.circuits.attribution.table import nodes_of
 from reflowlens.circuits.attribution.traced import Traced, traced_of
 from reflowlens.circuits.attribution.ways import Ways, dense
@@ -122,6 +124,8 @@ def through_heads(graph: AttributionGraph, target: str) -> pd.DataFrame:
         query, head = weights.nonzero().unbind(1)
         columns = {"layer": layer, "head": head.cpu(), "query": query.cpu(), "weight": weights[query, head].cpu()}
         frames.append(pd.DataFrame(columns))
+    if not frames:
+        raise ReflowlensError(f"no head lies before {target!r}")
     return pd.concat(frames).sort_values("weight", key=np.abs, ascending=False, ignore_index=True)
 
 

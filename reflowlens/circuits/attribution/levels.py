@@ -16,14 +16,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import (
-    Carried,
-    Entered,
-    EnteredAt,
-    FrozenNorm,
-    PulledBack,
-    at_positions,
-)
+from reflowlens.circuits.attribution.frozen import FrozenNorm
+from reflowlens.circuits.attribution.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
 from reflowlens.circuits.attribution.ways import Within, dense
 from reflowlens.models.bdh import BDH, Level, normalized

@@ -153,6 +153,10 @@ def test_features_and_directions_share_what_is_explained(tiny_models):
     units = graph.nodes.query("kind == 'feature'")
     assert units["layer"].max() == 0, "the second block lies behind all targets"
     assert set(graph.prune(0.5).nodes["node"]) >= set(named.index)
+    first = graph_of(model, "plt", rl.DirectionAt(vector, 0, at="resid_pre"))
+    assert first.edges["source"].tolist() == ["embedding@4"]
+    with pytest.raises(ReflowlensError, match="no head lies before"):
+        first.through_heads("direction:0.0@4")
 
 
 # -- a bound on the edges ---------------------------------------------------------------------------------------------
