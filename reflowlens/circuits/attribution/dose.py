@@ -31,6 +31,7 @@ from reflowlens.tokenizers.targets import target_ids
 
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _QUANTILE = 0.999
+_POSITIONS_AT_ONCE = 2048
 _EXAMPLE_BYTES = 40_000  # of the packaged plays that no packaged model was trained on
 
 
@@ -177,11 +178,16 @@ def _percentile(model: Decoder, point: str, place: FeatureAt, text: str | None) 
     if text is None:
         plays = lzma.decompress((ASSETS / "shakespeare.txt.xz").read_bytes())
         text = plays[TRAIN_BYTES : TRAIN_BYTES + _EXAMPLE_BYTES].decode(errors="ignore")
-    tokens = torch.tensor(model.tokenizer.encode(text), device=model.cfg.device)
-    found = []
-    for part in tokens.split(model.cfg.n_ctx):
-        cache = model.run_with_cache(part[None], names_filter=[point], stop_at_layer=place.layer + 1)[1]
-        found.append(cache[point][0, :, place.index])
+    if not isinstance(text, str):
+        raise ReflowlensError(f"text must be one text, got {text!r}")
+    tokens = torch.tensor(model.tokenizer.encode(text), dtype=torch.long, device=model.cfg.device)
+    n_whole = len(tokens) // model.cfg.n_ctx * model.cfg.n_ctx
+    windows = tokens[:n_whole].view(-1, model.cfg.n_ctx).split(max(1, _POSITIONS_AT_ONCE // model.cfg.n_ctx))
+    found = [tokens.new_zeros(0)]
+    for batch in (*windows, tokens[None, n_whole:]):
+        if batch.numel():
+            cache = model.run_with_cache(batch, names_filter=[point], stop_at_layer=place.layer + 1)[1]
+            found.append(cache[point][..., place.index].flatten())
     active = torch.cat(found).double()
     active = active[active > 0]
     if not len(active):

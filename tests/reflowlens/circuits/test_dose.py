@@ -43,7 +43,7 @@ def test_random_features_write_as_much(tiny_models):
     model = tiny_models["gpt2"]
     dictionary = dictionary_of(model, "clt")
     frame = rl.dose_response(model, dictionary, rl.FeatureAt(1, 3), "g", PROMPT, (2,), quantile=1.0, controls=6)
-    sizes = frame["activation"].to_numpy() * dictionary.decoder_norms(1)[frame["feature"].to_numpy()].numpy()
+    sizes = frame["activation"].to_numpy() * dictionary.decoder_norms(1).numpy()[frame["feature"]]
     np.testing.assert_allclose(sizes, sizes[0], rtol=1e-5)
     assert frame["feature"].is_unique
     again = rl.dose_response(model, dictionary, rl.FeatureAt(1, 3), "g", PROMPT, (2,), quantile=1.0, controls=6, seed=1)
@@ -83,13 +83,15 @@ def test_a_dose_of_one_is_the_percentile_of_active_tokens(tiny_models):
         ({"quantile": 0.0}, "quantile is the 99.9th percentile"),
         ({"quantile": np.zeros((2, 3))}, "quantile is the 99.9th percentile"),
         ({"controls": 40}, "controls=40 is more than there are other features of the layer, 39"),
+        ({"quantile": None, "text": ["a"]}, "text must be one text"),
+        ({"quantile": None, "text": ""}, "feature 0 of block 0 is not active in the text"),
         ({"quantile": None, "text": "a"}, "feature 0 of block 0 is not active in the text"),
     ],
 )
 def test_what_cannot_be_given_is_refused(changed, match, tiny_models):
     model = tiny_models["gpt2"]
     dictionary = dictionary_of(model, "plt")
-    if changed.get("text"):
+    if changed.get("text") == "a":
         with torch.no_grad():
             dictionary.each_layer()[0].b_enc[0] = -100.0
     given = {"feature": rl.FeatureAt(0, 0), "token": "g", "prompt": PROMPT, "quantile": 1.0} | changed
