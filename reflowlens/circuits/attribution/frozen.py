@@ -206,8 +206,8 @@ class FrozenDecoder:
         layer, is_heads = self._part(stage)
         if isinstance(carried, Within):
             gradient, here = carried.gradient, slice(carried.position, carried.position + 1)
-            below = carried if is_heads else Within(self.middle(layer, gradient, here), carried.position)
-            return PulledBack(below, carried, gradient.new_zeros(len(gradient)))
+            within = carried if is_heads else Within(self.middle(layer, gradient, here), carried.position)
+            return PulledBack(within, carried, gradient.new_zeros(len(gradient)))
         stream = dense(carried)
         if self.heads:
             below = stream if is_heads else self.middle(layer, stream)

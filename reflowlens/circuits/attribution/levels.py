@@ -19,7 +19,7 @@ from torch import Tensor
 from reflowlens.circuits.attribution.frozen import FrozenNorm
 from reflowlens.circuits.attribution.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
 from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
-from reflowlens.circuits.attribution.ways import Within, dense
+from reflowlens.circuits.attribution.ways import dense
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
 
@@ -68,7 +68,6 @@ class FrozenLevels:
         return at_positions(rows, torch.full((len(rows),), len(self.post[0].scale) - 1, device=rows.device))
 
     def descend(self, stage: int, carried: Carried) -> PulledBack:
-        assert not isinstance(carried, Within)
         stream = dense(carried)
         below = self.post[stage].back(stream)
         return PulledBack(below, self.out[stage].back(below), stream.new_zeros(stream.shape[1]))

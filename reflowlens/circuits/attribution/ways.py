@@ -77,5 +77,9 @@ class Within:
     position: int
 
 
-def dense(carried: Float[Tensor, "pos target d_model"] | Ways) -> Float[Tensor, "pos target d_model"]:
+def dense(carried: Float[Tensor, "pos target d_model"] | Ways | Within) -> Float[Tensor, "pos target d_model"]:
+    """The gradients at every position up to the last."""
+    if isinstance(carried, Within):
+        zeros = carried.gradient.new_zeros(carried.position, *carried.gradient.shape)
+        return torch.cat([zeros, carried.gradient[None]])
     return carried.dense() if isinstance(carried, Ways) else carried
