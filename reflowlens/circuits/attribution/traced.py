@@ -11,6 +11,7 @@ from torch import Tensor
 from reflowlens.arguments import integer
 from reflowlens.circuits.attribution.engine import Engine
 from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.residual import ResidualModel
 from reflowlens.sweeps.reading import attached_points
@@ -65,11 +66,17 @@ class Traced:
 
 
 def check_unhooked(model: ResidualModel) -> None:
-    """Raise where something is attached to a model of which a graph is, or is to be: as it was without."""
-    if attached := attached_points(model):
+    """Raise where something is attached to a model of which a graph is, or is to be: as it was without.
+
+    Hooks of hook points, those of any other module (a graph would be of weights that are not what is computed), and
+    dictionaries.
+    """
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    attached = [*attached_points(model), *hooked, *(layer.write for layer in spliced_layers(model))]
+    if attached:
         raise ReflowlensError(
-            f"something is attached to {attached[0]!r}, and a graph is of the model as it is: remove hooks and leave "
-            "blocks of interventions first"
+            f"something is attached to {attached[0] or 'the model'!r}, and a graph is of the model as it is: remove "
+            "hooks, and leave blocks of interventions or dictionaries first"
         )
 
 

@@ -286,3 +286,25 @@ def test_models_and_dictionaries_that_do_not_fit_are_refused(tiny_models, monkey
     change = rl.SetWeights("ln_final.w", torch.full((32,), torch.nan))
     with rl.edit(model, change), pytest.raises(ReflowlensError, match="are not all finite"):
         rl.attribute(model, "abcde")
+
+
+@pytest.mark.parametrize("where", ["", "blocks.0.attn", "blocks.1.ln2"])
+def test_a_model_whose_modules_are_hooked_is_refused(where, tiny_models):
+    model = tiny_models["gpt2_biased"]
+    handle = model.get_submodule(where).register_forward_hook(lambda module, inputs, output: output)
+    try:
+        with pytest.raises(ReflowlensError, match=f"is attached to '{where or 'the model'}'"):
+            graph_of(model)
+    finally:
+        handle.remove()
+    assert len(graph_of(model).nodes)
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_a_model_with_a_dictionary_in_it_is_refused(error, tiny_models):
+    model = tiny_models["gpt2_biased"]
+    graph = graph_of(model)
+    with dictionary_of(model, "plt").spliced(model, error=error):
+        for refused in (lambda: graph_of(model), lambda: graph_of(model, "neurons"), graph.faithfulness):
+            with pytest.raises(ReflowlensError, match=r"is attached to 'blocks\.0\.hook_mlp_out'"):
+                refused()
