@@ -47,6 +47,13 @@ def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = Fal
     return model
 
 
+def check_device(model: HookedModel, dictionary: Dictionary) -> None:
+    """Raise where a dictionary is on another device than a model."""
+    theirs, own = next(dictionary.parameters()).device, next(model.parameters()).device
+    if theirs != own:
+        raise ReflowlensError(f"the dictionary is on {theirs} and the model on {own}: dictionary.to({str(own)!r})")
+
+
 def _of(dictionary: Dictionary) -> str:
     cfg = dictionary.cfg
     return f"the dictionary {cfg.name or 'without a name'}" + (f" of {cfg.model_name}" if cfg.model_name else "")

@@ -41,7 +41,7 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.arguments import integer
-from reflowlens.dictionaries.belonging import check_belongs
+from reflowlens.dictionaries.belonging import check_belongs, check_device
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.dictionaries.spliced_layer import Reading, ReadPoint, ReadWritePoint, SplicedLayer, WritePoint
 from reflowlens.errors import ReflowlensError
@@ -108,7 +108,7 @@ class Splice:
             raise ReflowlensError(f"error must be True, False or 'detached', got {error!r}")
         self.model, self.dictionary, self.error = model, dictionary, error
         self.outside: dict[int, Reading] = {}
-        _check_device(model, dictionary)
+        check_device(model, dictionary)
         cfg = dictionary.cfg
         blocks = [_block(read, write) for read, write in zip(cfg.reads, cfg.writes, strict=True)]
         chosen = _chosen(blocks, layers)
@@ -197,9 +197,3 @@ def _chosen(blocks: Sequence[int], layers: int | Sequence[int] | None) -> set[in
     if not asked:
         raise ReflowlensError("layers names no block to splice the dictionary into")
     return {i for i, block in enumerate(blocks) if block in set(map(integer, asked))}
-
-
-def _check_device(model: HookedModel, dictionary: Dictionary) -> None:
-    theirs, own = next(dictionary.parameters()).device, next(model.parameters()).device
-    if theirs != own:
-        raise ReflowlensError(f"the dictionary is on {theirs} and the model on {own}: dictionary.to({str(own)!r})")

@@ -17,7 +17,12 @@ from reflowlens.models.attention import Attention, Past
 from reflowlens.models.parts import Norm, bias, plus, through_copy
 from reflowlens.models.places import Places
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu}
+
+def _gelu_new(x: Tensor) -> Tensor:  # no lambda, which a model could not be pickled with
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_new": _gelu_new, "relu": F.relu, "silu": F.silu}
 
 
 class MLP(nn.Module):

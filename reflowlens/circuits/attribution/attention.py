@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WhyAttended:
     """The score of a head for a query and a key, or for one key less that for another, and what adds up to it.
 

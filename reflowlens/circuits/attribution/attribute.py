@@ -29,7 +29,7 @@ from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.table import graph_of
 from reflowlens.circuits.attribution.targets import Asked, Targets, split_targets
 from reflowlens.circuits.attribution.traced import Traced, check_unhooked
-from reflowlens.dictionaries.belonging import check_belongs
+from reflowlens.dictionaries.belonging import check_belongs, check_device
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.numerics import without_autocast
@@ -141,6 +141,10 @@ def trace(
     parts = parts_of(model, dictionary, neurons, bool(heads))
     if dictionary is not None:
         check_belongs(dictionary, model, other_model=other_model)
+        check_device(model, dictionary)
+        theirs, own = next(dictionary.parameters()).dtype, model.ln_final.w.dtype
+        if theirs != own:
+            raise ReflowlensError(f"the dictionary is in {theirs} and the model in {own}: dictionary.to({own})")
     tokens = one_prompt(model, prompt)
     asked_tokens, asked = split_targets(targets, model.cfg.n_layers, tokens.shape[1])
     features = [target for target in asked if isinstance(target, FeatureAt)]

@@ -68,5 +68,5 @@ def end_of(
 def no_end(like: Float[Tensor, "*batch d_model"], directions: Sequence[Directions]) -> End:
     """Of a graph whose targets are no tokens, but features or directions."""
     nothing = like.new_zeros(0)
-    targets = LogitTargets([], [], [], nothing, like.new_zeros(0, 0), nothing, nothing)
+    targets = LogitTargets([], [], [], nothing, nothing, like.new_zeros(0, 0), nothing, nothing)
     return End(targets, like.new_zeros(0, like.shape[-1]), nothing, None, directions)

@@ -33,7 +33,7 @@ LEFT_OUT = ("bias", "rest")
 LEAVES = (*INPUTS, *LEFT_OUT, "error")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttributionGraph:
     """What made what on one prompt; ``rl.attribute`` makes it.
 
@@ -181,12 +181,13 @@ class AttributionGraph:
         from_errors, from_inputs = influence[errors].sum(), influence[inputs].sum()
         through = influence + shares.targets
         rest = float(through @ shares.rest)
+        total = max(float(influence.sum()) + rest, 1e-30)
         of_errors = shares.matrix @ errors.astype(shares.matrix.dtype)
         return {
             "replacement": float(from_inputs / max(from_inputs + from_errors, 1e-30)),
             "completeness": float(((1 - of_errors) * through).sum() / through.sum()),
-            "error_influence": float(from_errors / (influence.sum() + rest)),
-            "rest_influence": rest / float(influence.sum() + rest),
+            "error_influence": float(from_errors / total),
+            "rest_influence": rest / total,
         }
 
     def prune(self, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> AttributionGraph:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
 import pandas as pd
 
 from reflowlens.circuits.attribution.attribute import attribute, one_prompt
@@ -210,7 +209,7 @@ def _listed(prompts: Any) -> list[Any]:
 
 
 def _one_each(value: Any, n_prompts: int, name: str) -> list[Any]:
-    if not isinstance(value, list | tuple | np.ndarray) or isinstance(value, str):
+    if not getattr(value, "ndim", isinstance(value, list | tuple)):
         return [value] * n_prompts
     if len(value) != n_prompts:
         raise ReflowlensError(

@@ -75,10 +75,9 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> Attrib
         }
         nodes.loc[nodes["node"].isin(wanted), "target"] = 1.0 / len(wanted)
     else:
-        probability = _numbers(targets.probability).astype(np.float64)
-        nodes.loc[layout.first_target :, "target"] = probability / probability.sum()
+        nodes.loc[layout.first_target :, "target"] = targets.share.double().cpu().numpy()
         if targets.token[0] >= 0:
-            nodes.loc[layout.first_target :, "probability"] = probability
+            nodes.loc[layout.first_target :, "probability"] = _numbers(targets.probability).astype(np.float64)
     matrix = rows.matrix()
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
@@ -108,7 +107,7 @@ def cumulative_shares(influence: np.ndarray) -> np.ndarray:
     """The share of all influence that each node has together with those of more."""
     order = np.argsort(-influence, kind="stable")
     shares = np.empty(len(influence))
-    shares[order] = influence[order].cumsum() / influence.sum()
+    shares[order] = influence[order].cumsum() / max(influence.sum(), 1e-30)
     return shares
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,7 @@ from reflowlens.models.residual import ResidualModel
 from reflowlens.tokenizers.targets import target_ids
 
 Asked: TypeAlias = "FeatureAt | DirectionAt"
-Targets: TypeAlias = "str | int | Asked | Sequence[str | int | Asked] | None"
+Targets: TypeAlias = "str | int | Asked | Sequence[str | int | Asked] | Int[Tensor, ' target'] | None"
 MASS, MOST = 0.95, 10
 
 
@@ -30,6 +30,8 @@ class LogitTargets:
         name, label: of each its node's, and its text.
         token: the id of each; -1 of a difference.
         probability: of each token; of a difference 1.
+        share: of each in what is explained: of tokens the probabilities, normalised to 1, also where each is so small
+            that it is 0 in float32; of differences all the same.
         vectors: what is multiplied with the readout's features: of a token its column less the vocabulary's mean, of a
             difference one column less the other.
         bias: the same of the readout's bias.
@@ -40,6 +42,7 @@ class LogitTargets:
     label: list[str]
     token: list[int]
     probability: Float[Tensor, " target"]
+    share: Float[Tensor, " target"]
     vectors: Float[Tensor, "target k"]
     bias: Float[Tensor, " target"]
     value: Float[Tensor, " target"]
@@ -51,7 +54,8 @@ def split_targets(targets: Targets, n_layers: int, n_positions: int) -> tuple[An
     Raises:
         ReflowlensError: a layer or position does not exist, a direction is named twice, or tokens stand beside others.
     """
-    asked: list[Any] = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
+    several = getattr(targets, "ndim", isinstance(targets, Sequence) and not isinstance(targets, str))
+    asked: list[Any] = list(cast(Any, targets)) if several else [targets]
     if not asked:
         raise ReflowlensError("targets is empty: name tokens or features, or leave it out for the likeliest tokens")
     others = [target for target in asked if isinstance(target, FeatureAt | DirectionAt)]
@@ -112,14 +116,16 @@ def logit_targets(
     if against is None:
         vectors, bias = readout[ids] - readout.mean(0), b_U[ids] - b_U.mean()
         value, names = logits[ids] - logits.mean(), [f"logit:{token}" for token in ids.tolist()]
-        return LogitTargets(names, texts, ids.tolist(), probability[ids], vectors, bias, value)
+        share = logits[ids].cpu().double().softmax(-1)
+        return LogitTargets(names, texts, ids.tolist(), probability[ids], share, vectors, bias, value)
     (other,) = token_ids(model, [against]).tolist()
     if other in ids.tolist():
         raise ReflowlensError(f"{_text(model, other)!r} is compared with itself: name another token in against=")
     names = [f"logit:{token}-{other}" for token in ids.tolist()]
     labels = [f"{text} − {_text(model, other)}" for text in texts]
     vectors, bias, value = readout[ids] - readout[other], b_U[ids] - b_U[other], logits[ids] - logits[other]
-    return LogitTargets(names, labels, [-1] * len(ids), torch.ones_like(value), vectors, bias, value)
+    ones = torch.ones_like(value)
+    return LogitTargets(names, labels, [-1] * len(ids), ones, ones / len(ids), vectors, bias, value)
 
 
 def token_ids(model: ResidualModel, tokens: list[Any]) -> Int[Tensor, " target"]:

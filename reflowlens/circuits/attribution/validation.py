@@ -29,7 +29,7 @@ _EFFECTS = ("predicted", "observed", "control")
 _MOST_TARGETS = 512  # features or neurons whose changes are read, those of most influence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Validation:
     """Predicted and observed effects of a graph's nodes; ``graph.validate`` makes it.
 

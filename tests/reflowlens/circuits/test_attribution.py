@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -308,3 +309,53 @@ def test_a_model_with_a_dictionary_in_it_is_refused(error, tiny_models):
         for refused in (lambda: graph_of(model), lambda: graph_of(model, "neurons"), graph.faithfulness):
             with pytest.raises(ReflowlensError, match=r"is attached to 'blocks\.0\.hook_mlp_out'"):
                 refused()
+
+
+def test_tokens_that_are_all_but_impossible_are_explained(tiny_models):
+    """In float32 their probabilities are 0, by which nothing can be divided."""
+    model = tiny_models["gpt2_biased"]
+    with rl.edit(model, rl.SetWeights("ln_final.w", 1e3 * model.ln_final.w.detach())):
+        order = model(TOKENS)[0, -1].argsort()[:2]
+        graph = graph_of(model, "plt", order)
+        logits = model(TOKENS)[0, -1].detach().double()
+    targets = graph.nodes.query("kind == 'logit'")
+    assert (targets["probability"] == 0).all()
+    np.testing.assert_allclose(np.log(targets["target"]), logits[order].log_softmax(0), rtol=1e-4, atol=1e-6)
+    assert np.isfinite(list(graph.scores().values())).all()
+    assert graph.nodes["influence"].notna().all()
+    assert set(targets["node"]) <= set(graph.prune().nodes["node"])
+
+
+def test_a_graph_of_a_model_that_computes_nothing_has_scores(tiny_models):
+    model = build_model(tiny_models["gpt2"].cfg)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    graph = graph_of(model)
+    assert np.isfinite(list(graph.scores().values())).all()
+    assert graph.nodes[["influence", "cumulative"]].notna().all(axis=None)
+
+
+def test_ids_of_targets_may_be_an_array(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    expected = graph_of(model, "plt", [3, 5]).nodes
+    for ids in (torch.tensor([3, 5]), np.array([3, 5])):
+        pd.testing.assert_frame_equal(graph_of(model, "plt", ids).nodes, expected)
+    each = rl.attribute_each(model, TOKENS.expand(2, -1), targets=torch.tensor([3, 5]), neurons=2, progress=False)
+    assert [list(graph.nodes.query("kind == 'logit'")["feature"]) for graph in each] == [[3], [5]], "one a prompt"
+
+
+@pytest.mark.parametrize(("of_model", "of_dictionary"), [("float64", "float32"), ("float32", "bfloat16")])
+def test_a_dictionary_of_another_type_is_refused(of_model, of_dictionary, tiny_models):
+    model = build_model(tiny_models["gpt2"].cfg).to(getattr(torch, of_model))
+    dictionary = dictionary_of(model, "plt").to(getattr(torch, of_dictionary))
+    with pytest.raises(ReflowlensError, match=rf"is in torch.{of_dictionary} and the model in torch.{of_model}"):
+        rl.attribute(model, TOKENS, dictionary)
+
+
+def test_a_graph_is_itself_and_can_be_pickled_with_its_model(tiny_models):
+    graph = graph_of(tiny_models["gpt2_biased"])
+    other = pickle.loads(pickle.dumps(graph))
+    assert graph in {graph}
+    assert graph != other
+    assert other.faithfulness() == graph.faithfulness()
