@@ -106,6 +106,7 @@ def _content(
     return page_parts(graph, groups, *bounds) | {
         "title": title or "",
         "of": graph.of,
+        "prompt": graph.prompt,
         "blocks": _n_blocks(graph),
         "groups": [list(group) for group in groups],
         "scores": [
@@ -144,7 +145,7 @@ def _page(content: Mapping[str, Any], lang: str, framed: bool = False) -> str:
     translated = messages(lang)
     text = _MESSAGE.sub(lambda match: escape(translated.get(match[1], match[1])), _asset("graph.html"))
     style, script = _asset("graph.css"), "".join(map(_asset, _SCRIPTS))
-    heading = content["title"] or "".join(content["tokens"])
+    heading = content["title"] or content["prompt"]
     return Template(text).substitute(
         language={"en": "en", "zh": "zh-CN"}[lang],
         title=escape(heading),

@@ -91,7 +91,10 @@ def _kept(graph: AttributionGraph, max_nodes: int) -> Any:
     is_constant = nodes["kind"].isin(LEFT_OUT).to_numpy()
     cumulative = nodes["cumulative"].to_numpy()
     others = np.sort(cumulative[~always & ~is_constant])
-    threshold = float(others[max_nodes - 1]) if len(others) > max_nodes else 1.0
+    threshold = 1.0
+    if len(others) > max_nodes:  # amid two nodes, for pruning has sums of its own, which are rounded otherwise
+        last = max_nodes if graph.is_pruned else max_nodes - 1
+        threshold = float(others[last - 1 : last + 1].mean())
     if graph.is_pruned:
         return always | (cumulative <= threshold)
     return nodes["node"].isin(graph.prune(min(threshold, NODE_THRESHOLD), EDGE_THRESHOLD).nodes["node"]).to_numpy()

@@ -76,6 +76,7 @@ class AttributionGraph:
     _scores: dict[str, float] | None = dataclasses.field(default=None, repr=False)
     traced: Traced | None = dataclasses.field(default=None, repr=False)
     _sums: pd.DataFrame | None = dataclasses.field(default=None, repr=False)
+    _prompt: str | None = dataclasses.field(default=None, repr=False)
 
     def __repr__(self) -> str:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in self.scores().items())
@@ -138,12 +139,17 @@ class AttributionGraph:
         from reflowlens.figures.layered_graph import layered_graph
 
         pruned = self if self.is_pruned else self.prune()
-        title = "".join(self.tokens) if title is None else title
+        title = self.prompt if title is None else title
         figure = layered_graph(
             pruned.nodes, pruned.edges, self.tokens, most_nodes=most_nodes, most_edges=most_edges, title=title
         )
-        stamp(figure, graph=self.of, prompt="".join(self.tokens), **self.scores())
+        stamp(figure, graph=self.of, prompt=self.prompt, **self.scores())
         return figure
+
+    @property
+    def prompt(self) -> str:
+        """The text, also where tokens are parts of a character, whose own texts are names of bytes."""
+        return "".join(self.tokens) if self._prompt is None else self._prompt
 
     @cached_property
     def edges(self) -> pd.DataFrame:
@@ -216,6 +222,7 @@ class AttributionGraph:
             self.scores(),
             self.traced,
             sums_of(self, kept.nodes),
+            self._prompt,
         )
 
     @property

@@ -100,7 +100,8 @@ class Groups:
         first["layer"], first["pos"] = (nodes[column].groupby(codes).max() for column in ("layer", "pos"))
         first["cumulative"] = cumulative_shares(first["influence"].to_numpy())
         dropped = joined @ self.whole._dropped
-        return AttributionGraph(first, matrix, self.whole.tokens, self.whole.of, dropped, self.whole.scores())
+        whole = self.whole
+        return AttributionGraph(first, matrix, whole.tokens, whole.of, dropped, whole.scores(), _prompt=whole._prompt)
 
     @property
     def edges(self) -> pd.DataFrame:

@@ -62,7 +62,7 @@ class AttributionGraphs(Sequence[AttributionGraph]):
         from the prompt more than from errors. If the graphs were validated, also ``correlation`` and ``trustworthy``
         of :meth:`AttributionGraph.faithfulness`, by what the model does."""
         frame = pd.DataFrame([graph.scores() for graph in self], columns=list(SCORES))
-        frame.insert(0, "prompt", ["".join(graph.tokens) for graph in self])
+        frame.insert(0, "prompt", [graph.prompt for graph in self])
         frame["usable"] = frame["replacement"] >= USABLE
         for name in ("correlation", "trustworthy") if self.faithfulness else ():
             frame[name] = [found[name] for found in self.faithfulness]

@@ -86,7 +86,7 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> Attrib
     name = "neurons" if traced.dictionary is None else traced.dictionary.cfg.name or "a dictionary"
     with_heads = " and heads" if engine.replacement.heads else ""
     of = f"{name}{with_heads} of {traced.model.cfg.model_name or 'a model'}"
-    return AttributionGraph(nodes, matrix, traced.texts, of, rows.dropped, traced=traced)
+    return AttributionGraph(nodes, matrix, traced.texts, of, rows.dropped, traced=traced, _prompt=traced.text)
 
 
 def _nodes(

@@ -40,6 +40,12 @@ class Traced:
         model, n_vocab = self.model, self.model.tokenizer.n_vocab
         return [model.to_single_str_token(token) if token < n_vocab else "" for token in self.tokens.tolist()]
 
+    @property
+    def text(self) -> str:
+        """Of all of them."""
+        known = self.tokens[self.tokens < self.model.tokenizer.n_vocab]
+        return str(self.model.to_string(known))
+
     def position(self, where: Any, name: str) -> int:
         """A position of the prompt, counted from its beginning.
 

@@ -359,3 +359,15 @@ def test_a_graph_is_itself_and_can_be_pickled_with_its_model(tiny_models):
     assert graph in {graph}
     assert graph != other
     assert other.faithfulness() == graph.faithfulness()
+
+
+def test_a_prompt_is_text_where_its_tokens_are_bytes(tiny_models, tmp_path):
+    """The byte tokenizer has several tokens a character."""
+    prompt = "日😀é"
+    graph = rl.attribute(tiny_models["gpt2_biased"], prompt, neurons=2, progress=False)
+    assert len(graph.tokens) == len(prompt.encode())
+    assert graph.prompt == graph.prune().prompt == prompt
+    assert f"<title>{prompt}" in graph.save(tmp_path / "graph.html").read_text("utf-8")
+    assert graph.figure().layout.title.text == prompt
+    each = rl.attribute_each(tiny_models["gpt2_biased"], [prompt], neurons=2, progress=False)
+    assert list(each.scores()["prompt"]) == [prompt]
