@@ -11,6 +11,7 @@ from the last block of the batch, over all positions, into a dense matrix of all
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,9 @@ class _Frozen:
             self.at[hook.name] = x
 
         held = [name for name in self.model.hook_dict if name.endswith(("hook_scale", "hook_pattern"))]
-        hooks: list[tuple[str, Any]] = [(name, lambda x, hook: x.detach()) for name in held]
+        hooks: list[tuple[str | Callable[..., Any], Callable[..., Any]]] = [
+            (name, lambda x, hook: x.detach()) for name in held
+        ]
         hooks += [(name, cut) for name in self.inputs + self.outputs] + [(name, keep) for name in self.reads]
         with torch.enable_grad():
             self.model.run_with_hooks(tokens, fwd_hooks=hooks, return_type=None)

@@ -57,8 +57,9 @@ class GraphCase:
     def make(self, way: str) -> AttributionGraph | DenseGraph:
         if way != OURS:
             return autograd_graph(self.model, self.tokens, self.dictionary, way)
-        memory = {"memory": _ALL_EDGES} if self.compared else {}
-        return attribute(self.model, self.tokens, self.dictionary, progress=False, **memory)
+        if not self.compared:
+            return attribute(self.model, self.tokens, self.dictionary, progress=False)
+        return attribute(self.model, self.tokens, self.dictionary, memory=_ALL_EDGES, progress=False)
 
 
 def make_case(name: str, n_tokens: int, k: int | None = None, compared: bool = True) -> GraphCase:

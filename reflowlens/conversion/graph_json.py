@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -111,7 +111,7 @@ def graph_json(
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": [_node(node, len(graph.tokens), labels or {}) for node in nodes.to_dict("records")],
+        "nodes": [_node(node, len(graph.tokens), labels or {}) for node in _records(nodes)],
         "links": [{"source": ids[source], "target": ids[target], "weight": weight} for source, target, weight in links],
     }
 
@@ -141,7 +141,11 @@ def _folded(graph: AttributionGraph) -> tuple[pd.DataFrame, list[tuple[str, str,
     if not readout.any():
         nodes.loc[kinds == "logit", "layer"] += 1  # there is a layer of the readout between
     nodes = nodes[drawn_as == np.arange(len(nodes))]
-    return nodes.assign(id=[_id(node, graph) for node in nodes.to_dict("records")]), links
+    return nodes.assign(id=[_id(node, graph) for node in _records(nodes)]), links
+
+
+def _records(nodes: pd.DataFrame) -> list[dict[str, Any]]:
+    return cast("list[dict[str, Any]]", nodes.to_dict("records"))
 
 
 def _id(node: Mapping[str, Any], graph: AttributionGraph) -> str:
