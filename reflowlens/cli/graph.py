@@ -63,4 +63,5 @@ def _graph(options: argparse.Namespace) -> None:
         with replacing(options.out / f"{name}.csv") as new:
             frame.to_csv(new, index=False)
     print(graph)
+    print(graph.faithfulness()["verdict"])
     print(page)

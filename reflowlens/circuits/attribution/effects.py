@@ -60,7 +60,7 @@ def _answers(graph: AttributionGraph) -> Float[Array, " node"]:
     neurons = kind == "neuron"
     if isinstance(model, Decoder) and not model.cfg.gated_mlp and neurons.any():
         act = cast(Block, model.blocks[0]).mlp.act
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             before = torch.tensor(value[neurons], requires_grad=True)
             slope[neurons] = torch.autograd.grad(act(before).sum(), before)[0].numpy()
     writes = np.isfinite(value) & (activation != 0)

@@ -170,9 +170,13 @@ def of_dictionary(
     """The active features of a transcoder, and those that are asked for; a block without a layer is all error.
 
     Raises:
-        ReflowlensError: no feature is active, or what they write is not finite.
+        ReflowlensError: no feature is active, what they write is not finite, or one is asked for of a block without a
+            layer.
     """
     blocks, layers = blocks_of(dictionary), dictionary.each_layer()
+    if missing := [target for target in asked if target.layer not in blocks]:
+        there = ", ".join(map(str, blocks))
+        raise ReflowlensError(f"no feature in block {missing[0].layer}: this dictionary has layers for {there}")
     none = cache["blocks.0.hook_mlp_out"][0]
     units = [_no_units(none)] * model.cfg.n_layers
     written = [Written({}, cache[f"blocks.{block}.hook_mlp_out"][0], None) for block in range(model.cfg.n_layers)]

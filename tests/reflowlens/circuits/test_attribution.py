@@ -371,3 +371,12 @@ def test_a_prompt_is_text_where_its_tokens_are_bytes(tiny_models, tmp_path):
     assert graph.figure().layout.title.text == prompt
     each = rl.attribute_each(tiny_models["gpt2_biased"], [prompt], neurons=2, progress=False)
     assert list(each.scores()["prompt"]) == [prompt]
+
+
+def test_a_feature_of_a_block_that_the_dictionary_leaves_out_is_an_error(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    points = {"reads": ("blocks.1.ln2.hook_normalized",), "writes": ("blocks.1.hook_mlp_out",)}
+    dictionary = dictionary_of(model, "plt", **points)
+    with pytest.raises(ReflowlensError, match="no feature in block 0: this dictionary has layers for 1"):
+        rl.attribute(model, TOKENS, dictionary, rl.FeatureAt(0, 1, -1))
+    assert rl.attribute(model, TOKENS, dictionary, rl.FeatureAt(1, 1, -1)).matrix.nnz

@@ -340,3 +340,14 @@ def test_a_graph_shows_itself_while_it_cannot_be_performed(tiny_models):
         shown = graph._repr_html_()
     assert "something is attached to" in shown
     assert "something is attached to" not in graph._repr_html_()
+
+
+def test_graphs_of_neurons_are_validated_in_inference_mode(tiny_models):
+    """The slope of the activation function is a gradient."""
+
+    def summary():
+        return rl.attribute(tiny_models["gpt2_biased"], "to be", neurons=4, progress=False).validate(4).summary
+
+    expected = summary()
+    with torch.inference_mode():
+        pd.testing.assert_frame_equal(summary(), expected)

@@ -28,6 +28,7 @@ def test_a_prompt_becomes_files(folder, capsys):
     assert graph(folder, "--target", "A", "--against", "B", "--neurons", "4", "--lang", "zh") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("AttributionGraph(neurons of a model, ")
+    assert printed[1].startswith(("trustworthy: ", "not trustworthy: ")), "as the page says first"
     assert printed[-1] == str(folder / "out" / "graph.html")
     assert '<html lang="zh' in (folder / "out" / "graph.html").read_text()
     published = json.loads((folder / "out" / "graph.json").read_text())
