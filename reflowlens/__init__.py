@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from reflowlens.circuits.attribution.attribute import attribute as attribute
     from reflowlens.circuits.attribution.cost import graph_cost as graph_cost
     from reflowlens.circuits.attribution.directions import DirectionAt as DirectionAt
-    from reflowlens.circuits.attribution.dose import dose_response as dose_response
     from reflowlens.circuits.attribution.graph import AttributionGraph as AttributionGraph
+    from reflowlens.circuits.attribution.linear.replacement import FeatureAt as FeatureAt
     from reflowlens.circuits.attribution.many import AttributionGraphs as AttributionGraphs
     from reflowlens.circuits.attribution.many import attribute_each as attribute_each
-    from reflowlens.circuits.attribution.replacement import FeatureAt as FeatureAt
+    from reflowlens.circuits.attribution.performed.dose import dose_response as dose_response
     from reflowlens.circuits.circuits import completeness as completeness
     from reflowlens.circuits.circuits import faithfulness as faithfulness
     from reflowlens.circuits.circuits import grow_circuit as grow_circuit
@@ -80,7 +80,7 @@ _HOMES = {
     "AttributionGraphs": "circuits.attribution.many",
     "Dictionary": "dictionaries.dictionary",
     "DirectionAt": "circuits.attribution.directions",
-    "FeatureAt": "circuits.attribution.replacement",
+    "FeatureAt": "circuits.attribution.linear.replacement",
     "Graph": "circuits.graph",
     "Collected": "activations.collect",
     "ModelConfig": "config",
@@ -103,7 +103,7 @@ _HOMES = {
     "build_model": "models",
     "collect": "activations.collect",
     "completeness": "circuits.circuits",
-    "dose_response": "circuits.attribution.dose",
+    "dose_response": "circuits.attribution.performed.dose",
     "edge_attribution": "circuits.edges",
     "edit": "interventions.edit",
     "exact_edges": "circuits.path_patching",

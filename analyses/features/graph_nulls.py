@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analyses.statistics.draws import derive_generator
-from reflowlens.circuits.attribution.replacement import Replacement, Units, Written
+from reflowlens.circuits.attribution.linear.replacement import Replacement, Units, Written
 
 
 def without_features(replacement: Replacement) -> Replacement:

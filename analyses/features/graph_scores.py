@@ -25,7 +25,7 @@ from analyses.statistics.pvalues import paired_permutation_pvalue
 from reflowlens.circuits.attribution.attribute import attribute
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.circuits.attribution.many import USABLE, with_prompt
-from reflowlens.circuits.attribution.redrawn import redrawn
+from reflowlens.circuits.attribution.scores.redrawn import redrawn
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel

@@ -11,9 +11,9 @@ import pandas as pd
 import reflowlens as rl
 from analyses.result import Finding, Result
 from analyses.statistics import bootstrap_interval, derive_rng, holm, paired_permutation_pvalue, rate_interval, verdict
-from reflowlens.circuits.attribution.alike import UNITS, Numbers
-from reflowlens.circuits.attribution.groups import Groups
-from reflowlens.circuits.attribution.jointly import JointRemoval
+from reflowlens.circuits.attribution.grouped.alike import UNITS, Numbers
+from reflowlens.circuits.attribution.grouped.groups import Groups
+from reflowlens.circuits.attribution.grouped.jointly import JointRemoval
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analyses.statistics import bootstrap_interval, derive_generator
-from reflowlens.circuits.attribution.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.replacement import blocks_of
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary, DictionaryLayer
 from reflowlens.errors import ReflowlensError

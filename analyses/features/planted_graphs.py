@@ -20,8 +20,8 @@ from analyses.features.planted_circuits import (
     two_hop,
 )
 from analyses.result import Finding, Result
-from reflowlens.circuits.attribution.effects import predicted_changes
 from reflowlens.circuits.attribution.graph import AttributionGraph
+from reflowlens.circuits.attribution.performed.effects import predicted_changes
 from reflowlens.dictionaries.dictionary import Dictionary
 
 TEXTS = ("..A", "..A.", "xA.y", "x.yA..", "zzA")  # of the derivatives

@@ -11,8 +11,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from reflowlens.circuits.attribution.graph import LEFT_OUT
-from reflowlens.circuits.attribution.influence import Shares
-from reflowlens.circuits.attribution.sums import sums_of
+from reflowlens.circuits.attribution.scores.influence import Shares
+from reflowlens.circuits.attribution.scores.sums import sums_of
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.notebook.feature_files import digits

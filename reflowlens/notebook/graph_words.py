@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
-from reflowlens.circuits.attribution.alike import UNITS, written_by
+from reflowlens.circuits.attribution.grouped.alike import UNITS, written_by
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph

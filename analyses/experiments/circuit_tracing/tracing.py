@@ -16,8 +16,8 @@ from analyses.experiments.circuit_tracing.writers import Writers, log_probabilit
 from analyses.statistics.draws import derive_rng
 from reflowlens.circuits.attribution.attribute import attribute
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.influence import Shares
-from reflowlens.circuits.attribution.paths import beginnings, best_paths, share_by_length
+from reflowlens.circuits.attribution.scores.influence import Shares
+from reflowlens.circuits.attribution.scores.paths import beginnings, best_paths, share_by_length
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.models.base import HookedModel
 

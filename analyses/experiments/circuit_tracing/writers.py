@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analyses.features.layers import unembedding_of
 from analyses.units.points import written_by
-from reflowlens.circuits.attribution.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.replacement import blocks_of
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.models.base import HookedModel
 

@@ -18,15 +18,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.architectures import parts_of
 from reflowlens.circuits.attribution.directions import DirectionAt, checked, directions_of
-from reflowlens.circuits.attribution.ends import end_of, inputs_of, no_end
-from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.circuits.attribution.edges.ends import end_of, inputs_of, no_end
+from reflowlens.circuits.attribution.edges.engine import Engine
+from reflowlens.circuits.attribution.edges.layout import layout_of, possible_edges
+from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE, SparseRows
+from reflowlens.circuits.attribution.edges.table import graph_of
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.layout import layout_of, possible_edges
-from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement
-from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
-from reflowlens.circuits.attribution.table import graph_of
+from reflowlens.circuits.attribution.linear.architectures import parts_of
+from reflowlens.circuits.attribution.linear.replacement import FeatureAt, Replacement
 from reflowlens.circuits.attribution.targets import Asked, Targets, split_targets
 from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.dictionaries.belonging import check_belongs, check_device

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from reflowlens.circuits.attribution.attribute import empty_rows, trace
-from reflowlens.circuits.attribution.engine import BYTES_AT_ONCE
-from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE, SparseRows
+from reflowlens.circuits.attribution.edges.engine import BYTES_AT_ONCE
+from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.targets import Targets
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.models.text import TextInput

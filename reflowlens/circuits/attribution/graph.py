@@ -14,19 +14,19 @@ import pandas as pd
 from jaxtyping import Float
 
 from reflowlens.arguments import real_number
-from reflowlens.circuits.attribution.influence import Kinds, Shares, Vector, prune
-from reflowlens.circuits.attribution.sums import sums_of
+from reflowlens.circuits.attribution.scores.influence import Kinds, Shares, Vector, prune
+from reflowlens.circuits.attribution.scores.sums import sums_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.opening import as_path
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from reflowlens.circuits.attribution.attention import WhyAttended
-    from reflowlens.circuits.attribution.groups import Groups
-    from reflowlens.circuits.attribution.performing import Factors
+    from reflowlens.circuits.attribution.explained.attention import WhyAttended
+    from reflowlens.circuits.attribution.grouped.groups import Groups
+    from reflowlens.circuits.attribution.performed.performing import Factors
+    from reflowlens.circuits.attribution.performed.validation import Validation
     from reflowlens.circuits.attribution.traced import Traced
-    from reflowlens.circuits.attribution.validation import Validation
 
 INPUTS = ("embedding", "position", "signal")
 LEFT_OUT = ("bias", "rest")
@@ -232,61 +232,61 @@ class AttributionGraph:
 
     def groups(self, **options: Any) -> Groups:
         """Nodes that do the same thing, found without a language model, named and tested: see
-        :func:`reflowlens.circuits.attribution.groups.groups_of`, which has the arguments."""
-        from reflowlens.circuits.attribution.groups import groups_of
+        :func:`reflowlens.circuits.attribution.grouped.groups.groups_of`, which has the arguments."""
+        from reflowlens.circuits.attribution.grouped.groups import groups_of
 
         return groups_of(self, **options)
 
     def paths(self, k: int = 10, *, edges: int = 2, errors: bool = True) -> pd.DataFrame:
         """The k paths that most of what is explained goes along; see
-        :func:`~reflowlens.circuits.attribution.paths.strongest_paths`."""
-        from reflowlens.circuits.attribution.paths import strongest_paths
+        :func:`~reflowlens.circuits.attribution.scores.paths.strongest_paths`."""
+        from reflowlens.circuits.attribution.scores.paths import strongest_paths
 
         return strongest_paths(self, k, edges=edges, errors=errors)
 
     def perform(self, interventions: Factors | Sequence[Factors], **options: Any) -> pd.DataFrame:
         """Set nodes to multiples of their activation in the model, and read what becomes of the others: see
-        :func:`reflowlens.circuits.attribution.performing.perform`, which has the arguments."""
-        from reflowlens.circuits.attribution.performing import perform
+        :func:`reflowlens.circuits.attribution.performed.performing.perform`, which has the arguments."""
+        from reflowlens.circuits.attribution.performed.performing import perform
 
         return perform(self, interventions, **options)
 
     def validate(self, n_nodes: int = 32, *args: Any, **options: Any) -> Validation:
         """Set nodes one at a time, and compare what changes with what the graph predicts, beside random nodes: see
-        :func:`reflowlens.circuits.attribution.validation.validate`, which has the arguments."""
-        from reflowlens.circuits.attribution.validation import validate
+        :func:`reflowlens.circuits.attribution.performed.validation.validate`, which has the arguments."""
+        from reflowlens.circuits.attribution.performed.validation import validate
 
         return validate(self, n_nodes, *args, **options)
 
     def faithfulness(self) -> dict[str, Any]:
         """Whether the graph is to be trusted, by a few interventions in the model, once: see
-        :func:`reflowlens.circuits.attribution.faithful.faithfulness`, which has the values and the rule."""
+        :func:`reflowlens.circuits.attribution.performed.faithful.faithfulness`, which has the values and the rule."""
         return dict(self._faithfulness)
 
     @cached_property
     def _faithfulness(self) -> dict[str, Any]:
-        from reflowlens.circuits.attribution.faithful import faithfulness
+        from reflowlens.circuits.attribution.performed.faithful import faithfulness
 
         return faithfulness(self)
 
     def why_attended(self, layer: int, head: int, query: int | str, key: int | str, top: int = 1000) -> WhyAttended:
         """Why a head looks from one position at another: its score split exactly into pairs of nodes; see
-        :func:`~reflowlens.circuits.attribution.attention.why_attended`."""
-        from reflowlens.circuits.attribution.attention import why_attended
+        :func:`~reflowlens.circuits.attribution.explained.attention.why_attended`."""
+        from reflowlens.circuits.attribution.explained.attention import why_attended
 
         return why_attended(self, layer, head, query, key, top)
 
     def heads(self, target: str, source: str | None = None, top: int = 1000) -> pd.DataFrame:
         """The edges into a node split exactly by the last head on the way; see
-        :func:`~reflowlens.circuits.attribution.heads.by_last_head`."""
-        from reflowlens.circuits.attribution.heads import by_last_head
+        :func:`~reflowlens.circuits.attribution.explained.heads.by_last_head`."""
+        from reflowlens.circuits.attribution.explained.heads import by_last_head
 
         return by_last_head(self, target, source, top)
 
     def through_heads(self, target: str) -> pd.DataFrame:
         """What every head brings to a node, on all ways; see
-        :func:`~reflowlens.circuits.attribution.heads.through_heads`."""
-        from reflowlens.circuits.attribution.heads import through_heads
+        :func:`~reflowlens.circuits.attribution.explained.heads.through_heads`."""
+        from reflowlens.circuits.attribution.explained.heads import through_heads
 
         return through_heads(self, target)
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from reflowlens.circuits.attribution.attribute import attribute, one_prompt
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.intervals import mean_intervals
+from reflowlens.circuits.attribution.scores.intervals import mean_intervals
 from reflowlens.circuits.attribution.targets import split_targets, token_ids
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from reflowlens.arguments import number_of_runs, real_number, whole_number
 from reflowlens.circuits.attribution.graph import INPUTS, AttributionGraph
-from reflowlens.circuits.attribution.intervals import mean_intervals
+from reflowlens.circuits.attribution.scores.intervals import mean_intervals
 from reflowlens.errors import ReflowlensError
 
 _ENDS = (*INPUTS, "readout", "logit")  # in no block

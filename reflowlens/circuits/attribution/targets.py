@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.circuits.attribution.directions import DirectionAt
-from reflowlens.circuits.attribution.replacement import FeatureAt
+from reflowlens.circuits.attribution.linear.replacement import FeatureAt
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.residual import ResidualModel
 from reflowlens.tokenizers.targets import target_ids

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.arguments import integer
-from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.circuits.attribution.edges.engine import Engine
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError

@@ -10,8 +10,8 @@ from torch import Tensor
 import reflowlens as rl
 from analyses.features.graph_nulls import RandomFeatures, strongest_units, without_features
 from analyses.features.graph_scores import graph_scores, summary
-from reflowlens.circuits.attribution.redrawn import redrawn
-from reflowlens.circuits.attribution.replacement import Replacement
+from reflowlens.circuits.attribution.linear.replacement import Replacement
+from reflowlens.circuits.attribution.scores.redrawn import redrawn
 from reflowlens.errors import ReflowlensError
 from tests.reference import graph_scores as reference
 from tests.support.dictionaries import dictionary_of

@@ -380,3 +380,15 @@ def test_a_feature_of_a_block_that_the_dictionary_leaves_out_is_an_error(tiny_mo
     with pytest.raises(ReflowlensError, match="no feature in block 0: this dictionary has layers for 1"):
         rl.attribute(model, TOKENS, dictionary, rl.FeatureAt(0, 1, -1))
     assert rl.attribute(model, TOKENS, dictionary, rl.FeatureAt(1, 1, -1)).matrix.nnz
+
+
+def test_a_model_that_is_not_what_its_weights_say_is_refused(tiny_models):
+    model = tiny_models["gpt2_biased"]
+    mlp, forward = model.blocks[1].mlp, model.blocks[1].mlp.forward
+    mlp.forward = lambda x: forward(x) + x  # type: ignore[method-assign]
+    model.blocks[0].attn.forward, own = lambda *args: 2 * own(*args), model.blocks[0].attn.forward
+    try:
+        with pytest.raises(ReflowlensError, match="do not add up"):
+            rl.attribute(model, TOKENS, progress=False)
+    finally:
+        del mlp.forward, model.blocks[0].attn.forward

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import reflowlens as rl
-from reflowlens.circuits.attribution.largest import largest_products
-from reflowlens.circuits.attribution.table import nodes_of
+from reflowlens.circuits.attribution.edges.largest import largest_products
+from reflowlens.circuits.attribution.edges.table import nodes_of
 from reflowlens.errors import ReflowlensError
 from tests.reference.attention import last_heads, score_parts, watched
 from tests.reference.attribution import Frozen, FrozenBDH
@@ -123,7 +123,7 @@ def test_only_the_largest_pairs_are_kept_and_the_rest_is_one_row(tiny_models):
 
 @pytest.mark.parametrize("n", [1, 30, 10**5])
 def test_the_largest_products_are_found_without_forming_all(n, monkeypatch):
-    monkeypatch.setattr("reflowlens.circuits.attribution.largest._NUMBERS_AT_ONCE", 100)
+    monkeypatch.setattr("reflowlens.circuits.attribution.edges.largest._NUMBERS_AT_ONCE", 100)
     generator = torch.Generator().manual_seed(n)
     q, k = (torch.randn(m, 3, generator=generator) * torch.rand(m, 1, generator=generator) ** 4 for m in (40, 30))
     q[::3] = 0

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 import reflowlens as rl
-from reflowlens.circuits.attribution.rows import BYTES_AN_EDGE
+from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE
 from reflowlens.progress import bar
 from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import random_tokens

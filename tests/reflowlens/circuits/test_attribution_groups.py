@@ -9,9 +9,9 @@ import torch
 import reflowlens as rl
 from analyses.features.dashboards import feature_dashboards
 from analyses.features.planted_circuits import PlantedCircuit, exact_dictionary, gate, suppression
-from reflowlens.circuits.attribution.alike import similarity, tree_of, written_by
-from reflowlens.circuits.attribution.groups import Groups
-from reflowlens.circuits.attribution.jointly import Removals
+from reflowlens.circuits.attribution.grouped.alike import similarity, tree_of, written_by
+from reflowlens.circuits.attribution.grouped.groups import Groups
+from reflowlens.circuits.attribution.grouped.jointly import Removals
 from reflowlens.errors import ReflowlensError
 from tests.support.dictionaries import dictionary_of
 

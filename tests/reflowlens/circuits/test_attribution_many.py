@@ -17,7 +17,7 @@ from scipy import sparse
 
 import reflowlens as rl
 from reflowlens.circuits.attribution import many
-from reflowlens.circuits.attribution.intervals import mean_intervals
+from reflowlens.circuits.attribution.scores.intervals import mean_intervals
 from reflowlens.errors import ReflowlensError
 from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import random_model

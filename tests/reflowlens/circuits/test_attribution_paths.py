@@ -7,8 +7,8 @@ import pytest
 from scipy import sparse
 
 import reflowlens as rl
-from reflowlens.circuits.attribution.influence import Shares
-from reflowlens.circuits.attribution.paths import beginnings, best_paths, share_by_length
+from reflowlens.circuits.attribution.scores.influence import Shares
+from reflowlens.circuits.attribution.scores.paths import beginnings, best_paths, share_by_length
 from reflowlens.errors import ReflowlensError
 from tests.reference.graph_paths import all_paths
 from tests.support.dictionaries import dictionary_of

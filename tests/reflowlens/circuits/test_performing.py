@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import reflowlens as rl
-from reflowlens.circuits.attribution.changed_runs import performed
-from reflowlens.circuits.attribution.performing import change_of, factors_of
+from reflowlens.circuits.attribution.performed.changed_runs import performed
+from reflowlens.circuits.attribution.performed.performing import change_of, factors_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.bdh import BDH as BDHModel

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import reflowlens as rl
-from reflowlens.circuits.attribution.changed_runs import performed
-from reflowlens.circuits.attribution.effects import _correlations, agreement, predicted_changes, relative_size
-from reflowlens.circuits.attribution.faithful import _judged
-from reflowlens.circuits.attribution.matched import Matched
-from reflowlens.circuits.attribution.performing import change_of, place_of
-from reflowlens.circuits.attribution.validation import strongest
+from reflowlens.circuits.attribution.performed.changed_runs import performed
+from reflowlens.circuits.attribution.performed.effects import _correlations, agreement, predicted_changes, relative_size
+from reflowlens.circuits.attribution.performed.faithful import _judged
+from reflowlens.circuits.attribution.performed.matched import Matched
+from reflowlens.circuits.attribution.performed.performing import change_of, place_of
+from reflowlens.circuits.attribution.performed.validation import strongest
 from reflowlens.errors import ReflowlensError
 from tests.reflowlens.circuits.test_attribution import BDH, NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of

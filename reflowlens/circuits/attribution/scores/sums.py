@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from reflowlens.circuits.attribution.influence import Vector
+from reflowlens.circuits.attribution.scores.influence import Vector
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
-from reflowlens.circuits.attribution.frozen_model import Carried, FrozenModel
-from reflowlens.circuits.attribution.layout import End, Inputs, Layout, running
-from reflowlens.circuits.attribution.replacement import Replacement, Units
-from reflowlens.circuits.attribution.ways import Within, dense
+from reflowlens.circuits.attribution.edges.layout import End, Inputs, Layout, running
+from reflowlens.circuits.attribution.linear.frozen_model import Carried, FrozenModel
+from reflowlens.circuits.attribution.linear.replacement import Replacement, Units
+from reflowlens.circuits.attribution.linear.ways import Within, dense
 
 BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
 

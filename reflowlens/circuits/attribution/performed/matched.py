@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_pass import Change, Place
-from reflowlens.circuits.attribution.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.replacement import blocks_of
+from reflowlens.circuits.attribution.performed.changed_pass import Change, Place
 from reflowlens.models.bdh import BDH
 from reflowlens.models.components import Block
 

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_pass import Change
-from reflowlens.circuits.attribution.changed_runs import performed
-from reflowlens.circuits.attribution.effects import agreement, predicted_changes
-from reflowlens.circuits.attribution.matched import Matched, instead
-from reflowlens.circuits.attribution.performing import change_of, place_of
+from reflowlens.circuits.attribution.performed.changed_pass import Change
+from reflowlens.circuits.attribution.performed.changed_runs import performed
+from reflowlens.circuits.attribution.performed.effects import agreement, predicted_changes
+from reflowlens.circuits.attribution.performed.matched import Matched, instead
+from reflowlens.circuits.attribution.performed.performing import change_of, place_of
+from reflowlens.circuits.attribution.performed.validation import UNITS, strongest
 from reflowlens.circuits.attribution.traced import traced_of
-from reflowlens.circuits.attribution.validation import UNITS, strongest
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import number_of_runs, random_seed, real_number
-from reflowlens.circuits.attribution.matched import nearest_norms, ratio_of
-from reflowlens.circuits.attribution.replacement import FeatureAt, blocks_of
+from reflowlens.circuits.attribution.linear.replacement import FeatureAt, blocks_of
+from reflowlens.circuits.attribution.performed.matched import nearest_norms, ratio_of
 from reflowlens.circuits.attribution.targets import split_targets
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary

@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.influence import Shares, Vector
+from reflowlens.circuits.attribution.scores.influence import Shares, Vector
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph

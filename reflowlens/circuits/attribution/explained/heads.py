@@ -20,14 +20,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.engine import Engine
-from reflowlens.circuits.attribution.frozen import FrozenAttention, FrozenDecoder
-from reflowlens.circuits.attribution.frozen_model import at_positions
-from reflowlens.circuits.attribution.largest import LargestParts
-from reflowlens.circuits.attribution.layout import End
-from reflowlens.circuits.attribution.table import nodes_of
+from reflowlens.circuits.attribution.edges.engine import Engine
+from reflowlens.circuits.attribution.edges.largest import LargestParts
+from reflowlens.circuits.attribution.edges.layout import End
+from reflowlens.circuits.attribution.edges.table import nodes_of
+from reflowlens.circuits.attribution.linear.frozen import FrozenAttention, FrozenDecoder
+from reflowlens.circuits.attribution.linear.frozen_model import at_positions
+from reflowlens.circuits.attribution.linear.ways import Ways, dense
 from reflowlens.circuits.attribution.traced import Traced, traced_of
-from reflowlens.circuits.attribution.ways import Ways, dense
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.out_of_memory import lower_if_it_does_not_fit

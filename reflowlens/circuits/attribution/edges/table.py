@@ -10,11 +10,13 @@ import pandas as pd
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import DirectionAt
+from reflowlens.circuits.attribution.edges.rows import SparseRows
 from reflowlens.circuits.attribution.graph import LEFT_OUT, AttributionGraph, shares_of
-from reflowlens.circuits.attribution.rows import SparseRows
 from reflowlens.circuits.attribution.targets import Asked
 from reflowlens.circuits.attribution.traced import Traced
+from reflowlens.errors import ReflowlensError
 
+_FAR_OFF = 0.01  # of the largest value: rounding is 1e-6
 _INTEGERS = {"layer": "Int64", "pos": "Int64", "feature": "Int64"}
 
 
@@ -79,6 +81,7 @@ def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> Attrib
         if targets.token[0] >= 0:
             nodes.loc[layout.first_target :, "probability"] = _numbers(targets.probability).astype(np.float64)
     matrix = rows.matrix()
+    _check_sums(nodes, matrix)
     shares = shares_of(nodes, matrix, rows.dropped)
     nodes["influence"] = shares.influence()
     nodes.loc[nodes["kind"] == "rest", "influence"] = float((nodes["influence"] + shares.targets) @ shares.rest)
@@ -101,6 +104,18 @@ def _nodes(
 ) -> pd.DataFrame:
     columns = {"node": names, "kind": kind, "layer": layer, "pos": pos, "feature": feature, "label": label}
     return pd.DataFrame(columns | {"activation": activation, "value": value}, index=range(len(names)))
+
+
+def _check_sums(nodes: pd.DataFrame, matrix: Any) -> None:
+    """Raise where edges do not add up to what the forward pass gave: the model is no such sum of its weights."""
+    value = nodes["value"].to_numpy(dtype=np.float64, na_value=np.nan)
+    error = np.abs(np.asarray(matrix.sum(axis=1)).ravel() - value)
+    worst = np.nanmax(error, initial=0.0)
+    if worst > _FAR_OFF * np.nanmax(np.abs(value), initial=1e-30):
+        raise ReflowlensError(
+            f"edges into {nodes['node'][int(np.nanargmax(error))]} do not add up, by {worst:.3g}: this model computes "
+            "something else than its weights say, as with a module or a method replaced"
+        )
 
 
 def cumulative_shares(influence: np.ndarray) -> np.ndarray:

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
-from reflowlens.circuits.attribution.heads import split_by_last_head
-from reflowlens.circuits.attribution.largest import largest_products
-from reflowlens.circuits.attribution.queries_keys import HeadAt, Side, head_at
-from reflowlens.circuits.attribution.table import nodes_of
+from reflowlens.circuits.attribution.edges.largest import largest_products
+from reflowlens.circuits.attribution.edges.table import nodes_of
+from reflowlens.circuits.attribution.explained.heads import split_by_last_head
+from reflowlens.circuits.attribution.explained.queries_keys import HeadAt, Side, head_at
 from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.out_of_memory import lower_if_it_does_not_fit

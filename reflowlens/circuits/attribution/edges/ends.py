@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
-from reflowlens.circuits.attribution.layout import End, Inputs
+from reflowlens.circuits.attribution.edges.layout import End, Inputs
 from reflowlens.circuits.attribution.targets import LogitTargets, logit_targets
 from reflowlens.models.residual import ResidualModel
 

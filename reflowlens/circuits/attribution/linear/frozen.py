@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import MIDDLE
-from reflowlens.circuits.attribution.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
-from reflowlens.circuits.attribution.replacement import Units, detached
-from reflowlens.circuits.attribution.ways import Ways, Within, dense
+from reflowlens.circuits.attribution.linear.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
+from reflowlens.circuits.attribution.linear.replacement import Units, detached
+from reflowlens.circuits.attribution.linear.ways import Ways, Within, dense
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm

@@ -11,11 +11,11 @@ import pandas as pd
 from jaxtyping import Int
 
 from reflowlens.arguments import random_seed, real_number, whole_number
-from reflowlens.circuits.attribution.changed_pass import Level
-from reflowlens.circuits.attribution.changed_runs import performed
-from reflowlens.circuits.attribution.effects import agreement, predicted_changes, relative_size
-from reflowlens.circuits.attribution.matched import Matched, instead
-from reflowlens.circuits.attribution.performing import Free, change_of, level_of, place_of
+from reflowlens.circuits.attribution.performed.changed_pass import Level
+from reflowlens.circuits.attribution.performed.changed_runs import performed
+from reflowlens.circuits.attribution.performed.effects import agreement, predicted_changes, relative_size
+from reflowlens.circuits.attribution.performed.matched import Matched, instead
+from reflowlens.circuits.attribution.performed.performing import Free, change_of, level_of, place_of
 from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.errors import ReflowlensError
 

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.arguments import integer
-from reflowlens.circuits.attribution.frozen import FrozenDecoder, dot
-from reflowlens.circuits.attribution.heads import Reader
+from reflowlens.circuits.attribution.explained.heads import Reader
+from reflowlens.circuits.attribution.linear.frozen import FrozenDecoder, dot
 from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.bdh import Level

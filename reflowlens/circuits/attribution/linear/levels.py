@@ -16,10 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.frozen import FrozenNorm
-from reflowlens.circuits.attribution.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
-from reflowlens.circuits.attribution.replacement import FeatureAt, Replacement, Units, Written, chosen_units
-from reflowlens.circuits.attribution.ways import dense
+from reflowlens.circuits.attribution.linear.frozen import FrozenNorm
+from reflowlens.circuits.attribution.linear.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
+from reflowlens.circuits.attribution.linear.replacement import FeatureAt, Replacement, Units, Written, chosen_units
+from reflowlens.circuits.attribution.linear.ways import dense
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
 

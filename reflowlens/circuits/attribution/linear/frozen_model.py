@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.replacement import Units
-from reflowlens.circuits.attribution.ways import Ways, Within
+from reflowlens.circuits.attribution.linear.replacement import Units
+from reflowlens.circuits.attribution.linear.ways import Ways, Within
 
 Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways | Within"
 Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"

@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_pass import Hooks, Pass, held
+from reflowlens.circuits.attribution.performed.changed_pass import Hooks, Pass, held
 from reflowlens.models.numerics import wide
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
-from reflowlens.circuits.attribution.replacement import Replacement
-from reflowlens.circuits.attribution.rows import REST
+from reflowlens.circuits.attribution.edges.rows import REST
+from reflowlens.circuits.attribution.linear.replacement import Replacement
 from reflowlens.circuits.attribution.targets import LogitTargets
 
 

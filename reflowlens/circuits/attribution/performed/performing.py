@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.arguments import real_number
-from reflowlens.circuits.attribution.changed_pass import Change, Level, Place
-from reflowlens.circuits.attribution.changed_runs import performed
 from reflowlens.circuits.attribution.graph import INPUTS
+from reflowlens.circuits.attribution.performed.changed_pass import Change, Level, Place
+from reflowlens.circuits.attribution.performed.changed_runs import performed
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import ClusterNode, linkage, to_tree
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from reflowlens.circuits.attribution.influence import Vector
+from reflowlens.circuits.attribution.scores.influence import Vector
 from reflowlens.circuits.attribution.traced import Traced
 
 if TYPE_CHECKING:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from reflowlens.circuits.attribution.engine import Engine
+from reflowlens.circuits.attribution.edges.engine import Engine
+from reflowlens.circuits.attribution.edges.layout import layout_of, possible_edges
+from reflowlens.circuits.attribution.edges.rows import SparseRows
+from reflowlens.circuits.attribution.edges.table import graph_of
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.layout import layout_of, possible_edges
-from reflowlens.circuits.attribution.replacement import Replacement
-from reflowlens.circuits.attribution.rows import SparseRows
-from reflowlens.circuits.attribution.table import graph_of
+from reflowlens.circuits.attribution.linear.replacement import Replacement
 from reflowlens.circuits.attribution.traced import Traced
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from reflowlens.circuits.attribution.changed_pass import Level
-from reflowlens.circuits.attribution.changed_runs import performed
-from reflowlens.circuits.attribution.influence import Vector
-from reflowlens.circuits.attribution.performing import change_of
+from reflowlens.circuits.attribution.performed.changed_pass import Level
+from reflowlens.circuits.attribution.performed.changed_runs import performed
+from reflowlens.circuits.attribution.performed.performing import change_of
+from reflowlens.circuits.attribution.scores.influence import Vector
 
 if TYPE_CHECKING:
-    from reflowlens.circuits.attribution.alike import Numbers
     from reflowlens.circuits.attribution.graph import AttributionGraph
+    from reflowlens.circuits.attribution.grouped.alike import Numbers
 
 
 class JointRemoval(NamedTuple):

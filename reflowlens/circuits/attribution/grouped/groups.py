@@ -15,11 +15,11 @@ import pandas as pd
 from scipy import sparse
 
 from reflowlens.arguments import real_number
-from reflowlens.circuits.attribution.alike import UNITS, Numbers, at_least, similarity, tree_of
+from reflowlens.circuits.attribution.edges.table import cumulative_shares
 from reflowlens.circuits.attribution.graph import AttributionGraph
-from reflowlens.circuits.attribution.jointly import JointRemoval, Removals
-from reflowlens.circuits.attribution.performing import PERFORMED, Free, level_of
-from reflowlens.circuits.attribution.table import cumulative_shares
+from reflowlens.circuits.attribution.grouped.alike import UNITS, Numbers, at_least, similarity, tree_of
+from reflowlens.circuits.attribution.grouped.jointly import JointRemoval, Removals
+from reflowlens.circuits.attribution.performed.performing import PERFORMED, Free, level_of
 from reflowlens.circuits.attribution.traced import traced_of
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
@@ -41,8 +41,9 @@ class Groups:
         tested: how the groups came about, a row a candidate: its ``round`` (0: a cluster, later ones parts of it),
             its ``members``, their ``n``, their ``similarity`` (that of the two parts that it was joined of),
             ``deviation`` and ``likeness`` of their removal
-            (:class:`~reflowlens.circuits.attribution.jointly.JointRemoval`), ``outcome``: ``kept``, ``split`` into the
-            two parts, which were tested next, or ``dissolved``: these were single nodes; ``group``: its name, if kept.
+            (:class:`~reflowlens.circuits.attribution.grouped.jointly.JointRemoval`), ``outcome``: ``kept``, ``split``
+            into the two parts, which were tested next, or ``dissolved``: these were single nodes; ``group``: its name,
+            if kept.
         tolerance, alike: the most deviation and the least likeness with which a group ``agrees``.
         removals: of nodes of ``whole``, together and one by one.
     """
@@ -218,10 +219,10 @@ def groups_of(
     """Find features, or neurons, that do the same thing.
 
     Nodes are joined two by two in the order of their mean similarity
-    (:func:`~reflowlens.circuits.attribution.alike.similarity`) as long as this is at least ``similar``. Each cluster is
-    then removed as a whole, and each of its nodes alone: it is a group if both come to the same, and if all of its
-    nodes do the same to the others. One that fails is split into the two parts that it was joined of, and these are
-    tested.
+    (:func:`~reflowlens.circuits.attribution.grouped.alike.similarity`) as long as this is at least ``similar``. Each
+    cluster is then removed as a whole, and each of its nodes alone: it is a group if both come to the same, and if all
+    of its nodes do the same to the others. One that fails is split into the two parts that it was joined of, and these
+    are tested.
 
     Args:
         graph: not pruned: its groups are those of ``graph.prune()``.

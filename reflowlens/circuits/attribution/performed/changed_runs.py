@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_decoder import DecoderPass
-from reflowlens.circuits.attribution.changed_levels import LevelPass
-from reflowlens.circuits.attribution.changed_pass import Change, Level
+from reflowlens.circuits.attribution.performed.changed_decoder import DecoderPass
+from reflowlens.circuits.attribution.performed.changed_levels import LevelPass
+from reflowlens.circuits.attribution.performed.changed_pass import Change, Level
 from reflowlens.circuits.attribution.traced import check_unhooked, traced_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.circuits.attribution.changed_pass import Change, Hooks, Level, Pass, held
-from reflowlens.circuits.attribution.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.replacement import blocks_of
+from reflowlens.circuits.attribution.performed.changed_pass import Change, Hooks, Level, Pass, held
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.models.components import Block
 

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import PLACES
-from reflowlens.circuits.attribution.frozen import FrozenDecoder
-from reflowlens.circuits.attribution.frozen_model import FrozenModel
-from reflowlens.circuits.attribution.levels import FrozenLevels, gated_points, of_gated_neurons
-from reflowlens.circuits.attribution.replacement import (
+from reflowlens.circuits.attribution.linear.frozen import FrozenDecoder
+from reflowlens.circuits.attribution.linear.frozen_model import FrozenModel
+from reflowlens.circuits.attribution.linear.levels import FrozenLevels, gated_points, of_gated_neurons
+from reflowlens.circuits.attribution.linear.replacement import (
     FeatureAt,
     Replacement,
     heads_of,

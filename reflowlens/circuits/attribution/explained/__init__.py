@@ -1,0 +1,1 @@
+"""Attention explained: scores by pairs of sources, edges by heads."""

@@ -1,0 +1,1 @@
+"""Supernodes: nodes that do the same thing, tested by joint removal."""

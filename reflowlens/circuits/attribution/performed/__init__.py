@@ -1,0 +1,1 @@
+"""What a graph says, done in the model: interventions, validation, faithfulness, doses."""

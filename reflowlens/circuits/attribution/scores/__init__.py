@@ -1,0 +1,1 @@
+"""Influence, paths, sums and scores of graphs."""
