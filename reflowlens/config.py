@@ -8,9 +8,10 @@ import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar, cast
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.ttt_flow_config import TTTFlowConfig
 
 _DECODER: dict[str, Any] = {
     "act_fn": "silu",
@@ -37,6 +38,7 @@ _BDH = {
     "positional_embedding_type": "rotary",
     "rotary_adjacent_pairs": True,
 }
+_TTT_FLOW = _DECODER | {"act_fn": "leaky_relu_squared", "gated_mlp": False, "rotary_adjacent_pairs": False}
 # What the name of an architecture gives a field unless a configuration says otherwise. nanoGPT's GPT-2 has learned
 # positions, LayerNorm and an ungated exact GELU; the decoders after it RMSNorm, SwiGLU and rotary positions. reFlow's
 # public model file rotates adjacent channels; GPT-2-New and Llama, as transformers stores it, rotate halves.
@@ -48,22 +50,27 @@ _DEFAULTS = {
     "reflow_topk": _REFLOW,
     "reflow_lite": _REFLOW,
     "bdh": _BDH,
+    "ttt_flow": _TTT_FLOW,
 }
 ARCHITECTURES = tuple(_DEFAULTS)
 _FACTORED = ("reflow", "reflow_topk", "reflow_lite")
 _NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons
+_BIASES = ("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias")
 # What an architecture is made of, and no configuration changes.
 _FIXED: dict[str, dict[str, Any]] = {
     "bdh": {name: value for name, value in _BDH.items() if name != "eps"}
     | {"n_key_value_heads": None, "tie_word_embeddings": False, "rotary_scaling": None}
-    | dict.fromkeys(("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias"), False)
+    | dict.fromkeys(_BIASES, False),
+    "ttt_flow": {name: value for name, value in _TTT_FLOW.items() if name != "eps"}
+    | {"tie_word_embeddings": True, "rotary_scaling": None, "dropout": 0.0}
+    | dict.fromkeys(_BIASES, False),
 }
 _CHOICES: dict[str, Collection[object]] = {
     "architecture": _DEFAULTS.keys(),
-    "act_fn": ("gelu", "gelu_new", "relu", "silu"),
+    "act_fn": ("gelu", "gelu_new", "relu", "silu", "leaky_relu_squared"),
     "normalization_type": ("LN", "RMS"),
     "positional_embedding_type": ("standard", "rotary"),
-    "tokenizer_name": ("gpt2", "gpt2_16k", "bytes"),
+    "tokenizer_name": ("gpt2", "gpt2_16k", "gpt2_1k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
 }
 _OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
@@ -106,7 +113,8 @@ class ModelConfig:
     """The sizes and choices that make up a model, in TransformerLens's field names.
 
     Args:
-        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``, ``bdh``.
+        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``, ``bdh``,
+            ``ttt_flow``.
         n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
             Of ``bdh`` ``n_layers`` are its levels, ``d_mlp`` the neurons of a level and ``d_head`` those of a head.
         n_key_value_heads: heads that own keys and values (grouped-query attention); None: one per query head.
@@ -114,7 +122,8 @@ class ModelConfig:
         n_ctx: longest input in tokens.
         n_signals: S, the width of the recipe, the first factor of the embedding; None if it is not factored.
         topk: entries kept per row of the recipe, its largest positive ones (``reflow_topk`` only).
-        act_fn: activation of the MLPs: ``gelu``, ``gelu_new`` (its tanh approximation), ``relu`` or ``silu``.
+        act_fn: activation of the MLPs: ``gelu``, ``gelu_new`` (its tanh approximation), ``relu``, ``silu`` or
+            ``leaky_relu_squared`` (of slope 0.5).
         gated_mlp: MLPs multiply their activation by a second projection (SwiGLU with ``silu``).
         normalization_type: ``LN`` (LayerNorm) or ``RMS`` (RMSNorm).
         eps: added to the variance, or to the mean square, inside norms.
@@ -135,6 +144,7 @@ class ModelConfig:
         scale_residual_init: decoders divide that of ``W_O`` and ``W_out`` by √(2 n_layers), as GPT-2 does.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;
             ``gpt2`` draws the basis like every other matrix.
+        ttt_flow: a :class:`~reflowlens.ttt_flow_config.TTTFlowConfig` (or its fields), of ``ttt_flow`` only.
         model_name: what the model is called; free text.
         device: where the parameters are; kept up to date by the model.
         use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
@@ -180,6 +190,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     scale_residual_init: bool = True
     basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
+    ttt_flow: TTTFlowConfig | None = None
     model_name: str = ""
     device: str = "cpu"
     use_attn_result: bool = False
@@ -219,6 +230,7 @@ class ModelConfig:
         self._check_signals()
         self._check_readout()
         self._check_neurons()
+        self._check_ttt_flow()
 
     def _check_heads(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -228,7 +240,7 @@ class ModelConfig:
         if self.positional_embedding_type == "rotary" and self.d_head % 2:
             raise ReflowlensError(f"d_head must be even for rotary positions, got {self.d_head}")
         if isinstance(self.rotary_scaling, Mapping):
-            object.__setattr__(self, "rotary_scaling", _rotary_scaling(self.rotary_scaling))
+            object.__setattr__(self, "rotary_scaling", _of_fields("rotary_scaling", RotaryScaling, self.rotary_scaling))
         if not isinstance(self.rotary_scaling, RotaryScaling | None):
             raise ReflowlensError(f"rotary_scaling must be None or a RotaryScaling, got {self.rotary_scaling!r}")
 
@@ -272,6 +284,20 @@ class ModelConfig:
                 raise ReflowlensError(
                     f"{name} must be {value!r} for architecture {self.architecture!r}, got {getattr(self, name)!r}"
                 )
+
+    def _check_ttt_flow(self) -> None:
+        is_one = self.architecture == "ttt_flow"
+        if is_one and self.ttt_flow is None:
+            object.__setattr__(self, "ttt_flow", TTTFlowConfig())
+        if isinstance(self.ttt_flow, Mapping):
+            object.__setattr__(self, "ttt_flow", _of_fields("ttt_flow", TTTFlowConfig, self.ttt_flow))
+        if not isinstance(self.ttt_flow, TTTFlowConfig if is_one else None.__class__):
+            expected = "a TTTFlowConfig" if is_one else "None"
+            raise ReflowlensError(
+                f"ttt_flow must be {expected} for architecture {self.architecture!r}, got {self.ttt_flow!r}"
+            )
+        if self.ttt_flow is not None:
+            self.ttt_flow.check(d_model=self.d_model, d_head=self.d_head, n_layers=self.n_layers)
 
     @property
     def is_factored(self) -> bool:
@@ -353,6 +379,7 @@ _OF_FEW_MODELS = {
     "unembed_bias": False,
     "dropout": 0.0,
     "scale_residual_init": True,
+    "ttt_flow": None,
 }
 
 
@@ -372,12 +399,15 @@ def _is_positive(value: object) -> bool:
     return (_is_integer(value) or isinstance(value, float)) and 0 < value <= sys.float_info.max
 
 
-def _rotary_scaling(fields: Mapping[str, Any]) -> RotaryScaling:
+Fields = TypeVar("Fields")
+
+
+def _of_fields(name: str, kind: type[Fields], fields: Mapping[str, Any]) -> Fields:
     try:
-        return RotaryScaling(**fields)
+        return kind(**fields)
     except TypeError as error:
-        names = ", ".join(field.name for field in dataclasses.fields(RotaryScaling))
-        raise ReflowlensError(f"rotary_scaling must have {names}, got {', '.join(fields)}") from error
+        names = ", ".join(field.name for field in dataclasses.fields(cast(Any, kind)))
+        raise ReflowlensError(f"{name} must have {names}, got {', '.join(fields)}") from error
 
 
 def _choice_message(field: str, value: object) -> str:
@@ -394,6 +424,21 @@ def _published(architecture: str, n_layers: int, **fields: Any) -> ModelConfig:
         "n_ctx": 1024,
     }
     return ModelConfig(architecture=architecture, n_layers=n_layers, **(sizes | fields))
+
+
+def _ttt_flow(n_layers: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="ttt_flow",
+        n_layers=n_layers,
+        d_model=512,
+        n_heads=8,
+        n_key_value_heads=4,
+        d_head=64,
+        d_mlp=1536,
+        d_vocab=1024,
+        n_ctx=2048,
+        tokenizer_name="gpt2_1k",
+    )
 
 
 # The seven published configurations of the reFlow family, BDH's, and the GPT that TinyTranscoder explains. The family's
@@ -439,6 +484,8 @@ PRESETS: dict[str, ModelConfig] = {
         dropout=0.1,
         scale_residual_init=False,
     ),
+    "ttt_flow_10l": _ttt_flow(10),
+    "ttt_flow_11l": _ttt_flow(11),
 }
 
 

@@ -22,6 +22,7 @@ from reflowlens.models.llama import Llama
 from reflowlens.models.reflow import ReFlow
 from reflowlens.models.reflow_lite import ReFlowLite
 from reflowlens.models.reflow_topk import ReFlowTopK
+from reflowlens.models.ttt_flow import TTTFlow
 
 MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "gpt2": GPT2,
@@ -31,6 +32,7 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "reflow_topk": ReFlowTopK,
     "reflow_lite": ReFlowLite,
     "bdh": BDH,
+    "ttt_flow": TTTFlow,
 }
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -84,9 +86,12 @@ def build_model(config: ModelConfig | str, *, seed: int = 0, device: str | torch
 
 
 def parameter_shapes(cfg: ModelConfig) -> dict[str, torch.Size]:
-    """Shapes of a model's parameters by name; only one layer is built, on the meta device, however large the model."""
+    """Shapes of a model's parameters by name; of blocks that are alike only one is built, on the meta device."""
     # Rotary angles are no parameters, and would be computed.
     n_ctx = 1 if cfg.positional_embedding_type == "rotary" else cfg.n_ctx
+    if not MODEL_CLASSES[cfg.architecture].blocks_are_alike:
+        built = build_model(dataclasses.replace(cfg, n_ctx=n_ctx), device="meta")
+        return {name: parameter.shape for name, parameter in built.named_parameters()}
     built = build_model(dataclasses.replace(cfg, n_layers=1, n_ctx=n_ctx), device="meta")
     shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
     block = {

@@ -20,7 +20,9 @@ class Architecture:
     ``stages``                    sweeps, upstream ablation and steering, which run a pass from its middle
     ``sublayers``                 graphs and circuits, contributions, ablation at every layer, weights in slices (FSDP2)
     ``units``                     unit statistics and monosemanticity
+    ``reads_positions_alone``     what reads logits off single positions of the last residual stream
     ``blocks_share_weights``      checkpoints, the comparison of a unit between blocks
+    ``blocks_are_alike``          the check whether a model fits into memory
     ``recipe_is_stored``          edits of recipes
     ``table_bytes``               the check whether a model fits into memory
     ``forward_flops``             utilisation, estimates of a training run, the choice whether to compile
@@ -46,8 +48,14 @@ class Architecture:
     """The kinds of unit that blocks are made of: the hook point of each within its block, and the parameter whose rows
     are what its units write into the stream, ``{layer}`` standing for the block; None of units that write nothing."""
 
+    reads_positions_alone: ClassVar[bool] = True
+    """Whether a position's logits follow from its own last residual stream alone, by ``ln_final`` and ``unembed``."""
+
     blocks_share_weights: ClassVar[bool] = False
     """Whether every block uses the same weights, which lie outside ``blocks``: a unit is then the same in each."""
+
+    blocks_are_alike: ClassVar[bool] = True
+    """Whether every block has parameters of the same shapes, and how many there are shows in no other parameter."""
 
     recipe_is_stored: ClassVar[bool] = True
     """Whether the recipe (or an unfactored embedding) is a stored parameter as it is, not computed from one: a change

@@ -23,15 +23,19 @@ class Rotary(nn.Module):
     """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021).
 
     Llama 3.1 slows the slow pairs down: see :class:`reflowlens.config.RotaryScaling`.
+
+    Args:
+        n_channels, base: where they are not the configuration's ``d_head`` and ``rotary_base``.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, n_channels: int | None = None, base: float | None = None) -> None:
         super().__init__()
         self.adjacent = bool(cfg.rotary_adjacent_pairs)
-        frequency = cfg.rotary_base ** (-torch.arange(0, cfg.d_head, 2, dtype=torch.float64, device="cpu") / cfg.d_head)
+        n, base = n_channels or cfg.d_head, base or cfg.rotary_base
+        frequency = base ** (-torch.arange(0, n, 2, dtype=torch.float64, device="cpu") / n)
         if cfg.rotary_scaling is not None:
             frequency = scaled(frequency, cfg.rotary_scaling)
         angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)

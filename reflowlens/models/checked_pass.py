@@ -28,6 +28,7 @@ class Pass(NamedTuple):
         places: where its tokens stand in their texts.
         start, stop: the first block to run, and the first not to run.
         targets: what each position should predict, if a loss is asked for and this is known.
+        starts_from_stream: the input is the residual stream.
     """
 
     input: Tensor
@@ -35,6 +36,7 @@ class Pass(NamedTuple):
     start: int
     stop: int
     targets: Int[Tensor, "batch pos"] | None
+    starts_from_stream: bool
 
 
 def checked_pass(
@@ -65,7 +67,7 @@ def checked_pass(
         stream = _checked_stream(model, input, offset)
         places = _places(model.cfg, stream.shape[:2], segments, past)
         _check_targets(targets, stream.shape[:2], model.cfg.d_vocab)
-        return Pass(stream, places, start, stop, targets)
+        return Pass(stream, places, start, stop, targets, starts_from_stream=True)
     tokens, lengths = model.tokens_and_lengths(input, offset=offset)
     if past is not None:
         if len(set(lengths)) > 1:
@@ -78,7 +80,7 @@ def checked_pass(
     if targets is None and return_type in ("loss", "both"):
         targets = _next_tokens(model, tokens, lengths, segments)
     _check_targets(targets, tokens.shape, model.cfg.d_vocab)
-    return Pass(tokens, places, start, stop, targets)
+    return Pass(tokens, places, start, stop, targets, starts_from_stream=False)
 
 
 def _layers(start: int | None, stop: int | None, n_layers: int) -> tuple[int, int]:

@@ -24,11 +24,16 @@ def _gelu_new(x: Tensor) -> Tensor:  # no lambda, which a model could not be pic
     return F.gelu(x, approximate="tanh")
 
 
+def _leaky_relu_squared(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.5).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": _gelu_new,
     "relu": F.relu,
     "silu": F.silu,
+    "leaky_relu_squared": _leaky_relu_squared,
 }
 
 

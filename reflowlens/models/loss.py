@@ -20,14 +20,22 @@ from reflowlens.models.parts import plus
 IGNORE = -100  # torch's own convention for a target that does not count
 
 
+def capped(logits: Float[Tensor, "*batch d_vocab"], cap: float | None) -> Float[Tensor, "*batch d_vocab"]:
+    """``cap * tanh(logits / cap)``: between ±cap, and nearly as they are where they are small; None: as they are."""
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 def cross_entropy(
     features: Float[Tensor, "n k"],
     matrix: Float[Tensor, "d_vocab k"],
     targets: Int[Tensor, " n"],
     chunk: int = 1024,
     bias: Float[Tensor, " d_vocab"] | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of ``-log softmax(features @ matrix.T + bias)[target]`` in nats, over the targets that are not negative.
+
+    With a cap logits are ``cap * tanh(logits / cap)``.
 
     Under autocast the products run in its dtype; the softmax and the sums are float32 at least.
 
@@ -39,9 +47,9 @@ def cross_entropy(
     targets = targets.masked_fill(targets < 0, IGNORE)  # others mark what does not count by -1
     needs_bias = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad or needs_bias):
-        return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk, bias)
+        return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk, bias, cap)
     losses = [
-        token_losses(features[i : i + chunk], matrix, targets[i : i + chunk], bias)
+        token_losses(features[i : i + chunk], matrix, targets[i : i + chunk], bias, cap)
         for i in range(0, len(targets), chunk)
     ]
     return torch.cat(losses).sum() / (targets != IGNORE).sum()
@@ -52,14 +60,24 @@ def token_losses(
     matrix: Float[Tensor, "d_vocab k"],
     targets: Int[Tensor, " n"],
     bias: Float[Tensor, " d_vocab"] | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of each position in nats, 0 where the target is ``IGNORE``."""
-    return F.cross_entropy(wide(plus(features @ matrix.T, bias)), targets, ignore_index=IGNORE, reduction="none")
+    logits = capped(wide(plus(features @ matrix.T, bias)), cap)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, matrix: Tensor, targets: Tensor, chunk: int, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        matrix: Tensor,
+        targets: Tensor,
+        chunk: int,
+        bias: Tensor | None,
+        cap: float | None,
+    ) -> Tensor:
         dtype = features.dtype
         device = features.device.type
         if torch.is_autocast_enabled(device):
@@ -75,9 +93,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x = features[rows].to(dtype).masked_fill(~counted[rows, None], 0.0)  # 0 · NaN would count
             share = weight[rows, None]
             target = targets[rows, None].clamp(min=0)
-            log_p = wide(plus(x @ W.T, bias)).log_softmax(dim=-1)
+            logits = capped(wide(plus(x @ W.T, bias)), cap)
+            log_p = logits.log_softmax(dim=-1)
             loss = loss - (log_p.gather(1, target) * share).sum()
             grad_logits = (log_p.exp() * share).scatter_add(1, target, -share)
+            if cap is not None:
+                grad_logits *= 1 - (logits / cap).square()  # of tanh, 1 - tanh²
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(dtype)
@@ -94,4 +115,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the chunked loss has no second derivative: take F.cross_entropy of the logits")
         grad_features, grad_matrix, grad_bias = ctx.saved_tensors
         (scale,) = grad_output
-        return grad_features * scale, grad_matrix * scale, None, None, None if grad_bias is None else grad_bias * scale
+        bias = None if grad_bias is None else grad_bias * scale
+        return grad_features * scale, grad_matrix * scale, None, None, bias, None

@@ -17,12 +17,12 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.models.checked_pass import ReturnType, checked_pass
-from reflowlens.models.loss import cross_entropy
+from reflowlens.models.checked_pass import Pass, ReturnType, checked_pass
+from reflowlens.models.loss import capped, cross_entropy
 from reflowlens.models.numerics import dense
 from reflowlens.models.parts import bias, plus
 from reflowlens.models.past import ReadPositions
-from reflowlens.models.places import Positions
+from reflowlens.models.places import Places, Positions
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 
@@ -30,24 +30,25 @@ ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters
 
 
 class Readout(NamedTuple):
-    """The last affine map, not yet applied: ``logits = features @ matrix.T + bias``."""
+    """The last map, not yet applied: ``logits = features @ matrix.T + bias``, held between ±cap where there is one."""
 
     features: Float[Tensor, "batch pos k"]
     matrix: Float[Tensor, "d_vocab k"]
     bias: Float[Tensor, " d_vocab"] | None
+    cap: float | None = None
 
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        return plus(self.features @ self.matrix.T, self.bias)
+        return capped(plus(self.features @ self.matrix.T, self.bias), self.cap)
 
     def logits_of(self, tokens: Int[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos n"]:
         """Those of a few tokens, which cost a few rows of the matrix."""
         logits = torch.einsum("bpk,bpnk->bpn", self.features, self.matrix[tokens])
-        return plus(logits, None if self.bias is None else self.bias[tokens])
+        return capped(plus(logits, None if self.bias is None else self.bias[tokens]), self.cap)
 
     def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
         if targets is None:
             raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
-        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten(), bias=self.bias)
+        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten(), bias=self.bias, cap=self.cap)
 
 
 class Embed(nn.Module):
@@ -157,17 +158,12 @@ class ResidualModel(HookedModel):
         """
         asked = checked_pass(self, input, return_type, targets, start_at_layer, stop_at_layer, past_kv_cache, segments)
         weights = self.tied_weights()
-        if start_at_layer is None:
-            resid = self.embed_tokens(asked.input, weights, asked.places.positions)
-        else:
-            resid = asked.input.clone()  # a hook that writes in place leaves the caller's stream alone
-        for block in self.blocks[asked.start : asked.stop]:
-            resid = block(resid, asked.places, past_kv_cache)
-        if past_kv_cache is not None:
-            past_kv_cache.length += resid.shape[1]
+        resid = self.resid_of(asked, weights, past_kv_cache)
         if stop_at_layer is not None:
             return resid
-        readout = self.unembed.readout(self.ln_final(resid), weights)
+        readout = self.unembed.readout(self.features_of(resid, asked.places, past_kv_cache), weights)
+        if past_kv_cache is not None:
+            past_kv_cache.length += resid.shape[1]
         if return_type is None:
             return None
         if return_type == "logits":
@@ -175,6 +171,24 @@ class ResidualModel(HookedModel):
         if return_type == "loss":
             return readout.loss(asked.targets)
         return readout.logits(), readout.loss(asked.targets)
+
+    def resid_of(
+        self, asked: Pass, weights: tuple[Tensor, ...], past: ReadPositions | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream behind the last block that is asked for."""
+        if asked.starts_from_stream:
+            resid = asked.input.clone()  # a hook that writes in place leaves the caller's stream alone
+        else:
+            resid = self.embed_tokens(asked.input, weights, asked.places.positions)
+        for block in self.blocks[asked.start : asked.stop]:
+            resid = block(resid, asked.places, past)
+        return resid
+
+    def features_of(
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: ReadPositions | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What logits are read off."""
+        return self.ln_final(resid)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:

@@ -1,0 +1,218 @@
+"""TTT-Linear with a flow refiner: published sizes, a plain forward, the dual form, texts apart, generation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reflowlens as rl
+from reflowlens.config import PRESETS, ModelConfig
+from reflowlens.errors import ReflowlensError
+from reflowlens.models import build_model
+from reflowlens.models.ttt_flow import TTTFlow
+from reflowlens.models.ttt_linear import TTTLinear
+from reflowlens.ttt_flow_config import TTTFlowConfig
+from tests.reference import ttt_flow as plain
+
+OWN = TTTFlowConfig(
+    ttt_heads=2, ttt_chunk=4, flow_width=6, flow_hidden=10, bigram_slots=13, bigram_width=6, value_width=5,
+    value_layers=1, exclusive_layers=2, rotary_channels=4, rotary_context=16,
+)  # fmt: skip
+CFG = ModelConfig(
+    architecture="ttt_flow", n_layers=5, d_model=16, n_heads=4, n_key_value_heads=2, d_head=6, d_mlp=20, d_vocab=256,
+    n_ctx=32, tokenizer_name="bytes", ttt_flow=OWN,
+)  # fmt: skip
+
+
+def filled(dtype: torch.dtype = torch.float32, seed: int = 0, **own: Any) -> TTTFlow:
+    """Every weight away from where it would not show."""
+    model = build_model(dataclasses.replace(CFG, ttt_flow=dataclasses.replace(OWN, **own)), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = 0.1 if parameter.ndim < 2 else parameter.shape[-2] ** -0.5
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=std)
+            if name.endswith(".gate") and "smear" not in name:
+                parameter.zero_()
+    return model.to(dtype)  # type: ignore[return-value]
+
+
+def text(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("preset", "own", "expected"),
+    [
+        ("ttt_flow_10l", {}, 25_749_398),
+        ("ttt_flow_11l", {}, 28_110_750),
+        ("ttt_flow_10l", {"ttt": False, "flow": False}, 24_566_868),
+        ("ttt_flow_10l", {"flow": False}, 24_566_868 + 1_083_905),
+        ("ttt_flow_10l", {"ttt": False}, 24_566_868 + 98_625),
+        ("ttt_flow_10l", {"ttt": False, "flow_width": 32}, 24_566_868 + 49_441),
+        ("ttt_flow_10l", {"ttt": False, "flow_hidden": 128}, 24_566_868 + 82_113),
+        ("ttt_flow_10l", {"ttt": False, "flow_width": 128}, 24_566_868 + 196_993),
+    ],
+)
+def test_published_sizes(preset, own, expected):
+    cfg = dataclasses.replace(PRESETS[preset], ttt_flow=TTTFlowConfig(**own))
+    assert build_model(cfg, device="meta").n_parameters == expected
+
+
+@pytest.mark.parametrize("own", [{}, {"ttt": False}, {"flow": False}, {"ttt": False, "flow": False}])
+@pytest.mark.parametrize("length", [1, 3, 11])
+def test_logits_are_those_of_the_plain_forward(own, length):
+    model, tokens = filled(torch.float64, **own), text(length)
+    expected = plain.logits(tokens.tolist(), dict(model.named_parameters()), model.cfg)
+    torch.testing.assert_close(model(tokens)[0], expected, rtol=1e-6, atol=1e-6)  # angles are stored in float32
+
+
+def test_float32_is_near_the_plain_forward():
+    model, tokens = filled(), text(19)
+    expected = plain.logits(tokens.tolist(), dict(filled(torch.float64).named_parameters()), model.cfg)
+    torch.testing.assert_close(model(tokens)[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 4, 9])
+def test_the_dual_form_is_a_loop_over_tokens_with_its_outer_gradients(length):
+    """Gradients of what is read, through every inner step, at all that is learned."""
+    ttt = filled(torch.float64).ttt
+    assert ttt is not None
+    x = torch.randn(length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    readout = torch.randn(length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights = {f"ttt.{name}": parameter for name, parameter in ttt.named_parameters()}
+    leaves = [x, *weights.values()]
+    fast = ttt(x[None])[0][0]
+    slow = x + weights["ttt.gate"].sigmoid() * plain.ttt(x, weights, 2, 4, ttt.rate)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-10)
+    for found, expected in zip(
+        torch.autograd.grad((fast * readout).sum(), leaves),
+        torch.autograd.grad((slow * readout).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_inner_gradient_is_that_of_the_inner_loss():
+    ttt = filled(torch.float64).ttt
+    assert ttt is not None
+    k, v = torch.randn(2, 3, 2, 4, 8, dtype=torch.float64)
+    state = ttt.first_state(3)
+    c = torch.zeros(3, 2, 4, 8, dtype=torch.float64, requires_grad=True)  # one a token
+    loss = 0.5 * (ttt.inner_norm(k @ state.W + state.c[..., None, :] + c) - (v - k)).pow(2).sum()
+    torch.testing.assert_close(ttt.inner_loss(k, v, state.W, state.c).sum(), loss)
+    (expected,) = torch.autograd.grad(loss, c)
+    torch.testing.assert_close(ttt.inner_gradient(k, v, state.W, state.c), expected)
+
+
+def test_fresh_refiners_add_next_to_nothing():
+    cfg = dataclasses.replace(PRESETS["ttt_flow_10l"], n_layers=4, n_ctx=32, n_heads=2, n_key_value_heads=1, d_mlp=64)
+    model, tokens = build_model(cfg), torch.arange(20)
+    _, cache = model.run_with_cache(
+        tokens, names_filter=["ttt.hook_delta", "flow.hook_delta", "ln_final.hook_normalized"]
+    )
+    assert bool((cache["ttt.hook_delta"] == 0).all())
+    size = cache["flow.hook_delta"].norm() / cache["ln_final.hook_normalized"].norm()
+    assert 1e-4 < size < 0.0067
+
+
+@pytest.mark.parametrize("changed", [0, 4, 9])
+def test_nothing_is_seen_of_the_future(changed):
+    model, tokens = filled(), text(12)
+    other = tokens.clone()
+    other[changed] = (other[changed] + 1) % 256
+    before, after = model(tokens)[0], model(other)[0]
+    torch.testing.assert_close(before[:changed], after[:changed], rtol=0, atol=1e-6)
+    assert (before[changed:] - after[changed:]).abs().amax(-1).min() > 1e-4
+
+
+def test_texts_packed_into_a_row_are_read_as_if_alone():
+    model, texts = filled(), [text(7, 1), text(5, 2), text(12, 3)]
+    segments = torch.cat([torch.full((len(each),), i) for i, each in enumerate(texts)])
+    packed = model(torch.cat(texts)[None], segments=segments[None])[0]
+    alone = torch.cat([model(each)[0] for each in texts])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_before_does_not_leak():
+    """The published family's smear gate did."""
+    model, first, second = filled(), text(6, 1), text(9, 2)
+    segments = torch.tensor([0] * 6 + [1] * 9)[None]
+    other = (first + 1) % 256
+    rows = [model(torch.cat([each, second])[None], segments=segments)[0, 6:] for each in (first, other)]
+    assert torch.equal(*rows)
+
+
+def test_a_prompt_in_a_batch_is_read_as_alone():
+    model = filled()
+    prompts = ["a", "abcdef", "the cat sat on"]
+    together = model(prompts)
+    for row, prompt in zip(together, prompts, strict=True):
+        torch.testing.assert_close(row[: len(prompt)], model(prompt)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[5], [1, 2, 3, 4], [4, 8], [3, 9, 10]])
+def test_a_text_read_in_pieces_is_the_text_read_at_once(cuts):
+    model, tokens = filled(), torch.stack([text(13, 1), text(13, 2)])
+    past, pieces = model.make_cache(2), []
+    for first, last in zip([0, *cuts], [*cuts, 13], strict=True):
+        pieces.append(model(tokens[:, first:last], past_kv_cache=past))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+    assert past.length == 13
+
+
+def test_generation_takes_the_likeliest_token_of_the_whole_pass():
+    model, prompt = filled(), text(6)
+    tokens = prompt[None]
+    for _ in range(9):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    assert model.generate(prompt, 9, temperature=0, return_type="tokens").tolist() == tokens.tolist()
+
+
+def test_losses_and_their_gradients_are_those_of_capped_logits():
+    model, tokens = filled(torch.float64), text(11)[None]
+    logits = model(tokens)
+    assert logits.abs().max() < OWN.logit_cap
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    loss = model(tokens, "loss")
+    torch.testing.assert_close(loss, expected)
+    parameters = list(model.parameters())
+    for found, wanted in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-10)
+
+
+def test_the_state_of_each_mini_batch_can_be_read_and_changed():
+    model, tokens = filled(), text(10)
+    names = [f"ttt.steps.{m}.hook_{part}" for m in range(3) for part in ("W", "c", "grad")]
+    _, cache = model.run_with_cache(tokens, names_filter=names)
+    ttt = model.ttt
+    assert isinstance(ttt, TTTLinear)
+    torch.testing.assert_close(cache["ttt.steps.0.hook_W"][0], ttt.W_start)
+    _, views = model.run_with_cache(tokens, names_filter=["ttt.hook_k"])
+    k, G = views["ttt.hook_k"][0, :4].transpose(0, 1), cache["ttt.steps.0.hook_grad"][0]
+    torch.testing.assert_close(cache["ttt.steps.1.hook_W"][0], ttt.W_start - ttt.rate * k.mT @ G)
+    torch.testing.assert_close(cache["ttt.steps.1.hook_c"][0], ttt.b_start - ttt.rate * G.sum(1))
+    back = model.run_with_hooks(tokens, fwd_hooks=[("ttt.steps.2.hook_W", lambda W, hook: ttt.W_start[None])])
+    change = (back - model(tokens))[0].abs().amax(-1)
+    assert bool((change[:8] == 0).all())
+    assert bool((change[8:] > 0).all())
+
+
+def test_a_pass_starts_from_tokens():
+    with pytest.raises(ReflowlensError, match="starts from tokens"):
+        filled()(torch.zeros(1, 3, 16), start_at_layer=2)
+
+
+def test_a_default_cache_holds_no_state_of_mini_batches(tmp_path):
+    model, tokens = filled(), text(6)
+    _, cache = model.run_with_cache(tokens)
+    assert not [name for name in cache if ".steps." in name]
+    assert {"ttt.hook_delta", "flow.hook_velocity", "hook_refined", "blocks.4.hook_resid_in"} <= set(cache)
+    rl.save_model(tmp_path / "model", model)
+    torch.testing.assert_close(rl.load_model(tmp_path / "model")(tokens), model(tokens))
