@@ -38,7 +38,7 @@ class FlowRefiner(nn.Module):
         self.W_out = nn.Parameter(torch.empty(cfg.flow_hidden, cfg.flow_width))  # A₂
         self.b_out = nn.Parameter(torch.empty(cfg.flow_width))
         self.W_up = nn.Parameter(torch.empty(cfg.flow_width, d_model))  # U
-        self.gate = nn.Parameter(torch.empty(()))  # γ
+        self.gate = nn.Parameter(torch.empty(1))  # γ
         self.hook_latent = HookPoint()  # [batch, pos, flow_width], z
         self.hook_velocity = HookPoint()  # [batch, pos, flow_width], v
         self.hook_delta = HookPoint()  # [batch, pos, d_model], what is added to the stream

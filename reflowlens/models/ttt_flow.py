@@ -178,7 +178,7 @@ class Bigram(nn.Module):
         super().__init__()
         self.W_pairs = nn.Parameter(torch.empty(own.bigram_slots, own.bigram_width))
         self.W_up = nn.Parameter(torch.empty(own.bigram_width, d_model))
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))
         self.hook_bigram = HookPoint()  # [batch, pos, d_model]
 
     @torch.no_grad()

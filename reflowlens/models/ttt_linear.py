@@ -100,7 +100,7 @@ class TTTLinear(nn.Module):
         self.b_inner = nn.Parameter(torch.empty(self.n_heads, width))
         self.w_norm = nn.Parameter(torch.empty(d_model))  # of the norm of all heads' outputs
         self.b_norm = nn.Parameter(torch.empty(d_model))
-        self.gate = nn.Parameter(torch.empty(()))  # γ
+        self.gate = nn.Parameter(torch.empty(1))  # γ
         self.steps = nn.ModuleList([InnerStep() for _ in range(-(-n_ctx // self.chunk))])
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()  # [batch, pos, head, f]
         self.hook_out = HookPoint()  # [batch, pos, head, f]

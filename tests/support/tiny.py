@@ -75,7 +75,7 @@ def random_model(cfg: ModelConfig | str, seed: int = 0) -> HookedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if name.endswith(".w") else noise * parameter.shape[-1] ** -0.5)
+            parameter.copy_(1 + 0.3 * noise if name.endswith(".w") else noise * parameter.shape[-1:].numel() ** -0.5)
     return model
 
 
