@@ -264,10 +264,9 @@ def completion_loss(model: HookedModel, batch: Batch) -> Float[Tensor, ""]:
     predict such a token are read out over the vocabulary: most belong to prompts.
     """
     tokens, targets, segments = (part.to(model.cfg.device) for part in batch)
-    n_layers = model.cfg.n_layers
-    resid = model(tokens, stop_at_layer=n_layers, segments=segments)
     counted = targets != IGNORE
-    return model(resid[counted][:, None], "loss", targets=targets[counted][:, None], start_at_layer=n_layers)
+    stream = model.final_stream(tokens, segments=segments)[counted][:, None]
+    return model.read_final(stream).loss(targets[counted][:, None])
 
 
 @torch.no_grad()

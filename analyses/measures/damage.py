@@ -89,14 +89,14 @@ def read_tokens(
 
     Args:
         targets: the next tokens; -100 where nothing is to be predicted.
-        resid: the last residual stream; default the one that the model makes of the tokens.
+        resid: the final stream; default the one that the model makes of the tokens.
     """
     if resid is None:
-        resid = model(tokens, stop_at_layer=model.cfg.n_layers)
+        resid = model.final_stream(tokens)
     places = targets != IGNORE
     n_vocab = model.tokenizer.n_vocab
     for rows, target in zip(resid[places].split(_TOKENS), targets[places].split(_TOKENS), strict=True):
-        logits = model.unembed(model.ln_final(rows[None]))[0, :, :n_vocab]
+        logits = model.read_final(rows[None]).logits()[0, :, :n_vocab]
         yield logits.float().log_softmax(dim=-1), target
 
 

@@ -143,7 +143,7 @@ class _Removals:
     def values(self, signals: list[int]) -> Float[Tensor, "signal prompt"]:
         """The metric after removing each of some signals."""
         n_prompts, n_positions = self.amount.shape[:2]
-        final, stages = self.unablated.final, self.unablated.stages
+        final = self.unablated.final
         signal = torch.tensor(signals, device=final.device).repeat_interleave(n_prompts)
         prompt = self.reader.each.repeat(len(signals))
         removed = self.amount[prompt, :, signal]
@@ -153,7 +153,9 @@ class _Removals:
         row, position = layout.row, layout.position
         resid = self.stream[prompt[row], position] - removed[row, position, None] * self.directions[signal[row]]
         entering = Packed(layout, signal, resid.to(final.dtype)[None])
-        packed = self.unablated.finish({self.layer * stages.per_block: [entering]}, is_read=self.reader.is_read)
+        packed = self.unablated.finish(
+            {self.unablated.first_stage(self.layer): [entering]}, is_read=self.reader.is_read
+        )
         read = self.reader.read_packed(final, packed)
         if self.at_readout:
             return self.reader.without_signal(read, prompt, signal).unflatten(0, (-1, n_prompts))

@@ -20,7 +20,6 @@ class Architecture:
     ``stages``                    sweeps, upstream ablation and steering, which run a pass from its middle
     ``sublayers``                 graphs and circuits, contributions, ablation at every layer, weights in slices (FSDP2)
     ``units``                     unit statistics and monosemanticity
-    ``reads_positions_alone``     what reads logits off single positions of the last residual stream
     ``blocks_share_weights``      checkpoints, the comparison of a unit between blocks
     ``blocks_are_alike``          the check whether a model fits into memory
     ``recipe_is_stored``          edits of recipes
@@ -30,13 +29,14 @@ class Architecture:
     ============================  =====================================================================================
     """
 
-    stages: ClassVar[Literal["halves", "levels", "blocks"]] = "blocks"
+    stages: ClassVar[Literal["halves", "levels", "blocks", "whole"]] = "blocks"
     """How a pass can be continued from its middle (:mod:`reflowlens.sweeps.stages`).
 
     ``"blocks"``: block by block, each on whole rows, which any model can. ``"halves"``: each block is a
     :class:`~reflowlens.models.components.Block`, run on suffixes alone, which attend to keys and values of the
     unpatched run. ``"levels"``: each block is a :class:`~reflowlens.sweeps.level_stages.Level`, which writes once and
-    attends to earlier positions by a sum over them, run on suffixes alone too.
+    attends to earlier positions by a sum over them, run on suffixes alone too. ``"whole"``: not at all, for blocks read
+    more than the stream: every run is a whole pass.
     """
 
     sublayers: ClassVar[tuple[str, ...]] = ()
@@ -47,9 +47,6 @@ class Architecture:
     units: ClassVar[Mapping[str, str | None]] = {}
     """The kinds of unit that blocks are made of: the hook point of each within its block, and the parameter whose rows
     are what its units write into the stream, ``{layer}`` standing for the block; None of units that write nothing."""
-
-    reads_positions_alone: ClassVar[bool] = True
-    """Whether a position's logits follow from its own last residual stream alone, by ``ln_final`` and ``unembed``."""
 
     blocks_share_weights: ClassVar[bool] = False
     """Whether every block uses the same weights, which lie outside ``blocks``: a unit is then the same in each."""

@@ -81,6 +81,16 @@ class HookedModel(Architecture, HookingModel):
         """The unembedding's bias; zeros where it has none."""
         raise NotImplementedError
 
+    def final_stream(
+        self, input: TextInput, *, segments: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream that :meth:`read_final` reads: the logits of a position follow from its own."""
+        raise NotImplementedError
+
+    def read_final(self, stream: Float[Tensor, "batch pos d_model"]) -> Readout:
+        """The readout of any positions of :meth:`final_stream`."""
+        raise NotImplementedError
+
     @property
     def n_parameters(self) -> int:
         """Number of parameters, learned positions included."""

@@ -190,6 +190,28 @@ class ResidualModel(HookedModel):
         """What logits are read off."""
         return self.ln_final(resid)
 
+    def final_stream(
+        self, input: TextInput, *, segments: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream that :meth:`read_final` reads: the logits of a position follow from its own. Here the last one.
+
+        Args:
+            input, segments: as in :meth:`forward`.
+
+        Example: ``model.read_final(model.final_stream("The king")[:, -1:]).logits()  # of the last position alone``
+        """
+        return cast(Tensor, self(input, stop_at_layer=self.cfg.n_layers, segments=segments))
+
+    def read_final(
+        self, stream: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...] | None = None
+    ) -> Readout:
+        """The readout of any positions of :meth:`final_stream`.
+
+        Args:
+            weights: of the embedding; default: as they are.
+        """
+        return self.unembed.readout(self.ln_final(stream), self.tied_weights() if weights is None else weights)
+
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
         """The embedding; a ``FactoredMatrix`` where the architecture factors it."""

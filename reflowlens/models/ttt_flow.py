@@ -33,7 +33,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.attention import Attention, KeyValueCache, Past, Rotary
-from reflowlens.models.checked_pass import Pass
+from reflowlens.models.checked_pass import Pass, checked_pass
 from reflowlens.models.components import MLP
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
@@ -42,6 +42,8 @@ from reflowlens.models.parts import Norm
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.residual import Embed, Readout, ResidualModel, Unembed
+from reflowlens.models.text import TextInput
+from reflowlens.models.threads import reading_forward
 from reflowlens.models.ttt_linear import InnerState, TTTLinear, each_text_alone
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
@@ -55,8 +57,8 @@ class TTTFlow(ResidualModel):
     """The architecture; what it has beside a decoder's sizes is ``cfg.ttt_flow``.
 
     The stream between blocks is not all that later blocks read: they go back to x₀ and to outputs of earlier blocks. A
-    pass therefore starts at the first block. Behind the last the stream is normalised and then refined, so that a
-    position's logits do not follow from its own last residual stream alone.
+    pass therefore starts at the first block. Behind the last the stream is normalised and then refined
+    (:meth:`features_of`), by what was read before too: logits do not follow from a position's last residual stream.
 
     Example:
         >>> from reflowlens.models import build_model
@@ -64,11 +66,11 @@ class TTTFlow(ResidualModel):
         25749398
     """
 
-    reads_positions_alone: ClassVar[bool] = False
+    stages = "whole"
     blocks_are_alike: ClassVar[bool] = False
     units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": "blocks.{layer}.mlp.W_out"}
     point_axes = AXES | {
-        "hook_value": ("batch", "pos", "head", "d_head"),
+        **dict.fromkeys(("hook_value", "hook_token_values"), ("batch", "pos", "head", "d_head")),
         "hook_W": ("batch", "head", "key", "value"),
         "hook_c": ("batch", "head", "value"),
         "hook_grad": ("batch", "head", "pos_in_chunk", "value"),
@@ -86,7 +88,7 @@ class TTTFlow(ResidualModel):
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.bigram = Bigram(own, cfg.d_model)
         self.smear = SmearGate(cfg)
-        self.values = TokenValues(own, cfg)
+        self.values = TokenValues(own, cfg) if own.value_layers else None
         self.blocks = nn.ModuleList([RefinedBlock(cfg, layer) for layer in range(cfg.n_layers)])
         self.ln_final = FixedNorm(cfg)
         self.ttt = TTTLinear(own, cfg.d_model, cfg.n_ctx) if own.ttt else None
@@ -110,10 +112,11 @@ class TTTFlow(ResidualModel):
         first = self.smear(x, None if before is None else before[1], continues)
         if cache is not None:
             cache.last_token, cache.last_vector = tokens[:, -1], x[:, -1]
+        values = None if self.values is None else self.values(tokens)
         resid, outputs, half = first, [], self.cfg.n_layers // 2
         for layer, block in enumerate(cast("list[RefinedBlock]", list(self.blocks[: asked.stop]))):
             earlier = outputs.pop() if half <= layer and outputs else None
-            of_tokens = self.values(tokens, layer)
+            of_tokens = None if self.values is None else self.values.of_block(values, layer)
             resid = block(resid, asked.places, past, first=first, earlier=earlier, of_tokens=of_tokens)
             if layer < half:
                 outputs.append(resid)
@@ -128,6 +131,19 @@ class TTTFlow(ResidualModel):
         if self.flow is not None:
             x = self.flow(x)
         return self.hook_refined(x)
+
+    @reading_forward
+    def final_stream(
+        self, input: TextInput, *, segments: Int[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The refined stream: refiners see more than a position's own stream."""
+        asked = checked_pass(self, input, None, None, None, None, None, segments)
+        return self.features_of(self.resid_of(asked, self.tied_weights(), None), asked.places, None)
+
+    def read_final(
+        self, stream: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...] | None = None
+    ) -> Readout:
+        return self.unembed.readout(stream, self.tied_weights() if weights is None else weights)
 
     def _learned(
         self, ttt: TTTLinear, x: Float[Tensor, "batch pos d_model"], places: Places, cache: TTTFlowCache | None
@@ -145,6 +161,28 @@ class TTTFlow(ResidualModel):
     def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> TTTFlowCache:
         return TTTFlowCache(self.cfg, batch, dtype)
 
+    @classmethod
+    def table_bytes(cls, cfg: ModelConfig) -> int:
+        """A cosine and a sine for every layer, position and channel that turns."""
+        return 8 * cfg.n_layers * cfg.n_ctx * cast(TTTFlowConfig, cfg.ttt_flow).rotary_channels
+
+    @classmethod
+    def forward_flops(cls, cfg: ModelConfig, context: int, batch: int) -> dict[str, float]:
+        """Mini-batches are counted whole: each token with all of its own, as it is computed."""
+        own, d = cast(TTTFlowConfig, cfg.ttt_flow), cfg.d_model
+        heads, key_values = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
+        products = {
+            "bigram": own.bigram_width * d,
+            "token_values": own.value_width * key_values * (own.value_layers > 0),
+            "attention_projections": cfg.n_layers * d * 2 * (heads + key_values),
+            "attention_mixing": cfg.n_layers * 2 * heads * (context + 1) / 2,
+            "mlp": cfg.n_layers * 2 * d * cfg.d_mlp,
+            "ttt_projections": own.ttt * 4 * d * d,
+            "ttt_steps": own.ttt * d * (3 * d // own.ttt_heads + 2 * _mean_chunk(context, own.ttt_chunk)),
+            "flow": own.flow * 2 * own.flow_width * (d + own.flow_hidden),
+        }
+        return {part: 2.0 * n for part, n in products.items()} | super().forward_flops(cfg, context, batch)
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Queries, keys, values and W_in orthogonal, all that is added at first 0, the embedding N(0, 0.005²)."""
@@ -152,6 +190,12 @@ class TTTFlow(ResidualModel):
         for part in (self.bigram, self.smear, self.values, *self.blocks, self.ttt, self.flow):
             if part is not None:
                 cast(Any, part).init_weights(generator)
+
+
+def _mean_chunk(context: int, chunk: int) -> float:
+    """How many tokens the mini-batch of a token has, the mean over a text."""
+    whole, rest = divmod(context, chunk)
+    return (whole * chunk**2 + rest**2) / context
 
 
 class FixedNorm(Norm):
@@ -247,11 +291,11 @@ class TokenValues(nn.Module):
     def __init__(self, own: TTTFlowConfig, cfg: ModelConfig) -> None:
         super().__init__()
         self.first, self.kv_heads = cfg.n_layers - own.value_layers, cfg.kv_heads
-        n = int(own.value_layers > 0)
-        self.W_values = nn.Parameter(torch.empty(n * cfg.d_vocab, own.value_width))
-        self.W_up = nn.Parameter(torch.empty(n * own.value_width, cfg.kv_heads * cfg.d_head))
-        self.scale = nn.Parameter(torch.empty(n))
+        self.W_values = nn.Parameter(torch.empty(cfg.d_vocab, own.value_width))
+        self.W_up = nn.Parameter(torch.empty(own.value_width, cfg.kv_heads * cfg.d_head))
+        self.scale = nn.Parameter(torch.empty(1))
         self.layer_scale = nn.Parameter(torch.empty(own.value_layers))
+        self.hook_token_values = HookPoint()  # [batch, pos, kv_head, d_head], before the scale of a block
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -260,12 +304,15 @@ class TokenValues(nn.Module):
         self.scale.fill_(_VALUE_SCALE)
         self.layer_scale.fill_(1.0)
 
-    def forward(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Float[Tensor, "batch pos kv_head d_head"] | None:
-        """Those of a block; None of a block that has none."""
-        if layer < self.first:
-            return None
-        scale = self.scale * self.layer_scale[layer - self.first]
-        return (scale * (F.embedding(tokens, self.W_values) @ self.W_up)).unflatten(-1, (self.kv_heads, -1))
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos kv_head d_head"]:
+        values = self.scale * (F.embedding(tokens, self.W_values) @ self.W_up)
+        return self.hook_token_values(values.unflatten(-1, (self.kv_heads, -1)))
+
+    def of_block(
+        self, values: Float[Tensor, "batch pos kv_head d_head"], layer: int
+    ) -> Float[Tensor, "batch pos kv_head d_head"] | None:
+        """Those that a block adds; None of a block that adds none."""
+        return None if layer < self.first else self.layer_scale[layer - self.first] * values
 
 
 class RefinedAttention(Attention):

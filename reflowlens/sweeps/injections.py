@@ -85,7 +85,7 @@ class Injections:
         row, position = layout.row, layout.position
         resid = stream[prompt[row], position] + change.to(stream)[row]
         entering = Packed(layout, torch.arange(len(prompt), device=prompt.device), resid[None])
-        packed = self._unsteered.finish({layer * self._unsteered.stages.per_block: [entering]})
+        packed = self._unsteered.finish({self._unsteered.first_stage(layer): [entering]})
         return packed.resid[0, position == self.last[prompt[row]]]
 
     def _layout(self, prompt: Int[Tensor, " row"]) -> Layout:

@@ -91,7 +91,20 @@ class UnpatchedRun:
 
     def resid(self, layer: int) -> Float[Tensor, "prompt pos d_model"]:
         """The residual stream that a block reads; of layer ``n_layers`` the last."""
-        return self.cache[self.stages.streams[layer * self.stages.per_block]]
+        return self.cache[self.stages.streams[self.first_stage(layer)]]
+
+    def first_stage(self, layer: int) -> int:
+        """The stage that a block begins with; of layer ``n_layers`` the readout.
+
+        Raises:
+            ReflowlensError: a pass of this model cannot start from its middle.
+        """
+        if not self.stages.per_block:
+            raise ReflowlensError(
+                f"this runs the model from a block on, and a pass of a {type(self.stages.model).__name__} starts from "
+                "tokens"
+            )
+        return layer * self.stages.per_block
 
     def finish(
         self,

@@ -109,9 +109,7 @@ class Reader:
         return self.of_final(self._final(tokens))
 
     def _final(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
-        resid = self.model(tokens, stop_at_layer=self.model.cfg.n_layers)
-        assert isinstance(resid, Tensor)
-        return resid
+        return self.model.final_stream(tokens)
 
     def _logits(self, tokens: Int[Tensor, "prompt pos"]) -> Logits:
         """Those of a run at the positions that are read; hooks, which may be on the readout, see it whole."""
@@ -120,7 +118,7 @@ class Reader:
         return LazyLogits(self._readout(self.read(self._final(tokens))))
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
-        return self.model.unembed.readout(self.model.ln_final(resid), self.weights)
+        return self.model.read_final(resid, self.weights)
 
     def _of_readout(self, readout: Readout, prompts: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
         features = readout.features

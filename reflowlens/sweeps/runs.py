@@ -108,7 +108,7 @@ class PackedRuns:
         points = [self.model.hook_dict[edit.name] for edit in squares[:1]]
         layout = Layout.of_suffixes(self.reader.each, torch.zeros_like(self.reader.each), final.shape[1])
         block = int(squares[0].name.split(".")[1]) if squares else self.model.cfg.n_layers - 1
-        of_block = range(block * stages.per_block, (block + 1) * stages.per_block)
+        of_block = range(unpatched.first_stage(block), unpatched.first_stage(block + 1))
 
         def one_cell() -> Tensor:
             rows = final[layout.row, layout.position][None]

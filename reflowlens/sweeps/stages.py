@@ -7,7 +7,8 @@ How a pass divides is declared by the model (``stages`` of :class:`~reflowlens.m
 decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
 stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level is one stage
 (:mod:`reflowlens.sweeps.level_stages`), and so is a block of which nothing is known
-(:mod:`reflowlens.sweeps.block_stages`). A dictionary's features belong to the stage that they are read in
+(:mod:`reflowlens.sweeps.block_stages`); a pass may be one that cannot be divided
+(:mod:`reflowlens.sweeps.whole_stages`). A dictionary's features belong to the stage that they are read in
 (:mod:`reflowlens.sweeps.spliced_stages`).
 """
 
@@ -26,6 +27,7 @@ from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.spliced_stages import with_dictionaries
 from reflowlens.sweeps.suffixes import Layout, attend
+from reflowlens.sweeps.whole_stages import WholeStages
 
 READOUT_SIGNAL = "unembed.hook_signal"
 EMBEDDINGS = ("hook_embed", "hook_pos_embed", "hook_recipe")
@@ -38,7 +40,7 @@ class Stages(Protocol):
         model: whose pass it is.
         streams: the point that holds the stream in front of each stage, the readout's last.
         remembered: further points of the unpatched run that patched ones attend to.
-        per_block: stages of a block.
+        per_block: stages of a block; 0 where none can be started from.
         last_mixing: the last stage in which positions see each other.
         whole_rows: within a stage activations are of rows [row, pos, ...] and not of packed suffixes [1, token, ...].
         suffixes_hold: whether a patched run may enter at a later stage than the first.
@@ -84,7 +86,12 @@ class Stages(Protocol):
 
 def stages_of(model: HookedModel) -> Stages:
     """The stages of a model's pass, as it declares them, and with the dictionaries that are spliced into it."""
-    kinds: dict[str, type] = {"halves": DecoderStages, "levels": LevelStages, "blocks": BlockStages}
+    kinds: dict[str, type] = {
+        "halves": DecoderStages,
+        "levels": LevelStages,
+        "blocks": BlockStages,
+        "whole": WholeStages,
+    }
     return with_dictionaries(kinds[model.stages](model))
 
 

@@ -97,9 +97,9 @@ class Probe:
 
     @torch.no_grad()
     def _log_odds(self) -> NDArray[np.float64]:
-        resid = self.model(self.tokens, stop_at_layer=self.model.cfg.n_layers)
+        resid = self.model.final_stream(self.tokens)
         last = resid[range(len(self.lengths)), [length - 1 for length in self.lengths]]
-        logits = self.model.unembed(self.model.ln_final(last[None]))[0][:, self.heldout.ids]
+        logits = self.model.read_final(last[None]).logits()[0][:, self.heldout.ids]
         return self.heldout.log_odds(logits.float()).double().cpu().numpy()
 
     def _generate(self) -> Int[Tensor, "carrier pos"]:

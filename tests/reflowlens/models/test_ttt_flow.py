@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import reflowlens as rl
 from reflowlens.config import PRESETS, ModelConfig
 from reflowlens.errors import ReflowlensError
+from reflowlens.flops import forward_flops_by_part
 from reflowlens.models import build_model
 from reflowlens.models.ttt_flow import TTTFlow
 from reflowlens.models.ttt_linear import TTTLinear
+from reflowlens.sweeps.packed import UnpatchedRun
 from reflowlens.ttt_flow_config import TTTFlowConfig
 from tests.reference import ttt_flow as plain
+from tests.reflowlens.sweeps.test_sweep import whole
 
 OWN = TTTFlowConfig(
     ttt_heads=2, ttt_chunk=4, flow_width=6, flow_hidden=10, bigram_slots=13, bigram_width=6, value_width=5,
@@ -216,3 +221,37 @@ def test_a_default_cache_holds_no_state_of_mini_batches(tmp_path):
     assert {"ttt.hook_delta", "flow.hook_velocity", "hook_refined", "blocks.4.hook_resid_in"} <= set(cache)
     rl.save_model(tmp_path / "model", model)
     torch.testing.assert_close(rl.load_model(tmp_path / "model")(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("grid", ["resid_pre", "attn_out", "mlp_neurons", "attn_head_out"])
+def test_sweeps_are_whole_passes(grid):
+    model = filled()
+    clean, corrupted = torch.stack([text(9, 1), text(9, 2)]), torch.stack([text(9, 3), text(9, 4)])
+    metric = rl.metrics.logit_diff(5, 7)
+    found = rl.sweep(model, clean, corrupted, grid, metric, progress=False)
+    expected = whole(model, clean, corrupted, grid, metric)
+    torch.testing.assert_close(found.values.flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
+    assert (found.effect() != 0).any()
+
+
+def test_the_final_stream_is_read_position_by_position():
+    model, tokens = filled(), text(9)
+    stream = model.final_stream(tokens)
+    torch.testing.assert_close(model.read_final(stream[:, 4:5]).logits(), model(tokens)[:, 4:5])
+
+
+def test_what_runs_from_a_block_on_says_that_it_cannot():
+    with pytest.raises(ReflowlensError, match="a pass of a TTTFlow starts from tokens"):
+        UnpatchedRun(filled(), text(5)[None]).resid(2)
+
+
+@pytest.mark.parametrize("own", [{}, {"ttt": False, "flow": False, "value_layers": 0}])
+@pytest.mark.parametrize("context", [8, 11])
+def test_every_product_of_a_pass_is_counted(context, own):
+    model, tokens = filled(**own), torch.stack([text(context, 1), text(context, 2)])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens)
+    parts = forward_flops_by_part(model.cfg, context, batch=2)
+    square = parts["attention_mixing"] * 2 * context / (context + 1)
+    whole = sum(parts.values()) - parts["attention_mixing"] + square
+    assert counter.get_total_flops() == pytest.approx(whole * 2 * context)
