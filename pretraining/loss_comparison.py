@@ -76,7 +76,7 @@ def compare_losses(
     for name, model in models.items():
         losses = token_losses(model, data.tokens, batch_size, context, name, progress)
         own = np.bincount(owner, weights=losses, minlength=n_units)
-        loss, low, high = _mean_with_interval(own, counts, resamples, seed)
+        loss, low, high = mean_with_interval(own, counts, resamples, seed)
         row = {
             "model": name,
             "parameters": model.n_parameters,
@@ -91,7 +91,7 @@ def compare_losses(
         if baseline is None:
             baseline = own
         else:
-            difference = _mean_with_interval(own - baseline, counts, resamples, seed)
+            difference = mean_with_interval(own - baseline, counts, resamples, seed)
             row |= dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -124,7 +124,7 @@ def token_losses(
     return np.concatenate(losses)
 
 
-def _mean_with_interval(
+def mean_with_interval(
     sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int
 ) -> tuple[float, float, float]:
     """Mean over tokens of documents' sums, with the percentile interval over documents drawn with replacement."""

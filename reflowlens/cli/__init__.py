@@ -13,6 +13,7 @@ from reflowlens.cli import (
     bench,
     console,
     dictionary,
+    evaluation,
     examples,
     experiments,
     features,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models whose predictions are sums over readable signals, and experiments that test it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (experiments, models, training, model_files, dictionary, features, graph, units, bench, examples):
+    of_models = experiments, models, training, evaluation, model_files
+    for module in (*of_models, dictionary, features, graph, units, bench, examples):
         module.add_commands(commands)
     return parser

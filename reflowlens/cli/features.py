@@ -89,18 +89,13 @@ def _features(options: argparse.Namespace) -> None:
 
 def _documents(model: HookedModel, path: Path) -> Iterator[Any]:
     """The documents of a file or folder of text, or those of the validation tokens of prepared data."""
-    from pretraining.local_files import Selection
-    from pretraining.sources import find_sources
+    from pretraining.texts import documents_of
     from pretraining.token_files import MANIFEST_NAME
 
     if path.is_dir() and (path / MANIFEST_NAME).is_file():
         yield from _prepared_documents(model, path)
-        return
-    if not path.exists():
-        raise ReflowlensError(f"no file or folder {str(path)!r}")
-    for source in find_sources([path], Selection()):
-        for text, _ in source.documents():
-            yield text
+    else:
+        yield from documents_of(path)
 
 
 def _prepared_documents(model: HookedModel, folder: Path) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""``prepare``, ``train``, ``finetune`` and ``evaluate``: from text to a model and its loss."""
+"""``prepare``, ``train`` and ``finetune``: from text to a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ def add_commands(commands: Commands) -> None:
     _add_prepare(commands)
     _add_train(commands)
     _add_finetune(commands)
-    _add_evaluate(commands)
 
 
 def _add_prepare(commands: Commands) -> None:
@@ -127,38 +126,3 @@ def _finetune(options: argparse.Namespace) -> None:
         return
     print(f"held-out completion loss {tuned.val_losses[0]:.4f} -> {tuned.val_losses[-1]:.4f} nats a token")
     print(tuned.folder)
-
-
-def _add_evaluate(commands: Commands) -> None:
-    parser = add_command(commands, "evaluate", _evaluate, "validation loss of a model on prepared data")
-    add_model(parser)
-    parser.add_argument("data", type=Path, help="a folder made by prepare")
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        metavar="MODEL",
-        help="a table of these beside the model: losses and differences a token, with intervals over documents "
-        "(of a single text: over its blocks)",
-    )
-    parser.add_argument("--split", default="val", choices=["train", "val"])
-    add_device(parser)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from pretraining.evaluate import evaluate_model
-    from reflowlens.checkpoints import load_model
-
-    if options.against:
-        from pretraining.loss_comparison import compare_losses
-
-        models = {name: load_model(name, device=options.device) for name in [options.model, *options.against]}
-        frame = compare_losses(models, options.data, split=options.split, progress=True)
-        counts = dict.fromkeys(["parameters", "outside_embedding", "tokens", "units"], "{:,}".format)
-        print(frame.to_string(index=False, na_rep="-", float_format="{:.4f}".format, formatters=counts))
-        return
-    model = load_model(options.model, device=options.device)
-    result = evaluate_model(model, options.data, split=options.split, progress=True)
-    print(
-        f"loss {result.loss:.4f} nats a token, perplexity {result.perplexity:.2f}, "
-        f"{result.bits_per_byte:.4f} bits a byte, {result.tokens:,} tokens"
-    )

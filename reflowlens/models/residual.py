@@ -18,7 +18,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, checked_pass
-from reflowlens.models.loss import capped, cross_entropy
+from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
 from reflowlens.models.numerics import dense
 from reflowlens.models.parts import bias, plus
 from reflowlens.models.past import ReadPositions
@@ -26,6 +26,7 @@ from reflowlens.models.places import Places, Positions
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 
+_POSITIONS = 1024  # whose logits are formed at once
 ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters at both ends
 
 
@@ -44,6 +45,16 @@ class Readout(NamedTuple):
         """Those of a few tokens, which cost a few rows of the matrix."""
         logits = torch.einsum("bpk,bpnk->bpn", self.features, self.matrix[tokens])
         return capped(plus(logits, None if self.bias is None else self.bias[tokens]), self.cap)
+
+    def losses(self, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+        """Cross-entropy of each position in nats, 0 where the target is negative."""
+        features, ids = self.features.flatten(0, 1), targets.flatten()
+        ids = ids.masked_fill(ids < 0, IGNORE)
+        parts = [
+            token_losses(features[i : i + _POSITIONS], self.matrix, ids[i : i + _POSITIONS], self.bias, self.cap)
+            for i in range(0, len(ids), _POSITIONS)
+        ]
+        return torch.cat(parts).view_as(targets)
 
     def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
         if targets is None:

@@ -103,8 +103,15 @@ class Tokenizer:
         """The ids of a word that stands inside a text."""
         return self.encode(word)
 
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for.
+
+        Raises:
+            ReflowlensError: the id is not one of 0 to ``n_vocab - 1``.
+        """
+        return self._token_bytes(token)
+
     def _token_bytes(self, token: int) -> bytes:
-        """The bytes of one token."""
         raise NotImplementedError
 
     def _checked(self, token: int) -> int:
