@@ -37,8 +37,22 @@ _POSITIVE = (
     "optimizer.matrix_learning_rate",
     "optimizer.grad_clip",
 )
-_NOT_NEGATIVE = ("run.seed", "optimizer.weight_decay", "optimizer.warmup_steps")
-_SHARES = ("optimizer.beta1", "optimizer.beta2", "optimizer.decay_fraction", "optimizer.final_fraction")
+_NOT_NEGATIVE = (
+    "run.seed",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.embedding_learning_rate",
+    "optimizer.matrix_momentum_steps",
+)
+_SHARES = (
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
+    "optimizer.matrix_momentum",
+    "optimizer.matrix_momentum_start",
+    "optimizer.average",
+)
 
 
 @dataclass(frozen=True)
@@ -56,21 +70,30 @@ class OptimizerConfig:
     Args:
         name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
         learning_rate: AdamW's peak rate.
+        embedding_learning_rate: that of the tables at both ends (embedding, recipe, pairs and values of tokens); 0: the
+            same as of the rest.
         matrix_learning_rate: Muon's peak rate, the spectral norm of a step on a square matrix.
         matrix_scale: which other matrices take larger steps under Muon, by the square root of their sides' ratio:
             ``widening``, those with more outputs than inputs, as published (Jordan et al., 2024); or ``narrowing``,
             those with fewer, as the packaged models were trained.
+        matrix_momentum: Muon's momentum, reached from ``matrix_momentum_start`` over ``matrix_momentum_steps`` steps.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
         decay_all: on everything else too.
         grad_clip: largest norm of the whole gradient; ``inf`` never clips.
         schedule: after a linear warm-up ``constant``, ``cosine`` down to ``final_fraction`` of the peak, or ``wsd``,
             constant and then linear down to it over the last ``decay_fraction`` of the steps.
+        average: decay of an exponential moving average of the weights, which validation losses are then of; it is
+            written beside each checkpoint's own weights, in its folder ``average``. 0: none is kept.
     """
 
     name: str = "adamw"
     learning_rate: float = 6e-4
+    embedding_learning_rate: float = 0.0
     matrix_learning_rate: float = 0.01
     matrix_scale: str = "narrowing"
+    matrix_momentum: float = 0.95
+    matrix_momentum_start: float = 0.95
+    matrix_momentum_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
@@ -80,6 +103,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     final_fraction: float = 0.1
+    average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +173,8 @@ class TrainConfig:
         for path in _SHARES:
             if not 0 <= self._get(path) <= 1:
                 raise ReflowlensError(f"{path} must be between 0 and 1, got {self._get(path)!r}")
+        if self.optimizer.average and self.run.sharding == "zero1":
+            raise ReflowlensError("optimizer.average goes with run.sharding none or fsdp: of zero1 no process has all")
         if self.data.context > self.model.n_ctx:
             raise ReflowlensError(f"data.context={self.data.context} exceeds model.n_ctx={self.model.n_ctx}")
         if self.run.batch_size % self.run.accumulation:

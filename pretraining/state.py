@@ -23,7 +23,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.storage.atomic import replacing
 from reflowlens.storage.folders import MANIFEST, leftovers, write_folder, write_tensors
 
-STATE = "training_state.safetensors"
+STATE, AVERAGE = "training_state.safetensors", "average"
 
 
 def newest_checkpoint(out: Path) -> Path:
@@ -94,6 +94,14 @@ def save_state(
         shutil.rmtree(old)
     for unfinished in leftovers(out, r"step_\d+"):
         shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def save_average(cfg: TrainConfig, model: HookedModel, step: int) -> Path:
+    """The averaged weights of a step as a model of their own, in the folder ``average`` of its checkpoint."""
+    folder = Path(cfg.run.out) / f"step_{step:07d}" / AVERAGE
+    with writing(folder):
+        save_model(folder, model, {"step": step, "average": cfg.optimizer.average, "training": cfg.to_dict()})
     return folder
 
 

@@ -27,7 +27,7 @@ from pretraining.distributed import Processes, any_rank, from_first_process, on_
 from pretraining.evaluate import evaluate
 from pretraining.log import METRICS, Log, write_run_manifest
 from pretraining.machine import autocast, decided, processor
-from pretraining.optimizers import schedule, set_rates
+from pretraining.optimizers import averaged, momentum, schedule, set_rates
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
@@ -38,6 +38,7 @@ from pretraining.state import (
     newest_checkpoint,
     record_validation,
     resume_state,
+    save_average,
     save_state,
     start_fresh,
     training_data,
@@ -159,13 +160,18 @@ def _save(replica: Replica, data: Mapping[str, Any], step: int, record: dict[str
     """Write the checkpoint of a step: the processes put it together, the first writes it."""
     model, state = replica.gather()
     on_first_process(replica.group, partial(save_state, replica.cfg, data, model, state, step, record))
+    if replica.cfg.optimizer.average:
+        with averaged(replica.optimizers):
+            model, _ = replica.gather()
+            on_first_process(replica.group, partial(save_average, replica.cfg, model, step))
 
 
 def _validate(replica: Replica, tokens: Any, log: Log, progress: bool, step: int, *, saved: bool) -> None:
     """Evaluate after a step, and enter the loss in its record and, where there is one, in its checkpoint."""
     cfg, group = replica.cfg, replica.group
     max_tokens = None if step == cfg.run.steps else cfg.run.eval_tokens
-    loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress)
+    with averaged(replica.optimizers):
+        loss = evaluate(replica.model, tokens, cfg, group, max_tokens, progress)
     log.complete(step, {"val_loss": loss})
     if saved:
         on_first_process(group, partial(record_validation, Path(cfg.run.out), step, loss))
@@ -186,7 +192,7 @@ def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[st
     cfg, group = replica.cfg, replica.group
     began = time.perf_counter()
     share = schedule(step, cfg.optimizer, cfg.run.steps)
-    set_rates(replica.optimizers, share)
+    set_rates(replica.optimizers, share, momentum(step, cfg.optimizer))
     if cfg.model.dropout:
         _seed_dropout(cfg.run.seed, step, group.rank)
     loss = _accumulate(replica, next(batches))

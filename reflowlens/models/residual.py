@@ -27,7 +27,9 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 
 _POSITIONS = 1024  # whose logits are formed at once
-ENDS = ("embed.", "pos_embed.", "unembed.")  # begin the names of the parameters at both ends
+# Begin the names of the parameters at both ends, and of what stands between the last block and the readout.
+ENDS = ("embed.", "pos_embed.", "unembed.", "bigram.", "values.")
+REFINERS = ("ttt.", "flow.")
 
 
 class Readout(NamedTuple):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pretraining.config import OptimizerConfig
-from pretraining.optimizers import Muon, make_optimizers, orthogonalize, schedule
+from pretraining.optimizers import Muon, make_optimizers, momentum, orthogonalize, schedule, set_rates
+from reflowlens.config import PRESETS
 from reflowlens.models import build_model
 from tests.support.tiny import CONFIGS, assert_close
 
@@ -64,6 +66,24 @@ def test_what_decays(name: str) -> None:
         decayed = {names[p] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
         expected = {key for key in names.values() if re.fullmatch(r"blocks\.\d\.(attn|mlp)\.W_\w+", key)}
         assert decayed == expected | ({"embed.W_basis"} if architecture == "reflow" else set())
+
+
+def test_tables_refiners_and_momentum_have_their_own() -> None:
+    cfg = OptimizerConfig(name="muon", embedding_learning_rate=0.1, matrix_momentum=0.99, matrix_momentum_start=0.92,
+                          matrix_momentum_steps=100)  # fmt: skip
+    model = build_model(dataclasses.replace(PRESETS["ttt_flow_10l"], n_layers=4, d_mlp=32, n_ctx=32))
+    adamw, muon = make_optimizers(model, cfg)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rate = {names[p]: group["lr"] for group in adamw.param_groups for p in group["params"]}
+    quick = {name for name, lr in rate.items() if lr == 0.1}
+    assert quick == {name for name in names.values() if name.startswith(("embed.", "bigram.", "values."))}
+    assert {name for name in rate if name.startswith(("ttt.", "flow."))} >= {"ttt.W_Q", "ttt.W_start", "flow.W_down"}
+    assert {names[p] for group in muon.param_groups for p in group["params"]} == {
+        name for name in names.values() if name.startswith("blocks.") and ".W_" in name
+    }
+    set_rates([adamw, muon], 0.5, momentum(50, cfg))
+    assert muon.param_groups[0]["momentum"] == pytest.approx(0.955)
+    assert [group["lr"] for group in adamw.param_groups] == [3e-4, 3e-4, 0.05]
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (3, 20, 12)])

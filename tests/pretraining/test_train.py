@@ -31,13 +31,14 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.support.runs import ROOT, STEPS, measured, records, run_python, same_files, with_out
 
+TTT_FLOW = "ttt_heads = 2\nttt_chunk = 4\nrotary_channels = 8\nvalue_layers = 1\nexclusive_layers = 1\nflow_width = 8"
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- a run
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gpt2_new", "reflow", "reflow_topk", "reflow_lite"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt2_new", "reflow", "reflow_topk", "reflow_lite", "ttt_flow"])
 def test_loss_falls(write: Callable[..., Path], architecture: str) -> None:
     changes: dict[str, Any] = {"architecture": architecture}
     if not architecture.startswith("reflow"):
@@ -46,7 +47,10 @@ def test_loss_falls(write: Callable[..., Path], architecture: str) -> None:
         changes["topk"] = 8
     if architecture == "reflow_lite":
         changes["n_key_value_heads"] = 1
-    cfg = load_config(write(model=changes))
+    path = write(model=changes)
+    if architecture == "ttt_flow":
+        path.write_text(f"{path.read_text()}\n[model.ttt_flow]\n{TTT_FLOW}")
+    cfg = load_config(path)
     folder = train(cfg)
     history = records(cfg.run.out)
     assert [record["step"] for record in history] == list(range(1, STEPS + 1))
@@ -147,17 +151,27 @@ class Crash(Exception):
     """Stands for the machine going down."""
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+AVERAGED = {
+    "name": "muon",
+    "average": 0.9,
+    "matrix_momentum": 0.99,
+    "matrix_momentum_start": 0.9,
+    "matrix_momentum_steps": 20,
+    "embedding_learning_rate": 3e-3,
+}
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "adamw"}, {"name": "muon"}, AVERAGED], ids=["adamw", "muon", "average"])
 @pytest.mark.parametrize("crash_at", [7, 10, 23])
 def test_resuming_is_bit_for_bit(
     write: Callable[..., Path],
     uninterrupted: Callable[[TrainConfig], Path],
     monkeypatch: pytest.MonkeyPatch,
-    optimizer: str,
+    optimizer: dict[str, Any],
     crash_at: int,
 ) -> None:
     """Wherever it stopped: losses, learning rates, gradient norms, weights, and the optimiser's moments."""
-    cfg = load_config(write(optimizer={"name": optimizer}))
+    cfg = load_config(write(optimizer=optimizer))
     log = train_module.Log.write
 
     def crash(self: Any, step: int, record: dict[str, float]) -> None:
@@ -173,6 +187,26 @@ def test_resuming_is_bit_for_bit(
     folder = train(cfg, resume=True)
     same_files(folder, uninterrupted(cfg))
     assert measured(cfg.run.out) == measured(Path(cfg.run.out).with_name("uninterrupted"))
+
+
+def test_the_average_of_the_weights_is_validated_and_written(write: Callable[..., Path]) -> None:
+    cfg = load_config(write(optimizer=AVERAGED, run={"checkpoint_interval": 1, "keep_checkpoints": STEPS, "steps": 6}))
+    last = train(cfg)
+    average: dict[str, torch.Tensor] = {}
+    for step in range(1, 7):
+        weights = load_file(Path(cfg.run.out) / f"step_{step:07d}" / "model.safetensors")
+        average = {name: w if step == 1 else average[name].lerp(w, 0.1) for name, w in weights.items()}
+    model = load_model(last / "average")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), average[name])
+    val = open_tokens(cfg.data.folder, "val").tokens
+    assert evaluate(model, val, cfg, ALONE) == pytest.approx(records(cfg.run.out)[-1]["val_loss"], abs=1e-6)
+    assert evaluate(load_model(last), val, cfg, ALONE) != pytest.approx(records(cfg.run.out)[-1]["val_loss"], abs=1e-4)
+
+
+def test_an_average_needs_all_weights_in_one_place(write: Callable[..., Path]) -> None:
+    with pytest.raises(ReflowlensError, match="goes with run.sharding none or fsdp"):
+        load_config(write(optimizer=AVERAGED, run={"sharding": "zero1"}))
 
 
 def test_a_run_killed_while_it_evaluates_loses_no_step(
