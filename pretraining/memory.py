@@ -80,7 +80,8 @@ def _is_matrix(name: str) -> bool:
 
 
 def _state_width(cfg: TrainConfig, name: str) -> int:
-    return FLOAT32 if cfg.optimizer.name == "muon" and is_block_matrix(name) else 2 * FLOAT32
+    moments = 1 if cfg.optimizer.name == "muon" and is_block_matrix(name) else 2
+    return FLOAT32 * (moments + (cfg.optimizer.average > 0))
 
 
 def loss_chunk() -> int:

@@ -32,6 +32,7 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.attention import Attention, KeyValueCache, Past, Rotary
 from reflowlens.models.checked_pass import Pass, checked_pass
 from reflowlens.models.components import MLP
@@ -182,6 +183,19 @@ class TTTFlow(ResidualModel):
             "flow": own.flow * 2 * own.flow_width * (d + own.flow_hidden),
         }
         return {part: 2.0 * n for part, n in products.items()} | super().forward_flops(cfg, context, batch)
+
+    @classmethod
+    def activation_bytes(cls, cfg: ModelConfig, n: int, width: int) -> tuple[float, float]:
+        """To a tenth: numbers a position, fitted to what autograd keeps, of which most are in matrix products' type."""
+        own, d = cast(TTTFlowConfig, cfg.ttt_flow), cfg.d_model
+        heads, key_values = cfg.n_heads * cfg.d_head, cfg.kv_heads * cfg.d_head
+        blocks = (
+            cfg.n_layers * (5.5 * d + 4.4 * (heads + key_values) + 3 * cfg.d_mlp) + 2.2 * own.exclusive_layers * heads
+        )
+        state = 2 * d * (d / own.ttt_heads) / own.ttt_chunk + own.ttt_chunk * own.ttt_heads
+        refiners = own.ttt * (18 * d + state) + own.flow * (d + 2 * own.flow_hidden + 6 * own.flow_width)
+        numbers = blocks + 13 * d + refiners
+        return n * numbers * (0.37 * FLOAT32 + 0.63 * width), float(FLOAT32 * d * (n + cfg.d_vocab))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:

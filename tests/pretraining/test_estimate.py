@@ -17,6 +17,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import training_flops_per_token
 from reflowlens.models import MODEL_CLASSES, build_model
+from reflowlens.ttt_flow_config import TTTFlowConfig
 
 SIZES: dict[str, Any] = {
     "n_layers": 3,
@@ -74,6 +75,33 @@ def test_activations_are_those_that_autograd_keeps(architecture: str, d_vocab: i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({}, {}),
+        ({"n_layers": 6}, {}),
+        ({"d_model": 128, "d_mlp": 384}, {"ttt_chunk": 16}),
+        ({}, {"ttt": False, "flow": False}),
+    ],
+)
+def test_activations_of_a_model_with_refiners_are_known_to_a_tenth(changes, own, dtype: str) -> None:
+    sizes = {"n_layers": 4, "d_model": 64, "n_heads": 4, "d_head": 16, "d_mlp": 192, "d_vocab": 256, "n_ctx": 64}
+    parts = {"ttt_heads": 4, "ttt_chunk": 8, "flow_width": 16, "flow_hidden": 64, "bigram_width": 16, "value_width": 16}
+    cfg = ModelConfig(
+        architecture="ttt_flow",
+        tokenizer_name="bytes",
+        ttt_flow=TTTFlowConfig(**{**parts, "value_layers": 1, "exclusive_layers": 2, **own}),
+        **{**sizes, **changes},
+    )
+    measured, width = kept_for_backward(cfg, 6, 64, dtype), 4 if dtype == "float32" else 2
+    copies = 0
+    if dtype == "bfloat16":
+        copies = sum(2 * p.numel() for name, p in build_model(cfg, device="meta").named_parameters() if "W_" in name)
+    estimated = sum(MODEL_CLASSES["ttt_flow"].activation_bytes(cfg, 6 * 64, width))
+    assert estimated + copies == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dropout_keeps_what_it_multiplies_by(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attend, width = F.scaled_dot_product_attention, 4 if dtype == "float32" else 2
     # GPUs have kernels that drop entries of the pattern and keep no scores; the CPU's are such only without dropout.
@@ -95,11 +123,11 @@ def tiny(sharding: str = "none", **changes: Any) -> TrainConfig:
     return load_config("reflow_nano", settings)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimiser_state_is_what_the_optimisers_hold(name: str) -> None:
-    cfg = tiny(optimizer__name=name, model__n_layers=1)
+@pytest.mark.parametrize(("name", "average"), [("adamw", 0.0), ("muon", 0.0), ("muon", 0.99)])
+def test_optimiser_state_is_what_the_optimisers_hold(name: str, average: float) -> None:
+    cfg = tiny(optimizer__name=name, optimizer__average=average, model__n_layers=1)
     model = build_model(cfg.model)
-    optimizers = make_optimizers(model, OptimizerConfig(name=name))
+    optimizers = make_optimizers(model, OptimizerConfig(name=name, average=average))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

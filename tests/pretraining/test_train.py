@@ -205,7 +205,7 @@ def test_the_average_of_the_weights_is_validated_and_written(write: Callable[...
 
 
 def test_an_average_needs_all_weights_in_one_place(write: Callable[..., Path]) -> None:
-    with pytest.raises(ReflowlensError, match="goes with run.sharding none or fsdp"):
+    with pytest.raises(ReflowlensError, match=r"run\.sharding none or fsdp"):
         load_config(write(optimizer=AVERAGED, run={"sharding": "zero1"}))
 
 
