@@ -24,6 +24,7 @@ from pretraining.batches import sequential_batches
 from pretraining.estimate import parameters_outside_embedding
 from pretraining.evaluate import tokens_for
 from pretraining.token_files import TokenStream
+from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
@@ -35,6 +36,7 @@ def compare_losses(
     *,
     split: str = "val",
     batch_size: int = 8,
+    max_tokens: int | None = None,
     resamples: int = 2000,
     seed: int = 0,
     progress: bool | None = None,
@@ -46,6 +48,7 @@ def compare_losses(
 
     Args:
         models: by name; the first is what the others are compared with.
+        max_tokens: read no more than the first so many.
         resamples: of the documents, or of a single document's blocks, with replacement.
         progress: show a bar, or lines where there is no terminal; by default only on a terminal.
 
@@ -65,7 +68,8 @@ def compare_losses(
     for name, model in models.items():
         data = tokens_for(model, folder, split, name)
     context = min(model.cfg.n_ctx for model in models.values())
-    unit, owner = "document", document_of_targets(data.tokens, data.manifest.end_id)
+    tokens = data.tokens if max_tokens is None else data.tokens[: whole_number(max_tokens, "max_tokens", 2)]
+    unit, owner = "document", document_of_targets(tokens, data.manifest.end_id)
     if owner[-1] == owner[0]:
         unit, owner = "block", np.arange(len(owner)) // context
     n_units = int(owner[-1]) + 1
@@ -74,7 +78,7 @@ def compare_losses(
     counts = np.bincount(owner, minlength=n_units).astype(float)
     rows, baseline = [], None
     for name, model in models.items():
-        losses = token_losses(model, data.tokens, batch_size, context, name, progress)
+        losses = token_losses(model, tokens, batch_size, context, name, progress)
         own = np.bincount(owner, weights=losses, minlength=n_units)
         loss, low, high = mean_with_interval(own, counts, resamples, seed)
         row = {

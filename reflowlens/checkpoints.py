@@ -55,7 +55,7 @@ def load_model(
 
     Args:
         name_or_path: a packaged name (:func:`list_models`), a checkpoint folder, the folder of a training run, or a
-            safetensors file written by :func:`save_model`.
+            safetensors file written by :func:`save_model`, or a packed one (:func:`reflowlens.packing.pack_model`).
         device: where to put it.
         dtype: floating-point type of its weights, however they are stored.
         verify: check the weights against the SHA-256 that the ``manifest.json`` beside them records, if it does; False
@@ -68,7 +68,13 @@ def load_model(
 
     Example: ``load_model("reflow-nano")("The king").shape  # [1, 2, d_vocab]``
     """
+    from reflowlens.packing import is_packed, read_packed_model
+
     path = find_model(name_or_path)
+    if is_packed(path):
+        cfg, weights = read_packed_model(path)
+        _open_tokenizer(path, cfg)
+        return model_from_weights(cfg, weights, device=device, dtype=dtype)
     file = open_safetensors(path)
     cfg = ModelConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
     _check_fit(path, cfg, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (it is no dictionary)

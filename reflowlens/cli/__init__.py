@@ -20,6 +20,7 @@ from reflowlens.cli import (
     graph,
     model_files,
     models,
+    packing,
     training,
     units,
 )
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Language models whose predictions are sums over readable signals, and experiments that test it.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    of_models = experiments, models, training, evaluation, model_files
+    of_models = experiments, models, training, evaluation, model_files, packing
     for module in (*of_models, dictionary, features, graph, units, bench, examples):
         module.add_commands(commands)
     return parser

@@ -85,9 +85,9 @@ def quantise(W: Float[Tensor, "row *columns"], bits: float, use: Use | None = No
     codes = _codes(rows / _steps(rows, finer * 2.0**-bits).double()[:, None]).view(W.shape)
     step = _steps(rows, finer * 2.0 ** (entropy(codes) - 2 * bits))  # a bit is a factor of two
     if use.along == "rows":
-        codes = _compensated(rows, step.double()[:, None], use.gram)
+        codes = compensated(rows, step.double()[:, None], use.gram)
     else:
-        codes = _compensated(rows.T, step.double()[None], use.gram).T
+        codes = compensated(rows.T, step.double()[None], use.gram).T
     return Quantised(codes.contiguous().view(W.shape), step)
 
 
@@ -101,8 +101,8 @@ def _steps(rows: Float[Tensor, "row column"], relative: Float[Tensor, " row"] | 
     return step
 
 
-def _codes(weights: Float[Tensor, "*shape"]) -> Int8[Tensor, "*shape"]:
-    return weights.round().clamp(-LARGEST, LARGEST).to(torch.int8)
+def _codes(weights: Float[Tensor, "*shape"], largest: int = LARGEST) -> Int8[Tensor, "*shape"]:
+    return weights.round().clamp(-largest, largest).to(torch.int8)
 
 
 def entropy(codes: Int8[Tensor, "row *columns"]) -> float:
@@ -113,10 +113,15 @@ def entropy(codes: Int8[Tensor, "row *columns"]) -> float:
     return float(-torch.xlogy(p, p).sum(1).mean() / math.log(2))
 
 
-def _compensated(
-    W: Float[Tensor, "n m"], step: Float[Tensor, "#n #m"], gram: Float[Tensor, "n n"], block: int = 64
+def compensated(
+    W: Float[Tensor, "n m"],
+    step: Float[Tensor, "#n #m"],
+    gram: Float[Tensor, "n n"],
+    block: int = 64,
+    largest: int = LARGEST,
 ) -> Int8[Tensor, "n m"]:
-    """Codes with a small tr(δᵀ G δ): one n after the other, the error of each spread over those to come.
+    """Codes up to ``largest`` with a small tr(δᵀ G δ): one n after the other, the error of each spread over those to
+    come.
 
     With G⁻¹ = UᵀU, the best answer to an error e at j is -e U[j, k] / U[j, j] at each later k.
     """
@@ -130,7 +135,7 @@ def _compensated(
         stop = min(start + block, len(W))
         errors = torch.empty(stop - start, W.shape[1], dtype=W.dtype)
         for j in range(start, stop):
-            codes[j] = _codes(W[j] / step[j])
+            codes[j] = _codes(W[j] / step[j], largest)
             errors[j - start] = (W[j] - codes[j] * step[j]) / U[j, j]
             W[j + 1 : stop] -= U[j, j + 1 : stop, None] * errors[j - start]
         W[stop:] -= U[start:stop, stop:].T @ errors
