@@ -21,8 +21,8 @@ _CALIBRATION_ROWS = 64
 def add_commands(commands: Commands) -> None:
     parser = add_command(commands, "pack", _pack, "a model in one small file, which every command opens by its path")
     parser.epilog = (
-        "With --data the loss before and after is told, and their difference with an interval over documents. The file's "
-        "bytes by tensor are told first, by the entropy of its codes."
+        "Told first are the bytes of each tensor, by the entropy of its codes; with --data the loss before and after, and "
+        "the difference with an interval over documents."
     )
     add_model(parser)
     parser.add_argument("--bits", type=int, default=6, help="of a weight of a block's matrix, 2 to 8")
@@ -40,9 +40,11 @@ def add_commands(commands: Commands) -> None:
         "--code", nargs="+", type=Path, default=[], metavar="FILE", help="files whose bytes count towards the limit"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="text made by prepare: training tokens calibrate gptq, held-out ones "
-        "measure"
-    )  # fmt: skip
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="text made by prepare: training tokens calibrate gptq, held-out ones measure",
+    )
     parser.add_argument("--max-tokens", type=int, default=100_000, help="held-out tokens that are measured")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file; an earlier one is replaced")
 
