@@ -21,8 +21,8 @@ _CALIBRATION_ROWS = 64
 def add_commands(commands: Commands) -> None:
     parser = add_command(commands, "pack", _pack, "a model in one small file, which every command opens by its path")
     parser.epilog = (
-        "Told first are the bytes of each tensor, by the entropy of its codes; with --data losses before and after, and "
-        "the difference with an interval over documents."
+        "Told first are the bytes of each tensor, by the entropy of its codes; with --data losses before and after, "
+        "and the difference with an interval over documents."
     )
     add_model(parser)
     parser.add_argument("--bits", type=int, default=6, help="of a weight of a block's matrix, 2 to 8")
