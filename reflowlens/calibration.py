@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.parts import Norm
 from reflowlens.models.unwrapping import hooked_model
 
 # By the point whose activation is read, times the norm's weight if the point is before it: who reads it.
@@ -61,7 +62,7 @@ def input_grams(model: Any, batches: Iterable[Int[Tensor, "batch pos"]]) -> dict
 def _inputs(model: HookedModel, point: str, activation: Tensor) -> Float[Tensor, "token input"]:
     x = activation.flatten(0, 1).flatten(1).double()
     if point.endswith("hook_normalized"):
-        norm = model.get_submodule(point.rpartition(".")[0])
+        norm = cast(Norm, model.get_submodule(point.rpartition(".")[0]))
         x = x * norm.w.double()
         if norm.b is not None:
             x = x + norm.b.double()

@@ -69,12 +69,12 @@ class Packed:
 
         rows = []
         for name, tensor in self.tensors.items():
-            is_rounded = isinstance(tensor, Rounded)
-            numbers = (tensor.codes if is_rounded else tensor).numel()
-            steps = 16 * tensor.step.numel() if is_rounded else 0
-            bits = tensor.bits_of_entropy if is_rounded else 16.0
-            stored = self.header["tensors"][name].get("bits", 16)
-            rows.append((name, numbers, stored, bits, round((numbers * bits + steps) / 8)))
+            if isinstance(tensor, Rounded):
+                numbers, steps, entropy = tensor.codes.numel(), tensor.step.numel(), tensor.bits_of_entropy
+            else:
+                numbers, steps, entropy = tensor.numel(), 0, 16.0
+            bits = self.header["tensors"][name].get("bits", 16)
+            rows.append((name, numbers, bits, entropy, round((numbers * entropy + 16 * steps) / 8)))
         return pd.DataFrame(rows, columns=["tensor", "numbers", "bits", "entropy", "bytes"])
 
     def model(self) -> HookedModel:

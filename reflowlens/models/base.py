@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,9 @@ from reflowlens.models.pass_context import lengths_given
 from reflowlens.models.past import read_before
 from reflowlens.models.text import TextInput, read_once
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
+
+if TYPE_CHECKING:
+    from reflowlens.models.residual import Readout
 
 
 class HookedModel(Architecture, HookingModel):

@@ -114,10 +114,11 @@ class TTTFlow(ResidualModel):
         if cache is not None:
             cache.last_token, cache.last_vector = tokens[:, -1], x[:, -1]
         values = None if self.values is None else self.values(tokens)
-        resid, outputs, half = first, [], self.cfg.n_layers // 2
+        outputs: list[Tensor] = []
+        resid, half = first, self.cfg.n_layers // 2
         for layer, block in enumerate(cast("list[RefinedBlock]", list(self.blocks[: asked.stop]))):
             earlier = outputs.pop() if half <= layer and outputs else None
-            of_tokens = None if self.values is None else self.values.of_block(values, layer)
+            of_tokens = None if values is None or self.values is None else self.values.of_block(values, layer)
             resid = block(resid, asked.places, past, first=first, earlier=earlier, of_tokens=of_tokens)
             if layer < half:
                 outputs.append(resid)
@@ -200,10 +201,10 @@ class TTTFlow(ResidualModel):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Queries, keys, values and W_in orthogonal, all that is added at first 0, the embedding N(0, 0.005²)."""
-        self.embed.W_E.normal_(0.0, _EMBED_STD, generator=generator)
-        for part in (self.bigram, self.smear, self.values, *self.blocks, self.ttt, self.flow):
-            if part is not None:
-                cast(Any, part).init_weights(generator)
+        cast(Embed, self.embed).W_E.normal_(0.0, _EMBED_STD, generator=generator)
+        parts: list[Any] = [self.bigram, self.smear, self.values, *self.blocks, self.ttt, self.flow]
+        for part in filter(None, parts):
+            part.init_weights(generator)
 
 
 def _mean_chunk(context: int, chunk: int) -> float:
@@ -215,7 +216,7 @@ def _mean_chunk(context: int, chunk: int) -> float:
 class FixedNorm(Norm):
     """RMSNorm without weights: ``w`` is a constant, 1 or what a block multiplies the norm by."""
 
-    w: Tensor
+    w: Tensor  # type: ignore[assignment] # no parameter
 
     def __init__(self, cfg: ModelConfig, factor: float = 1.0) -> None:
         super().__init__(cfg)
