@@ -37,6 +37,7 @@ from transformer_lens import FactoredMatrix
 from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.loss import capped
 from reflowlens.models.numerics import wide, without_autocast
 from reflowlens.models.parts import Norm, plus
 from reflowlens.models.unwrapping import hooked_model
@@ -58,6 +59,7 @@ class SignalView:
         norm: the final norm, which a readout goes through.
         model: the model that the view was made from.
         bias: what the readout adds to the logits whatever the signals are; None if it has no bias.
+        cap: logits are held between ±cap, as the model's are; None if they are not.
 
     Example:
         >>> import reflowlens as rl
@@ -75,6 +77,7 @@ class SignalView:
     norm: Norm = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
     bias: Float[Tensor, " d_vocab"] | None = dataclasses.field(default=None, repr=False)
+    cap: float | None = None
 
     def __post_init__(self) -> None:
         if self.bias is not None and len(self.bias) != len(self.recipe):
@@ -93,6 +96,15 @@ class SignalView:
         """Number of rows of the recipe that belong to real tokens."""
         return self.model.tokenizer.n_vocab
 
+    @property
+    def is_prediction(self) -> bool:
+        """Whether the logits of the last residual stream are the model's.
+
+        False where the model refines that stream before it reads logits off it (``ttt_flow``): a view reads the stream
+        in front of the refiners, and the model's own logits are those of ``model.read_final(model.final_stream(...))``.
+        """
+        return self.model.reads_last_stream
+
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
         """Readout coordinates a = B norm_final(x); ``logits(a)`` is the logit lens of x. No hook of the norm runs.
 
@@ -106,7 +118,7 @@ class SignalView:
             return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
-        """The logits R a of readout coordinates a, with the readout's bias.
+        """The logits R a of readout coordinates a, with the readout's bias and its cap.
 
         Raises:
             ReflowlensError: the last axis is not S.
@@ -115,7 +127,7 @@ class SignalView:
         """
         _check_vectors("a readout", signals, "S", self.n_signals)
         with without_autocast(self.recipe):
-            return plus(signals @ self.recipe.T, self.bias)
+            return capped(plus(signals @ self.recipe.T, self.bias), self.cap)
 
     def bias_of(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """What the readout adds to some tokens' logits whatever the signals are; 0 where it has no bias."""
@@ -153,10 +165,12 @@ class SignalView:
             target: one token (its text or id), or an id for each stream.
 
         Raises:
-            ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams.
+            ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams; or the
+                model's logits are no such sums (:attr:`is_prediction`).
 
         Example: ``view.contributions(cache["resid_post", -1][0, -1], " Paris").topk(5)``
         """
+        self.model.check_reads_last_stream("contributions of signals")
         readout, ids = self.readout(resid), self._ids(target)
         try:
             torch.broadcast_shapes(ids.shape, readout.shape[:-1])
@@ -277,11 +291,12 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     with without_autocast(model.ln_final.w):
         embedding = wide(model.W_U.T.detach())
     bias = wide(model.b_U.detach()) if model.cfg.unembed_bias else None
+    cap = None if model.cfg.ttt_flow is None else model.cfg.ttt_flow.logit_cap
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
-        return SignalView("identity", embedding, identity, model.ln_final, model, bias)
+        return SignalView("identity", embedding, identity, model.ln_final, model, bias, cap)
     U, singular_values, Vh = torch.linalg.svd(embedding, full_matrices=False)
-    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model, bias)
+    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model, bias, cap)
 
 
 def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int = 0) -> SignalView:

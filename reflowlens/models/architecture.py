@@ -23,6 +23,7 @@ class Architecture:
     ``blocks_share_weights``      checkpoints, the comparison of a unit between blocks
     ``blocks_are_alike``          the check whether a model fits into memory
     ``recipe_is_stored``          edits of recipes
+    ``reads_last_stream``         signal views, ablations at the readout, directions of logits
     ``table_bytes``               the check whether a model fits into memory
     ``forward_flops``             utilisation, estimates of a training run, the choice whether to compile
     ``activation_bytes``          the estimate of a training run's memory
@@ -57,6 +58,10 @@ class Architecture:
     recipe_is_stored: ClassVar[bool] = True
     """Whether the recipe (or an unfactored embedding) is a stored parameter as it is, not computed from one: a change
     of the parameter is then the same change of the recipe."""
+
+    reads_last_stream: ClassVar[bool] = True
+    """Whether a position's logits are its own last residual stream through the final norm and a linear readout, so that
+    they are sums over signals, heads or directions. If not, a signal view is a logit lens and no prediction."""
 
     @classmethod
     def table_bytes(cls, cfg: ModelConfig) -> int:

@@ -43,6 +43,19 @@ class HookedModel(Architecture, HookingModel):
         super().__init__()
         self.cfg = cfg
 
+    def check_reads_last_stream(self, what: str) -> None:
+        """Raise unless logits are sums over what is in the last residual stream (``reads_last_stream``).
+
+        Args:
+            what: takes it for granted, in the plural.
+        """
+        if not self.reads_last_stream:
+            raise ReflowlensError(
+                f"{what} are parts of a sum, and logits of a {type(self).__name__} are none over its last residual "
+                "stream, which is refined and capped on the way: change activations in whole passes, by rl.sweep or "
+                "rl.intervene"
+            )
+
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:
         """The unembedding direction of each token, ``W_U[:, token]`` times the final norm's weight.
 
@@ -57,8 +70,10 @@ class HookedModel(Architecture, HookingModel):
             [*tokens, d_model].
 
         Raises:
-            ReflowlensError: a text is several tokens, or an id is outside the vocabulary.
+            ReflowlensError: a text is several tokens, or an id is outside the vocabulary; or logits are no such products
+                (``reads_last_stream``).
         """
+        self.check_reads_last_stream("directions of logits")
         ids = self._as_ids(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
         self._check_ids(ids)
         return self.unembedding_rows(ids.to(self.cfg.device)) * self.ln_final.w

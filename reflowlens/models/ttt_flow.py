@@ -69,6 +69,7 @@ class TTTFlow(ResidualModel):
 
     stages = "whole"
     blocks_are_alike: ClassVar[bool] = False
+    reads_last_stream: ClassVar[bool] = False
     units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": "blocks.{layer}.mlp.W_out"}
     point_axes = AXES | {
         **dict.fromkeys(("hook_value", "hook_token_values"), ("batch", "pos", "head", "d_head")),
