@@ -165,8 +165,8 @@ class SignalView:
             target: one token (its text or id), or an id for each stream.
 
         Raises:
-            ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams; or the
-                model's logits are no such sums (:attr:`is_prediction`).
+            ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams; or
+                the model's logits are no such sums (:attr:`is_prediction`).
 
         Example: ``view.contributions(cache["resid_post", -1][0, -1], " Paris").topk(5)``
         """

@@ -23,6 +23,7 @@ from reflowlens.models.numerics import wide
 
 Encode: TypeAlias = Callable[[Float[Tensor, "n *unit"]], Float[Tensor, "n feature"]]
 Promote: TypeAlias = Callable[[Int[Tensor, " feature"]], Float[Tensor, "feature token"]]
+DirectPath: TypeAlias = "Callable[[Float[Tensor, 'feature d_model'] | None], Promote | None]"
 _IN_THE_STREAM = (  # last parts of the names of points whose activations are in the residual stream or added to it
     "hook_embed",
     "hook_resid_pre",
@@ -77,7 +78,7 @@ def dictionary_layers(model: HookedModel, dictionary: Dictionary) -> list[Featur
         ReflowlensError: it is no dictionary of this model.
     """
     check_belongs(dictionary, model)
-    cfg, unembedding = dictionary.cfg, unembedding_of(model)
+    cfg, promoted_by = dictionary.cfg, _direct_path(model)
     numbers = [level_of(point) for point in cfg.reads]
     usual = len(set(numbers)) == len(numbers) and -1 not in numbers
     found = []
@@ -94,7 +95,7 @@ def dictionary_layers(model: HookedModel, dictionary: Dictionary) -> list[Featur
                 n_features=cfg.n_features,
                 signed=False,
                 directions=directions,
-                promote=None if directions is None else partial(_direct_logits, directions, unembedding),
+                promote=promoted_by(directions),
                 remove=partial(_without_features, layer, reads, writes),
             )
         )
@@ -115,8 +116,8 @@ def unit_layers(model: HookedModel, names: str | Sequence[str] | None = None) ->
         points = ["hook_recipe"] * ("hook_recipe" in model.hook_dict) + default_points(model)
     else:
         points = points_named(model, names)
-    sizes, unembedding = _sizes(model, points), unembedding_of(model)
-    return [_unit_layer(model, point, sizes[point], unembedding) for point in points]
+    sizes, promoted_by = _sizes(model, points), _direct_path(model)
+    return [_unit_layer(model, point, sizes[point], promoted_by) for point in points]
 
 
 def chosen_layers(layers: Sequence[FeatureLayer], wanted: Sequence[str] | None) -> list[FeatureLayer]:
@@ -143,10 +144,8 @@ def _sizes(model: HookedModel, points: Sequence[str]) -> dict[str, int]:
     return {point: cache[point][0, 0].numel() for point in points}
 
 
-def _unit_layer(
-    model: HookedModel, point: str, n_units: int, unembedding: Float[Tensor, "token d_model"]
-) -> FeatureLayer:
-    directions, promote = _written(model, point, unembedding)
+def _unit_layer(model: HookedModel, point: str, n_units: int, promoted_by: DirectPath) -> FeatureLayer:
+    directions, promote = _written(model, point, promoted_by)
     kind = kind_of(point)
     return FeatureLayer(
         key=f"{level_of(point)}-{kind}" if level_of(point) >= 0 else kind,
@@ -162,19 +161,27 @@ def _unit_layer(
 
 
 def _written(
-    model: HookedModel, point: str, unembedding: Float[Tensor, "token d_model"]
+    model: HookedModel, point: str, promoted_by: DirectPath
 ) -> tuple[Float[Tensor, "unit d_model"] | None, Promote | None]:
     """What units write into the stream, and what that does to the logits; of readout signals their own weights."""
     if point in ("hook_recipe", "unembed.hook_signal") and isinstance(model.W_E, FactoredMatrix):
-        basis, recipe = wide(model.W_E.B.detach()), wide(model.W_E.A.detach()[: len(unembedding)])
+        basis, recipe = wide(model.W_E.B.detach()), wide(model.W_E.A.detach()[: model.tokenizer.n_vocab])
         if point == "hook_recipe":
-            return basis, partial(_direct_logits, basis, unembedding)
+            return basis, promoted_by(basis)
         return basis, lambda signals: recipe[:, signals].T
     weight = written_by(model, point)
     if weight is None:
         return None, None
     directions = wide(model.get_parameter(weight).detach()).flatten(0, -2)
-    return directions, partial(_direct_logits, directions, unembedding)
+    return directions, promoted_by(directions)
+
+
+def _direct_path(model: HookedModel) -> DirectPath:
+    """Makes of directions what they do to the logits; None of none, and where logits are no products with them."""
+    if not model.reads_last_stream:
+        return lambda directions: None
+    unembedding = unembedding_of(model)
+    return lambda directions: None if directions is None else partial(_direct_logits, directions, unembedding)
 
 
 def unembedding_of(model: HookedModel) -> Float[Tensor, "token d_model"]:

@@ -63,4 +63,4 @@ class Predictions:
         return self.batch.targets[:, None].split(self.rows)
 
     def _logits(self, stream: Float[Tensor, "some d_model"]) -> Float[Tensor, "some d_vocab"]:
-        return self.model.unembed(self.model.ln_final(stream[None]))[0].float()
+        return self.model.read_final(stream[None]).logits()[0].float()

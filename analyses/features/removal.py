@@ -86,7 +86,7 @@ def _clean_losses(model: HookedModel, corpus: Corpus, rows: Sequence[int]) -> di
     found: dict[int, Tensor] = {}
     for batch in _batches(corpus, rows):
         tokens = _blocks(corpus, batch)
-        resid = model(tokens, stop_at_layer=model.cfg.n_layers)[:, :-1]
+        resid = model.final_stream(tokens)[:, :-1]
         losses = _losses(model, resid.flatten(0, 1), tokens[:, 1:].flatten())
         found |= dict(zip(batch, losses.unflatten(0, (len(batch), -1)), strict=True))
     return found
@@ -112,7 +112,7 @@ def _changes(
         at_end = layer.point.startswith("unembed.")
         hooks, seen = layer.remove(features)
         with model.hooks([] if at_end else hooks):
-            resid = model(tokens, stop_at_layer=model.cfg.n_layers)
+            resid = model.final_stream(tokens)
         row, position = (counts if at_end else counts & (seen["activations"] != 0)).nonzero(as_tuple=True)
         hooks, seen = layer.remove(features[row])
         with model.hooks(hooks if at_end else []):
@@ -126,10 +126,10 @@ def _changes(
 
 
 def _losses(model: HookedModel, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Cross-entropy in nats of what each final residual stream predicts; each is a row of its own to hooks."""
+    """Cross-entropy in nats of what each final stream predicts; each is a row of its own to hooks."""
     if not len(resid):
         return torch.zeros(0)
-    logits = model(resid[:, None], start_at_layer=model.cfg.n_layers)[:, 0]
+    logits = model.read_final(resid[:, None]).logits()[:, 0]
     return F.cross_entropy(logits.float(), targets, reduction="none").cpu()
 
 

@@ -6,7 +6,7 @@ ends before the readout, whose logits are formed for a few positions at a time (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,7 @@ from reflowlens.models.base import HookedModel
 
 @dataclass(frozen=True, eq=False)
 class CleanPass:
-    """A pass without replacements: the last residual stream, and activations [row, pos, ...] by hook point."""
+    """A pass without replacements: its ``final_stream``, and activations [row, pos, ...] by hook point."""
 
     stream: Float[Tensor, "row pos d_model"]
     activations: Mapping[str, Tensor]
@@ -36,21 +36,24 @@ def activations(model: HookedModel, batch: DocumentBatch, points: Sequence[str])
     Raises:
         ReflowlensError: a point does not exist, or holds NaN or infinite values.
     """
-    return _run(model, batch, points, stop_at_layer=first_unneeded_block(points))[1]
+    stop = first_unneeded_block(points)
+    return _run(model, batch, points, partial(model, return_type=None, stop_at_layer=stop))[1]
 
 
 def clean_pass(model: HookedModel, batch: DocumentBatch, points: Sequence[str], writes: Sequence[str]) -> CleanPass:
     """The last stream, what is at some points, and where the blocks begin that hold ``writes``."""
-    return CleanPass(*_run(model, batch, [*points, *writes, *map(_begin, writes)], stop_at_layer=model.cfg.n_layers))
+    return CleanPass(*_run(model, batch, [*points, *writes, *map(_begin, writes)], model.final_stream))
 
 
 def with_one_replaced(
     model: HookedModel, batch: DocumentBatch, clean: CleanPass, point: str, y: Float[Tensor, "n d"]
 ) -> Float[Tensor, "row pos d_model"]:
-    """The last stream when one point holds y: the model runs from the block of this point on."""
+    """The last stream when one point holds y: the model runs from the block of this point on, if it can."""
     value = batch.filled(clean.activations[point], y)
     begin = clean.activations[_begin(point)]
     with model.hooks([(point, lambda activation, hook: value)]):
+        if model.stages == "whole":
+            return model.final_stream(batch.tokens)
         return model(begin, start_at_layer=int(point.split(".")[1]), stop_at_layer=model.cfg.n_layers)
 
 
@@ -59,7 +62,7 @@ def with_all_constant(
 ) -> Float[Tensor, "row pos d_model"]:
     """The last stream when every one of these points holds the same vector at all positions."""
     with model.hooks([(point, partial(_constant, batch, value)) for point, value in values.items()]):
-        return model(batch.tokens, stop_at_layer=model.cfg.n_layers)
+        return model.final_stream(batch.tokens)
 
 
 def with_all_replaced(
@@ -80,7 +83,7 @@ def with_all_replaced(
     for layer, points in enumerate(zip(reconstructor.reads, reconstructor.writes, strict=True)):
         hooks += list(zip(points, (partial(catch, layer), partial(write, layer)), strict=True))
     with model.hooks(hooks):
-        return model(batch.tokens, stop_at_layer=model.cfg.n_layers)
+        return model.final_stream(batch.tokens)
 
 
 def _constant(batch: DocumentBatch, value: Float[Tensor, " d"], activation: Tensor, hook: HookPoint) -> Tensor:
@@ -93,11 +96,12 @@ def _begin(point: str) -> str:
 
 
 def _run(
-    model: HookedModel, batch: DocumentBatch, points: Sequence[str], stop_at_layer: int | None
+    model: HookedModel, batch: DocumentBatch, points: Sequence[str], run: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    stream, found = model.run_with_cache(
-        batch.tokens, names_filter=list(dict.fromkeys(points)), return_cache_object=False, stop_at_layer=stop_at_layer
-    )
+    """What a pass gives, and what is at some points."""
+    found, hooks, _ = model.get_caching_hooks(list(dict.fromkeys(points)))
+    with model.hooks(hooks):
+        stream = run(batch.tokens)
     for point, activation in found.items():
         if not activation.isfinite().all():
             raise ReflowlensError(f"{point!r} holds NaN or infinite values")

@@ -237,9 +237,9 @@ class _Runs:
 
     def plain(self) -> Float[Tensor, " prompt"]:
         """The logit of the right token less that of the wrong one."""
-        stream = self.model(self.tokens, stop_at_layer=self.model.cfg.n_layers)
+        stream = self.model.final_stream(self.tokens)
         rows = torch.arange(len(stream), device=stream.device)
-        logits = self.model.unembed(self.model.ln_final(stream[rows, self.last][:, None]))[:, 0]
+        logits = self.model.read_final(stream[rows, self.last][:, None]).logits()[:, 0]
         return logits[rows, self.correct] - logits[rows, self.wrong]
 
     def ablated(self, values: Means, kept: Kept) -> Float[Tensor, " prompt"]:

@@ -101,7 +101,12 @@ class LensReading:
 def read_lens(
     view: SignalView, stack: Float[Tensor, "point prompt d_model"], targets: Int[Tensor, " prompt"] | Sequence[int]
 ) -> LensReading:
-    """Read every point of every prompt through the final norm and the view's readout, over the real tokens."""
+    """Read every point of every prompt through the final norm and the view's readout, over the real tokens.
+
+    Raises:
+        ReflowlensError: the last point is not the model's prediction, which the others are held against.
+    """
+    view.model.check_reads_last_stream("readings that end in the prediction")
     targets = torch.as_tensor(targets, device=stack.device)
     final = lens_log_probabilities(view, stack[-1])
     parts: list[list[Tensor]] = []

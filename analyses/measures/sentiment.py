@@ -22,6 +22,7 @@ from analyses.statistics.draws import derive_rng
 from analyses.words.lexicon import Lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.loss import capped
 from reflowlens.signals import SignalView
 
 TRAINING = ("positive_adjectives", "negative_adjectives")
@@ -53,7 +54,7 @@ class Poles:
     def logits(self, view: SignalView, resid: Float[Tensor, "row d_model"]) -> Float[Tensor, "row word"]:
         """Logits of the words when the residual stream ends so."""
         ids = torch.tensor(self.ids, device=view.recipe.device)
-        return view.readout(resid) @ view.recipe[ids].T + view.bias_of(ids)
+        return capped(view.readout(resid) @ view.recipe[ids].T + view.bias_of(ids), view.cap)
 
     def log_odds(self, logits: Float[Tensor, "*row word"]) -> Float[Tensor, "*row"]:
         """log(probability of all positive words / probability of all negative ones), in nats."""

@@ -49,6 +49,9 @@ class ReadoutAblations:
     signals: Float[Tensor, "prompt S"]
     replacement: Float[Tensor, "#prompt S"] | float
 
+    def __post_init__(self) -> None:
+        self.view.model.check_reads_last_stream("signals of the readout")
+
     @property
     def cells(self) -> tuple[str, Sequence[int]]:
         """What the cells are, and which."""
@@ -198,6 +201,7 @@ class ProgressiveAblations(ReadoutAblations):
     memory: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         length = self.order.shape[1]
         if len(self.order) != len(self.signals):
             raise ReflowlensError(f"the order has {len(self.order)} rows for {len(self.signals)} prompts")

@@ -64,7 +64,7 @@ def ablate_readout(
 
     Raises:
         ReflowlensError: the prompt or its position, the view or the reference does not fit the model, or hooks are
-            attached to its final norm or unembedding.
+            attached to its final norm or unembedding; or logits are no sums over signals (``view.is_prediction``).
 
     Example:
         >>> import reflowlens as rl
@@ -140,6 +140,7 @@ def _read(
     hooked = hooked_model(model)
     check_readout_is_free(hooked)
     chosen = view_of(hooked, view)
+    hooked.check_reads_last_stream("signals of the readout")
     prompt = read_once(prompt)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
     signals = chosen.readout(hooked(prompt, stop_at_layer=hooked.cfg.n_layers))

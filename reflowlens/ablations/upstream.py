@@ -178,6 +178,7 @@ def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
 
 def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
     hooked = cast(ResidualModel, hooked_model(model))
+    hooked.check_reads_last_stream("signals that a view reads")
     if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if isinstance(metric, Metric) and metric.normalised:

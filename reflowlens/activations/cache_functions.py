@@ -25,6 +25,13 @@ _UP_TO_LAYER = (
     "stack_head_results",
     "stack_neuron_results",
 )
+_PARTS = (
+    "decompose_resid",
+    "get_full_resid_decomposition",
+    "get_neuron_results",
+    "stack_head_results",
+    "stack_neuron_results",
+)
 _OTHERS = (
     "apply_slice_to_batch_dim",
     "compute_ssm_effective_attention",
@@ -55,6 +62,11 @@ def _checked(function: Function) -> Function:
             given["layer"] = _layer(given["layer"], cache)
         if name == "decompose_resid" and not is_one_of(given.get("mode", "all"), ("all", "mlp", "attn")):
             raise ReflowlensError(f"mode must be 'all', 'mlp' or 'attn', got {given['mode']!r}")
+        if name in _PARTS and cache.model is not None and cache.model.stages == "whole":
+            raise ReflowlensError(
+                f"cache.{name} is of streams that are sums of what heads and MLPs write, and blocks of a "
+                f"{type(cache.model).__name__} scale theirs and read earlier streams: read its hook points"
+            )
         extra = given.pop("kwargs", {})
         try:
             return function(**given, **extra)

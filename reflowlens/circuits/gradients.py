@@ -171,9 +171,9 @@ class GradientRuns:
         check_readout_is_free(model)
         self.reader = Reader(model, metric, prompts)
         point = "hook_recipe" if "hook_recipe" in model.hook_dict else "hook_embed"
-        last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-        cache = model.run_with_cache(self.tokens, names_filter=[point, last], return_type=None)[1]
-        self.baseline = self.reader.of_final(cache[last])
+        cache, hooks, _ = model.get_caching_hooks(point)
+        with model.hooks(hooks):
+            self.baseline = self.reader.of_final(model.final_stream(self.tokens))
         target = None
         if prompts.clean is not None:
             _, clean = model.run_with_cache(prompts.clean, names_filter=point, return_type=None, stop_at_layer=0)
@@ -190,6 +190,11 @@ class GradientRuns:
             return [(prompt, 0.0) for prompt in range(len(self.tokens))]
         if self.path.clean is None:
             raise ReflowlensError("integrated gradients go from the corrupted prompts to the clean ones: give these")
+        if self.model.stages == "whole":
+            raise ReflowlensError(
+                f"integrated gradients go along {self.path.point!r}, and blocks of a {type(self.model).__name__} read "
+                "tokens elsewhere too: use mode='gradient', or 'exact'"
+            )
         return [(prompt, (step + 0.5) / steps) for step in range(steps) for prompt in range(len(self.tokens))]
 
     def mean_gradients(
@@ -257,7 +262,7 @@ class GradientRuns:
         hooks = [(self.path.point, start), *[(name, finite) for name in streams if bool(behind.any())]]
         hooks += [(name, keep) for name in names]
         with torch.enable_grad(), model.hooks(hooks):
-            final = model(self.tokens[prompts], stop_at_layer=model.cfg.n_layers)
+            final = model.final_stream(self.tokens[prompts])
             reader = copy.copy(self.reader)
             if basis_is_wanted:  # it is used at both ends of a run
                 reader.weights = model.tied_weights()

@@ -106,6 +106,6 @@ class CircuitRuns:
         ]
         hooks += [(name, partial(read, r, places[r.start].stream)) for name, r in self.graph.receiver_points.items()]
         with self.model.hooks(hooks):
-            final = self.model(self.tokens.repeat(n, 1), stop_at_layer=self.model.cfg.n_layers)
+            final = self.model.final_stream(self.tokens.repeat(n, 1))
         prompts = self.reader.each.repeat(n)
         return self.reader.of_residual(self.reader.read(final, prompts), prompts).unflatten(0, (n, n_prompts))

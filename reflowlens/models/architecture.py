@@ -47,7 +47,8 @@ class Architecture:
 
     units: ClassVar[Mapping[str, str | None]] = {}
     """The kinds of unit that blocks are made of: the hook point of each within its block, and the parameter whose rows
-    are what its units write into the stream, ``{layer}`` standing for the block; None of units that write nothing."""
+    are what its units write into the stream, ``{layer}`` standing for the block; None of units that write nothing, or
+    no such rows."""
 
     blocks_share_weights: ClassVar[bool] = False
     """Whether every block uses the same weights, which lie outside ``blocks``: a unit is then the same in each."""

@@ -70,8 +70,8 @@ class HookedModel(Architecture, HookingModel):
             [*tokens, d_model].
 
         Raises:
-            ReflowlensError: a text is several tokens, or an id is outside the vocabulary; or logits are no such products
-                (``reads_last_stream``).
+            ReflowlensError: a text is several tokens, or an id is outside the vocabulary; or logits are no such
+                products (``reads_last_stream``).
         """
         self.check_reads_last_stream("directions of logits")
         ids = self._as_ids(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)

@@ -23,8 +23,8 @@ NamesFilter: TypeAlias = "str | Sequence[str] | Callable[[str], bool] | None"
 Hooks: TypeAlias = "Sequence[tuple[str | Callable[[str], bool], Callable[..., Any]]]"
 
 _LEVELS = itertools.count(1)  # of blocks that attach hooks, as TransformerLens counts them
-# Points that hold [pos, pos], a copy of the residual stream per head, or the state of one of many steps: cached only
-# when named or switched on.
+# Points that hold [pos, pos], a copy of the residual stream per head, the state of one of many steps, or logits: cached
+# only when named or switched on.
 _LARGE_POINTS = {
     "hook_attn_scores": "",
     "hook_pattern": "",
@@ -33,7 +33,7 @@ _LARGE_POINTS = {
     "hook_k_input": "use_split_qkv_input",
     "hook_v_input": "use_split_qkv_input",
     "hook_mlp_in": "use_hook_mlp_in",
-    **dict.fromkeys(("hook_W", "hook_c", "hook_grad"), ""),
+    **dict.fromkeys(("hook_W", "hook_c", "hook_grad", "hook_logits_pre_cap"), ""),
 }
 # Axes of the activations that are not [batch, pos, d_model], by the last part of their point's name.
 _PER_HEAD = ("batch", "pos", "head", "d_head")

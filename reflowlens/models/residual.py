@@ -19,7 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
-from reflowlens.models.numerics import dense
+from reflowlens.models.numerics import dense, wide
 from reflowlens.models.parts import bias, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
@@ -59,9 +59,32 @@ class Readout(NamedTuple):
         return torch.cat(parts).view_as(targets)
 
     def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
-        if targets is None:
-            raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
-        return cross_entropy(self.features.flatten(0, 1), self.matrix, targets.flatten(), bias=self.bias, cap=self.cap)
+        ids = _given(targets).flatten()
+        return cross_entropy(self.features.flatten(0, 1), self.matrix, ids, bias=self.bias, cap=self.cap)
+
+
+class FormedReadout(Readout):
+    """A readout whose ``features`` are logits already, perhaps changed, in front of the cap."""
+
+    def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
+        return capped(self.features, self.cap)
+
+    def logits_of(self, tokens: Int[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos n"]:
+        return capped(self.features.gather(-1, tokens), self.cap)
+
+    def losses(self, targets: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos"]:
+        ids = targets.masked_fill(targets < 0, IGNORE)
+        return F.cross_entropy(capped(wide(self.features), self.cap).mT, ids, ignore_index=IGNORE, reduction="none")
+
+    def loss(self, targets: Int[Tensor, "batch pos"] | None) -> Float[Tensor, ""]:
+        ids = _given(targets)
+        return self.losses(ids).sum() / (ids >= 0).sum()
+
+
+def _given(targets: Int[Tensor, "batch pos"] | None) -> Int[Tensor, "batch pos"]:
+    if targets is None:
+        raise ReflowlensError("a loss needs targets: with start_at_layer pass targets=[batch, pos]")
+    return targets
 
 
 class Embed(nn.Module):

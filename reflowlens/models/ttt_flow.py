@@ -39,10 +39,10 @@ from reflowlens.models.components import MLP
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
 from reflowlens.models.numerics import wide
-from reflowlens.models.parts import Norm
+from reflowlens.models.parts import Norm, is_hooked
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
-from reflowlens.models.residual import Embed, Readout, ResidualModel, Unembed
+from reflowlens.models.residual import Embed, FormedReadout, Readout, ResidualModel, Unembed
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
 from reflowlens.models.ttt_linear import InnerState, TTTLinear, each_text_alone
@@ -70,7 +70,7 @@ class TTTFlow(ResidualModel):
     stages = "whole"
     blocks_are_alike: ClassVar[bool] = False
     reads_last_stream: ClassVar[bool] = False
-    units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": "blocks.{layer}.mlp.W_out"}
+    units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": None}  # W_out's rows are scaled by w_mlp
     point_axes = AXES | {
         **dict.fromkeys(("hook_value", "hook_token_values"), ("batch", "pos", "head", "d_head")),
         "hook_W": ("batch", "head", "key", "value"),
@@ -446,6 +446,8 @@ class CappedUnembed(Unembed):
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         (W_E,) = weights
+        if is_hooked(self.hook_logits_pre_cap):
+            return FormedReadout(self.hook_logits_pre_cap(x @ W_E.T), W_E, None, self.cap)
         return Readout(x, W_E, None, self.cap)
 
 

@@ -100,6 +100,7 @@ def causal_ablation(
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """
     chosen = real_tokens(view_of(model, view, seed=seed))
+    model.check_reads_last_stream("contributions of signals")
     lexicon = lexicon or load_lexicon()
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:

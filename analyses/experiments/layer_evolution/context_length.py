@@ -122,6 +122,7 @@ def context_frame(
 @torch.no_grad()
 def crystallisation_shares(view: SignalView, prompts: Sequence[str]) -> NDArray[np.float64]:
     """For each prompt the first point from which the final top-1 token stays top-1, as a share of the depth."""
+    view.model.check_reads_last_stream("readings that end in the prediction")
     stack = residual_stack(view.model, list(prompts))
     top = torch.stack([view.logits(view.readout(point))[:, : view.n_tokens].argmax(dim=-1) for point in stack])
     return first_settled((top == top[-1]).cpu().numpy()) / (len(stack) - 1)

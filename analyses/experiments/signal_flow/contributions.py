@@ -227,6 +227,7 @@ def read_contributions(view: SignalView, input: TextInput, target: int | None = 
     Example: ``read_contributions(view, ["The capital of France is"]).contributions()[-1, 0].topk(5)``
     """
     model = view.model
+    model.check_reads_last_stream("contributions of signals, heads and MLPs")
     stack = residual_stack(model, input)
     targets = lens_log_probabilities(view, stack[-1]).argmax(dim=-1)
     if target is not None:

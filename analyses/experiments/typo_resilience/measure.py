@@ -70,6 +70,7 @@ def compare_words(
 
     Example: ``compare_words(view, ["friend"], {"misspelt": ["freind"]}, ["She wrote the word"])["misspelt"].kl[-1]``
     """
+    view.model.check_reads_last_stream("readings that end in the prediction")
     texts = list(dict.fromkeys(itertools.chain(words, *others.values())))
     number = {text: i for i, text in enumerate(texts)}
     first = torch.tensor([number[word] for word in words])
