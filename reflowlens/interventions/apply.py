@@ -165,8 +165,9 @@ def source_cache(model: HookedModel, source: Source, names: set[str]) -> Mapping
         activations = {name: cache[name][None] if without_batch else cache[name] for name in names}
         tokens = getattr(source, "tokens", None)
         for name, activation in activations.items():
-            held = activation.shape[model.hook_axes(name).index("pos")]
-            if tokens is not None and held != tokens.shape[1]:
+            axes = model.hook_axes(name)
+            held = activation.shape[axes.index("pos")] if "pos" in axes else None
+            if held is not None and tokens is not None and held != tokens.shape[1]:
                 raise ReflowlensError(
                     f"the cache has {held} positions of {name!r}, of {tokens.shape[1]} tokens: one that was cut with "
                     "pos_slice cannot say which they are"
@@ -187,6 +188,14 @@ def _taken(
     intervention: Intervention, name: str, axes: Sequence[str], activation: Tensor, lengths: Sequence[int] | None
 ) -> tuple[Tensor, Sequence[int]]:
     """What an intervention takes from its source, and the rows' lengths if it may still hold padding."""
+    if "pos" not in axes:
+        if lengths is not None and len(set(lengths)) > 1:
+            raise _of_one_length(intervention, name, lengths)
+        if isinstance(intervention, Patch) and intervention.from_position is not None:
+            raise ReflowlensError(
+                f"{name!r} has no positions, but from_position={intervention.from_position!r} was given"
+            )
+        return activation, ()
     pos = axes.index("pos")
     if lengths is None:
         lengths = [activation.shape[pos]] * activation.shape[0]
@@ -198,10 +207,14 @@ def _taken(
     if not padded or intervention.takes_same_positions:
         return activation, padded
     if "key_pos" in axes:
-        raise ReflowlensError(
-            f"{intervention.kind} at {name!r} needs source texts of equal length, got {list(lengths)} tokens"
-        )
+        raise _of_one_length(intervention, name, lengths)
     return torch.cat([row[:length] for row, length in zip(activation, lengths, strict=True)])[None], ()
+
+
+def _of_one_length(intervention: Intervention, name: str, lengths: Sequence[int]) -> ReflowlensError:
+    return ReflowlensError(
+        f"{intervention.kind} at {name!r} needs source texts of equal length, got {list(lengths)} tokens"
+    )
 
 
 def _at_own_position(activation: Tensor, pos: int, position: int | str, lengths: Sequence[int]) -> Tensor:

@@ -19,6 +19,8 @@ Where: TypeAlias = "slice | Tensor"  # contiguous, or indices [n]; positions may
 class Selection:
     """A part of an activation, as [batch, pos, (head), feature]: ``get`` reads it, ``put`` gives a changed copy.
 
+    What a row has once, as the state of a learner, is at one position; between head and feature there may be other axes.
+
     Args:
         counted: of the positions, which ``put`` changes in each row; None for all of them.
         counted_keys: the same of the keys of an attention square, whose padding stays as it is.
@@ -57,7 +59,7 @@ class Selection:
         """A view of a selected part with the point's own axes, :meth:`hook_axes`."""
         if "batch" not in self.axes:
             return part[0, 0].movedim(-1, 0)
-        return part.movedim(1, self.axes.index("pos"))
+        return part.movedim(1, self.axes.index("pos")) if "pos" in self.axes else part[:, 0]
 
     def from_own_order(self, part: Tensor) -> Tensor:
         """The inverse of :meth:`in_own_order`."""
@@ -74,7 +76,11 @@ class Selection:
         """
         if "key_pos" in self.axes and source.shape[-1] != activation.shape[-1]:
             raise ReflowlensError(f"the source has {source.shape[-1]} key positions, the run {activation.shape[-1]}")
-        if not same_positions:  # a source of other prompts has rows of its own
+        if "pos" not in self.axes and source.shape[1:] != activation.shape[1:]:
+            raise ReflowlensError(
+                f"the source is {list(source.shape[1:])} in each row, the run {list(activation.shape[1:])}"
+            )
+        if not same_positions or "pos" not in self.axes:  # a source of other prompts has rows of its own
             return dataclasses.replace(self, positions=slice(None)).get(source)
         axis = self.axes.index("pos")
         n, end = activation.shape[axis], source.shape[axis]
@@ -91,11 +97,12 @@ class Selection:
         """A view with positions on axis 1, whatever the point's own order."""
         if "batch" not in self.axes:
             return activation[None, None].movedim(2, -1)  # hook_basis: its rows are its features
-        return activation.movedim(self.axes.index("pos"), 1)
+        return activation.movedim(self.axes.index("pos"), 1) if "pos" in self.axes else activation[:, None]
 
     def _indices(self, activation: Tensor) -> tuple[Where, ...]:
         view = self._arranged(activation)
-        where = (self.positions, *([self.heads] if view.ndim == 4 else []), self.features)
+        between = [self.heads, *[slice(None)] * (view.ndim - 4)] if view.ndim >= 4 else []
+        where = (self.positions, *between, self.features)
         lists = [w for w in where if isinstance(w, Tensor)]
         if not lists or (len(lists) == 1 and lists[0].ndim == 1):
             return (slice(None), *where)

@@ -51,9 +51,8 @@ class HookedModel(Architecture, HookingModel):
         """
         if not self.reads_last_stream:
             raise ReflowlensError(
-                f"{what} are parts of a sum, and logits of a {type(self).__name__} are none over its last residual "
-                "stream, which is refined and capped on the way: change activations in whole passes, by rl.sweep or "
-                "rl.intervene"
+                f"{what} need logits that are sums over the last residual stream, and a {type(self).__name__} refines "
+                "that stream and caps its logits: change activations in whole passes, by rl.sweep or rl.intervene"
             )
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*tokens d_model"]:

@@ -156,10 +156,7 @@ class TTTFlow(ResidualModel):
             return x
         if isinstance(places.positions, slice):
             return ttt(x)[0]
-        where = each_text_alone(places.positions)
-        refined, _ = ttt(x.flatten(0, 1)[where.clamp(min=0)])
-        out = torch.zeros_like(x).flatten(0, 1)
-        return out.index_copy(0, where[where >= 0], refined[where >= 0]).view_as(x)
+        return ttt(x, texts=each_text_alone(places.positions))[0]
 
     def make_cache(self, batch: int, dtype: torch.dtype = torch.float32) -> TTTFlowCache:
         return TTTFlowCache(self.cfg, batch, dtype)

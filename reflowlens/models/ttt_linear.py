@@ -125,32 +125,52 @@ class TTTLinear(nn.Module):
         return InnerState(W, c, torch.zeros_like(W), torch.zeros_like(c))
 
     def forward(
-        self, x: Float[Tensor, "batch pos d_model"], state: InnerState | None = None, read: int = 0
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        state: InnerState | None = None,
+        read: int = 0,
+        texts: Int[Tensor, "text longest"] | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], InnerState]:
         """Add to the stream what the inner learner makes of it.
 
         Args:
             state: after the tokens of the text that were read before; None: none were.
             read: how many.
+            texts: where the tokens of texts packed into the rows lie (:func:`each_text_alone`), each read from the
+                start; states are then one a text. None: a text a row.
 
         Returns:
             The refined stream, and the state after it.
         """
         parts = [hook(self._heads(x @ W)) for hook, W in self._views()]
-        q, k, v = (rearrange(part, "batch pos head f -> batch head pos f") for part in parts)
-        state, outs, first = state or self.first_state(len(x)), [], 0
-        while first < x.shape[1]:
+        if texts is None:
+            read_as, state = self._read(*parts, state or self.first_state(len(x)), read)
+        else:
+            apart = [part.flatten(0, 1)[texts.clamp(min=0)] for part in parts]
+            of_texts, state = self._read(*apart, self.first_state(len(texts)), 0)
+            held = texts >= 0
+            read_as = torch.zeros_like(parts[0]).flatten(0, 1).index_copy(0, texts[held], of_texts[held])
+            read_as = read_as.view_as(parts[0])
+        out = self.hook_out(read_as)
+        normal = torch.nn.functional.layer_norm(out.flatten(2), x.shape[-1:], self.w_norm, self.b_norm, _OUT_EPS)
+        return x + self.hook_delta(self.gate.sigmoid() * (normal @ self.W_O)), state
+
+    def _read(
+        self, q: Tensor, k: Tensor, v: Tensor, state: InnerState, read: int
+    ) -> tuple[Float[Tensor, "batch pos head f"], InnerState]:
+        """What each token is read as, mini-batch by mini-batch; views [batch, pos, head, f]."""
+        q, k, v = (rearrange(part, "batch pos head f -> batch head pos f") for part in (q, k, v))
+        outs, first, n = [], 0, q.shape[2]
+        while first < n:
             step, into = divmod(read + first, self.chunk)
-            last = min(first + self.chunk - into, x.shape[1])
+            last = min(first + self.chunk - into, n)
             tokens = (part[:, :, first:last] for part in (q, k, v))
             out, state = self.steps[step](*tokens, state, self)
             outs.append(out)
             if (read + last) % self.chunk == 0:
                 state = self._next_state(state)
             first = last
-        out = self.hook_out(rearrange(torch.cat(outs, dim=2), "batch head pos f -> batch pos head f"))
-        normal = torch.nn.functional.layer_norm(out.flatten(2), x.shape[-1:], self.w_norm, self.b_norm, _OUT_EPS)
-        return x + self.hook_delta(self.gate.sigmoid() * (normal @ self.W_O)), state
+        return rearrange(torch.cat(outs, dim=2), "batch head pos f -> batch pos head f"), state
 
     def inner_norm(self, z: Float[Tensor, "batch head pos f"]) -> Float[Tensor, "batch head pos f"]:
         """LN of the inner loss, with a weight and a bias a head."""
