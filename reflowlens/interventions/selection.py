@@ -19,7 +19,7 @@ Where: TypeAlias = "slice | Tensor"  # contiguous, or indices [n]; positions may
 class Selection:
     """A part of an activation, as [batch, pos, (head), feature]: ``get`` reads it, ``put`` gives a changed copy.
 
-    What a row has once, as the state of a learner, is at one position; between head and feature there may be other axes.
+    What a row has once, as the state of a learner, is at one position; other axes may lie between head and feature.
 
     Args:
         counted: of the positions, which ``put`` changes in each row; None for all of them.

@@ -20,7 +20,7 @@ anew with every text that ``segments`` tells apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -221,6 +221,14 @@ class FixedNorm(Norm):
         del self.w
         self.register_buffer("w", torch.full((cfg.d_model,), factor), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedNorm:
+        """Moved to other devices, and in float32 whatever the model's type is."""
+        exact = self.w
+        super()._apply(fn, recurse)
+        if self.w.dtype != torch.float32:
+            self.w = exact.to(self.w.device)
+        return self
+
 
 def rms_norm(x: Float[Tensor, "*batch width"], eps: float) -> Float[Tensor, "*batch width"]:
     """Without weights, statistics in float32 at least."""
@@ -398,7 +406,8 @@ class RefinedBlock(nn.Module):
         self.ln1, self.attn = FixedNorm(cfg, factor), RefinedAttention(cfg, layer)
         self.ln2, self.mlp = FixedNorm(cfg, factor), MLP(cfg)
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], the output of the block before
-        self.hook_skip = HookPoint()  # [batch, pos, d_model], what is added of an earlier output
+        if has_skip:
+            self.hook_skip = HookPoint()  # [batch, pos, d_model], what is added of an earlier output
         self.hook_resid_in = HookPoint()  # [batch, pos, d_model], mixed with the first stream: what attention reads
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model], scaled
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]

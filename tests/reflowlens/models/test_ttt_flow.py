@@ -255,3 +255,197 @@ def test_every_product_of_a_pass_is_counted(context, own):
     square = parts["attention_mixing"] * 2 * context / (context + 1)
     whole = sum(parts.values()) - parts["attention_mixing"] + square
     assert counter.get_total_flops() == pytest.approx(whole * 2 * context)
+
+
+SIZES = {
+    "batch": 2, "pos": 11, "head": 4, "d_model": 16, "d_mlp": 20, "d_head": 6, "flow": 6, "d_vocab": 256, "one": 1,
+    "key_pos": 11, "pos_in_chunk": 4, "key": 8, "value": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("return_type", ["logits", "loss", "both", None])
+def test_every_point_runs_with_the_axes_that_it_names(return_type):
+    model, tokens = filled(), torch.stack([text(11, 1), text(11, 2)])
+    reached = {name for name in model.hook_dict if not name.startswith("ttt.steps.") or int(name.split(".")[2]) < 3}
+    _, cache = model.run_with_cache(tokens, return_type=return_type, names_filter=lambda name: True)
+    assert set(cache) == reached
+    for name, activation in cache.items():
+        sizes = SIZES | ({"head": 2, "d_head": 8} if name.startswith("ttt.") else {})
+        if name.startswith("ttt.steps.2."):
+            sizes |= {"pos_in_chunk": 3}
+        if name.rsplit(".", 1)[-1] in ("hook_k", "hook_v", "hook_rot_k", "hook_value", "hook_token_values",
+                                       "hook_k_input", "hook_v_input") and "ttt" not in name:  # fmt: skip
+            sizes |= {"head": 2}
+        assert activation.shape == tuple(sizes[axis] for axis in model.hook_axes(name)), name
+
+
+def test_every_point_has_the_gradient_of_a_change_of_it():
+    """Along a direction, against a central difference in float64."""
+    model, tokens = filled(torch.float64), text(9)[None]
+    reached = [name for name in model.hook_dict if not name.startswith("ttt.steps.") or int(name.split(".")[2]) < 3]
+    _, cache = model.run_with_cache(tokens, "loss", names_filter=reached, incl_bwd=True, return_cache_object=False)
+    step = 1e-5
+    for name in reached:
+        if name not in cache or "pattern" in name or "scores" in name:  # rows of a softmax; masked scores
+            continue
+        direction = torch.randn(cache[name].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        ends = [
+            model.run_with_hooks(
+                tokens, return_type="loss", fwd_hooks=[(name, lambda x, hook, by=by, d=direction: x + by * d)]
+            )
+            for by in (step, -step)
+        ]
+        found = (cache[f"{name}_grad"] * direction).sum()
+        torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=2e-4, atol=1e-7, msg=name)
+
+
+def test_logits_in_front_of_the_cap_are_formed_when_something_is_attached_alone():
+    model, tokens = filled(torch.float64), text(7)[None]
+    logits, cache = model.run_with_cache(tokens, names_filter="unembed.hook_logits_pre_cap")
+    before = cache["unembed.hook_logits_pre_cap"]
+    torch.testing.assert_close(before, model.final_stream(tokens) @ model.W_U)
+    torch.testing.assert_close(logits, 30 * (before / 30).tanh())
+    assert "unembed.hook_logits_pre_cap" not in model.run_with_cache(tokens)[1]
+    changes = [("unembed.hook_logits_pre_cap", lambda x, hook: 2 * x)]
+    logits, loss = model.run_with_hooks(tokens, return_type="both", fwd_hooks=changes)
+    torch.testing.assert_close(logits, 30 * (2 * before / 30).tanh())
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
+    metric = rl.metrics.logit_diff(5, 7)
+    changed = rl.Scale("unembed.hook_logits_pre_cap", 2.0)
+    found = rl.sweep(model, None, tokens, [changed], metric, progress=False).values
+    torch.testing.assert_close(found.flatten(), (logits[0, -1, 5] - logits[0, -1, 7])[None].to(found))
+
+
+def test_points_of_packed_texts_are_where_their_tokens_are():
+    model, texts = filled(), [text(7, 1), text(5, 2)]
+    segments = torch.tensor([0] * 7 + [1] * 5)[None]
+    names = ["ttt.hook_q", "ttt.hook_out", "ttt.hook_delta", "hook_refined"]
+    _, packed = model.run_with_cache(torch.cat(texts)[None], segments=segments, names_filter=names)
+    alone = [model.run_with_cache(each, names_filter=names)[1] for each in texts]
+    for name in names:
+        torch.testing.assert_close(
+            packed[name][0], torch.cat([cache[name][0] for cache in alone]), rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("point", ["W", "c", "grad"])
+def test_interventions_on_the_state_of_a_mini_batch(point):
+    model, tokens = filled(), torch.stack([text(10, 1), text(10, 2)])
+    other, name = torch.stack([text(10, 3), text(10, 4)]), f"ttt.steps.1.hook_{point}"
+    _, there = model.run_with_cache(other, names_filter=name)
+
+    def by_hand(change):
+        return model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: change(x))])
+
+    cases = [
+        (rl.Ablate(name), torch.zeros_like),
+        (rl.Scale(name, 0.5), lambda x: 0.5 * x),
+        (rl.Patch(name, other), lambda x: there[name]),
+        (rl.Ablate(name, by="mean", reference=other), lambda x: there[name].mean(0, keepdim=True).expand_as(x)),
+        (rl.Ablate(name, head=1), lambda x: torch.stack([x[:, 0], 0 * x[:, 1]], dim=1)),
+        (rl.Replace(name, torch.ones(8)), torch.ones_like),
+    ]
+    for intervention, change in cases:
+        found = rl.run(model, tokens, intervention)
+        torch.testing.assert_close(found, by_hand(change), rtol=1e-5, atol=1e-6)
+        assert (found - model(tokens)).abs().max() > 1e-6
+    for selected in ({"position": 2}, {"position": "last"}):
+        with pytest.raises(ReflowlensError, match="has no positions"):
+            rl.run(model, tokens, rl.Ablate(name, **selected))
+    with pytest.raises(ReflowlensError, match="has no positions"):
+        rl.run(model, tokens, rl.Patch(name, other, from_position=1))
+    with pytest.raises(ReflowlensError, match="needs source texts of equal length"):
+        rl.run(model, tokens, rl.Patch(name, ["a long text", "short"]))
+
+
+def test_a_pos_slice_leaves_states_whole():
+    model, tokens = filled(), text(10)
+    names = ["ttt.steps.1.hook_W", "ttt.steps.1.hook_grad", "ttt.hook_out"]
+    _, cache = model.run_with_cache(tokens, names_filter=names, pos_slice=-1)
+    assert [cache[name].shape for name in names] == [(1, 2, 8, 8), (1, 2, 4, 8), (1, 1, 2, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_type_keeps_tables_and_factors(dtype):
+    """Constants are no weights: 1 / √(l + 1) and the turns are as they are in float32."""
+    model, reference = filled().to(dtype), filled()
+    for block, same in zip(model.blocks, reference.blocks, strict=True):
+        for table in ("cos", "sin"):
+            assert torch.equal(getattr(block.attn.rotary, table), getattr(same.attn.rotary, table))
+        assert torch.equal(block.ln2.w, same.ln2.w)
+    assert model(text(9)).dtype == dtype
+    tolerance = {torch.float64: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}[dtype]
+    assert (model(text(9)).float() - reference(text(9))).abs().max() < tolerance
+
+
+def test_a_view_is_capped_and_no_prediction():
+    """It reads the stream in front of the refiners, as the lens does."""
+    model, tokens = filled(), text(9)
+    view = rl.signal_view(model)
+    logits, cache = model.run_with_cache(tokens)
+    last = cache["resid_post", -1]
+    plain = last / (last.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() @ model.W_U
+    torch.testing.assert_close(view.logits(cache.signals()), 30 * (plain / 30).tanh(), rtol=1e-4, atol=1e-5)
+    assert not view.is_prediction
+    assert (view.logits(cache.signals()) - logits).abs().max() > 0.1
+    unrefined = filled(ttt=False, flow=False)
+    assert not rl.signal_view(unrefined).is_prediction
+    torch.testing.assert_close(
+        rl.signal_view(unrefined).logits(unrefined.run_with_cache(tokens)[1].signals()), unrefined(tokens)
+    )
+
+
+def test_what_needs_logits_that_are_sums_is_refused():
+    model, tokens = filled(), text(9)
+    view, cache = rl.signal_view(model), model.run_with_cache(tokens)[1]
+    metric = rl.metrics.logit_diff(5, 7)
+    for call in (
+        lambda: view.contributions(cache["resid_post", -1], 5),
+        lambda: cache.signal_contributions(5),
+        lambda: cache.logit_attrs(cache.accumulated_resid(), 5),
+        lambda: model.tokens_to_residual_directions(5),
+        lambda: rl.ablate_readout(model, tokens),
+        lambda: rl.ablate_progressively(model, tokens, 5),
+        lambda: rl.ablate_upstream(model, tokens, metric, "embed"),
+    ):
+        with pytest.raises(ReflowlensError, match="a TTTFlow refines that stream and caps its logits"):
+            call()
+    for call in (cache.decompose_resid, cache.stack_head_results, cache.get_full_resid_decomposition):
+        with pytest.raises(ReflowlensError, match="scale theirs and read earlier streams"):
+            call()
+    with pytest.raises(ReflowlensError, match="a TTTFlow has no graph"):
+        rl.Graph.of(model)
+    with pytest.raises(ReflowlensError, match="of a TTTFlow there is none"):
+        rl.attribute(model, tokens)
+
+
+def test_gradients_of_a_sweep_are_those_of_whole_passes():
+    model = filled(torch.float64)
+    clean, corrupted = torch.stack([text(9, 1), text(9, 2)]), torch.stack([text(9, 3), text(9, 4)])
+    metric = rl.metrics.logit_diff(5, 7)
+    found = rl.sweep(model, clean, corrupted, "resid_post", metric, mode="gradient", progress=False)
+    name = "blocks.2.hook_resid_post"
+    _, there = model.run_with_cache(clean, names_filter=name)
+    kept = []
+
+    def keep(x, hook):
+        kept.append(x.detach().requires_grad_())
+        return kept[-1]
+
+    logits = model.run_with_hooks(corrupted, fwd_hooks=[(name, keep)])[:, -1]
+    values = logits[:, 5] - logits[:, 7]
+    torch.testing.assert_close(found.baseline, values.detach().to(found.baseline))
+    (gradient,) = torch.autograd.grad(values.sum(), kept)
+    expected = values[None] + ((there[name] - kept[0]) * gradient).sum(-1).T
+    torch.testing.assert_close(found.values[2], expected.detach().to(found.values), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ReflowlensError, match="integrated gradients go along 'hook_embed'"):
+        rl.sweep(model, clean, corrupted, "resid_post", metric, mode="integrated", progress=False)
+
+
+def test_prompts_of_several_lengths_are_continued_as_alone():
+    model = filled()
+    prompts = ["a", "abcdef", "the cat sat on"]
+    together = model.generate(prompts, 9, temperature=0, stop_at_eos=False)
+    assert together == [model.generate(prompt, 9, temperature=0, stop_at_eos=False) for prompt in prompts]
+    slow = model.generate(prompts, 9, temperature=0, stop_at_eos=False, use_past_kv_cache=False)
+    assert together == slow
