@@ -39,7 +39,7 @@ from reflowlens.models.components import MLP
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
 from reflowlens.models.numerics import wide
-from reflowlens.models.parts import Norm, is_hooked
+from reflowlens.models.parts import Norm, is_hooked, through_copy
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.residual import Embed, FormedReadout, Readout, ResidualModel, Unembed
@@ -411,6 +411,7 @@ class RefinedBlock(nn.Module):
         self.hook_resid_in = HookPoint()  # [batch, pos, d_model], mixed with the first stream: what attention reads
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model], scaled
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], a copy of the stream when something is attached
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model], scaled
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
@@ -439,7 +440,8 @@ class RefinedBlock(nn.Module):
             x = x + self.hook_skip(self.w_skip * earlier)
         x = self.hook_resid_in(self.w_stream * x + self.w_first * first)
         x = self.hook_resid_mid(x + self.hook_attn_out(self.w_attn * self.attn(x, self.ln1, places, past, of_tokens)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.w_mlp * self.mlp(self.ln2(x))))
+        written = self.mlp(self.ln2(through_copy(self.hook_mlp_in, x)))
+        return self.hook_resid_post(x + self.hook_mlp_out(self.w_mlp * written))
 
 
 class CappedUnembed(Unembed):

@@ -14,6 +14,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers.by_name import get_tokenizer
+from reflowlens.ttt_flow_config import TTTFlowConfig
 from tests.support import ROOT
 from tests.support.tiny import random_model, random_tokens
 
@@ -103,6 +104,23 @@ def test_the_page_names_the_points_of_bdh_and_their_shapes():
     bdh = build_model(cfg)
     check_points(bdh)
     check_shapes(bdh, random_tokens(cfg))
+
+
+def test_the_page_names_the_points_of_a_refined_model_and_their_shapes():
+    own = TTTFlowConfig(ttt_heads=2, ttt_chunk=4, flow_width=6, value_layers=2, exclusive_layers=2, rotary_channels=4)
+    sizes = {"n_layers": 4, "d_model": 16, "n_heads": 4, "d_head": 6, "d_mlp": 20, "d_vocab": 256, "n_ctx": 32}
+    cfg = ModelConfig(architecture="ttt_flow", tokenizer_name="bytes", n_key_value_heads=2, ttt_flow=own, **sizes)
+    model, tokens = build_model(cfg), random_tokens(cfg)
+    names = ("ends", "stream", "final-norm", "attention", "mlp", "rotary", "ttt-flow")
+    described = {point: shape for name in names for point, shape in documented_points()[name].items()}
+    plain = [re.sub(r"^blocks\.\d+", "blocks.{l}", name) for name in model.hook_dict]
+    assert set(described) == {re.sub(r"steps\.\d+", "steps.{m}", name) for name in plain}
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
+    letters = {"B": len(tokens), "T": tokens.shape[1], "d": 16, "H": 4, "K": 2, "h": 6, "M": 20, "1": 1}
+    letters |= {"P": 2, "f": 8, "b": 4, "w": 6, "V": 256}
+    for point, shape in described.items():
+        found = cache[point.format(l=2, m=0)].shape
+        assert list(found) == [letters[axis] for axis in shape.split(", ")], point
 
 
 def check_points(model: HookedModel) -> None:
