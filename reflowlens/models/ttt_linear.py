@@ -142,15 +142,14 @@ class TTTLinear(nn.Module):
         Returns:
             The refined stream, and the state after it.
         """
-        parts = [hook(self._heads(x @ W)) for hook, W in self._views()]
+        q, k, v = (hook(self._heads(x @ W)) for hook, W in self._views())
         if texts is None:
-            read_as, state = self._read(*parts, state or self.first_state(len(x)), read)
+            read_as, state = self._read(q, k, v, state or self.first_state(len(x)), read)
         else:
-            apart = [part.flatten(0, 1)[texts.clamp(min=0)] for part in parts]
-            of_texts, state = self._read(*apart, self.first_state(len(texts)), 0)
+            q_, k_, v_ = (part.flatten(0, 1)[texts.clamp(min=0)] for part in (q, k, v))
+            of_texts, state = self._read(q_, k_, v_, self.first_state(len(texts)), 0)
             held = texts >= 0
-            read_as = torch.zeros_like(parts[0]).flatten(0, 1).index_copy(0, texts[held], of_texts[held])
-            read_as = read_as.view_as(parts[0])
+            read_as = torch.zeros_like(q).flatten(0, 1).index_copy(0, texts[held], of_texts[held]).view_as(q)
         out = self.hook_out(read_as)
         normal = torch.nn.functional.layer_norm(out.flatten(2), x.shape[-1:], self.w_norm, self.b_norm, _OUT_EPS)
         return x + self.hook_delta(self.gate.sigmoid() * (normal @ self.W_O)), state
