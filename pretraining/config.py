@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from reflowlens.config import ModelConfig, nearest, preset
 from reflowlens.errors import ReflowlensError
+from reflowlens.ttt_flow_config import TTTFlowConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -241,8 +242,11 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
             raise ReflowlensError(f"{path}: the table [{table}] is missing")
     overrides = dict(map(_setting, settings))
     for place, value in overrides.items():
-        table, key = place.split(".")
-        tables.setdefault(table, {})[key] = value
+        *outer, key = place.split(".")
+        table = tables
+        for name in outer:
+            table = table.setdefault(name, {})
+        table[key] = value
     return TrainConfig(
         model=_model(tables["model"]),
         data=section("data", DataConfig, tables["data"]),
@@ -285,6 +289,7 @@ def _setting(text: str) -> tuple[str, Any]:
     """``"run.steps=100"`` as a place and a value of the type that TOML would give it."""
     place, equals, written = (part.strip() for part in text.partition("="))
     types = {f"{table}.{f.name}": str(f.type) for table, kind in _TABLES.items() for f in dataclasses.fields(kind)}
+    types |= {f"model.ttt_flow.{f.name}": str(f.type) for f in dataclasses.fields(TTTFlowConfig)}
     types["model.preset"] = "str"
     if not equals or place not in types:
         what = f"unknown field {place!r}" if equals else "expected table.field=value"
@@ -299,7 +304,10 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def _model(fields: dict[str, Any]) -> ModelConfig:
     base = preset(fields["preset"]).to_dict() if "preset" in fields else {}
-    return ModelConfig.from_dict(base | {name: value for name, value in fields.items() if name != "preset"})
+    own = {name: value for name, value in fields.items() if name != "preset"}
+    if isinstance(base.get("ttt_flow"), dict) and isinstance(own.get("ttt_flow"), dict):
+        own["ttt_flow"] = base["ttt_flow"] | own["ttt_flow"]
+    return ModelConfig.from_dict(base | own)
 
 
 def section(name: str, kind: type[Section], fields: Mapping[str, Any]) -> Section:
