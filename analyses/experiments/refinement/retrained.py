@@ -32,9 +32,9 @@ RERUNS, SEEDS = 0.00077, 0.0019
 PUBLISHED_INTERACTION = effects(PUBLISHED)["interaction"]
 READING = (
     f"The published interaction is {PUBLISHED_INTERACTION:.8f} bits per byte, of one run a cell. Its standard error is "
-    f"at least {RERUNS} (runs of one configuration again; z = {PUBLISHED_INTERACTION / RERUNS:.1f}), and {SEEDS} at "
-    f"the spread over seeds (z = {PUBLISHED_INTERACTION / SEEDS:.1f}): these four numbers allow to say that the refiners "
-    "may help each other, not that they do."
+    f"at least {RERUNS} (runs of one configuration again; z = {PUBLISHED_INTERACTION / RERUNS:.1f}), and {SEEDS} from "
+    f"the spread over seeds (z = {PUBLISHED_INTERACTION / SEEDS:.1f}): these four numbers allow to say that the "
+    "refiners may help each other, not that they do."
 )
 AS_TRAINED = "as trained"
 
