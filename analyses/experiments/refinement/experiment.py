@@ -67,8 +67,8 @@ DEFINITIONS = {
     "learning_gain": "loss at an inner rate of 0 − loss of the model: what learning from the text itself takes off, "
     "nats a token. sign_flipped, previous_state: the same where the inner learner steps the wrong way, or begins with "
     "what another text has left. Claim judged: above 0",
-    "inner_fit": "inner loss of a mini-batch before the step made from it − after, a mean over heads, mini-batches "
-    "and texts",
+    "inner_fit": "inner loss of a mini-batch before the step made from it − after, a mean over heads, texts and "
+    "mini-batches but the first, whose step leads from W₁ to where all texts lead",
     "inner_generalisation": "the same of the mini-batch behind it, which the step has not seen. Claim judged: above 0 "
     "and above that of shuffled tokens",
     "best_step": "the step size τ of the flow with the least loss, among those tried; trained at 1",
@@ -139,11 +139,12 @@ def refinement(
         found.add_learning(learning)
         curves = inner_curves(model, read, own)
         frames["inner"] = inner_frame(curves)
-        if frames["inner"].empty or frames["inner"]["next_before"].isna().all():
-            del frames["inner"]
-            notes.append(f"no text has two mini-batches of {ttt.chunk} tokens: inner learning is not shown")
+        of_texts = {name: learned(each) for name, each in curves.items()}
+        if len(of_texts[AS_IS]["generalisation"]):
+            found.add_inner(of_texts)
         else:
-            found.add_inner({name: learned(each) for name, each in curves.items()})
+            del frames["inner"]
+            notes.append(f"no text has three mini-batches of {ttt.chunk} tokens: inner learning is not shown")
     frames["gains"] = _gains(gains, read, ttt.chunk if ttt is not None else 16, seed)
     frames["logits"] = logit_frame(model, read)
     if flow is not None:

@@ -21,6 +21,7 @@ def refinement_figures(frames: Mapping[str, pd.DataFrame]) -> dict[str, go.Figur
     if "inner" in frames:
         figures["inner"] = line_with_band(
             frames["inner"]
+            .query("mini_batch > 0")  # the first step is larger than all others together
             .assign(generalisation=lambda rows: rows["next_before"] - rows["next_after"])
             .groupby(["control", "mini_batch"], as_index=False, sort=False)["generalisation"]
             .mean(),

@@ -90,11 +90,13 @@ def learning_losses(model: HookedModel, texts: Texts) -> dict[str, Losses]:
 def learned(curves: Curves) -> dict[str, NDArray[np.float64]]:
     """How much a step lowers the loss of its own mini-batch, "fit", and of the next, "generalisation": means [text].
 
-    Texts without two whole mini-batches are left out.
+    The first step is left out: it leads from W₁ to where all texts lead, and is often larger than all others together.
+    Texts without three whole mini-batches are left out too.
     """
-    enough = ~np.isnan(curves["next_before"]).all(axis=(1, 2))
+    later = {name: own[:, :, 1:] for name, own in curves.items()}
+    enough = ~np.isnan(later["next_before"]).all(axis=(1, 2))
     return {
-        name: np.nanmean((curves[f"{which}_before"] - curves[f"{which}_after"])[enough], axis=(1, 2))
+        name: np.nanmean((later[f"{which}_before"] - later[f"{which}_after"])[enough], axis=(1, 2))
         for name, which in (("fit", "own"), ("generalisation", "next"))
     }
 

@@ -256,7 +256,7 @@ def test_models_with_one_refiner_or_none():
     assert set(short.frames["gates"]["cell"]) == {"none", "flow"}
     assert "inner" not in short.frames
     (note,) = refinement(filled(), [[1, 2, 3], [4, 5]]).notes
-    assert note == "no text has two mini-batches of 4 tokens: inner learning is not shown"
+    assert note == "no text has three mini-batches of 4 tokens: inner learning is not shown"
     with pytest.raises(ReflowlensError, match="has no refiners"):
         refinement(build_model(CONFIGS["gpt2"]), DOCUMENTS)
     with pytest.raises(ReflowlensError, match="needs at least two, got 1"):
