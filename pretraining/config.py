@@ -243,10 +243,10 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
     overrides = dict(map(_setting, settings))
     for place, value in overrides.items():
         *outer, key = place.split(".")
-        table = tables
+        fields = tables
         for name in outer:
-            table = table.setdefault(name, {})
-        table[key] = value
+            fields = fields.setdefault(name, {})
+        fields[key] = value
     return TrainConfig(
         model=_model(tables["model"]),
         data=section("data", DataConfig, tables["data"]),

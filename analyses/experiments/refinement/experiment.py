@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -229,20 +229,18 @@ class _Found:
         return frame
 
     def add_retrained(self, effects: pd.DataFrame, packed: str) -> None:
-        of_interaction = effects[effects["effect"] == "interaction"].set_index("weights")
-        own = of_interaction.loc[AS_TRAINED]
-        one_sided = own["p"] / 2 if own["value"] < 0 else 1 - own["p"] / 2
+        interactions = effects[effects["effect"] == "interaction"].set_index("weights")
+        own: dict[str, Any] = interactions.loc[AS_TRAINED].to_dict()
         judged = verdict(
             (-own["high"], -own["low"]),
             0.0,
-            float(one_sided),
+            own["p"] / 2 if own["value"] < 0 else 1 - own["p"] / 2,
             minimum_units=MINIMUM_SEEDS,
-            units=int(own["seeds"]),
+            units=own["seeds"],
             published=-PUBLISHED_INTERACTION,
         )
-        controls = {packed: float(of_interaction.loc[packed, "value"])}
-        interval = (float(own["low"]), float(own["high"]))
-        self.findings["retrained_interaction"] = Finding(float(own["value"]), interval, controls, judged)
+        controls = {packed: cast(float, interactions.loc[packed, "value"])}
+        self.findings["retrained_interaction"] = Finding(own["value"], (own["low"], own["high"]), controls, judged)
 
     def verdict(self, gain: Losses, interval: Interval) -> Verdict:
         """Of a claim that a gain is above 0, over documents."""

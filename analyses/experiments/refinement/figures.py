@@ -19,12 +19,10 @@ def refinement_figures(frames: Mapping[str, pd.DataFrame]) -> dict[str, go.Figur
     if "retrained_effects" in frames:
         figures["retrained"] = _effects(frames["retrained_effects"], "Models trained with and without", "bits a byte")
     if "inner" in frames:
+        later = frames["inner"].query("mini_batch > 0")  # the first step is larger than all others together
+        generalisation = later.assign(generalisation=later["next_before"] - later["next_after"])
         figures["inner"] = line_with_band(
-            frames["inner"]
-            .query("mini_batch > 0")  # the first step is larger than all others together
-            .assign(generalisation=lambda rows: rows["next_before"] - rows["next_after"])
-            .groupby(["control", "mini_batch"], as_index=False, sort=False)["generalisation"]
-            .mean(),
+            generalisation.groupby(["control", "mini_batch"], sort=False)[["generalisation"]].mean().reset_index(),
             "mini_batch",
             "generalisation",
             color="control",

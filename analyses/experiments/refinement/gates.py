@@ -81,7 +81,7 @@ def losses(
     model: HookedModel, stream: Float[Tensor, "batch pos d_model"], targets: Int[Tensor, "batch pos"]
 ) -> Float[np.ndarray, "batch pos"]:
     """In nats, 0 where nothing is predicted."""
-    return model.read_final(stream).losses(targets).double().cpu().numpy()  # type: ignore[no-any-return]
+    return model.read_final(stream).losses(targets).double().cpu().numpy()
 
 
 @torch.no_grad()
