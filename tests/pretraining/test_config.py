@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from pretraining.config import CONFIGS, list_configs, load_config
+from pretraining.optimizers import schedule
 from reflowlens.config import PRESETS, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.support.runs import MODEL
 
-FAMILY = [name for name in PRESETS if name not in ("bdh", "tiny_transcoder_gpt")]
+REFINED = ("ttt_flow_10l", "ttt_flow_11l")
+FAMILY = [name for name in PRESETS if name not in ("bdh", "tiny_transcoder_gpt", *REFINED)]
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -30,6 +32,18 @@ def test_the_published_configurations(name: str) -> None:
     assert (optimizer.weight_decay, optimizer.grad_clip) == (0.1, 1.0)
     assert optimizer.schedule == ("constant" if name in ("reflow_1", "reflow_1_lite") else "cosine")
     assert [cfg.rows_per_process(gpus) for gpus in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_the_published_refined_models(name: str) -> None:
+    cfg = load_config(name)
+    assert cfg.model == preset(name)
+    assert (cfg.run.steps, cfg.tokens_per_step, cfg.data.context) == (7185, 786_432, 2048)
+    optimizer = cfg.optimizer
+    rates = (optimizer.matrix_learning_rate, optimizer.embedding_learning_rate, optimizer.learning_rate)
+    assert (optimizer.name, *rates) == ("muon", 0.025, 0.035, 0.025)
+    assert (optimizer.matrix_momentum_start, optimizer.matrix_momentum, optimizer.average) == (0.92, 0.99, 0.997)
+    assert schedule(7185 - 4311 - 1, optimizer, 7185) == 1.0 > schedule(7185 - 4311 + 1, optimizer, 7185)
 
 
 def test_the_small_relatives_differ_in_their_embedding_alone() -> None:

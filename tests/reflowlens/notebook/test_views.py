@@ -22,6 +22,7 @@ from reflowlens.figures.browser import browser_page, find_browser
 from reflowlens.models.base import HookedModel
 from reflowlens.notebook.html import table
 from reflowlens.notebook.tokens import MAX_CELLS, MAX_TOKENS
+from reflowlens.ttt_flow_config import TTTFlowConfig
 from tests.support.tiny import CONFIGS, random_model
 
 VOID = {"input", "meta", "br", "link"}
@@ -293,7 +294,8 @@ def test_a_result_of_a_sweep_shows_the_strongest_cells_first() -> None:
 
 @pytest.mark.parametrize("cfg", [*CONFIGS.values(), *PRESETS.values()], ids=[*CONFIGS, *PRESETS])
 def test_a_configuration_is_what_its_repr_says(cfg: ModelConfig) -> None:
-    assert eval(repr(cfg), {"ModelConfig": ModelConfig, "RotaryScaling": RotaryScaling}) == cfg
+    names = {kind.__name__: kind for kind in (ModelConfig, RotaryScaling, TTTFlowConfig)}
+    assert eval(repr(cfg), names) == cfg
 
 
 # -- names of hook points ---------------------------------------------------------------------------------------------
