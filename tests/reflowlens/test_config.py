@@ -30,8 +30,8 @@ COUNTS = {
     "reflow_1_small": (46_471_680, 46.47),
     "bdh": (25_296_896, 25.30),
     "tiny_transcoder_gpt": (57_816_145, 57.82),
-    "ttt_flow_10l": 25_749_398,
-    "ttt_flow_11l": 28_110_750,
+    "ttt_flow_10l": (25_749_398, 25.75),
+    "ttt_flow_11l": (28_110_750, 28.11),
 }
 
 
@@ -42,7 +42,9 @@ def test_presets_have_the_published_numbers_of_parameters(name: str) -> None:
     assert model.n_parameters == exact
     assert round(exact / 1e6, 2) == published
     assert model.cfg.model_name == name
-    assert model.cfg.n_ctx == {"bdh": 4096, "tiny_transcoder_gpt": 64}.get(name, 1024)
+    assert model.cfg.n_ctx == {"bdh": 4096, "tiny_transcoder_gpt": 64, "ttt_flow_10l": 2048, "ttt_flow_11l": 2048}.get(
+        name, 1024
+    )
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
