@@ -230,7 +230,7 @@ class _Found:
 
     def add_retrained(self, effects: pd.DataFrame, packed: str) -> None:
         interactions = effects[effects["effect"] == "interaction"].set_index("weights")
-        own: dict[str, Any] = interactions.loc[AS_TRAINED].to_dict()
+        own: dict[Any, Any] = interactions.loc[AS_TRAINED].to_dict()
         judged = verdict(
             (-own["high"], -own["low"]),
             0.0,
