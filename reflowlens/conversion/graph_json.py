@@ -91,7 +91,7 @@ def graph_json(
         "scan": graph.of,
         "transcoder_list": [],
         "prompt_tokens": list(graph.tokens),
-        "prompt": "".join(graph.tokens),
+        "prompt": graph.prompt,
         "node_threshold": float(features_and_errors.max()) if len(features_and_errors) else None,
         "schema_version": 1,
         "info": {

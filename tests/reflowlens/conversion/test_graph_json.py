@@ -41,7 +41,7 @@ def test_it_is_the_published_schema(name, kind, pruned, tiny_models):
     assert metadata["slug"] == "slug"
     assert metadata["schema_version"] == 1
     assert len(metadata["prompt_tokens"]) == 6
-    assert metadata["prompt"] == "".join(metadata["prompt_tokens"])
+    assert metadata["prompt"] == graph.prompt
     assert 0 < metadata["node_threshold"] <= 1 + 1e-9
     ids = [node["node_id"] for node in found["nodes"]]
     assert len(set(ids)) == len(ids)
