@@ -48,26 +48,20 @@ def make_optimizers(
     matrices = [p for name, p in named.items() if is_block_matrix(name)]
     basis = [p for name, p in named.items() if name == "embed.W_basis"]
     taken = {id(p) for p in (*matrices, *basis)}
-    tables = [p for name, p in named.items() if name.startswith(ENDS) and id(p) not in taken]
+    own_rate = cfg.embedding_learning_rate > 0
+    tables = [p for name, p in named.items() if own_rate and name.startswith(ENDS) and id(p) not in taken]
     taken |= {id(p) for p in tables}
     rest = [p for p in named.values() if id(p) not in taken]
     adamw_decayed = basis if cfg.name == "muon" else [*matrices, *basis]
     rest_decay = cfg.weight_decay if cfg.decay_all else 0.0
+    groups: list[dict[str, Any]] = [
+        {"params": adamw_decayed, "weight_decay": cfg.weight_decay},
+        {"params": rest, "weight_decay": rest_decay},
+    ]
+    if tables:
+        groups.append({"params": tables, "weight_decay": rest_decay, "lr": cfg.embedding_learning_rate})
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [
-                {"params": adamw_decayed, "weight_decay": cfg.weight_decay},
-                {"params": rest, "weight_decay": rest_decay},
-                {
-                    "params": tables,
-                    "weight_decay": rest_decay,
-                    "lr": cfg.embedding_learning_rate or cfg.learning_rate,
-                },
-            ],
-            lr=cfg.learning_rate,
-            betas=(cfg.beta1, cfg.beta2),
-            fused=True,
-        )
+        torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
     ]
     if cfg.name == "muon":
         group = {"params": matrices}

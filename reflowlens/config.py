@@ -138,8 +138,8 @@ class ModelConfig:
         unembed_bias: logits have a bias ``unembed.b_U``, of a model whose ``tie_word_embeddings`` is False.
         dropout: probability with which training zeroes an entry of an attention pattern and of what attention and MLP
             add to the stream; of ``bdh`` a neuron.
-        tokenizer_name: ``gpt2``, ``gpt2_16k``, ``bytes``, or the name of a ``tokenizer.json`` that lies beside the
-            weights (:func:`reflowlens.tokenizers.ranks.open_tokenizer`).
+        tokenizer_name: ``gpt2``, ``gpt2_16k``, ``gpt2_1k``, ``bytes``, or the name of a ``tokenizer.json`` that
+            lies beside the weights (:func:`reflowlens.tokenizers.ranks.open_tokenizer`).
         initializer_range: standard deviation of every normal initialisation.
         scale_residual_init: decoders divide that of ``W_O`` and ``W_out`` by √(2 n_layers), as GPT-2 does.
         basis_init: ``orthogonal`` keeps the embedding's standard deviation at ``initializer_range``;

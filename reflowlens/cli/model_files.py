@@ -54,7 +54,7 @@ def _add_import(commands: Commands) -> None:
     parser.add_argument(
         "--from", dest="source_format", choices=["hf", "nanogpt"], help="default: hf for a folder, nanogpt for a file"
     )
-    parser.add_argument("--tokenizer", help="gpt2, gpt2_16k, bytes or a tokenizer.json (default: the folder's; gpt2)")
+    parser.add_argument("--tokenizer", help="gpt2, gpt2_16k, gpt2_1k, bytes or a tokenizer.json (default: its own)")
     parser.add_argument(
         "--n-ctx", type=int, help="longest input to keep (default: the model's own, at most 4096 for hf)"
     )

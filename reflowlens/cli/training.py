@@ -26,7 +26,7 @@ def _add_prepare(commands: Commands) -> None:
         "hub: openwebtext, lima, tinystories, or any name",
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--tokenizer", default="gpt2_16k", help="gpt2, gpt2_16k, bytes or a tokenizer.json")
+    parser.add_argument("--tokenizer", default="gpt2_16k", help="gpt2, gpt2_16k, gpt2_1k, bytes or a tokenizer.json")
     parser.add_argument(
         "--val", nargs="+", metavar="SOURCE", help="validation sources (default: split off by document)"
     )

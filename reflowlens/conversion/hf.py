@@ -106,7 +106,8 @@ def import_hf(
         dtype: of the model; None keeps the stored type.
         n_ctx: longest input to keep; default: the model's own, of a rotary model at most 4,096, since every layer holds
             angles and the key-value cache room for every position.
-        tokenizer: ``gpt2``, ``gpt2_16k``, ``bytes``, or the path of a ``tokenizer.json``; default: the folder's.
+        tokenizer: ``gpt2``, ``gpt2_16k``, ``gpt2_1k``, ``bytes``, or the path of a ``tokenizer.json``; default: the
+            folder's.
 
     Raises:
         ReflowlensError: the folder or a file is missing, the architecture or its rotary scaling is not known, the

@@ -68,8 +68,8 @@ def import_nanogpt(
         topk: signals that each row of R keeps, 0 for all; default: that of ``model_args``, else all.
         n_ctx: longest input of a rotary model; default: ``block_size`` of ``model_args``, else 1,024.
         rotary_adjacent_pairs: as in the published files; False for a model that turns channels (i, i + d_head / 2).
-        tokenizer: ``gpt2``, ``gpt2_16k``, ``bytes`` or a ``tokenizer.json``; default: ``gpt2`` where the vocabulary is
-            large enough for it.
+        tokenizer: ``gpt2``, ``gpt2_16k``, ``gpt2_1k``, ``bytes`` or a ``tokenizer.json``; default: ``gpt2`` where the
+            vocabulary is large enough for it.
         dtype: of the model; None keeps the stored type.
 
     Raises:

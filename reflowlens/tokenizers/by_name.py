@@ -16,8 +16,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a name; the same object each time.
 
     Args:
-        name: ``"gpt2"``, ``"gpt2_16k"``, ``"bytes"``, the ``tokenizer_name`` of a model that is loaded, or the path of
-            a `tokenizer.json` or of its folder.
+        name: ``"gpt2"``, ``"gpt2_16k"``, ``"gpt2_1k"``, ``"bytes"``, the ``tokenizer_name`` of a model that is
+            loaded, or the path of a `tokenizer.json` or of its folder.
 
     Raises:
         ReflowlensError: there is no such tokenizer, or the file cannot be read.

@@ -37,14 +37,17 @@ def test_gpt2_gives_the_published_ids(text: str, ids: list[int]) -> None:
 
 def test_sizes_and_end_of_text() -> None:
     found = {name: (get_tokenizer(name).n_vocab, get_tokenizer(name).eot_token) for name in TOKENIZER_NAMES}
-    assert found == {"gpt2": (50_257, 50_256), "gpt2_16k": (16_641, 16_640), "bytes": (256, None)}
+    prefixes = {"gpt2_16k": (16_641, 16_640), "gpt2_1k": (1_024, 1_023)}
+    assert found == {"gpt2": (50_257, 50_256), "bytes": (256, None)} | prefixes
 
 
-def test_the_16k_prefix_means_what_gpt2_means() -> None:
-    full, prefix = get_tokenizer("gpt2"), get_tokenizer("gpt2_16k")
-    assert prefix.to_str_tokens(range(16_640)) == full.to_str_tokens(range(16_640))
-    assert prefix.token_str(16_640) == full.token_str(50_256) == "<|endoftext|>"
-    assert prefix.single_token(" queen") == 16_599
+@pytest.mark.parametrize(("name", "n", "last"), [("gpt2_16k", 16_640, " queen"), ("gpt2_1k", 1_023, " the")])
+def test_a_prefix_means_what_gpt2_means(name: str, n: int, last: str) -> None:
+    full, prefix = get_tokenizer("gpt2"), get_tokenizer(name)
+    assert prefix.to_str_tokens(range(n)) == full.to_str_tokens(range(n))
+    assert prefix.token_str(n) == full.token_str(50_256) == "<|endoftext|>"
+    assert prefix.single_token(last) == full.single_token(last)
+    assert get_tokenizer("gpt2_16k").single_token(" queen") == 16_599
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_16k"])
@@ -118,7 +121,7 @@ def test_words_of_several_tokens_are_shown_split(word: str, message: str) -> Non
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(ReflowlensError, match="no tokenizer 'gpt3': there are gpt2, gpt2_16k, bytes"):
+    with pytest.raises(ReflowlensError, match="no tokenizer 'gpt3': there are gpt2, gpt2_16k, gpt2_1k, bytes"):
         get_tokenizer("gpt3")
 
 
