@@ -64,7 +64,7 @@ class Readout(NamedTuple):
 
 
 class FormedReadout(Readout):
-    """A readout whose ``features`` are logits already, perhaps changed, in front of the cap."""
+    """A readout whose ``features`` are logits already, perhaps changed, in front of the cap; its matrix is not read."""
 
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
         return capped(self.features, self.cap)

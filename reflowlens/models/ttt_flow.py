@@ -455,7 +455,8 @@ class CappedUnembed(Unembed):
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         (W_E,) = weights
         if is_hooked(self.hook_logits_pre_cap):
-            return FormedReadout(self.hook_logits_pre_cap(x @ W_E.T), W_E, None, self.cap)
+            unread = W_E[:, :1].expand(-1, len(W_E))  # where others have a matrix; it takes no memory
+            return FormedReadout(self.hook_logits_pre_cap(x @ W_E.T), unread, None, self.cap)
         return Readout(x, W_E, None, self.cap)
 
 
