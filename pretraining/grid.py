@@ -1,6 +1,6 @@
 """Runs of one configuration with each of its refiners and without, over several seeds: a 2 × 2 design, retrained.
 
-python -m pretraining.grid CONFIG [--seeds N] [--out FOLDER] [--set TABLE.FIELD=VALUE ...]
+    python -m pretraining.grid CONFIG [--seeds N] [--out FOLDER] [--set TABLE.FIELD=VALUE ...]
 
 Runs follow one another, all four of a seed before the next seed, so that what is complete when time is up is a whole
 design of fewer seeds. The four of a seed share their data in its order and the start of all weights but the refiners'.
