@@ -15,6 +15,7 @@ import torch
 from analyses.statistics.draws import derive_rng
 from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
+from reflowlens.models.residual import Embed
 from reflowlens.models.ttt_flow import TTTFlow
 from reflowlens.models.ttt_linear import TTTLinear
 from reflowlens.ttt_flow_config import TTTFlowConfig
@@ -61,7 +62,7 @@ def pair_learner(n_ctx: int = 128, *, symbols: int = SYMBOLS, rate: float = 1.0,
     generator = torch.Generator().manual_seed(seed)
     code = torch.randn(half, symbols, generator=generator)
     code = half**0.5 * torch.linalg.qr(code).Q.T  # orthogonal, of mean square 1
-    model.embed.W_E.copy_(_SHORT * torch.cat([code, code], dim=1))  # type: ignore[operator]
+    cast(Embed, model.embed).W_E.copy_(_SHORT * torch.cat([code, code], dim=1))
     one, zero = torch.eye(half), torch.zeros(half, half)
     model.smear.gate[:half], model.smear.gate[half:] = -30.0, 30.0
     ttt = cast(TTTLinear, model.ttt)

@@ -43,7 +43,7 @@ from reflowlens.sweeps.batching import check_budget
 _FEWEST_EDGES = 16  # of a target, below which a graph says little
 
 
-def _unrounded(function: Function) -> Function:
+def unrounded(function: Function) -> Function:
     """Without autocast: in 16 bits, edges do not add up."""
 
     @functools.wraps(function)
@@ -55,7 +55,7 @@ def _unrounded(function: Function) -> Function:
 
 
 @guarded(changing, lower="the length of the prompt, neurons=, or memory= of the edges that are kept")
-@_unrounded
+@unrounded
 @torch.no_grad()
 def attribute(
     model: Any,

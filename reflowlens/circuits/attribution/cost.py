@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reflowlens.circuits.attribution.attribute import empty_rows, trace
+from reflowlens.circuits.attribution.attribute import empty_rows, trace, unrounded
 from reflowlens.circuits.attribution.edges.engine import BYTES_AT_ONCE
 from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE, SparseRows
 from reflowlens.circuits.attribution.targets import Targets
@@ -17,6 +17,7 @@ from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded
+from reflowlens.sweeps.batching import check_budget
 
 _BYTES_A_NODE = 500  # of the frame
 _SECONDS_AN_EDGE = 2e-8  # of influence
@@ -47,6 +48,7 @@ class GraphCost:
 
 
 @guarded(changing, lower="the length of the prompt, or neurons=")
+@unrounded
 @torch.no_grad()
 def graph_cost(
     model: Any,
@@ -73,6 +75,7 @@ def graph_cost(
 
     Example: ``print(rl.graph_cost(model, "The capital of France is", dictionary))``
     """
+    check_budget(memory)
     traced, _ = trace(model, prompt, dictionary, targets, against, neurons, heads, signals, other_model)
     engine = traced.engine
     rows = empty_rows(engine, edges_per_node, memory)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 
 import pytest
+import torch
 
 import reflowlens as rl
 from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE
+from reflowlens.errors import ReflowlensError
 from reflowlens.progress import bar
 from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import random_tokens
@@ -51,3 +53,15 @@ def test_a_bar_ends_with_all_targets(tiny_models, monkeypatch):
     model = tiny_models["reflow"]
     graph = rl.attribute(model, "abcdefgh", dictionary_of(model), signals=True, progress=True)
     assert bars[0].n == bars[0].total == graph.nodes["value"].notna().sum()
+
+
+def test_a_cost_is_asked_as_a_graph_is(tiny_models):
+    """The same errors, and under autocast the same graph."""
+    model = tiny_models["gpt2"]
+    tokens = random_tokens(model.cfg, 1, 6)[0]
+    for ask in (rl.graph_cost, rl.attribute):
+        with pytest.raises(ReflowlensError, match="memory"):
+            ask(model, tokens, memory=-1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        cost = rl.graph_cost(model, tokens)
+    assert cost.edges == rl.graph_cost(model, tokens).edges
