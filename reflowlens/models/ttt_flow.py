@@ -2,9 +2,9 @@
 
 From the bottom up, every RMSNorm without weights::
 
-    x    = RMSNorm(E[token] + bigram(token, the one before))
+    x    = RMSNorm(E[token] + bigram(token, the one before))        :mod:`reflowlens.models.token_parts`
     x    = (1 − σ(g)) x_t + σ(g) x_{t−1}                            SmearGate;  x₀ = x
-    for each block l:
+    for each block l:                                               :mod:`reflowlens.models.refined_block`
         x += w_j ⊙ (output of block n/2 − 1 − j)                      of block n/2 + j: U-Net
         x  = m₀ ⊙ x + m₁ ⊙ x₀
         x += a ⊙ Attention(RMSNorm(x) / √(l + 1))
@@ -20,38 +20,33 @@ anew with every text that ``segments`` tells apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import FLOAT32
-from reflowlens.models.attention import Attention, KeyValueCache, Past, Rotary
+from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.checked_pass import Pass, checked_pass
-from reflowlens.models.components import MLP
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
-from reflowlens.models.numerics import wide
-from reflowlens.models.parts import Norm, is_hooked, through_copy
+from reflowlens.models.parts import is_hooked
 from reflowlens.models.past import ReadPositions
-from reflowlens.models.places import Places, Positions
+from reflowlens.models.places import Places
+from reflowlens.models.refined_block import FixedNorm, RefinedBlock, rms_norm
 from reflowlens.models.residual import Embed, FormedReadout, Readout, ResidualModel, Unembed
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
+from reflowlens.models.token_parts import Bigram, SmearGate, TokenValues, continues
 from reflowlens.models.ttt_linear import InnerState, TTTLinear, each_text_alone
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
-_EMBED_STD, _VALUE_STD = 0.005, 0.01
-_GAIN, _BIGRAM_SCALE, _VALUE_SCALE = 1.5, 0.05, 0.1
-_HASH = 36_313, 27_191
-_PER_HEAD = ("batch", "pos", "head", "d_head")
+_EMBED_STD = 0.005
 
 
 class TTTFlow(ResidualModel):
@@ -108,10 +103,10 @@ class TTTFlow(ResidualModel):
         tokens, (positions, _) = asked.input, asked.places
         cache = cast("TTTFlowCache | None", past)
         before = None if cache is None or not cache.length else (cache.last_token, cache.last_vector)
-        continues = _continues(positions, tokens.device)
-        pairs = self.bigram(tokens, None if before is None else before[0], continues)
+        goes_on = continues(positions, tokens.device)
+        pairs = self.bigram(tokens, None if before is None else before[0], goes_on)
         x = rms_norm(self.embed_tokens(tokens, weights, positions) + pairs, self.cfg.eps)
-        first = self.smear(x, None if before is None else before[1], continues)
+        first = self.smear(x, None if before is None else before[1], goes_on)
         if cache is not None:
             cache.last_token, cache.last_vector = tokens[:, -1], x[:, -1]
         values = None if self.values is None else self.values(tokens)
@@ -209,239 +204,6 @@ def _mean_chunk(context: int, chunk: int) -> float:
     """How many tokens the mini-batch of a token has, the mean over a text."""
     whole, rest = divmod(context, chunk)
     return (whole * chunk**2 + rest**2) / context
-
-
-class FixedNorm(Norm):
-    """RMSNorm without weights: ``w`` is a constant, 1 or what a block multiplies the norm by."""
-
-    w: Tensor  # type: ignore[assignment] # no parameter
-
-    def __init__(self, cfg: ModelConfig, factor: float = 1.0) -> None:
-        super().__init__(cfg)
-        del self.w
-        self.register_buffer("w", torch.full((cfg.d_model,), factor), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedNorm:
-        """Moved to other devices, and in float32 whatever the model's type is."""
-        exact = self.w
-        super()._apply(fn, recurse)
-        if self.w.dtype != torch.float32:
-            self.w = exact.to(self.w.device)
-        return self
-
-
-def rms_norm(x: Float[Tensor, "*batch width"], eps: float) -> Float[Tensor, "*batch width"]:
-    """Without weights, statistics in float32 at least."""
-    stream = wide(x)
-    return (stream * (stream.pow(2).mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
-
-
-class Bigram(nn.Module):
-    """A vector for each pair of a token and the one before it; pairs share the slots of a table by a hash."""
-
-    def __init__(self, own: TTTFlowConfig, d_model: int) -> None:
-        super().__init__()
-        self.W_pairs = nn.Parameter(torch.empty(own.bigram_slots, own.bigram_width))
-        self.W_up = nn.Parameter(torch.empty(own.bigram_width, d_model))
-        self.scale = nn.Parameter(torch.empty(1))
-        self.hook_bigram = HookPoint()  # [batch, pos, d_model]
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        self.W_pairs.zero_()
-        self.W_up.zero_()
-        self.scale.fill_(_BIGRAM_SCALE)
-
-    def slots(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        last: Int[Tensor, " batch"] | None,
-        continues: Bool[Tensor, "#batch pos"],
-    ) -> Int[Tensor, "batch pos"]:
-        """Rows of the table: ``36313 token xor 27191 before``, modulo all but the last, which is for first tokens."""
-        n, (this, other) = len(self.W_pairs) - 1, _HASH
-        pair = (this * tokens) ^ (other * _shifted(tokens, last))
-        return (pair % n).where(continues, n)
-
-    def forward(
-        self,
-        tokens: Int[Tensor, "batch pos"],
-        last: Int[Tensor, " batch"] | None,
-        continues: Bool[Tensor, "#batch pos"],
-    ) -> Float[Tensor, "batch pos d_model"]:
-        pairs = F.embedding(self.slots(tokens, last, continues), self.W_pairs)
-        return self.hook_bigram(self.scale * (pairs @ self.W_up))
-
-
-class SmearGate(nn.Module):
-    """Some of the vector before, channel by channel: (1 − σ(g)) x_t + σ(g) x_{t−1}; 0 is before the first."""
-
-    def __init__(self, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(cfg.d_model))
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        self.gate.zero_()
-
-    def forward(
-        self,
-        x: Float[Tensor, "batch pos d_model"],
-        last: Float[Tensor, "batch d_model"] | None,
-        continues: Bool[Tensor, "#batch pos"],
-    ) -> Float[Tensor, "batch pos d_model"]:
-        before = _shifted(x, last).masked_fill(~continues[..., None], 0.0)
-        return torch.lerp(x, before, self.gate.sigmoid())
-
-
-def _shifted(x: Tensor, last: Tensor | None) -> Tensor:
-    """What stands before each position; before the first ``last``, or anything."""
-    return torch.cat([x[:, -1:] if last is None else last[:, None].to(x.dtype), x[:, :-1]], dim=1)
-
-
-def _continues(positions: Positions, device: torch.device) -> Bool[Tensor, "#batch pos"]:
-    """Whether a token has one before it in its text."""
-    if isinstance(positions, slice):
-        return (torch.arange(positions.start, positions.stop, device=device) > 0)[None]
-    return positions > 0
-
-
-class TokenValues(nn.Module):
-    """What the last blocks add to the values of each token: a table that they share, each with a scale of its own."""
-
-    def __init__(self, own: TTTFlowConfig, cfg: ModelConfig) -> None:
-        super().__init__()
-        self.first, self.kv_heads = cfg.n_layers - own.value_layers, cfg.kv_heads
-        self.W_values = nn.Parameter(torch.empty(cfg.d_vocab, own.value_width))
-        self.W_up = nn.Parameter(torch.empty(own.value_width, cfg.kv_heads * cfg.d_head))
-        self.scale = nn.Parameter(torch.empty(1))
-        self.layer_scale = nn.Parameter(torch.empty(own.value_layers))
-        self.hook_token_values = HookPoint()  # [batch, pos, kv_head, d_head], before the scale of a block
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        self.W_values.normal_(0.0, _VALUE_STD, generator=generator)
-        self.W_up.zero_()
-        self.scale.fill_(_VALUE_SCALE)
-        self.layer_scale.fill_(1.0)
-
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos kv_head d_head"]:
-        values = self.scale * (F.embedding(tokens, self.W_values) @ self.W_up)
-        return self.hook_token_values(values.unflatten(-1, (self.kv_heads, -1)))
-
-    def of_block(
-        self, values: Float[Tensor, "batch pos kv_head d_head"], layer: int
-    ) -> Float[Tensor, "batch pos kv_head d_head"] | None:
-        """Those that a block adds; None of a block that adds none."""
-        return None if layer < self.first else self.layer_scale[layer - self.first] * values
-
-
-class RefinedAttention(Attention):
-    """Attention with normalised queries and keys, of which positions turn a few channels, and a gain a head.
-
-    In the last blocks a head's output loses what lies along the position's own value (exclusive self-attention).
-    """
-
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        super().__init__(cfg, layer)
-        own = cast(TTTFlowConfig, cfg.ttt_flow)
-        self.is_exclusive = layer >= cfg.n_layers - own.exclusive_layers
-        self.gain = nn.Parameter(torch.empty(cfg.n_heads))
-        self.rotary = Rotary(cfg, own.rotary_channels, _slowed(cfg.rotary_base, cfg.n_ctx, own))
-        self.hook_value = HookPoint()  # [batch, pos, kv_head, d_head], values with those of the tokens
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        for weight in (self.W_Q, self.W_K, self.W_V):
-            flat = torch.empty(weight.shape[1], weight.shape[0] * weight.shape[2])
-            nn.init.orthogonal_(flat, generator=generator)
-            weight.copy_(rearrange(flat, "d_model (head d_head) -> head d_model d_head", head=len(weight)))
-        self.W_O.zero_()
-        self.gain.fill_(_GAIN)
-
-    def forward(
-        self,
-        resid: Float[Tensor, "batch pos d_model"],
-        ln1: Norm,
-        places: Places,
-        past: Past | None,
-        of_tokens: Float[Tensor, "batch pos kv_head d_head"] | None = None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        q, k, v = self.queries_keys_values(resid, ln1)
-        v = self.hook_value(v if of_tokens is None else v + of_tokens)
-        q, k = (self._turned(rms_norm(x, self.cfg.eps), places.positions) for x in (q, k))
-        q, k = self.hook_rot_q(q * self.gain[:, None]), self.hook_rot_k(k)
-        z = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)
-        if self.is_exclusive:
-            own = F.normalize(v, dim=-1).repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, dim=2)
-            z = z - (z * own).sum(-1, keepdim=True) * own
-        return self.output(self.hook_z(z))
-
-    def _turned(
-        self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
-    ) -> Float[Tensor, "batch pos head d_head"]:
-        n = self.rotary.cos.shape[-1]
-        return torch.cat([self.rotary(x[..., :n], positions), x[..., n:]], dim=-1)
-
-
-def _slowed(base: float, n_ctx: int, own: TTTFlowConfig) -> float:
-    """NTK scaling, of the longest text that a model reads, so that a turn does not depend on the text at hand."""
-    n = own.rotary_channels
-    return base if n_ctx <= own.rotary_context else base * (n_ctx / own.rotary_context) ** (n / (n - 2))
-
-
-class RefinedBlock(nn.Module):
-    """A block that reads the first stream, and of the second half an earlier output, beside what comes in."""
-
-    hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
-
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        has_skip = cfg.n_layers // 2 <= layer < 2 * (cfg.n_layers // 2)
-        self.w_skip = nn.Parameter(torch.empty(cfg.d_model)) if has_skip else None  # w_j
-        self.w_stream, self.w_first = (nn.Parameter(torch.empty(cfg.d_model)) for _ in range(2))  # m₀, m₁
-        self.w_attn, self.w_mlp = (nn.Parameter(torch.empty(cfg.d_model)) for _ in range(2))  # a, b
-        factor = (layer + 1) ** -0.5
-        self.ln1, self.attn = FixedNorm(cfg, factor), RefinedAttention(cfg, layer)
-        self.ln2, self.mlp = FixedNorm(cfg, factor), MLP(cfg)
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model], the output of the block before
-        if has_skip:
-            self.hook_skip = HookPoint()  # [batch, pos, d_model], what is added of an earlier output
-        self.hook_resid_in = HookPoint()  # [batch, pos, d_model], mixed with the first stream: what attention reads
-        self.hook_attn_out = HookPoint()  # [batch, pos, d_model], scaled
-        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
-        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], a copy of the stream when something is attached
-        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model], scaled
-        self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
-        for weight in (self.w_skip, self.w_stream, self.w_attn, self.w_mlp):
-            if weight is not None:
-                weight.fill_(1.0)
-        self.w_first.zero_()
-        self.attn.init_weights(generator)
-        nn.init.orthogonal_(self.mlp.W_in, generator=generator)
-        self.mlp.W_out.zero_()
-
-    def forward(
-        self,
-        resid: Float[Tensor, "batch pos d_model"],
-        places: Places,
-        past: Past | None = None,
-        *,
-        first: Float[Tensor, "batch pos d_model"],
-        earlier: Float[Tensor, "batch pos d_model"] | None,
-        of_tokens: Float[Tensor, "batch pos kv_head d_head"] | None,
-    ) -> Float[Tensor, "batch pos d_model"]:
-        x = self.hook_resid_pre(resid)
-        if self.w_skip is not None and earlier is not None:
-            x = x + self.hook_skip(self.w_skip * earlier)
-        x = self.hook_resid_in(self.w_stream * x + self.w_first * first)
-        x = self.hook_resid_mid(x + self.hook_attn_out(self.w_attn * self.attn(x, self.ln1, places, past, of_tokens)))
-        written = self.mlp(self.ln2(through_copy(self.hook_mlp_in, x)))
-        return self.hook_resid_post(x + self.hook_mlp_out(self.w_mlp * written))
 
 
 class CappedUnembed(Unembed):
