@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from reflowlens.notebook.attention import show_attention as show_attention
     from reflowlens.notebook.feature_card import show_feature as show_feature
     from reflowlens.notebook.tokens import show_tokens as show_tokens
+    from reflowlens.prompts import Prompts as Prompts
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
     from reflowlens.storage.model_hash import model_hash as model_hash
@@ -86,6 +87,7 @@ _HOMES = {
     "ModelConfig": "config",
     "PRESETS": "config",
     "Patch": "interventions.values",
+    "Prompts": "prompts",
     "ReflowlensError": "errors",
     "Replace": "interventions.values",
     "Scale": "interventions.values",

@@ -38,8 +38,8 @@ from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.packed import Packed, UnpatchedRun
 from reflowlens.sweeps.patching_result import PatchingResult
-from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, attached_points
+from reflowlens.sweeps.run_prompts import RunPrompts
 from reflowlens.sweeps.suffixes import Layout
 
 Site: TypeAlias = "Literal['embed', 'everywhere'] | int"
@@ -90,7 +90,7 @@ def ablate_upstream(
     hooked = _checked(model, metric, site)
     chosen = view_of(hooked, view)
     wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
-    reader = ViewReader(chosen, metric, Prompts.of(hooked, prompt))
+    reader = ViewReader(chosen, metric, RunPrompts.of(hooked, prompt))
     unablated = UnpatchedRun(hooked, reader.prompts.tokens)
     removals = _Removals(reader, unablated, site)
     show = sys.stderr.isatty() if progress is None else progress
@@ -112,7 +112,7 @@ def ablate_upstream(
 class ViewReader(Reader):
     """Reads logits through a view instead of the model's own unembedding; the clean run is the unablated one."""
 
-    def __init__(self, view: SignalView, metric: Metric, prompts: Prompts) -> None:
+    def __init__(self, view: SignalView, metric: Metric, prompts: RunPrompts) -> None:
         self.view = view
         super().__init__(cast(ResidualModel, view.model), metric, prompts.as_clean())
 

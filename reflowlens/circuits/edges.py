@@ -29,7 +29,7 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.prompts import Prompts
+from reflowlens.sweeps.run_prompts import RunPrompts
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def edge_attribution(
         raise ReflowlensError(f"mode must be 'gradient' or 'integrated', got {mode!r}")
     hooked = cast(Decoder, hooked_model(model))
     with torch.inference_mode(False):
-        prompts = Prompts.pair(hooked, clean, corrupted)
+        prompts = RunPrompts.pair(hooked, clean, corrupted)
         runs = GradientRuns(hooked, metric, prompts)
         changes = sent_otherwise(hooked, prompts).float()
         graph = Graph.of(hooked)
@@ -158,7 +158,7 @@ def check_finite(
 
 
 @torch.no_grad()
-def sent_otherwise(model: Decoder, prompts: Prompts) -> Float[Tensor, "prompt pos sender d_model"]:
+def sent_otherwise(model: Decoder, prompts: RunPrompts) -> Float[Tensor, "prompt pos sender d_model"]:
     """What every sender writes in the clean run, less what it writes in the corrupted one."""
     points = list(Graph.of(model).sender_points)
 

@@ -28,8 +28,8 @@ from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
+from reflowlens.sweeps.run_prompts import RunPrompts
 from reflowlens.sweeps.setup import Setup
 
 Row = tuple[int, float]  # a prompt, and how far its input is on the way from the corrupted one (0) to the clean one (1)
@@ -166,7 +166,7 @@ class GradientRuns:
     """
 
     @torch.no_grad()
-    def __init__(self, model: Decoder, metric: Metric, prompts: Prompts) -> None:
+    def __init__(self, model: Decoder, metric: Metric, prompts: RunPrompts) -> None:
         self.model, self.metric, self.tokens = model, metric, prompts.tokens
         check_readout_is_free(model)
         self.reader = Reader(model, metric, prompts)

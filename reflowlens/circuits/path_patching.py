@@ -35,8 +35,8 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.patching_result import PatchingResult
-from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, attached_points
+from reflowlens.sweeps.run_prompts import RunPrompts
 from reflowlens.sweeps.runs import PackedRuns
 
 _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held together
@@ -162,7 +162,7 @@ class _Pair:
                 "with its error term"
             )
         self.graph = Graph.of(self.model)
-        self.prompts = Prompts.pair(self.model, clean, corrupted)
+        self.prompts = RunPrompts.pair(self.model, clean, corrupted)
         self.reader = Reader(self.model, metric, self.prompts)
         self.changes = sent_otherwise(self.model, self.prompts)
         n_layers = self.graph.n_layers

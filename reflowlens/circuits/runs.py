@@ -22,8 +22,8 @@ from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.sweeps.batching import in_batches
-from reflowlens.sweeps.prompts import Prompts
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
+from reflowlens.sweeps.run_prompts import RunPrompts
 
 Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
 Ablation = Literal["corrupted", "mean"]
@@ -56,7 +56,7 @@ class CircuitRuns:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
         self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)
-        prompts = Prompts.of(self.model, clean).as_clean()
+        prompts = RunPrompts.of(self.model, clean).as_clean()
         self.tokens, lengths = prompts.tokens, prompts.lengths
         others, other_lengths = self.model.tokens_and_lengths(corrupted)
         if ablation not in ("corrupted", "mean"):

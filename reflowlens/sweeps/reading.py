@@ -15,7 +15,7 @@ from reflowlens.metrics import Logits, Metric, Reference, WholeLogits, check_met
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import Readout, ResidualModel
 from reflowlens.sweeps.packed import Packed
-from reflowlens.sweeps.prompts import Prompts
+from reflowlens.sweeps.run_prompts import RunPrompts
 
 _LOGITS_AT_ONCE = 2**24  # entries of a [row, read, d_vocab] block
 
@@ -44,7 +44,7 @@ class Reader:
         ends: of a recovery the values of the corrupted and the clean run that it lies between, [prompt] each.
     """
 
-    def __init__(self, model: ResidualModel, metric: Metric, prompts: Prompts) -> None:
+    def __init__(self, model: ResidualModel, metric: Metric, prompts: RunPrompts) -> None:
         tokens, lengths, clean = prompts.tokens, prompts.lengths, prompts.clean
         check_metric(metric)
         check_lengths_known(model, lengths)

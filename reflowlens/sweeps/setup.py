@@ -14,7 +14,7 @@ from reflowlens.interventions.values import Patch
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.sweeps.grids import Cell, Cells, CellSpec, make_cells
-from reflowlens.sweeps.prompts import Prompts
+from reflowlens.sweeps.run_prompts import RunPrompts
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Setup:
     """A sweep's prompts and cells: with the clean run's activations bound, and as they were asked for."""
 
     model: HookedModel
-    prompts: Prompts
+    prompts: RunPrompts
     cells: Cells
     asked: list[Cell]
 
 
 def prepare_sweep(model: HookedModel, clean: TextInput | None, corrupted: TextInput, spec: CellSpec) -> Setup:
     """Check the prompts, make the cells and give patches without a prompt the clean run's activations."""
-    prompts = Prompts.of(model, corrupted) if clean is None else Prompts.pair(model, clean, corrupted)
+    prompts = RunPrompts.of(model, corrupted) if clean is None else RunPrompts.pair(model, clean, corrupted)
     cells = make_cells(model, spec, prompts.tokens.shape[1])
     asked = cells.cells
     unbound = {name for cell in cells.cells for part in cell if _is_unbound(part) for name in hook_names(model, part)}

@@ -16,7 +16,7 @@ from reflowlens.models.text import TextInput
 
 
 @dataclass(frozen=True)
-class Prompts:
+class RunPrompts:
     """The prompts of a run that is changed.
 
     Args:
@@ -30,12 +30,12 @@ class Prompts:
     clean: Int[Tensor, "prompt pos"] | None = None
 
     @classmethod
-    def of(cls, model: HookedModel, prompts: TextInput) -> Prompts:
-        """Prompts without a clean run."""
+    def of(cls, model: HookedModel, prompts: TextInput) -> RunPrompts:
+        """RunPrompts without a clean run."""
         return cls(*model.tokens_and_lengths(prompts))
 
     @classmethod
-    def pair(cls, model: HookedModel, clean: TextInput, corrupted: TextInput) -> Prompts:
+    def pair(cls, model: HookedModel, clean: TextInput, corrupted: TextInput) -> RunPrompts:
         """Corrupted prompts, which are run, and the clean ones.
 
         Raises:
@@ -53,7 +53,7 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def as_clean(self) -> Prompts:
+    def as_clean(self) -> RunPrompts:
         """The same, where the run that is changed is itself the clean one."""
         return dataclasses.replace(self, clean=self.tokens)
 
