@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from analyses.result import Result as Result
     from analyses.runner.comparison import compare_models as compare_models
     from analyses.runner.suite import run_suite as run_suite
+    from analyses.tasks.composition import composition_scores as composition_scores
+    from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
     from analyses.units.firing import unit_statistics as unit_statistics
     from analyses.units.monosemanticity import monosemanticity as monosemanticity
     from analyses.words import load_lexicon as load_lexicon
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EXPERIMENTS.values()} | {
     "Result": "result",
     "compare_models": "runner.comparison",
+    "composition_scores": "tasks.composition",
     "crystallisation_boundary": "experiments.crystallisation_boundary",
+    "direct_logit_attribution": "tasks.logit_attribution",
     "evaluate_dictionary": "features.evaluation",
     "feature_dashboards": "features.dashboards",
     "load_lexicon": "words",

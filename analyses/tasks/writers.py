@@ -1,0 +1,71 @@
+"""What heads and MLPs write into the residual stream, read off a pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analyses.tasks.answered import Answered
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.architecture import HEADS_AND_MLPS
+from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Block
+from reflowlens.models.parts import plus
+
+
+def check_heads_and_mlps(model: HookedModel, what: str) -> None:
+    """Raise unless every block is heads and an MLP that are added to the stream."""
+    if model.sublayers != HEADS_AND_MLPS:
+        raise ReflowlensError(
+            f"{what} is of heads and MLPs that are added to a residual stream, and a {type(model).__name__} is not "
+            "made of these"
+        )
+
+
+def written_by_heads(block: Block, z: Float[Tensor, "*place head d_head"]) -> Float[Tensor, "*place head d_model"]:
+    """What each head of a block adds to the stream, of the points ``attn.hook_z``."""
+    return torch.einsum("...he,hed->...hd", z, block.attn.W_O)
+
+
+@dataclass(frozen=True, eq=False)
+class Writers:
+    """What is added up to the stream that prompts end in, at their last tokens.
+
+    Args:
+        parts: embedding (with learned positions), then each layer's heads and its MLP, then attention's biases.
+        final: their sum, [prompt, d_model].
+        scale: the final norm's divisor, [prompt, 1].
+    """
+
+    model: HookedModel
+    parts: list[Float[Tensor, "prompt d_model"]]
+    final: Float[Tensor, "prompt d_model"]
+    scale: Float[Tensor, "prompt 1"]
+
+    @classmethod
+    @torch.no_grad()
+    def at_last(cls, answered: Answered) -> Writers:
+        """Of one pass over prompts."""
+        model, layers = answered.model, range(answered.model.cfg.n_layers)
+        points = ("attn.hook_z", "hook_mlp_out")
+        first, last, scale = "blocks.0.hook_resid_pre", f"blocks.{layers[-1]}.hook_resid_post", "ln_final.hook_scale"
+        names = [first, last, scale, *(f"blocks.{layer}.{point}" for layer in layers for point in points)]
+        _, cache = model.run_with_cache(
+            answered.tokens, return_type=None, names_filter=names, return_cache_object=False
+        )
+        at_end = {name: x[answered.each, answered.last].float() for name, x in cache.items()}
+        parts, biases = [at_end[first]], torch.zeros_like(at_end[first])
+        for layer, block in zip(layers, cast("list[Block]", model.blocks), strict=True):
+            heads = written_by_heads(block, at_end[f"blocks.{layer}.attn.hook_z"])
+            parts += [*heads.unbind(dim=1), at_end[f"blocks.{layer}.hook_mlp_out"]]
+            biases = plus(biases, block.attn.b_O)
+        return cls(model, [*parts, biases], at_end[last], at_end[scale])
+
+    def normalised(self) -> list[Float[Tensor, "prompt d_model"]]:
+        """The parts as the final norm passes them on, its divisor held: before its weight and without its bias."""
+        centered = self.model.ln_final.centered
+        return [(x - x.mean(dim=-1, keepdim=True) if centered else x) / self.scale for x in self.parts]

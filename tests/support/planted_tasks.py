@@ -1,0 +1,115 @@
+"""Decoders whose weights are written by hand, so that it is known which head or MLP does a task, and how.
+
+Tokens are bytes; capitals A to H and their small letters are the words. The stream's axes have names, and every weight
+is zero but for those that a model here sets, so that a component that is not named does nothing at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from reflowlens.config import ModelConfig
+from reflowlens.models import build_model
+from reflowlens.models.base import HookedModel
+from reflowlens.prompts import Prompts
+
+N_WORDS, N_CTX = 8, 32
+CONSTANT, CAPITAL, SMALL, MATCHED, TASK, FEELING, VERDICT = range(7)
+WORD, LETTER, COPIED, FACT, ANSWER = (slice(start, start + N_WORDS) for start in (8, 16, 24, 32, 40))
+POSITION = slice(64, 64 + N_CTX)
+CAPITALS, SMALLS = "ABCDEFGH", "abcdefgh"
+CONFIG = ModelConfig(
+    architecture="gpt2",
+    normalization_type="RMS",
+    act_fn="relu",
+    mlp_bias=True,
+    n_layers=4,
+    d_model=96,
+    n_heads=4,
+    d_head=N_CTX,
+    d_mlp=2 * N_WORDS,
+    d_vocab=256,
+    n_ctx=N_CTX,
+    tie_word_embeddings=False,
+    tokenizer_name="bytes",
+)
+_SHARP = 60.0
+
+
+@torch.no_grad()
+def blank(**changes: Any) -> HookedModel:
+    """Embeddings that say what a token is and where, a readout of `ANSWER` and `VERDICT`, and idle blocks."""
+    model = build_model(CONFIG if not changes else ModelConfig(**{**vars(CONFIG), **changes}))
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1.0 if name.endswith(".w") else 0.0)
+    embed: Any = model.embed
+    embed.W_E[:, CONSTANT] = 1.0
+    for i, (capital, small) in enumerate(zip(CAPITALS, SMALLS, strict=True)):
+        embed.W_E[ord(capital), [CAPITAL, WORD.start + i]] = 1.0
+        embed.W_E[ord(small), [SMALL, LETTER.start + i]] = 1.0
+        model.unembed.W_U[ANSWER.start + i, ord(small)] = 4.0
+    embed.W_E[[ord("+"), ord("-")], FEELING] = torch.tensor([1.0, -1.0])
+    model.unembed.W_U[VERDICT, [ord("y"), ord("n")]] = torch.tensor([4.0, -4.0])
+    model.unembed.W_U[CONSTANT, ord("z")] = 1.0
+    model.pos_embed.W_pos[:, POSITION] = torch.eye(N_CTX)
+    return model.eval()
+
+
+@torch.no_grad()
+def attend_to(model: HookedModel, layer: int, head: int, flag: int, read: slice, write: slice) -> None:
+    """A head that looks at the tokens with a flag and copies some axes of theirs to others."""
+    attn = model.blocks[layer].attn
+    attn.W_Q[head, CONSTANT, 0] = attn.W_K[head, flag, 0] = _SHARP**0.5
+    _copy(attn, head, read, write)
+
+
+@torch.no_grad()
+def look_back(model: HookedModel, layer: int, head: int, steps: int, read: slice, write: slice) -> None:
+    """A head that looks at the token so many positions before."""
+    attn = model.blocks[layer].attn
+    attn.W_K[head, POSITION] = _SHARP**0.5 * torch.eye(N_CTX)
+    attn.W_Q[head, POSITION] = _SHARP**0.5 * torch.eye(N_CTX).roll(-steps, dims=1)
+    _copy(attn, head, read, write)
+
+
+def _copy(attn: Any, head: int, read: slice, write: slice) -> None:
+    n = read.stop - read.start
+    attn.W_V[head, read, :n] = torch.eye(n)
+    attn.W_O[head, :n, write] = torch.eye(n)
+
+
+# -- one head writes the answer ---------------------------------------------------------------------------------------
+
+ANSWERING = (1, 2)
+
+
+def copying_model(works: bool = True, noise: float = 0.0) -> HookedModel:
+    """Head L1H2 looks at the capital and writes its small letter; nothing else does anything, but for noise."""
+    model = blank()
+    if works:
+        attend_to(model, *ANSWERING, CAPITAL, WORD, ANSWER)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in model.blocks:
+            for weight in (block.attn.W_V, block.attn.W_O, block.mlp.W_out, block.mlp.b_in):
+                weight += noise * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def copying_prompts(n: int = 24) -> Prompts:
+    """Texts of unequal lengths with one capital; its small letter is the answer, the next one's the wrong one."""
+    fillers = (".", "..", "....", "......")
+    return Prompts.of(
+        [
+            {
+                "clean": f"{fillers[i % 4]}{CAPITALS[i % N_WORDS]}{fillers[i // 4 % 4]}:",
+                "answer": SMALLS[i % N_WORDS],
+                "wrong_answer": SMALLS[(i + 1 + i // N_WORDS) % N_WORDS],
+                "subject": CAPITALS[i % N_WORDS],
+                "group": "early" if i % 2 else "late",
+            }
+            for i in range(n)
+        ]
+    )
