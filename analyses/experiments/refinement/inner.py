@@ -27,7 +27,17 @@ from reflowlens.models.ttt_linear import InnerState, TTTLinear
 AS_IS, NO_LEARNING, WRONG_WAY, SHUFFLED, PREVIOUS = "model", "eta_zero", "sign_flipped", "shuffled", "previous_state"
 CONTROLS = (NO_LEARNING, WRONG_WAY, SHUFFLED, PREVIOUS)
 _RATES = {NO_LEARNING: 0.0, WRONG_WAY: -1.0}
-_CURVES = ("at_start", "own_before", "own_after", "next_before", "next_after", "moved", "rank", "cosine")
+_CURVES = (
+    "at_start",
+    "own_before",
+    "own_after",
+    "next_before",
+    "next_after",
+    "moved",
+    "rank",
+    "cosine",
+    "cosine_other",
+)
 
 Curves = dict[str, Float[np.ndarray, "text head chunk"]]
 
@@ -38,8 +48,9 @@ def inner_curves(model: HookedModel, texts: Texts, seed: int) -> dict[str, Curve
 
     `own_before`, `own_after`: inner loss of a mini-batch, a mean over its tokens, under the state before and after the
     step it makes. `next_before`, `next_after`: of the mini-batch behind it, under the same two. `at_start`: of the
-    mini-batch under W₁. `moved`: ‖W − W₁‖_F after the step. `rank`: effective rank of W − W₁, the exponential of the
-    entropy of its singular values as shares; `cosine`: of the step and the one before (both of the model only).
+    mini-batch under W₁. `moved`: ‖W − W₁‖_F after the step. Of the model and of shuffled tokens only: `rank`, effective
+    rank of W − W₁, the exponential of the entropy of its singular values as shares; `cosine` of the step and the one
+    before it; `cosine_other`, of the step and the one before it in another text, by which steps are alike anyway.
     """
     ttt = cast(TTTLinear, cast(TTTFlow, model).ttt)
     n_chunks = texts.tokens.shape[1] // ttt.chunk
@@ -59,10 +70,12 @@ def inner_curves(model: HookedModel, texts: Texts, seed: int) -> dict[str, Curve
             SHUFFLED: (*shuffled, start, 1.0),
             PREVIOUS: (k, v, previous, 1.0),
         }
+        other = torch.minimum(whole, whole.roll(1) + 1)
+        ends = {"next_before": whole - 1, "next_after": whole - 1, "cosine_other": other}
         for name, (keys, values, state, rate) in runs.items():
-            curves = _curves(ttt, keys, values, state, rate, geometry=name == AS_IS)
+            curves = _curves(ttt, keys, values, state, rate, geometry=name in (AS_IS, SHUFFLED))
             for curve, own in curves.items():
-                until = (whole - 1 if curve.startswith("next") else whole)[:, None, None]
+                until = ends.get(curve, whole)[:, None, None]
                 own = own.masked_fill(torch.arange(own.shape[-1], device=own.device) >= until, torch.nan)
                 out[name][curve][rows, :, : own.shape[-1]] = own.cpu().numpy()
     return out
@@ -88,17 +101,31 @@ def learning_losses(model: HookedModel, texts: Texts) -> dict[str, Losses]:
 
 
 def learned(curves: Curves) -> dict[str, NDArray[np.float64]]:
-    """How much a step lowers the loss of its own mini-batch, "fit", and of the next, "generalisation": means [text].
+    """What is known of a text's inner learning, means [text] over heads and mini-batches.
+
+    "fit", "generalisation": how much a step lowers the loss of its own mini-batch, and of the next. "cosine",
+    "cosine_other": of successive steps. "rank": of W − W₁ behind the last whole mini-batch.
 
     The first step is left out: it leads from W₁ to where all texts lead, and is often larger than all others together.
     Texts without three whole mini-batches are left out too.
     """
-    later = {name: own[:, :, 1:] for name, own in curves.items()}
-    enough = ~np.isnan(later["next_before"]).all(axis=(1, 2))
-    return {
-        name: np.nanmean((later[f"{which}_before"] - later[f"{which}_after"])[enough], axis=(1, 2))
+    enough = ~np.isnan(curves["next_before"][:, :, 1:]).all(axis=(1, 2))
+    own = {name: values[enough] for name, values in curves.items()}
+    found = {
+        name: _means((own[f"{which}_before"] - own[f"{which}_after"])[:, :, 1:])
         for name, which in (("fit", "own"), ("generalisation", "next"))
     }
+    found |= {name: _means(own[name][:, :, 2:]) for name in ("cosine", "cosine_other")}
+    last = np.isfinite(own["own_after"]).sum(axis=2, keepdims=True) - 1
+    return found | {"rank": np.take_along_axis(own["rank"], last, axis=2).mean(axis=(1, 2))}
+
+
+def _means(values: Float[np.ndarray, "text head chunk"]) -> NDArray[np.float64]:
+    """Over what there is of each text; NaN where there is nothing."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=(1, 2))
+    sums = np.where(known, values, 0).sum(axis=(1, 2))
+    return np.divide(sums, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def inner_frame(curves: dict[str, Curves]) -> pd.DataFrame:
@@ -187,6 +214,7 @@ def _curves(
             found["rank"] = effective_rank(moved)
         if geometry and step_before is not None:
             found["cosine"] = torch.cosine_similarity(step, step_before, dim=-1)
+            found["cosine_other"] = torch.cosine_similarity(step, step_before.roll(1, dims=0), dim=-1)
         step_before = step
         for name, values in found.items():
             out[name][:, :, m] = values
@@ -199,6 +227,10 @@ def effective_rank(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor
     >>> effective_rank(torch.eye(4)).round().item()
     4.0
     """
-    singular = torch.linalg.svdvals(matrix.float())
-    shares = singular / singular.sum(-1, keepdim=True).clamp(min=torch.finfo(singular.dtype).tiny)
-    return torch.special.entr(shares).sum(-1).exp()
+    return entropy_of_shares(torch.linalg.svdvals(matrix.float())).exp()
+
+
+def entropy_of_shares(values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Of values from 0 on as shares of their sum, in nats; 0 where all are 0."""
+    shares = values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum(-1)

@@ -81,10 +81,10 @@ def _margin(
 
 @torch.no_grad()
 def step_losses(model: HookedModel, texts: Texts) -> dict[str, Losses]:
-    """Loss of every token where the flow takes other steps: by name "step 0.5" (z + τ v), "4 substeps" of 1/4 each
-    with v taken anew, and "velocity alone" (v without z). The model's own is "step 1"."""
+    """Loss of every token where the flow takes other steps: by name "step 0.5" (z + τ v), and "4 substeps" of 1/4 each
+    with v taken anew. The model's own is "step 1"."""
     flow = cast(FlowRefiner, cast(TTTFlow, model).flow)
-    names = [*(f"step {tau:g}" for tau in STEPS), *(f"{n} substeps" for n in SUBSTEPS), "velocity alone"]
+    names = [*(f"step {tau:g}" for tau in STEPS), *(f"{n} substeps" for n in SUBSTEPS)]
     out = {name: np.zeros(texts.tokens.shape) for name in names}
     for rows, tokens, targets in texts.batches():
         parts = parts_of_stream(model, final_norm(model, tokens))
@@ -92,7 +92,6 @@ def step_losses(model: HookedModel, texts: Texts) -> dict[str, Losses]:
         z = x @ flow.W_down
         ends = {f"step {tau:g}": z + tau * flow.velocity(z) for tau in STEPS}
         ends |= {f"{n} substeps": euler(flow, z, n) for n in SUBSTEPS}
-        ends["velocity alone"] = flow.velocity(z)
         for name, end in ends.items():
             stream = x + flow.gate.sigmoid() * (end @ flow.W_up)
             out[name][rows, : tokens.shape[1]] = losses(model, stream, targets)

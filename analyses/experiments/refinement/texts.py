@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,8 @@ IGNORED = -1
 RESAMPLES = 2000
 
 Losses = Float[np.ndarray, "text pos"]
+
+K = TypeVar("K", str, int)
 
 
 class Texts(NamedTuple):
@@ -96,11 +98,12 @@ def read_texts(model: HookedModel, documents: Sequence[str | Sequence[int]]) -> 
 
 
 def mean_by_document(
-    sums: Mapping[str, NDArray[np.float64]], counts: NDArray[np.int64], seed: int
-) -> dict[str, tuple[float, Interval]]:
+    sums: Mapping[K, NDArray[np.float64]], counts: NDArray[np.int64] | NDArray[np.float64], seed: int
+) -> dict[K, tuple[float, Interval]]:
     """Means over tokens, with percentile intervals over documents drawn whole, the same draws for every mean.
 
-    `sums`: name -> sum over the tokens of each document [text]; `counts`: how many tokens those are [text].
+    `sums`: name -> sum over the tokens of each document [text]; `counts`: how many tokens those are, or their
+    weight [text].
     """
     table = np.column_stack([*sums.values(), counts])
     if np.count_nonzero(counts) < 2:
@@ -115,7 +118,7 @@ def mean_by_document(
     }
 
 
-def as_frame(means: Mapping[str, tuple[float, Interval]], name: str, **constant: str) -> pd.DataFrame:
+def as_frame(means: Mapping[Any, tuple[float, Interval]], name: str, **constant: str) -> pd.DataFrame:
     """A row a mean: `name`, "value", "low", "high", behind columns that are the same in all rows."""
     return pd.DataFrame(
         [{**constant, name: key, "value": mean, "low": i.low, "high": i.high} for key, (mean, i) in means.items()]

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from analyses.experiments.refinement import read_grid, refinement
 from analyses.experiments.refinement import retrained as design
+from analyses.experiments.refinement.gains import gain_frame
 from analyses.experiments.refinement.gates import CELLS, effects, final_norm, gate_losses
 from analyses.experiments.refinement.inner import effective_rank, inner_curves, learned, learning_losses
 from analyses.experiments.refinement.logits import euler, logit_frame, parts_of_stream, step_losses
 from analyses.experiments.refinement.planted import pair_learner, pair_texts
 from analyses.experiments.refinement.texts import IGNORED, mean_by_document, read_texts
+from analyses.experiments.refinement.untying import untied, untying_frame, untying_losses
+from analyses.experiments.refinement.velocity import jacobian, velocity_frames, visited
 from reflowlens.checkpoints import save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -105,6 +108,8 @@ def test_inner_curves_are_of_the_states_that_the_model_passes_through(model):
     k, v = (cache[f"ttt.hook_{name}"].transpose(1, 2) for name in "kv")
     chunked = [part[:, :, :20].split(4, dim=2) for part in (k, v)]
     W, c = ([cache[f"ttt.steps.{m}.hook_{part}"] for m in range(6)] for part in "Wc")
+    _, of_other = model.run_with_cache(torch.tensor([DOCUMENTS[3][:32]]), names_filter=every_point)
+    of_last = [of_other[f"ttt.steps.{m}.hook_W"] for m in range(6)]  # the first text stands behind the last
     with torch.no_grad():
         losses = [
             [model.ttt.inner_loss(keys, values, W[m], c[m]).mean(-1)[0] for keys, values in zip(*chunked, strict=True)]
@@ -120,6 +125,9 @@ def test_inner_curves_are_of_the_states_that_the_model_passes_through(model):
         if m > 0:
             steps = [(W[n + 1] - W[n])[0].flatten(1) for n in (m - 1, m)]
             expected["cosine"] = torch.cosine_similarity(*steps, dim=1)
+            if m < 4:
+                others = [(of_last[n + 1] - of_last[n])[0].flatten(1) for n in (m - 1, m)]
+                expected["cosine_other"] = torch.cosine_similarity(steps[1], others[0], dim=1)
         for name, value in expected.items():
             np.testing.assert_allclose(curves[name][0, :, m], value.numpy(), rtol=1e-4, atol=1e-5)
     assert np.isnan(curves["own_before"][0, :, 5:]).all()
@@ -177,6 +185,113 @@ def test_steps_of_the_flow(model):
         torch.testing.assert_close(euler(model.flow, z, 2), middle + model.flow.velocity(middle) / 2)
 
 
+def linear_flow(rank: int) -> tuple[HookedModel, Tensor]:
+    """A model whose velocity is z B exactly, since GELU(a) − GELU(−a) = a, and B, which writes to so many channels."""
+    model = filled(flow_hidden=12)
+    B = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    B[:, rank:] = 0
+    with torch.no_grad():
+        model.flow.W_in.copy_(torch.cat([torch.eye(6), -torch.eye(6)], dim=1))
+        model.flow.W_out.copy_(torch.cat([B, -B]))
+        model.flow.b_in.zero_()
+        model.flow.b_out.zero_()
+    return model, B
+
+
+def test_a_velocity_that_is_linear_is_found_to_be():
+    model, B = linear_flow(2)
+    texts = read_texts(model, DOCUMENTS)
+    frames = velocity_frames(model, texts, seed=0)
+    for at, rows in frames["velocity"].groupby("input"):
+        found = rows.set_index("measure")["value"]
+        assert found["affine"] == pytest.approx(1, abs=1e-5)
+        assert 1 < found["directions"] <= 2 < found["input_directions"]
+        assert found["stretch"] == pytest.approx(torch.linalg.svdvals(B)[0].item(), rel=1e-5)
+        shares = frames["directions"].query(f"input == {at!r} and of == 'velocity' and component < 3")["share"]
+        assert shares.sum() == pytest.approx(1)
+        jacobian = frames["jacobian"].query(f"input == {at!r}")
+        np.testing.assert_allclose(jacobian["singular_value"], torch.linalg.svdvals(B), rtol=1e-4, atol=1e-5)
+        real = torch.linalg.eigvals(B).real.sort(descending=True).values
+        np.testing.assert_allclose(jacobian["real_part"], real, rtol=1e-4, atol=1e-5)
+    _, cache = model.run_with_cache(torch.tensor([DOCUMENTS[0][:-1]]), names_filter=every_point)
+    z, v = cache["flow.hook_latent"][0], cache["flow.hook_velocity"][0]
+    points = visited(model, texts)
+    torch.testing.assert_close(points.z[points.text == 0], z, rtol=1e-5, atol=1e-5)
+    ratio = frames["velocity"].query("input == 'model' and measure == 'ratio'")["value"].item()
+    of_all = [model.flow.velocity(own).norm(dim=1) / own.norm(dim=1) for own in points.z.split(texts.lengths.tolist())]
+    torch.testing.assert_close(of_all[0], v.norm(dim=1) / z.norm(dim=1), rtol=1e-5, atol=1e-5)
+    assert ratio == pytest.approx(torch.cat(of_all).mean().item(), rel=1e-5)
+
+
+def test_jacobians_are_autograds(model):
+    z = 3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        expected = torch.stack([torch.autograd.functional.jacobian(model.flow.velocity, own).T for own in z])
+    torch.testing.assert_close(jacobian(model.flow, z), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_linear_part_folds_into_an_output_matrix(model):
+    texts = read_texts(model, DOCUMENTS)
+    found = untying_losses(model, texts, visited(model, texts), seed=0)
+    shut, whole = (gate_losses(model, texts)[cell] for cell in ("ttt", "both"))
+    np.testing.assert_allclose(found["none"], shut, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["flow"], whole, rtol=1e-5, atol=1e-5)
+    _, cache = model.run_with_cache(torch.tensor([DOCUMENTS[0][:-1]]), names_filter=every_point)
+    v_alone = cache["flow.hook_velocity"] @ model.flow.W_up / 2  # its gate is half open
+    changes = {"linear": ("flow.hook_velocity", zero), "velocity": ("flow.hook_delta", lambda delta, hook: v_alone)}
+    for part, change in changes.items():
+        expected = plain_losses(model, DOCUMENTS[0], [change])
+        np.testing.assert_allclose(found[part][0, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+    difference = untied(model) - model.embed.W_E
+    assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-4) == 6
+    frame = untying_frame(found, texts, seed=0).set_index("part")
+    gain = (found["none"] - found["linear"]).sum() / texts.lengths.sum()
+    assert frame.loc["linear", "value"] == pytest.approx(gain)
+    linear, _ = linear_flow(3)
+    loss = untying_losses(linear, texts, visited(linear, texts), seed=0)
+    np.testing.assert_allclose(loss["affine"], loss["flow"], rtol=1e-4, atol=1e-4)
+    assert np.abs(loss["rotated_linear"] - loss["linear"]).max() > 0.01
+
+
+def test_gains_stand_beside_those_of_the_same_tokens(model):
+    texts = read_texts(model, [[0, 1, 0, 2, 0, 1, 0, 0], [2, 0, 2, 1, 0, 0, 0, 0], [0, 2, 2, 1, 0, 0, 0, 0]])
+    of_token = np.array([4.0, 1.0, 2.0])[texts.targets.numpy().clip(min=0)]
+    same_token = gain_frame({"x": of_token}, of_token, texts, 4, 0).query("by != 'frequency'")
+    assert len(same_token) == 4
+    for row in same_token.itertuples():  # what depends on the token alone is the same outside of the bin
+        assert row.matched == pytest.approx(row.control)
+    frame = gain_frame({"x": of_token}, of_token, texts, 4, 0).query("by == 'frequency'").set_index("bin")
+    assert frame["tokens"].to_dict() == {"commonest": 13, "rare": 4, "rarest": 4}
+    assert frame.loc["commonest", "value"] == 4
+    assert frame["control"].between(frame["control_low"], frame["control_high"]).all()
+    is_seen = texts.seen() * 1.0
+    seen = gain_frame({"x": is_seen}, is_seen, texts, 4, 0).query("by == 'seen'").set_index("bin")
+    assert seen["value"].to_dict() == {"seen before": 1, "not seen": 0}
+    assert seen["control"].to_dict() == {"seen before": 0, "not seen": 1}
+
+
+@pytest.mark.parametrize(("effect", "sd", "seeds"), [(1.0, 1.0, 10), (-0.5, 1.0, 34), (1.0, 1e-9, 2), (1.0, 0.0, 2)])
+def test_seeds_that_it_takes(effect, sd, seeds):
+    assert design.seeds_to_tell(effect, sd) == seeds  # of a paired t test at 5% with power 0.8
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "seeds", "begins"),
+    [
+        (-0.003, -0.001, 5, "The refiners help each other"),
+        (0.001, 0.003, 5, "The refiners stand in each other's way"),
+        (-0.001, 0.003, 5, "The refiners do not help each other as much as published"),
+        (-0.004, 0.001, 5, "Undecided at this size"),
+        (-0.003, -0.001, 4, "Undecided whether"),
+    ],
+)
+def test_a_verdict_in_words(low, high, seeds, begins):
+    row = {"value": (low + high) / 2, "low": low, "high": high, "seeds": seeds, "sd": 0.0025, "seeds_to_tell": 22}
+    words = design.in_words(row)
+    assert words.startswith(begins)
+    assert f"{low:+.5f} to {high:+.5f} over {seeds} seeds" in words
+
+
 def test_effects_and_their_intervals():
     assert effects(design.PUBLISHED)["interaction"] == pytest.approx(-0.00161143, abs=1e-10)
     one = effects({"none": 4.0, "ttt": 3.0, "flow": 3.5, "both": 2.0})
@@ -198,6 +313,8 @@ def test_planted_mappings_are_learned_and_noise_is_not(mapped, expected):
         assert gains["32 to 63"] > 0.3 > 0.1 > gains["4 to 7"]
         assert gains["seen before"] > 0.3 > 0 > gains["not seen"]
         assert result.metrics["learning_gain"] > 0.2 > 0 > result.controls["learning_gain"]["sign_flipped"]
+        assert result.verdicts["own_text_gain"] == "supported"  # another text's mapping is another one
+        assert result.metrics["planted_gain"] > 0.3 > 0 > result.controls["planted_gain"]["random"]
     else:
         assert (gains < 0).all()
 
@@ -267,4 +384,5 @@ def test_a_result_is_kept_whole_and_repeats(tmp_path, model):
     result = refinement(model, DOCUMENTS)
     saved = type(result).load(result.save(tmp_path))
     assert saved.metrics == result.metrics == refinement(model, DOCUMENTS).metrics
-    assert {"gates", "effects", "learning", "inner", "gains", "logits", "steps"} == set(result.frames)
+    of_inner, of_flow = {"learning", "inner", "planted"}, {"steps", "untying", "velocity", "directions", "jacobian"}
+    assert {"gates", "effects", "gains", "logits"} | of_inner | of_flow == set(result.frames)
