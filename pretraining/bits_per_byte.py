@@ -1,9 +1,8 @@
 """Bits per byte of text: what a model's surprise costs, comparable between tokenizers, exact to the byte.
 
 A document is read as the tokenizer cuts it, behind its end-of-document token where it has one, so that every byte is
-predicted; otherwise the first token is context alone, and its bytes are not counted. Windows slide over a document: the
-first one scores all that it predicts, every later one its last ``stride`` tokens, and the last one stops at the end, so
-that every token is scored once, with as much context as the window leaves.
+predicted; otherwise the first token is context alone, and its bytes are not counted. Windows slide over a document
+(:mod:`reflowlens.scoring.windows`), so that every token is scored once, with as much context as the window leaves.
 """
 
 from __future__ import annotations
@@ -13,33 +12,23 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pretraining.loss_comparison import mean_with_interval
 from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
+from reflowlens.scoring.windows import Window, inputs_and_targets, n_scored, predictions, sliding_windows
 from reflowlens.tokenizers.base import Tokenizer
 
 _FEW = 8  # documents: with fewer, stretches of them are what is resampled
 _STRETCH = 8_192  # bytes
-
-
-class Window(NamedTuple):
-    """Tokens ``first`` to before ``last`` are read; those from ``scored`` to ``last`` are predicted for the score."""
-
-    document: int
-    first: int
-    scored: int
-    last: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +62,6 @@ class Document:
         if tokenizer.eot_token is not None:
             return cls(np.array([tokenizer.eot_token, *ids]), np.array([0, *size]))
         return cls(np.array(ids), np.array([0, *size[1:]]))
-
-
-def sliding_windows(document: int, n: int, window: int, stride: int) -> Iterator[Window]:
-    """The windows of a document of n tokens: every token but the first is scored in one of them.
-
-    >>> list(sliding_windows(0, 8, window=4, stride=2))
-    [Window(document=0, first=0, scored=1, last=4), Window(document=0, first=2, scored=5, last=6), \
-Window(document=0, first=3, scored=7, last=7)]
-    """
-    last = min(window, n - 1)
-    if last:
-        yield Window(document, 0, 1, last)
-    while last < n - 1:
-        scored, last = last + 1, min(last + stride, n - 1)
-        yield Window(document, last - window, scored, last)
 
 
 def bits_per_byte(
@@ -195,21 +169,17 @@ def scored_losses(
     losses = [np.full(len(document.ids) - 1, np.nan) for document in documents]
     windows = [w for i, each in enumerate(documents) for w in sliding_windows(i, len(each.ids), window, stride)]
     chunks = [windows] if learning is None else list(chunks_of(windows, learning.chunk))
-    reader = model if learning is None else copy.deepcopy(model)
+    reader, ids = model if learning is None else copy.deepcopy(model), [document.ids for document in documents]
     show = sys.stderr.isatty() if progress is None else progress
     with bar(show=show, total=sum(map(len, losses)), desc=name, unit="token", unit_scale=True) as shown:
         for number, chunk in enumerate(chunks):
             for some in in_batches(chunk, batch_size):
-                for each, loss in zip(some, window_losses(reader, documents, some), strict=True):
-                    losses[each.document][each.scored - 1 : each.last] = loss
+                for each, found in zip(some, predictions(reader, ids, some), strict=True):
+                    losses[each.row][each.scored - 1 : each.last] = -found.logprob
                 shown.update(sum(map(n_scored, some)))
             if learning is not None and number + 1 < len(chunks):  # nothing comes behind the last
                 learning.learn(reader, documents, chunk, window, batch_size, number / (len(chunks) - 1))
     return losses
-
-
-def n_scored(window: Window) -> int:
-    return window.last - window.scored + 1
 
 
 def chunks_of(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
@@ -267,7 +237,7 @@ class ScoreFirst:
         blocks = list(read_again(scored, window))
         for _ in range(self.epochs):
             for some in in_batches(blocks, batch_size):
-                tokens, targets = inputs_and_targets(documents, some)
+                tokens, targets = inputs_and_targets([document.ids for document in documents], some)
                 model(tokens.to(model.cfg.device), "loss", targets=targets.to(model.cfg.device)).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)
                 optimizer.step()
@@ -278,40 +248,16 @@ def read_again(scored: Sequence[Window], window: int) -> Iterator[Window]:
     """What windows scored, in blocks that do not overlap."""
     spans: dict[int, tuple[int, int]] = {}
     for each in scored:
-        first, _ = spans.get(each.document, (each.scored, 0))
-        spans[each.document] = (first, each.last)
-    for document, (scored_from, end) in spans.items():
+        first, _ = spans.get(each.row, (each.scored, 0))
+        spans[each.row] = (first, each.last)
+    for row, (scored_from, end) in spans.items():
         for first in range(scored_from, end + 1, window):
-            yield Window(document, first - 1, first, min(first + window - 1, end))
+            last = min(first + window - 1, end)
+            yield Window(row, first - 1, last, first, last)
 
 
 def in_batches(windows: Sequence[Window], size: int) -> Iterator[list[Window]]:
     """Windows of like length together: short ones are padded."""
-    ordered = sorted(windows, key=lambda each: each.last - each.first)
+    ordered = sorted(windows, key=lambda each: each.end - each.first)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
-
-
-@torch.no_grad()
-def window_losses(
-    model: HookedModel, documents: Sequence[Document], windows: Sequence[Window]
-) -> list[Float[np.ndarray, " _scored"]]:
-    """Cross-entropy in nats of the tokens that each window scores."""
-    tokens, targets = inputs_and_targets(documents, windows)
-    counted = targets >= 0
-    stream = model.final_stream(tokens.to(model.cfg.device))[counted.to(model.cfg.device)][:, None]
-    found = model.read_final(stream).losses(targets[counted].to(model.cfg.device)[:, None])
-    return np.split(found[:, 0].double().cpu().numpy(), np.cumsum([n_scored(each) for each in windows])[:-1])
-
-
-def inputs_and_targets(
-    documents: Sequence[Document], windows: Sequence[Window]
-) -> tuple[Int[Tensor, "window pos"], Int[Tensor, "window pos"]]:
-    """Windows padded on the right; targets are -1 where nothing is scored."""
-    length = max(each.last - each.first for each in windows)
-    tokens, targets = torch.zeros(len(windows), length, dtype=torch.long), torch.full((len(windows), length), -1)
-    for row, (document, first, scored, last) in enumerate(windows):
-        ids = torch.from_numpy(documents[document].ids[first : last + 1])
-        tokens[row, : last - first] = ids[:-1]
-        targets[row, scored - first - 1 : last - first] = ids[scored - first :]
-    return tokens, targets

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from reflowlens.notebook.feature_card import show_feature as show_feature
     from reflowlens.notebook.tokens import show_tokens as show_tokens
     from reflowlens.prompts import Prompts as Prompts
+    from reflowlens.scoring.score import Scores as Scores
+    from reflowlens.scoring.score import score as score
     from reflowlens.signals import SignalView as SignalView
     from reflowlens.signals import signal_view as signal_view
     from reflowlens.storage.model_hash import model_hash as model_hash
@@ -92,6 +94,7 @@ _HOMES = {
     "Replace": "interventions.values",
     "Scale": "interventions.values",
     "ScaleWeights": "interventions.edit",
+    "Scores": "scoring.score",
     "SetWeights": "interventions.edit",
     "SignalView": "signals",
     "Steer": "interventions.values",
@@ -124,6 +127,7 @@ _HOMES = {
     "run": "interventions.apply",
     "save_dictionary": "dictionaries.files",
     "save_model": "checkpoints",
+    "score": "scoring.score",
     "screen": "circuits.screening",
     "show_attention": "notebook.attention",
     "show_feature": "notebook.feature_card",

@@ -80,7 +80,9 @@ def intervene(
         bound = bind(hooked, interventions)
         passes: list[Prompt] = []  # the pass that is running, innermost last
         hooks = [(b.name, partial(_apply, hooked, b, passes)) for b in bound]
-        with noting_passes(hooked, passes, lengths), hooked.hooks(fwd_hooks=hooks), UNCOMPILED:
+        patched = [b.source for b in bound if isinstance(b.intervention, Patch) and b.source is not None]
+        source_prompts = max((len(source) for source in patched), default=1)
+        with noting_passes(hooked, passes, lengths, source_prompts), hooked.hooks(fwd_hooks=hooks), UNCOMPILED:
             yield hooked
     for b in bound:
         if not b.applied:

@@ -47,10 +47,14 @@ UNCOMPILED = _Uncompiled()
 
 @dataclass(eq=False)
 class _Block:
-    """The passes that a block of interventions sees, innermost last, and the lengths that it was given."""
+    """The passes that a block of interventions sees, innermost last, and the lengths that it was given.
+
+    Of ``source_prompts`` prompts each row of a pass has its own; of one all have it.
+    """
 
     passes: list[Prompt]
     lengths: Sequence[int] | None
+    source_prompts: int
 
 
 @dataclass
@@ -65,14 +69,16 @@ _NOTED: WeakKeyDictionary[HookedModel, _Noted] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def noting_passes(model: HookedModel, passes: list[Prompt], lengths: Sequence[int] | None) -> Iterator[None]:
+def noting_passes(
+    model: HookedModel, passes: list[Prompt], lengths: Sequence[int] | None, source_prompts: int = 1
+) -> Iterator[None]:
     """Keep in ``passes`` what is being read: selectors such as ``"last"`` depend on it.
 
     Blocks may be closed in any order: the first changes the model's forward pass, the last restores it.
     """
     if lengths is not None and (not isinstance(lengths, Sequence) or any(integer(n) is None for n in lengths)):
         raise ReflowlensError(f"lengths must be a list of numbers of tokens, got {lengths!r}")
-    block = _Block(passes, lengths)
+    block = _Block(passes, lengths, source_prompts)
     if model not in _NOTED:
         _NOTED[model] = _Noted(model.__dict__.get("forward"))
         model.forward = MethodType(
@@ -110,9 +116,24 @@ def _noting(model: HookedModel, forward: Callable[..., Any]) -> Callable[..., An
     return noting
 
 
+def is_intervened(model: HookedModel) -> bool:
+    """Whether a block of interventions is open on a model."""
+    return model in _NOTED
+
+
+def check_rows_are_free(model: HookedModel) -> None:
+    """Raise where rows of a pass are patched each from its own: a function that batches texts anew would mix them."""
+    most = max((block.source_prompts for block in _NOTED[model].blocks), default=1) if is_intervened(model) else 1
+    if most > 1:
+        raise ReflowlensError(
+            f"texts are read in batches of other texts here, and a patch from {most} prompts gives each row of a pass "
+            "its own: patch from one prompt"
+        )
+
+
 def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
     """Raise where interventions are at work on a model that is about to be given padded tokens instead of texts."""
-    if len(set(lengths)) > 1 and model in _NOTED:
+    if len(set(lengths)) > 1 and is_intervened(model):
         raise ReflowlensError(
             f"inside rl.intervene prompts must be of one length here, got {', '.join(map(str, lengths))} tokens: "
             "intervene on each length by itself"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,7 @@ from reflowlens.models.past import ReadPositions, read_before
 from reflowlens.models.places import Places, packed_places
 from reflowlens.models.text import TextInput, is_cheap_to_read
 
-ReturnType = Literal["logits", "loss", "both"] | None
+ReturnType = Literal["logits", "loss", "both"] | Callable[[Any], Any] | None
 
 
 class Pass(NamedTuple):
@@ -54,7 +55,7 @@ def checked_pass(
     Raises:
         ReflowlensError: as :meth:`reflowlens.models.residual.ResidualModel.forward` says.
     """
-    if not is_one_of(return_type, ("logits", "loss", "both", None)):
+    if not callable(return_type) and not is_one_of(return_type, ("logits", "loss", "both", None)):
         raise ReflowlensError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
     offset = read_before(past)
     start, stop = _layers(start_at_layer, stop_at_layer, model.cfg.n_layers)

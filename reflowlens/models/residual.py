@@ -5,7 +5,7 @@ What a block is and what it remembers of a text is left to the families.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -165,14 +165,15 @@ class ResidualModel(HookedModel):
         stop_at_layer: int | None = None,
         past_kv_cache: ReadPositions | None = None,
         segments: Int[Tensor, "batch pos"] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor] | None:
+    ) -> Any:
         """Read text or tokens and predict the next token at every position.
 
         Args:
             input: a text, a list of texts (padded on the right), tokens [batch, pos] or [pos]; with ``start_at_layer``
                 the residual stream [batch, pos, d_model] that this layer reads.
             return_type: ``"logits"`` [batch, pos, d_vocab], ``"loss"`` (mean next-token cross-entropy in nats, padding
-                left out), ``"both"`` (logits, loss) or None to run for the hooks alone.
+                left out), ``"both"`` (logits, loss) or None to run for the hooks alone; or a function of the pass's
+                :class:`Readout`, whose value is returned, for what needs a part of the logits.
             targets: what each position should predict, negative where nothing counts; default: the input shifted by
                 one.
             start_at_layer: first block to run; negative counts from the end.
@@ -202,6 +203,8 @@ class ResidualModel(HookedModel):
             past_kv_cache.length += resid.shape[1]
         if return_type is None:
             return None
+        if callable(return_type):
+            return return_type(readout)
         if return_type == "logits":
             return readout.logits()
         if return_type == "loss":

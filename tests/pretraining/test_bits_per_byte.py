@@ -17,9 +17,9 @@ from pretraining.bits_per_byte import (
     bits_per_byte,
     read_again,
     scored_losses,
-    sliding_windows,
 )
 from reflowlens.errors import ReflowlensError
+from reflowlens.scoring.windows import sliding_windows
 from tests.support.tiny import random_model, tiny_config
 
 TEXTS = ["the cat sat on the mat, and the dog did not", "naïve café", "a", "0123456789" * 4]

@@ -29,6 +29,7 @@ CALLS: dict[str, tuple[Callable[[HookedModel], Any], str]] = {
     "collect": (lambda m: rl.collect(m, ["the king"], "hook_embed"), "the prompts of a batch or their length"),
     "sweep": (lambda m: rl.sweep(m, *PAIR, "resid_pre", kl()), RUNS),
     "sweep integrated": (lambda m: rl.sweep(m, *PAIR, "resid_pre", kl(), mode="integrated", steps=2), RUNS),
+    "score": (lambda m: rl.score(m, "the king"), "batch, memory"),
     "screen": (lambda m: rl.screen(m, *PAIR, "resid_pre", kl(), top=1), RUNS),
     "edge_attribution": (lambda m: rl.edge_attribution(m, *PAIR, kl(), steps=2), RUNS),
     "faithfulness": (lambda m: rl.faithfulness(m, *PAIR, ["m0"], kl(), controls=1), RUNS),

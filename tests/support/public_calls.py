@@ -79,6 +79,7 @@ PUBLIC_CALLS: dict[str, Call] = {
     "path_patch": lambda model, _: rl.path_patch(model, *_PAIR, "a0.h1", "m1", kl()).values,
     "run": lambda model, _: rl.run(model, CLEAN, rl.Scale("mlp_out", 2.0, layer=0)).detach(),
     "save_model": lambda model, folder: rl.model_hash(rl.load_model(rl.save_model(folder / "saved", model))),
+    "score": lambda model, _: rl.score(model, _PAIR).logprobs[1][1:].tolist(),
     "screen": lambda model, _: rl.screen(model, *_PAIR, "attn_head_out", kl(), top=2, progress=False).frame,
     "show_attention": lambda model, _: repr(rl.show_attention("no", torch.ones(1, 2, 2) / 2, model=model)),
     "show_tokens": lambda model, _: repr(rl.show_tokens("no", [1.0, 2.0], model=model)),
