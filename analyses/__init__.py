@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from analyses.runner.comparison import compare_models as compare_models
     from analyses.runner.suite import run_suite as run_suite
     from analyses.tasks.composition import composition_scores as composition_scores
+    from analyses.tasks.head_ablation import head_ablation as head_ablation
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
     from analyses.units.firing import unit_statistics as unit_statistics
     from analyses.units.monosemanticity import monosemanticity as monosemanticity
@@ -53,6 +54,7 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "direct_logit_attribution": "tasks.logit_attribution",
     "evaluate_dictionary": "features.evaluation",
     "feature_dashboards": "features.dashboards",
+    "head_ablation": "tasks.head_ablation",
     "load_lexicon": "words",
     "monosemanticity": "units.monosemanticity",
     "run_suite": "runner.suite",

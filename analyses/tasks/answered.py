@@ -50,6 +50,7 @@ class Answered:
     Causal models read a padded prompt as they would read it alone, so that prompts of all lengths go together.
 
     Args:
+        texts: of the prompts.
         tokens: [prompt, pos].
         lengths: tokens of each prompt, padding left out.
         answer, wrong: ids [prompt]; None where there are no wrong answers.
@@ -57,6 +58,7 @@ class Answered:
     """
 
     model: HookedModel
+    texts: Sequence[str]
     tokens: Int[Tensor, "prompt pos"]
     lengths: Sequence[int]
     answer: Int[Tensor, " prompt"]
@@ -78,7 +80,7 @@ class Answered:
         tokens, lengths = model.tokens_and_lengths(prompts.clean)
         answer = prompts.answer_ids(model).to(tokens.device)
         wrong = prompts.wrong_ids(model).to(tokens.device) if "wrong_answer" in prompts.frame else None
-        return cls(model, tokens, lengths, answer, wrong, range(len(prompts)))
+        return cls(model, prompts.clean, tokens, lengths, answer, wrong, range(len(prompts)))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -99,6 +101,7 @@ class Answered:
         lengths = [self.lengths[row] for row in rows]
         return dataclasses.replace(
             self,
+            texts=[self.texts[row] for row in rows],
             tokens=self.tokens[index, : max(lengths)],
             lengths=lengths,
             answer=self.answer[index],

@@ -40,11 +40,10 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
-from analyses.tasks.writers import Writers, check_heads_and_mlps
+from analyses.tasks.writers import Writers, check_heads_and_mlps, component_names, layers_by_writers
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.builders import bars
-from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.progress import bar
@@ -107,7 +106,7 @@ def direct_logit_attribution(
     pairs = _Pairs.of(answered)
     rng = derive_rng(seed, "direct_logit_attribution")
     shuffled = np.stack([pairs.shuffled(rng) for _ in range(draws)])
-    named, batches = _names(hooked), list(answered.batches())
+    named, batches = component_names(hooked, ends=True), list(answered.batches())
     parts = [
         _contributions(batch, pairs.direction, pairs.offset, shuffled[:, batch.rows], pairs.number[batch.rows])
         for batch in bar(batches, show=shown(progress), unit="batch", desc="direct logit attribution")
@@ -232,16 +231,6 @@ def _contributions(
     return _Part(numbers(found[0]), numbers(found[1:]), numbers(logits[:, 0] - other), batch.scores(writers.final))
 
 
-def _names(model: HookedModel) -> pd.DataFrame:
-    """A row a component, in the order of `Writers.normalised`."""
-    rows = [("embedding", "embedding", -1, -1)]
-    for layer in range(model.cfg.n_layers):
-        rows += [(f"L{layer}H{head}", "head", layer, head) for head in range(model.cfg.n_heads)]
-        rows.append((f"MLP {layer}", "mlp", layer, -1))
-    rows.append(("biases", "bias", -1, -1))
-    return pd.DataFrame(rows, columns=["component", "kind", "layer", "head"])
-
-
 def _component_frame(
     named: pd.DataFrame, own: NDArray[np.float64], null: NDArray[np.float64], seed: int
 ) -> pd.DataFrame:
@@ -295,8 +284,6 @@ def _prompt_frame(prompts: Prompts, logit_diff: Tensor, correct: Tensor, uncappe
 
 
 def _figures(frame: pd.DataFrame) -> dict[str, go.Figure]:
-    cells = frame[frame["layer"] >= 0]
-    cells = cells.assign(writer=np.where(cells["kind"] == "mlp", "MLP", "head " + cells["head"].astype(str)))
     strongest = frame.loc[frame["mean"].abs().nlargest(_SHOWN).index]
     beside = pd.concat(
         [
@@ -310,15 +297,8 @@ def _figures(frame: pd.DataFrame) -> dict[str, go.Figure]:
         ]
     )
     return {
-        "layers": heatmap(
-            cells,
-            "writer",
-            "layer",
-            "mean",
-            hover=["low", "high", "shuffled", "p"],
-            title="Contributions to the logit difference",
-            x_title="writer",
-            z_title="logits",
+        "layers": layers_by_writers(
+            frame, "mean", ["low", "high", "shuffled", "p"], "Contributions to the logit difference", "logits"
         ),
         "strongest": bars(
             beside,

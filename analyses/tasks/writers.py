@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from analyses.tasks.answered import Answered
 from reflowlens.errors import ReflowlensError
+from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Block
@@ -24,6 +29,26 @@ def check_heads_and_mlps(model: HookedModel, what: str) -> None:
             f"{what} is of heads and MLPs that are added to a residual stream, and a {type(model).__name__} is not "
             "made of these"
         )
+
+
+def component_names(model: HookedModel, ends: bool = False) -> pd.DataFrame:
+    """A row a head and MLP, layer by layer: ``component``, ``kind``, ``layer`` and ``head``, -1 for none.
+
+    Args:
+        ends: with ``embedding`` in front and ``biases`` behind, in the order of `Writers.parts`.
+    """
+    rows = [("embedding", "embedding", -1, -1)] * ends
+    for layer in range(model.cfg.n_layers):
+        rows += [(f"L{layer}H{head}", "head", layer, head) for head in range(model.cfg.n_heads)]
+        rows.append((f"MLP {layer}", "mlp", layer, -1))
+    return pd.DataFrame([*rows, *[("biases", "bias", -1, -1)] * ends], columns=["component", "kind", "layer", "head"])
+
+
+def layers_by_writers(frame: pd.DataFrame, z: str, hover: Sequence[str], title: str, z_title: str) -> go.Figure:
+    """A heatmap of heads and MLPs, a line a layer, from a frame with the columns of `component_names`."""
+    cells = frame[frame["layer"] >= 0]
+    cells = cells.assign(writer=np.where(cells["kind"] == "mlp", "MLP", "head " + cells["head"].astype(str)))
+    return heatmap(cells, "writer", "layer", z, hover=hover, title=title, x_title="writer", z_title=z_title)
 
 
 def written_by_heads(block: Block, z: Float[Tensor, "*place head d_head"]) -> Float[Tensor, "*place head d_model"]:
