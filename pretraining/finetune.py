@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pretraining.chat import ChatTemplate
+from pretraining.chat import format_to_learn
 from pretraining.config import OptimizerConfig
 from pretraining.machine import autocast
 from pretraining.optimizers import make_optimizers, schedule, set_rates
@@ -137,7 +137,7 @@ def finetune(
 
     Example: ``finetune("reflow-nano", ["questions.jsonl"], "out/sft", FinetuneConfig(epochs=2)).val_losses``
     """
-    out, template = Path(out), ChatTemplate()
+    out = Path(out)
     if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {METRICS}):
         raise ReflowlensError(f"{out} is not empty: choose a new folder")
     tuned = load_model(model, device=device).train()
@@ -145,6 +145,7 @@ def finetune(
     context = cfg.context or tuned.cfg.n_ctx
     if context > tuned.cfg.n_ctx:
         raise ReflowlensError(f"context={context} exceeds the model's n_ctx={tuned.cfg.n_ctx}")
+    template = format_to_learn(tuned.tokenizer)
     examples = load_data(
         data, val, tuned.tokenizer, template, context=context, val_fraction=cfg.val_fraction, seed=cfg.seed
     )
@@ -156,7 +157,7 @@ def finetune(
         )
     facts = {
         "base": {"name": Path(model).name, "model_hash": model_hash(tuned)},
-        "template": dataclasses.asdict(template) if any(example.is_chat for example in examples.train) else None,
+        "template": template.record() if any(example.is_chat for example in examples.train) else None,
         "settings": dataclasses.asdict(cfg) | {"context": context},
         "files": examples.files,
         "examples": {"train": len(examples.train), "val": len(examples.val), "left_out": examples.left_out},

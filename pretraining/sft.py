@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pretraining.chat import ChatTemplate, Message, Part, end_token
+from pretraining.chat import ChatFormat, Message, Part, Tokenised, tokenise
 from pretraining.readers import TEXT_ENCODING
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
@@ -80,7 +80,7 @@ def load_data(
     data: Sequence[str | Path],
     val: Sequence[str | Path],
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: ChatFormat,
     *,
     context: int,
     val_fraction: float,
@@ -134,7 +134,7 @@ def is_held_out(example: Example, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
-def read_examples(path: str | Path, tokenizer: Tokenizer, template: ChatTemplate) -> list[Example]:
+def read_examples(path: str | Path, tokenizer: Tokenizer, template: ChatFormat) -> list[Example]:
     """The examples of a JSON-lines file, in its order.
 
     Raises:
@@ -151,32 +151,11 @@ def read_examples(path: str | Path, tokenizer: Tokenizer, template: ChatTemplate
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ReflowlensError(f"{where} is not JSON: {error}") from error
-        is_chat, parts = _parts(record, where, template)
-        if not parts:
-            raise ReflowlensError(f"{where} has no completion: the assistant says nothing in it")
-        if not all(part.text.strip() for part in parts if part.completion):
-            raise ReflowlensError(f"{where} has no completion: its text is empty")
-        tokens, counted = tokenise(parts, tokenizer)
-        examples.append(Example(tokens, counted, parts[0].text, is_chat))
+        is_chat, found = _tokenised(record, where, tokenizer, template)
+        examples.append(Example(found.tokens, found.counted, found.prompt, is_chat))
     if not examples:
         raise ReflowlensError(f"{path.name} holds no examples")
     return examples
-
-
-def tokenise(
-    parts: Sequence[Part], tokenizer: Tokenizer
-) -> tuple[Int[np.ndarray, " length"], Bool[np.ndarray, " length"]]:
-    """The tokens of an example, and which of them count: those of completions and the document end after each.
-
-    Where the tokenizer has a token that begins texts, as imported models may, it comes first and does not count.
-    """
-    tokens = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
-    counted = [False] * len(tokens)
-    for text, completion in parts:
-        ids = tokenizer.encode(text) + [end_token(tokenizer)] * completion
-        tokens += ids
-        counted += [completion] * len(ids)
-    return np.array(tokens, dtype=np.int64), np.array(counted)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -195,13 +174,22 @@ def _lines(path: Path) -> Iterator[str]:
         raise ReflowlensError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
-def _parts(record: Any, where: str, template: ChatTemplate) -> tuple[bool, list[Part]]:
-    """Whether the record is a chat, and its parts."""
+def _tokenised(record: Any, where: str, tokenizer: Tokenizer, template: ChatFormat) -> tuple[bool, Tokenised]:
+    """Whether the record is a chat, and its tokens."""
     if not isinstance(record, dict):
         raise ReflowlensError(f"{where} is not a JSON object")
     turns = record.get("messages", record.get("conversations"))
     if isinstance(turns, list):
-        return True, template.parts([_message(turn, i, where) for i, turn in enumerate(turns)])
+        messages = [_message(turn, i, where) for i, turn in enumerate(turns)]
+        if not all(message.content.strip() for message in messages if message.role == "assistant"):
+            raise ReflowlensError(f"{where} has no completion: its text is empty")
+        try:
+            found = template.tokenise(messages, tokenizer)
+        except ReflowlensError as error:  # a template of an instruct model may want turns in another order
+            raise ReflowlensError(f"{where}: {error}") from error
+        if found is None:
+            raise ReflowlensError(f"{where} has no completion: the assistant says nothing in it")
+        return True, found
     if "prompt" not in record or "completion" not in record:
         raise ReflowlensError(
             f"{where} has the fields {', '.join(record) or '(none)'}: expected prompt and completion, a list of "
@@ -210,7 +198,9 @@ def _parts(record: Any, where: str, template: ChatTemplate) -> tuple[bool, list[
     for name in ("prompt", "completion"):
         if not isinstance(record[name], str):
             raise ReflowlensError(f"{where}: {name} must be text, got {record[name]!r}")
-    return False, [Part(record["prompt"], False), Part(record["completion"], True)]
+    if not record["completion"].strip():
+        raise ReflowlensError(f"{where} has no completion: its text is empty")
+    return False, tokenise([Part(record["prompt"], False), Part(record["completion"], True)], tokenizer)
 
 
 def _message(turn: Any, index: int, where: str) -> Message:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -49,7 +48,7 @@ def generate(
 
     Args:
         model: a hooked model, compiled or not.
-        input: a text, a list of texts, or tokens [batch, pos], a tensor or an array.
+        input: a text, a list of texts, a list of rows of token ids, or tokens [batch, pos], a tensor or an array.
         max_new_tokens: tokens to add to each prompt.
         temperature: divides the logits before the softmax; 0 takes the most probable token.
         top_k: sample among the k most probable tokens.
@@ -117,8 +116,12 @@ def generate(
 
 def _texts(model: HookedModel, input: TextInput, tokens: Int[Tensor, "batch pos"], ends: list[int]) -> str | list[str]:
     """Each row up to its end, without a ``bos_token`` that was prepended; one text if the input is one."""
-    start = 0 if isinstance(input, Tensor | np.ndarray) else len(model.text_start())
-    texts = [model.tokenizer.decode(row[start:end].tolist()) for row, end in zip(tokens, ends, strict=True)]
+    given: list[Any] = [input] if isinstance(input, str) else list(input)
+    begin = model.text_start()
+    spelled = tuple(map(model.tokenizer.token_str, begin))
+    starts = [len(begin) if isinstance(row, str) and not row.startswith(spelled or " ") else 0 for row in given]
+    rows = zip(tokens, starts, ends, strict=True)
+    texts = [model.tokenizer.decode(row[start:end].tolist()) for row, start, end in rows]
     return texts[0] if isinstance(input, str) else texts
 
 

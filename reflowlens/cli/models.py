@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from reflowlens.cli.arguments import Commands, add_command, add_device, add_model
+from reflowlens.errors import ReflowlensError
 
 
 def add_commands(commands: Commands) -> None:
@@ -39,7 +40,12 @@ def _add_sample(commands: Commands) -> None:
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="sample among the fewest tokens that reach this probability")
     parser.add_argument("--seed", type=int, default=0, help="prompt i draws with seed + i")
-    parser.add_argument("--chat", action="store_true", help="answer each prompt as a question, after finetune on chats")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer each prompt as a question: of an instruct model, or after finetune on chats",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the system message says, with --chat")
     add_device(parser)
 
 
@@ -51,7 +57,10 @@ def _sample(options: argparse.Namespace) -> None:
     if options.chat:
         from pretraining.chat import chat, recorded_template
 
-        texts = chat(model, recorded_template(options.model), options.prompt, options.tokens, **settings)
+        template = recorded_template(options.model, model.tokenizer)
+        texts = chat(model, template, options.prompt, options.tokens, system=options.system, **settings)
+    elif options.system is not None:
+        raise ReflowlensError("--system is said in a chat: give --chat too")
     else:
         texts = model.generate(options.prompt, options.tokens, **settings)
     print("\n---\n".join(texts))

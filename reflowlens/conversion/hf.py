@@ -78,7 +78,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{name} holds values that are not finite in {dtype}: the model is not exported")
     tokenizer = model.tokenizer
-    begin = tokenizer.eot_token if tokenizer.bos_token is None else tokenizer.bos_token
+    begin = next((i for i in (tokenizer.bos_token, tokenizer.named_bos) if i is not None), tokenizer.eot_token)
     ends = {"bos_token_id": begin, "eos_token_id": tokenizer.eot_token}
     # transformers 5 says dtype, transformers 4 and llama.cpp torch_dtype.
     types = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))

@@ -9,7 +9,7 @@ from typing import Any
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers.base import END_OF_TEXT, Tokenizer
 from reflowlens.tokenizers.by_name import get_tokenizer
-from reflowlens.tokenizers.file import TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
+from reflowlens.tokenizers.file import CHAT_TEMPLATE, TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
 from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, gpt2_byte_symbols, packaged_merges, packaged_ranks
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -18,10 +18,13 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, n_ctx: int) -> None:
     """Write ``tokenizer.json`` and what transformers wants beside it: the special tokens, and to take it as it is."""
     end = tokenizer.token_str(tokenizer.eot_token) if tokenizer.eot_token is not None else None
-    begin = tokenizer.token_str(tokenizer.bos_token) if tokenizer.bos_token is not None else end
+    first = tokenizer.bos_token if tokenizer.named_bos is None else tokenizer.named_bos
+    begin = tokenizer.token_str(first) if first is not None else end
     text = tokenizer.json if isinstance(tokenizer, FileTokenizer) else packaged_json(tokenizer.name)
     (folder / TOKENIZER).write_text(text, encoding="utf8")
     write_tokenizer_config(folder, begin, end, model_max_length=n_ctx)
+    if tokenizer.chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf8")
     special = {name: token for name, token in (("bos_token", begin), ("eos_token", end)) if token is not None}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf8")
 
@@ -89,6 +92,7 @@ def _packaged_name(tokenizer: FileTokenizer) -> str | None:
         and not split.get("add_prefix_space")
         and split.get("use_regex", True)
         and tokenizer.bos_token is None
+        and tokenizer.chat_template is None
     )
     if not plain:
         return None

@@ -11,18 +11,29 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
+from reflowlens.arguments import integer
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
 from reflowlens.tokenizers.base import Tokenizer
 from reflowlens.tokenizers.by_name import get_tokenizer
 
-TextInput: TypeAlias = "str | Sequence[str] | Int[Tensor | np.ndarray, 'batch pos'] | Int[Tensor | np.ndarray, ' pos']"
+TextInput: TypeAlias = (
+    "str | Sequence[str] | Sequence[Sequence[int]] | Int[Tensor | np.ndarray, 'batch pos'] "
+    "| Int[Tensor | np.ndarray, ' pos']"
+)
 
 
 def read_once(input: Any) -> Any:
     """Prompts as given; those of an iterator, which can be read only once, as a list."""
     return list(input) if isinstance(input, Iterator) else input
+
+
+def is_row_of_ids(row: Any) -> bool:
+    """Whether it is a text's token ids: a list, an array or a tensor of whole numbers."""
+    if isinstance(row, Tensor | np.ndarray):
+        return row.ndim == 1 and not (torch.is_floating_point(torch.as_tensor(row)) or row.dtype in (bool, torch.bool))
+    return isinstance(row, list | tuple) and bool(row) and all(integer(i) is not None for i in row)
 
 
 def is_cheap_to_read(tokens: Int[Tensor, "*tokens"]) -> bool:
@@ -40,13 +51,18 @@ class TextModel(HookedRootModule):
         """The tokenizer that the model was configured with."""
         return get_tokenizer(self.cfg.tokenizer_name)
 
-    def to_tokens(self, input: TextInput, prepend_bos: bool | None = None) -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self, input: TextInput, prepend_bos: bool | None = None, *, split_special_tokens: bool = False
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several.
 
         Args:
-            input: a text, a list of texts, or token ids [batch, pos] or [pos].
+            input: a text, a list of texts, a list of rows of token ids, or token ids [batch, pos] or [pos].
             prepend_bos: begin each text with the tokenizer's ``bos_token``, or with its end-of-document token if it has
                 no other. None: as the model was trained, an imported Llama with one, the architectures here without.
+                A text that begins with this token gets no second one.
+            split_special_tokens: read ``<|endoftext|>`` in a text as the characters that it is, not as the token
+                (transformers' name), as texts of others should be; data and the contents of chats always are.
 
         Returns:
             int64 [batch, pos] on the model's device; shorter texts are padded on the right with the end-of-document
@@ -57,7 +73,25 @@ class TextModel(HookedRootModule):
 
         Example: ``model.to_tokens("The capital of France is").shape  # [1, 5]``
         """
-        return self.tokens_and_lengths(input, prepend_bos=prepend_bos)[0]
+        return self.tokens_and_lengths(input, prepend_bos=prepend_bos, split_special_tokens=split_special_tokens)[0]
+
+    def to_chat_tokens(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> Int[Tensor, "1 pos"]:
+        """A chat as an instruct model reads it, by the template that was imported with it.
+
+        Args:
+            messages: the turns, each with ``role`` and ``content``; a content is plain text, whatever it spells.
+            add_generation_prompt: end with what the answer follows.
+
+        Raises:
+            ReflowlensError: there is no template, it refuses the chat, or the chat is too long for ``n_ctx``.
+
+        Example: ``model.generate(model.to_chat_tokens([{"role": "user", "content": "What is a star?"}]))``
+        """
+        from reflowlens.tokenizers.chat import chat_tokens
+
+        return self.to_tokens([chat_tokens(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)])
 
     def next_tokens(self, tokens: Int[Tensor, "batch pos"], lengths: list[int]) -> Int[Tensor, "batch pos"]:
         """Targets of next-token prediction.
@@ -79,12 +113,17 @@ class TextModel(HookedRootModule):
         return tokens.roll(-1, dims=1).masked_fill(positions >= last, IGNORE)
 
     def tokens_and_lengths(
-        self, input: TextInput, *, prepend_bos: bool | None = None, offset: int = 0
+        self,
+        input: TextInput,
+        *,
+        prepend_bos: bool | None = None,
+        offset: int = 0,
+        split_special_tokens: bool = False,
     ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
         """Token ids padded on the right, and the number of tokens per row, padding left out.
 
         Args:
-            input, prepend_bos: as in :meth:`to_tokens`.
+            input, prepend_bos, split_special_tokens: as in :meth:`to_tokens`.
             offset: tokens that were read before, which count towards ``n_ctx``; then no ``bos_token`` is prepended.
 
         Raises:
@@ -102,28 +141,37 @@ class TextModel(HookedRootModule):
             return tokens.to(self.cfg.device), [tokens.shape[1]] * tokens.shape[0]
         several = isinstance(input, Iterable) and not isinstance(input, str | Mapping)
         texts: list[Any] = list(input) if several else [input]
+        if several and texts and all(is_row_of_ids(text) for text in texts):
+            rows = [[int(i) for i in row] for row in texts]
+        else:
+            rows = self._rows(texts, several, prepend_bos if offset == 0 else False, split_special_tokens)
+        lengths = [len(row) for row in rows]
+        self.check_length(max(lengths), offset)
+        end = self.tokenizer.eot_token or 0
+        tokens = torch.tensor([row + [end] * (max(lengths) - len(row)) for row in rows])
+        self._check_ids(tokens)
+        return tokens.to(self.cfg.device), lengths
+
+    def _rows(
+        self, texts: list[Any], several: bool, prepend_bos: bool | None, split_special_tokens: bool
+    ) -> list[list[int]]:
+        """The ids of each text."""
         if strange := [text for text in texts if not isinstance(text, str)]:
             raise ReflowlensError(
                 "a prompt is a text, a list of texts, or a tensor or array of token ids [batch, pos]; "
                 f"got {'a list with ' if several else ''}{strange[0]!r}"
             )
-        end = self.tokenizer.eot_token or 0
-        begin = self.text_start(prepend_bos) if offset == 0 else []
-        rows = [self.tokenizer.encode(text) for text in texts]
+        begin = self.text_start(prepend_bos)
+        rows = [self.tokenizer.encode(text, split_special_tokens=split_special_tokens) for text in texts]
         if not rows or any(not row and not begin for row in rows):
             raise ReflowlensError("the prompt is empty: give at least one token of text")
-        rows = [begin + row for row in rows]
-        lengths = [len(row) for row in rows]
-        self.check_length(max(lengths), offset)
-        padded = [row + [end] * (max(lengths) - len(row)) for row in rows]
-        tokens = torch.tensor(padded)
-        self._check_ids(tokens)
-        return tokens.to(self.cfg.device), lengths
+        return [row if begin and row[:1] == begin else begin + row for row in rows]
 
     def text_start(self, prepend_bos: bool | None = None) -> list[int]:
         """The ids that :meth:`to_tokens` prepends to a text: one beginning-of-sequence token, or none."""
         tokenizer = self.tokenizer
-        begin = next((i for i in (tokenizer.bos_token, tokenizer.eot_token) if i is not None), 0)
+        candidates = (tokenizer.bos_token, tokenizer.named_bos, tokenizer.eot_token)
+        begin = next((i for i in candidates if i is not None), 0)
         wanted = tokenizer.bos_token is not None if prepend_bos is None else prepend_bos
         return [begin] if wanted else []
 

@@ -24,6 +24,8 @@ class Tokenizer:
         eot_token: the id that ends a document; None if there is none.
         bos_token: the id that models of this tokenizer expect before a text; None if a text begins with its own first
             token.
+        named_bos: the id that the tokenizer's files call the beginning, whether texts get it or not; None if none does.
+        chat_template: how a chat is written, a Jinja template (:mod:`reflowlens.tokenizers.chat`); None without one.
 
     Example:
         >>> from reflowlens.tokenizers import get_tokenizer
@@ -38,12 +40,31 @@ class Tokenizer:
     n_vocab: int
     eot_token: int | None
     bos_token: int | None = None
+    named_bos: int | None = None
+    chat_template: str | None = None
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; the characters `<|endoftext|>` in it are ordinary text, never `eot_token`."""
+    def encode(self, text: str, *, split_special_tokens: bool = True, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            split_special_tokens: read the spelling of a special token, such as `<|endoftext|>`, as the characters that
+                it is, as is right for data and for what others write; False makes it the token.
+            add_special_tokens: begin with `bos_token`, where there is one.
+
+        Both arguments are named as in transformers.
+        """
+        ids = self._encode(text, split_special_tokens)
+        return [self.bos_token, *ids] if add_special_tokens and self.bos_token is not None else ids
+
+    def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
+        raise NotImplementedError
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of each special token, by its spelling."""
         raise NotImplementedError
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
@@ -100,8 +121,9 @@ class Tokenizer:
         return len(self._pieces(word)) == 1
 
     def _pieces(self, word: str) -> list[int]:
-        """The ids of a word that stands inside a text."""
-        return self.encode(word)
+        """The ids of a word that stands inside a text, or the id of a special token's spelling."""
+        special = self.special_tokens.get(word)
+        return self.encode(word) if special is None else [special]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for.

@@ -1,7 +1,8 @@
 """The tokenizer of an imported model: a `tokenizer.json`, as the `tokenizers` library writes it.
 
-It is kept in the checkpoint folder, beside a `tokenizer_config.json` that names the document-end token. Its name is a
-hash of both, so that token files made with one tokenizer are never read by a model of another.
+It is kept in the checkpoint folder, beside a `tokenizer_config.json` that names the tokens that begin and end a text,
+and the chat template of an instruct model. Its name is a hash of all that, so that token files made with one tokenizer
+are never read by a model of another.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import numpy as np
+    import tokenizers
     from numpy.typing import NDArray
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 OPENED: dict[str, FileTokenizer] = {}  # by name, which is a hash of the contents
 _SPACE = "▁"  # SentencePiece writes a space so
 
@@ -45,7 +48,14 @@ def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> Fi
     path = Path(path) / TOKENIZER if Path(path).is_dir() else Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        tokenizer = FileTokenizer(text, _end_of_text(path.with_name(TOKENIZER_CONFIG)), end_of_text)
+        config = _config(path.with_name(TOKENIZER_CONFIG))
+        tokenizer = FileTokenizer(
+            text,
+            _spelling(config.get("eos_token")),
+            end_of_text,
+            begin=_spelling(config.get("bos_token")),
+            chat_template=_chat_template(path.with_name(CHAT_TEMPLATE), config),
+        )
     except OSError as error:
         raise ReflowlensError(f"no tokenizer file {str(path)!r}: {error.strerror}") from error
     except Exception as error:  # the library raises Exception itself
@@ -65,34 +75,69 @@ def write_tokenizer_config(folder: Path, begin: str | None, end: str | None, **m
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
 
 
-def _end_of_text(path: Path) -> str | None:
-    """The text of `eos_token`, which is a string, or an object with a string; None without the file."""
-    if not path.is_file():
-        return None
-    token = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token")
+def _config(path: Path) -> dict[str, Any]:
+    """The fields of a `tokenizer_config.json`; none without the file."""
+    return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
+
+
+def _spelling(token: Any) -> str | None:
+    """The text of a token, which is a string, or an object with a string."""
     return token["content"] if isinstance(token, dict) else token
 
 
-class FileTokenizer(Tokenizer):
-    """A tokenizer in the `tokenizers` library's format, of any algorithm that the library knows."""
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """From the file of its own that transformers writes, or as older ones did from the configuration, by name there."""
+    if path.is_file():
+        return path.read_text(encoding="utf-8-sig")
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        named = {template["name"]: template["template"] for template in named}.get("default")
+    return named
 
-    def __init__(self, text: str, configured: str | None, fallback: str | int | None = None) -> None:
+
+class FileTokenizer(Tokenizer):
+    """A tokenizer in the `tokenizers` library's format, of any algorithm that the library knows.
+
+    Args:
+        text: the `tokenizer.json`.
+        configured: the token that ends a document.
+        fallback: another, or its id, if there is no such token.
+        begin: the token that begins a text, if a model wants one.
+        chat_template: how a chat is written.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        configured: str | None,
+        fallback: str | int | None = None,
+        *,
+        begin: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         import tokenizers
 
         self.json = text
         self._library = tokenizers.Tokenizer.from_str(text)
         self._library.no_truncation()
         self._library.no_padding()
-        self._library.encode_special_tokens = True  # a special token is an id, never a spelling
+        self._library.encode_special_tokens = True
         ids = self._library.get_vocab(with_added_tokens=True)
         self.n_vocab = max(ids.values()) + 1
         self.end_of_text = self._named_token(configured, fallback, END_OF_TEXT)
         self.eot_token = None if self.end_of_text is None else ids[self.end_of_text]
         whole, plain = (self._library.encode("a", add_special_tokens=special).ids for special in (True, False))
         self.bos_token = whole[0] if whole[:1] != plain[:1] else None
-        digest = hashlib.sha256(f"{text}\0{self.end_of_text}".encode()).hexdigest()
+        self.named_bos = self.bos_token if begin is None else ids.get(begin, self.bos_token)
+        self.chat_template = chat_template
+        # What a model without a beginning of its own or a template is named by stays what it was.
+        more = [begin] if self.named_bos not in (self.bos_token, self.eot_token) else []
+        more += [chat_template] if chat_template is not None else []
+        digest = hashlib.sha256("\0".join(map(str, [text, self.end_of_text, *more])).encode()).hexdigest()
         self.name = f"{FILE_TOKENIZER}{digest[:12]}"
-        self._added = {i: token.content for i, token in self._library.get_added_tokens_decoder().items()}
+        added = self._library.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._special = {token.content: i for i, token in added.items() if token.special}
         steps = [json.loads(text).get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
         self._byte_of = gpt2_byte_symbols() if "'ByteLevel'" in str(steps) else {}
         self._spaced = not self._byte_of and _SPACE in str(steps)
@@ -105,13 +150,27 @@ class FileTokenizer(Tokenizer):
         return None
 
     def write(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers opens too."""
-        begin = None if self.bos_token is None else self._library.id_to_token(self.bos_token)
+        """Write `tokenizer.json`, what lies beside it and the chat template, which transformers opens too."""
+        begin = None if self.named_bos is None else self._library.id_to_token(self.named_bos)
         (folder / TOKENIZER).write_text(self.json, encoding="utf8")
         write_tokenizer_config(folder, begin, self.end_of_text)
+        if self.chat_template is not None:
+            (folder / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf8")
 
-    def encode(self, text: str) -> list[int]:
-        return self._library.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
+        library = self._library if split_special_tokens else self._parsing
+        return library.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """The same, for which a spelling is the token: one of its own, since other threads may read data meanwhile."""
+        library = type(self._library).from_str(self._library.to_str())
+        library.encode_special_tokens = False
+        return library
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return self._special
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
         import numpy as np
@@ -123,7 +182,7 @@ class FileTokenizer(Tokenizer):
 
     def _pieces(self, word: str) -> list[int]:
         # SentencePiece puts a space in front of a text, so that encode(" king") has two: here the word is inside one.
-        ids = self.encode(word)
+        ids = super()._pieces(word)
         if len(ids) > 1 and self._spaced and word in self._spellings:
             return [self._spellings[word]]
         return ids

@@ -31,8 +31,14 @@ class RankTokenizer(Tokenizer):
         self.n_vocab = encoding.n_vocab
         self.eot_token = encoding.eot_token if END_OF_TEXT in encoding.special_tokens_set else None
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+    def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
+        if split_special_tokens:
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special="all")
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {} if self.eot_token is None else {END_OF_TEXT: self.eot_token}
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
         return self._encoding.encode_to_numpy(text, disallowed_special=())

@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pretraining.finetune
-from pretraining.chat import ChatTemplate, Message, chat, recorded_template
+from pretraining.chat import ChatTemplate, Message, chat, recorded_template, tokenise
 from pretraining.finetune import FinetuneConfig, completion_loss, evaluate, finetune
 from pretraining.packing import pack, shuffled_rows, to_batch
-from pretraining.sft import Example, is_held_out, load_data, read_examples, tokenise
+from pretraining.sft import Example, is_held_out, load_data, read_examples
 from reflowlens.checkpoints import load_model, model_hash, read_manifest, save_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
@@ -113,7 +113,7 @@ words = st.text(alphabet="ab é\n?", max_size=8)
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), words), max_size=6), words, words)
 def test_any_chat_has_its_transcripts_mask(turns: list[tuple[str, str]], question: str, answer: str) -> None:
     messages = [*(Message(*turn) for turn in turns), Message("user", question), Message("assistant", answer)]
-    tokens, counted = tokenise(TEMPLATE.parts(messages), BYTES)
+    tokens, counted, _ = tokenise(TEMPLATE.parts(messages), BYTES)
     record = {"messages": [message._asdict() for message in messages]}
     plain = [(0 if unit == reference.END else unit, learned) for unit, learned in reference.units(record)]
     assert list(zip(tokens.tolist(), counted.tolist(), strict=True)) == plain
@@ -130,7 +130,7 @@ def test_a_token_that_begins_texts_comes_first_and_one_that_ends_them_must_be_th
     begun, endless = copy.copy(GPT2), copy.copy(GPT2)
     begun.bos_token, endless.eot_token = 7, None
     parts = TEMPLATE.parts([Message("user", "Who?"), Message("assistant", "Ada.")])
-    (tokens, counted), (plain, plain_counted) = tokenise(parts, begun), tokenise(parts, GPT2)
+    (tokens, counted, _), (plain, plain_counted, _) = tokenise(parts, begun), tokenise(parts, GPT2)
     assert tokens.tolist() == [7, *plain.tolist()]
     assert counted.tolist() == [False, *plain_counted.tolist()]
     with pytest.raises(ReflowlensError, match="names no token that ends a document"):
