@@ -31,11 +31,12 @@ def chat_text(
     if not messages:
         raise ReflowlensError("the chat is empty: give at least one message")
     # The first import of this module of transformers' takes a second.
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    render: Any = chat_template_utils.render_jinja_template  # annotated with less than it returns
     spelled = {name: "" if i is None else tokenizer.token_str(i) for name, i in _ends(tokenizer).items()}
     try:
-        chats, _ = render_jinja_template(
+        chats, _ = render(
             conversations=[[dict(message) for message in messages]],
             chat_template=tokenizer.chat_template,
             add_generation_prompt=add_generation_prompt,
