@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pretraining.chat import TokenizerFormat, chat, format_to_learn, recorded_template
