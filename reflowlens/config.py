@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
+from reflowlens.decoder_options import OPTIONS, DecoderOptions, RotaryScaling, is_integer, is_positive
 from reflowlens.errors import ReflowlensError
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
@@ -41,11 +41,13 @@ _BDH = {
 _TTT_FLOW = _DECODER | {"act_fn": "leaky_relu_squared", "gated_mlp": False, "rotary_adjacent_pairs": False}
 # What the name of an architecture gives a field unless a configuration says otherwise. nanoGPT's GPT-2 has learned
 # positions, LayerNorm and an ungated exact GELU; the decoders after it RMSNorm, SwiGLU and rotary positions. reFlow's
-# public model file rotates adjacent channels; GPT-2-New and Llama, as transformers stores it, rotate halves.
+# public model file rotates adjacent channels; GPT-2-New and Llama, as transformers stores it, rotate halves. "decoder"
+# is what else is read from transformers' folders: its options say which family it is.
 _DEFAULTS = {
     "gpt2": _GPT2,
     "gpt2_new": _DECODER,
     "llama": _DECODER,
+    "decoder": _DECODER,
     "reflow": _REFLOW,
     "reflow_topk": _REFLOW,
     "reflow_lite": _REFLOW,
@@ -58,12 +60,15 @@ _NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons
 _BIASES = ("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias")
 # What an architecture is made of, and no configuration changes.
 _FIXED: dict[str, dict[str, Any]] = {
+    "decoder": {"positional_embedding_type": "rotary"},
     "bdh": {name: value for name, value in _BDH.items() if name != "eps"}
     | {"n_key_value_heads": None, "tie_word_embeddings": False, "rotary_scaling": None}
-    | dict.fromkeys(_BIASES, False),
+    | dict.fromkeys(_BIASES, False)
+    | OPTIONS,
     "ttt_flow": {name: value for name, value in _TTT_FLOW.items() if name != "eps"}
     | {"tie_word_embeddings": True, "rotary_scaling": None, "dropout": 0.0}
-    | dict.fromkeys(_BIASES, False),
+    | dict.fromkeys(_BIASES, False)
+    | OPTIONS,
 }
 _CHOICES: dict[str, Collection[object]] = {
     "architecture": _DEFAULTS.keys(),
@@ -81,40 +86,15 @@ FILE_TOKENIZER = "tokenizer.json:"  # begins the name of a tokenizer that is a f
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryScaling:
-    """How Llama 3.1 and later stretch rotary positions beyond the context of their pretraining.
-
-    A channel pair whose wavelength exceeds ``original_context / low_freq_factor`` turns ``factor`` times slower, one
-    below ``original_context / high_freq_factor`` turns as before, and those between are interpolated (transformers'
-    rope type ``llama3``).
-
-    Raises:
-        ReflowlensError: a value is not a positive number, or the factors are not in order.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not _is_positive(value):
-                raise ReflowlensError(f"rotary_scaling.{name} must be a positive number, got {value!r}")
-        if not self.low_freq_factor < self.high_freq_factor:
-            raise ReflowlensError(
-                f"rotary_scaling.low_freq_factor must be below high_freq_factor={self.high_freq_factor}, "
-                f"got {self.low_freq_factor}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(DecoderOptions):
     """The sizes and choices that make up a model, in TransformerLens's field names.
 
+    Beside these fields there are those of :class:`~reflowlens.decoder_options.DecoderOptions`, such as
+    ``parallel_attn_mlp`` or ``window_size``, of decoders with attention heads and MLPs.
+
     Args:
-        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``reflow``, ``reflow_topk``, ``reflow_lite``, ``bdh``,
-            ``ttt_flow``.
+        architecture: one of ``gpt2``, ``gpt2_new``, ``llama``, ``decoder``, ``reflow``, ``reflow_topk``,
+            ``reflow_lite``, ``bdh``, ``ttt_flow``.
         n_layers, d_model, n_heads, d_head, d_mlp: the decoder's sizes; ``n_heads * d_head`` need not equal ``d_model``.
             Of ``bdh`` ``n_layers`` are its levels, ``d_mlp`` the neurons of a level and ``d_head`` those of a head.
         n_key_value_heads: heads that own keys and values (grouped-query attention); None: one per query head.
@@ -146,6 +126,8 @@ class ModelConfig:
             ``gpt2`` draws the basis like every other matrix.
         ttt_flow: a :class:`~reflowlens.ttt_flow_config.TTTFlowConfig` (or its fields), of ``ttt_flow`` only.
         model_name: what the model is called; free text.
+        original_architecture: the class of transformers that the model was imported from, to which an export goes back;
+            empty of others, and of Llama and GPT-2.
         device: where the parameters are; kept up to date by the model.
         use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
             exist and are computed when hooked; a switch adds them to the default cache.
@@ -192,6 +174,7 @@ class ModelConfig:
     basis_init: Literal["orthogonal", "gpt2"] = "orthogonal"
     ttt_flow: TTTFlowConfig | None = None
     model_name: str = ""
+    original_architecture: str = ""
     device: str = "cpu"
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
@@ -218,12 +201,12 @@ class ModelConfig:
             value = getattr(self, name)
             if name in _OPTIONAL_SIZES and value is None:
                 continue
-            if not (_is_integer(value) and value >= 1):
+            if not (is_integer(value) and value >= 1):
                 raise ReflowlensError(f"{name} must be a positive integer, got {value!r}")
             if value > largest:
                 raise ReflowlensError(f"{name} must be at most {largest:,}, got {value:,}")
         for name in ("eps", "rotary_base", "initializer_range"):
-            if not _is_positive(getattr(self, name)):
+            if not is_positive(getattr(self, name)):
                 raise ReflowlensError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         self._check_heads()
         self._check_rotary()
@@ -231,6 +214,8 @@ class ModelConfig:
         self._check_readout()
         self._check_neurons()
         self._check_ttt_flow()
+        is_rotary = self.positional_embedding_type == "rotary"
+        self.check_options(d_head=self.d_head, is_rotary=is_rotary, is_factored=self.is_factored)
 
     def _check_heads(self) -> None:
         if self.n_heads % self.kv_heads:
@@ -257,7 +242,7 @@ class ModelConfig:
                 f"n_signals must be None for architecture {self.architecture!r}: its embedding is not factored"
             )
         if self.architecture == "reflow_topk":
-            if not (_is_integer(self.topk) and 1 <= self.topk <= (self.n_signals or 0)):
+            if not (is_integer(self.topk) and 1 <= self.topk <= (self.n_signals or 0)):
                 raise ReflowlensError(
                     f"topk must be an integer between 1 and n_signals={self.n_signals}, got {self.topk!r}"
                 )
@@ -380,6 +365,8 @@ _OF_FEW_MODELS = {
     "dropout": 0.0,
     "scale_residual_init": True,
     "ttt_flow": None,
+    "original_architecture": "",
+    **OPTIONS,
 }
 
 
@@ -389,14 +376,6 @@ def nearest(name: Any, candidates: list[str]) -> str:
         return ""
     matches = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: object) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and 0 < value <= sys.float_info.max
 
 
 Fields = TypeVar("Fields")

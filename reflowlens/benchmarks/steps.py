@@ -91,9 +91,9 @@ class TrainBench:
     @property
     def variants(self) -> list[str]:
         """Those that there are: no Llama has GPT-2's shape."""
-        from reflowlens.conversion import hf_llama
+        from reflowlens.conversion.families import LLAMA
 
-        return [name for name in VARIANTS if name != "transformers" or hf_llama.fits(self.model)]
+        return [name for name in VARIANTS if name != "transformers" or LLAMA.fits(self.model)]
 
 
 def model_and_loss(bench: TrainBench, variant: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:

@@ -107,9 +107,9 @@ def _flops(bench: TrainBench, variant: str) -> float:
     """Operations a token that the model needs, whatever a variant spends."""
     cfg = bench.model
     if variant == "transformers":
-        from reflowlens.conversion import hf_llama
+        from reflowlens.conversion.families import LLAMA
 
-        cfg = hf_llama.as_family(cfg)
+        cfg = LLAMA.as_family(cfg)
     return training_flops_per_token(cfg, bench.context, batch=bench.batch)
 
 

@@ -73,10 +73,10 @@ class _Nothing:
 
 
 def as_llama(cfg: ModelConfig) -> Any:
-    """A fresh ``transformers.LlamaForCausalLM`` of this shape, its embedding one tied matrix (``hf_llama.fits``)."""
+    """A fresh ``transformers.LlamaForCausalLM`` of this shape, its embedding one tied matrix (``LLAMA.fits``)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from reflowlens.conversion import hf_llama
+    from reflowlens.conversion.families import LLAMA
 
-    llama: Any = LlamaForCausalLM(LlamaConfig.from_dict(hf_llama.hf_config(hf_llama.as_family(cfg))))
+    llama: Any = LlamaForCausalLM(LlamaConfig.from_dict(LLAMA.hf_config(LLAMA.as_family(cfg))))
     return llama.to(cfg.device)

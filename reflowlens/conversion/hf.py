@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from reflowlens.checkpoints import WEIGHTS, all_parameters, model_from_weights
-from reflowlens.config import LARGEST
-from reflowlens.conversion import hf_gpt2, hf_llama
+from reflowlens.config import LARGEST, ModelConfig
+from reflowlens.conversion.families import FAMILIES, Family
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, check_type, same, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
@@ -34,19 +33,20 @@ from reflowlens.tokenizers.by_name import check_tokenizer_fits
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 DEFAULT_CONTEXT = 4096
-_FAMILIES: dict[str, tuple[str, ModuleType]] = {  # by model_type: the class, and who knows its format
-    "llama": ("LlamaForCausalLM", hf_llama),
-    "mistral": ("MistralForCausalLM", hf_llama),
-    "qwen2": ("Qwen2ForCausalLM", hf_llama),
-    "gpt2": ("GPT2LMHeadModel", hf_gpt2),
+_BY_TYPE = {family.model_type: family for family in FAMILIES}
+# Fields of a configuration that say why an architecture is none of these.
+_OF_OTHERS = {
+    "a mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "layers that share keys and values": ("num_kv_shared_layers", "cla_share_factor"),
 }
 
 
 def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Write a model as a folder that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` open, with its logits.
 
-    Models with rotary positions become a ``LlamaForCausalLM`` (a reFlow with E = R B formed in float64), those with
-    learned ones a ``GPT2LMHeadModel``. vLLM, llama.cpp, nnsight and TransformerLens's bridge read such folders.
+    An imported model goes back to its class. Others with rotary positions become a ``LlamaForCausalLM`` (a reFlow with
+    E = R B formed in float64), those with learned ones a ``GPT2LMHeadModel``, or what else computes the same. vLLM,
+    llama.cpp, nnsight and TransformerLens's bridge read such folders.
 
     Args:
         folder: where to write; an earlier export there is replaced when the new one is complete.
@@ -61,13 +61,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     folder = as_path(folder)
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, CONFIG))
-    family = next((module for module in (hf_llama, hf_gpt2) if module.fits(model.cfg)), None)
-    if family is None:
-        raise ReflowlensError(
-            f"this {model.cfg.architecture!r} model is neither a LlamaForCausalLM (RMSNorm, rotary positions, gated "
-            "MLP, d_model a multiple of n_heads) nor a GPT2LMHeadModel (LayerNorm, learned positions, plain MLP, heads "
-            "that make up d_model), both with a readout without bias: transformers has no class for it"
-        )
+    family = _family_of(model.cfg)
     cfg = family.as_family(model.cfg)
     dtype = dtype or next(model.parameters()).dtype
     tensors = {
@@ -99,7 +93,10 @@ def import_hf(
     n_ctx: int | None = None,
     tokenizer: str | None = None,
 ) -> HookedModel:
-    """A GPT-2, Llama, Mistral or Qwen2 that transformers saved, as a hooked model with the same logits.
+    """A decoder that transformers saved, as a hooked model with the same logits.
+
+    Families: GPT-2, GPT-Neo, GPT-J, GPT-NeoX (Pythia), OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma 1 to 3
+    (text), Phi and Phi-3.
 
     Args:
         folder: holds ``config.json``, ``model.safetensors`` (or shards and their index) and ``tokenizer.json``.
@@ -130,14 +127,30 @@ def import_hf(
         if cfg.n_layers > len(readers):  # told before there is a list of what each layer needs
             raise ReflowlensError(f"{folder / CONFIG} has {cfg.n_layers:,} layers, its files {len(readers):,} tensors")
         if cfg.tie_word_embeddings:
-            _take_tied_head(readers, family, folder)
+            _take_tied_head(readers, family.embedding, folder)
         weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
     if learned:
         cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
     name = read_tokenizer(folder, fields, tokenizer)
     check_tokenizer_fits(name, cfg.d_vocab, str(folder))
     cfg = dataclasses.replace(cfg, tokenizer_name=name, model_name=_model_name(folder.resolve()))
+    if family not in FAMILIES[:2]:  # others than the two that an export falls back on
+        cfg = dataclasses.replace(cfg, original_architecture=family.class_name)
     return model_from_weights(cfg, weights, dtype=dtype or weights["embed.W_E"].dtype)
+
+
+def _family_of(cfg: ModelConfig) -> Family:
+    """The class that a model came from, or else the first that computes what it computes."""
+    first = [family for family in FAMILIES if family.class_name == cfg.original_architecture]
+    family = next((family for family in (*first, *FAMILIES) if family.fits(cfg)), None)
+    if family is None:
+        raise ReflowlensError(
+            f"this {cfg.architecture!r} model is neither a LlamaForCausalLM (RMSNorm, rotary positions, gated "
+            "MLP, d_model a multiple of n_heads) nor a GPT2LMHeadModel (LayerNorm, learned positions, plain MLP, heads "
+            "that make up d_model), both with a readout without bias, nor one of "
+            f"{', '.join(family.class_name for family in FAMILIES[2:])}: transformers has no class for it"
+        )
+    return family
 
 
 def _model_name(folder: Path) -> str:
@@ -165,14 +178,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[ModuleType, Any]:
+def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[Family, Any]:
     """Who knows the format, and transformers' own configuration object, which fills in what the file leaves out."""
     from transformers import AutoConfig
 
     kind, classes = fields.get("model_type"), fields.get("architectures")
-    known = ", ".join(name for name, _ in _FAMILIES.values())
-    if not isinstance(kind, str) or kind not in _FAMILIES or classes not in (None, [_FAMILIES[kind][0]]):
+    known = ", ".join(family.class_name for family in FAMILIES)
+    if not isinstance(kind, str) or kind not in _BY_TYPE or classes not in (None, [_BY_TYPE[kind].class_name]):
         named = ", ".join(map(str, classes)) if isinstance(classes, list) else f"model_type {shown(kind)}"
+        why = [reason for reason, names in _OF_OTHERS.items() if any(fields.get(name) for name in names)]
+        named += f" ({', '.join(why)})" if why else ""
         raise ReflowlensError(f"{folder} holds an architecture that cannot be read, {named}: {known} can")
     if fields.get("quantization_config"):
         raise ReflowlensError(f"{folder} holds quantised weights: give float32, float16 or bfloat16")
@@ -181,7 +196,7 @@ def _parse_config(folder: Path, fields: dict[str, Any]) -> tuple[ModuleType, Any
         if isinstance(layers, int) and layers > LARGEST["n_layers"]:
             raise ReflowlensError(f"{folder / CONFIG}: {name} must be at most {LARGEST['n_layers']:,}, got {layers:,}")
     with _reading(folder / CONFIG):
-        return _FAMILIES[kind][1], AutoConfig.for_model(**fields)
+        return _BY_TYPE[kind], AutoConfig.for_model(**fields)
 
 
 @contextlib.contextmanager
@@ -194,39 +209,40 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stored_tensors(folder: Path, family: ModuleType) -> Iterator[dict[str, Reader]]:
+def _stored_tensors(folder: Path, family: Family) -> Iterator[dict[str, Reader]]:
     """How to read each tensor of a folder, under the names of the whole model and without its buffers."""
     readers: dict[str, Reader] = {}
     with contextlib.ExitStack() as stack:
         for path in weight_files(folder):
             file = stack.enter_context(open_safetensors(path))
             for name in file.keys():  # noqa: SIM118 (it is not a mapping)
-                if not re.fullmatch(family.BUFFERS, name):
+                if not re.fullmatch(family.buffers, name):
                     readers[_full_name(name, family)] = partial(file.get_tensor, name)
         yield readers
 
 
-def _take_tied_head(readers: dict[str, Reader], family: ModuleType, folder: Path) -> None:
+def _take_tied_head(readers: dict[str, Reader], tied: str, folder: Path) -> None:
     """A tied model's one matrix is stored as the embedding, by some savers as the readout, or as both: equal then."""
     if HEAD not in readers:
         return
-    if family.EMBEDDING not in readers:
-        readers[family.EMBEDDING] = readers.pop(HEAD)
+    if tied not in readers:
+        readers[tied] = readers.pop(HEAD)
         return
-    head, embedding = readers[HEAD](), readers[family.EMBEDDING]()
+    head, embedding = readers[HEAD](), readers[tied]()
     check_type(head, f"{folder}: {HEAD}")
-    check_type(embedding, f"{folder}: {family.EMBEDDING}")
+    check_type(embedding, f"{folder}: {tied}")
     if not same(head, embedding):
         raise ReflowlensError(
-            f"{folder}: {HEAD} differs from {family.EMBEDDING}, but {CONFIG} ties them (tie_word_embeddings is the "
+            f"{folder}: {HEAD} differs from {tied}, but {CONFIG} ties them (tie_word_embeddings is the "
             "default of some models): set it to false if the readout is a matrix of its own"
         )
     del readers[HEAD]
 
 
-def _full_name(name: str, family: ModuleType) -> str:
+def _full_name(name: str, family: Family) -> str:
     """OpenAI's GPT-2, like any model saved without its head, leaves out the prefix."""
-    return name if name.startswith((family.PREFIX, HEAD)) else family.PREFIX + name
+    name = family.aliases.get(name, name)
+    return name if name.startswith((family.stem, family.ends["unembed"])) else family.stem + name
 
 
 def weight_files(folder: Path) -> list[Path]:

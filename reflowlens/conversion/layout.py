@@ -13,6 +13,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig, nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import check_memory, parameter_shapes
+from reflowlens.models.numerics import wide
 from reflowlens.models.parts import is_bias
 from reflowlens.storage.opening import shown
 
@@ -28,6 +29,8 @@ class Piece:
         ours: our name.
         pattern: einops pattern from our axes to theirs.
         sizes: lengths of the axes that the pattern splits, for either direction.
+        shift: what theirs is more than ours.
+        rows_before: rows of theirs that are nothing of ours, zeros on the way out.
 
     >>> piece = Piece("W", "head d_model (pair two) -> (head two pair) d_model", {"head": 2, "two": 2})
     >>> ours = torch.arange(24.0).reshape(2, 3, 4)
@@ -38,22 +41,47 @@ class Piece:
     ours: str
     pattern: str
     sizes: Mapping[str, int] = field(default_factory=dict)
+    shift: float = 0.0
+    rows_before: int = 0
 
     def to_theirs(self, tensor: Tensor) -> Tensor:
-        return rearrange(tensor, self.pattern, **self.sizes)
+        tensor = rearrange(tensor, self.pattern, **self.sizes)
+        if self.rows_before:
+            tensor = torch.cat([tensor.new_zeros(self.rows_before, *tensor.shape[1:]), tensor])
+        return wide(tensor) + self.shift if self.shift else tensor
 
     def to_ours(self, tensor: Tensor) -> Tensor:
         ours, theirs = self.pattern.split("->")
-        return rearrange(tensor, f"{theirs} -> {ours}", **self.sizes)
+        tensor = rearrange(tensor[self.rows_before :], f"{theirs} -> {ours}", **self.sizes)
+        return wide(tensor) - self.shift if self.shift else tensor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of theirs: one piece, or several side by side along ``axis``."""
+    """A tensor of theirs: one piece, or several side by side along ``axis``.
+
+    Args:
+        joined: einops pattern from the pieces side by side to the tensor, where more is to be done.
+        sizes: lengths of the axes that it joins.
+    """
 
     theirs: str
     pieces: Sequence[Piece]
     axis: int = 0
+    joined: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor, of what its pieces are there."""
+        tensor = torch.cat(list(parts), dim=self.axis)
+        return rearrange(tensor, self.joined, **self.sizes) if self.joined else tensor
+
+    def split(self, tensor: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+        """What its pieces are in the tensor, so wide along ``axis``."""
+        if self.joined:
+            apart, whole = self.joined.split("->")
+            tensor = rearrange(tensor, f"{whole} -> {apart}", **self.sizes)
+        return tensor.split(list(widths), dim=self.axis)
 
 
 def entry(theirs: str, ours: str, pattern: str, **sizes: int) -> Entry:
@@ -84,10 +112,7 @@ def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: Model
         absent = is_bias(name) and name not in weights
         return torch.zeros(shapes[name], dtype=torch.float32) if absent else weights[name]
 
-    return {
-        item.theirs: torch.cat([piece.to_theirs(ours(piece.ours)) for piece in item.pieces], dim=item.axis)
-        for item in layout
-    }
+    return {item.theirs: item.join([piece.to_theirs(ours(piece.ours)) for piece in item.pieces]) for item in layout}
 
 
 def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelConfig, where: str) -> dict[str, Tensor]:
@@ -114,12 +139,12 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
     for item in layout:
         tensor = readers[item.theirs]()
         parts = [piece.to_theirs(torch.empty(shapes[piece.ours], device="meta")) for piece in item.pieces]
-        shape = torch.cat(parts, dim=item.axis).shape
+        shape = item.join(parts).shape
         if tensor.shape != shape:
             raise ReflowlensError(f"{where}: {item.theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
         check_type(tensor, f"{where}: {item.theirs}")
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{where}: {item.theirs} holds NaN or infinite values")
-        split = tensor.split([part.shape[item.axis] for part in parts], dim=item.axis)
+        split = item.split(tensor, [part.shape[item.axis] for part in parts])
         weights |= {piece.ours: piece.to_ours(part) for piece, part in zip(item.pieces, split, strict=True)}
     return weights

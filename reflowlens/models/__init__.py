@@ -16,6 +16,7 @@ from reflowlens.config import ModelConfig, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.bdh import BDH
+from reflowlens.models.decoder import Decoder
 from reflowlens.models.gpt2 import GPT2
 from reflowlens.models.gpt2_new import GPT2New
 from reflowlens.models.llama import Llama
@@ -28,6 +29,7 @@ MODEL_CLASSES: dict[str, type[HookedModel]] = {
     "gpt2": GPT2,
     "gpt2_new": GPT2New,
     "llama": Llama,
+    "decoder": Decoder,
     "reflow": ReFlow,
     "reflow_topk": ReFlowTopK,
     "reflow_lite": ReFlowLite,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig, RotaryScaling
+from reflowlens.models.loss import capped
 from reflowlens.models.numerics import all_finite, weighted_sum, wide
 from reflowlens.models.parts import Norm, bias, is_hooked, plus
 from reflowlens.models.past import ReadPositions
@@ -25,7 +26,8 @@ class Rotary(nn.Module):
     Llama 3.1 slows the slow pairs down: see :class:`reflowlens.config.RotaryScaling`.
 
     Args:
-        n_channels, base: where they are not the configuration's ``d_head`` and ``rotary_base``.
+        n_channels: of a head that turn, the first ones, where they are not the configuration's ``rotary_dim``.
+        base: θ, where it is not the configuration's ``rotary_base``; such angles are not rescaled.
     """
 
     cos: Tensor
@@ -34,10 +36,12 @@ class Rotary(nn.Module):
     def __init__(self, cfg: ModelConfig, n_channels: int | None = None, base: float | None = None) -> None:
         super().__init__()
         self.adjacent = bool(cfg.rotary_adjacent_pairs)
-        n, base = n_channels or cfg.d_head, base or cfg.rotary_base
-        frequency = base ** (-torch.arange(0, n, 2, dtype=torch.float64, device="cpu") / n)
-        if cfg.rotary_scaling is not None:
+        n = n_channels or cfg.rotary_dim or cfg.d_head
+        frequency = (base or cfg.rotary_base) ** (-torch.arange(0, n, 2, dtype=torch.float64, device="cpu") / n)
+        if cfg.rotary_scaling is not None and base is None:
             frequency = scaled(frequency, cfg.rotary_scaling)
+        if base is None:
+            frequency = frequency / cfg.rotary_linear_factor
         angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)
         pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
         self.register_buffer("cos", pairs.cos().float(), persistent=False)
@@ -52,6 +56,9 @@ class Rotary(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
     ) -> Float[Tensor, "batch pos head d_head"]:
+        n = self.cos.shape[-1]
+        if n < x.shape[-1]:
+            return torch.cat([self(x[..., :n], positions), x[..., n:]], dim=-1)
         cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         pairs = wide(x)
         if self.adjacent:
@@ -138,7 +145,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.cfg, self.layer = cfg, layer
+        self.cfg, self.layer, self.window = cfg, layer, cfg.window_of(layer)
         self.W_Q = _head_matrix(cfg.n_heads, cfg.d_model, cfg.d_head)
         self.W_K = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
         self.W_V = _head_matrix(cfg.kv_heads, cfg.d_model, cfg.d_head)
@@ -153,8 +160,13 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.q_norm = self.k_norm = None
+        if cfg.use_qk_norm:
+            n_q, n_k = (cfg.n_heads, cfg.kv_heads) if cfg.qk_norm_over_heads else (1, 1)
+            self.q_norm, self.k_norm = Norm(cfg, n_q * cfg.d_head), Norm(cfg, n_k * cfg.d_head)
         if cfg.positional_embedding_type == "rotary":
-            self.rotary = Rotary(cfg)
+            base = None if self.window is None else cfg.rotary_base_local
+            self.rotary = Rotary(cfg, base=base) if cfg.turns(layer) else None
             self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
             self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query_pos, key_pos], -inf where not allowed
@@ -166,11 +178,27 @@ class Attention(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, places: Places, past: Past | None
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.queries_keys_values(resid, ln1)
-        if self.cfg.positional_embedding_type == "rotary":
-            q = self.hook_rot_q(self.rotary(q, places.positions))
-            k = self.hook_rot_k(self.rotary(k, places.positions))
+        q, k = self.placed(q, k, places.positions)
         mixed = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)
         return self.output(self.hook_z(mixed))
+
+    def placed(
+        self,
+        q: Float[Tensor, "batch pos head d_head"],
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        positions: Positions,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as scores are products of them: normalised where the model does so, and turned."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self._normalised(self.q_norm, q), self._normalised(self.k_norm, k)
+        if self.cfg.positional_embedding_type == "rotary":
+            q = self.hook_rot_q(q if self.rotary is None else self.rotary(q, positions))
+            k = self.hook_rot_k(k if self.rotary is None else self.rotary(k, positions))
+        return q, k
+
+    def _normalised(self, norm: Norm, x: Float[Tensor, "batch pos head d_head"]) -> Tensor:
+        """Each head alone, or all of them as one vector."""
+        return norm(x.flatten(2)).view_as(x) if self.cfg.qk_norm_over_heads else norm(x)
 
     def output(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """What the heads add to the residual stream."""
@@ -212,16 +240,22 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         """softmax(q kᵀ / √d_head) v over the positions up to each query's own, or those that the mask allows.
 
-        In training some entries of the pattern are dropped, as the configuration says.
+        Of them a layer with a window sees the last. In training some entries of the pattern are dropped, and scores are
+        scaled and capped, as the configuration says.
         """
         dropped = self.cfg.dropout if self.training else 0.0
         q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
         new, total = q.shape[2], k.shape[2]
-        if is_hooked(self.hook_attn_scores, self.hook_pattern) or (new > 1 and not all_finite(k, v)):
+        if self.window is not None and total > self.window:
+            near = _causal(new, total, q.device).triu(total - new - self.window + 1)
+            mask = near if mask is None else mask & near
+        scale, cap = self.cfg.attn_scale, self.cfg.attn_scores_soft_cap
+        hidden = new > 1 or mask is not None  # whether there are keys that a query must not see
+        if is_hooked(self.hook_attn_scores, self.hook_pattern) or cap is not None or (hidden and not all_finite(k, v)):
             allowed = _causal(new, total, q.device) if mask is None else mask
             group = self.cfg.n_heads // self.cfg.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = wide(q @ k.transpose(-1, -2)) / self.cfg.d_head**0.5
+            scores = capped(wide(q @ k.transpose(-1, -2)) / (scale or self.cfg.d_head**0.5), cap)
             scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
             z = weighted_sum(F.dropout(pattern.to(v.dtype), dropped), v)
@@ -230,7 +264,14 @@ class Attention(nn.Module):
                 mask = _causal(new, total, q.device)
             grouped = self.cfg.kv_heads != self.cfg.n_heads
             z = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropped, is_causal=mask is None and new > 1, enable_gqa=grouped
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=dropped,
+                is_causal=mask is None and new > 1,
+                scale=None if scale is None else 1 / scale,
+                enable_gqa=grouped,
             )
         return rearrange(z, "batch head pos d_head -> batch pos head d_head")
 

@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.attention import Attention, Past
-from reflowlens.models.parts import Norm, bias, plus, through_copy
+from reflowlens.models.parts import NoNorm, Norm, SharedNorm, bias, plus, through_copy
 from reflowlens.models.places import Places
 
 
@@ -77,23 +77,33 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention, then the MLP, each added to the residual stream."""
+    """Attention, then the MLP, each added to the residual stream that it reads through a norm.
+
+    Where the configuration says so, what they write passes a norm, too, or it alone.
+    """
 
     hook_out_is_single_residual_stream = True  # what TransformerLens's logit lens asks of a block
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.ln1 = Norm(cfg)
+        reads_as_is = cfg.use_normalization_after_only
+        self.ln1 = NoNorm(cfg) if reads_as_is else Norm(cfg)
         self.attn = Attention(cfg, layer)
-        self.ln2 = Norm(cfg)
+        self.ln2 = SharedNorm(self.ln1) if cfg.parallel_shared_ln else NoNorm(cfg) if reads_as_is else Norm(cfg)
         self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+        self.ln1_post = Norm(cfg) if cfg.has_post_norms else None
+        self.ln2_post = Norm(cfg) if cfg.has_post_norms else None
         self.hook_mlp_in = HookPoint()
         self.hook_resid_pre = HookPoint()
         self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()
+        self.add_middle()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_post = HookPoint()
         self.dropout = cfg.dropout
+
+    def add_middle(self) -> None:
+        """The point between attention and MLP."""
+        self.hook_resid_mid = HookPoint()
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
@@ -105,10 +115,41 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The attention half: ``resid_pre`` to ``resid_mid``."""
         resid = self.hook_resid_pre(resid)
-        out = self.hook_attn_out(self.attn(resid, self.ln1, places, past))
-        return self.hook_resid_mid(resid + F.dropout(out, self.dropout, self.training))
+        return self.hook_resid_mid(resid + self.attention_written(resid, places, past))
 
     def feed(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The MLP half: ``resid_mid`` to ``resid_post``."""
-        out = self.hook_mlp_out(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid))))
-        return self.hook_resid_post(resid + F.dropout(out, self.dropout, self.training))
+        return self.hook_resid_post(resid + self.mlp_written(resid))
+
+    def attention_written(
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the stream that it reads."""
+        out = self.hook_attn_out(self.after_attention(self.attn(resid, self.ln1, places, past)))
+        return F.dropout(out, self.dropout, self.training)
+
+    def mlp_written(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What the MLP adds to the stream that it reads."""
+        out = self.hook_mlp_out(self.after_mlp(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid)))))
+        return F.dropout(out, self.dropout, self.training)
+
+    def after_attention(self, out: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What of attention's output is added: normalised by ``ln1_post``, where there is one."""
+        return out if self.ln1_post is None else self.ln1_post(out)
+
+    def after_mlp(self, out: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """What of the MLP's output is added: normalised by ``ln2_post``, where there is one."""
+        return out if self.ln2_post is None else self.ln2_post(out)
+
+
+class ParallelBlock(Block):
+    """Attention and MLP both read the stream in front of the block: there is none between them."""
+
+    def add_middle(self) -> None:
+        """None."""
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_resid_pre(resid)
+        return self.hook_resid_post(resid + self.attention_written(resid, places, past) + self.mlp_written(resid))

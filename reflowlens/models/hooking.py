@@ -48,6 +48,7 @@ AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hook_attn_scores", "hook_pattern"), _SQUARE),
     **dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), ("batch", "pos", "d_mlp")),
     "hook_scale": ("batch", "pos", "one"),
+    "hook_logits_pre_cap": ("batch", "pos", "d_vocab"),
     "hook_features": ("batch", "pos", "feature"),
 }
 # Points that a dictionary adds to the blocks that it is spliced into (reflowlens.dictionaries.splice).

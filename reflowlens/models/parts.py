@@ -40,14 +40,17 @@ class Norm(nn.Module):
     """LayerNorm or RMSNorm with a weight, and a bias where the configuration has one; statistics in float32 at least.
 
     ``hook_scale`` is the divisor [batch, pos, 1]; ``hook_normalized`` is ``(x - mean) / scale`` before the weight.
+
+    Args:
+        width: of what is normalised, where it is not ``d_model``.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, width: int | None = None) -> None:
         super().__init__()
         self.centered = cfg.normalization_type == "LN"
         self.eps = cfg.eps
-        self.w = nn.Parameter(torch.ones(cfg.d_model))
-        self.b = bias(cfg.norm_bias, cfg.d_model)
+        self.w = nn.Parameter(torch.ones(width or cfg.d_model))
+        self.b = bias(cfg.norm_bias, width or cfg.d_model)
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
@@ -58,3 +61,39 @@ class Norm(nn.Module):
         scale = (stream.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
         normalized = self.hook_normalized(stream / self.hook_scale(scale)) if hooked else stream / scale
         return plus(normalized * self.w, self.b).to(x.dtype)
+
+
+class SharedNorm(Norm):
+    """Another norm's weights with activation points of its own: two readers of the stream, one norm."""
+
+    def __init__(self, norm: Norm) -> None:
+        nn.Module.__init__(self)
+        self.centered, self.eps = norm.centered, norm.eps
+        self._shared = (norm,)  # whose parameters are not this module's, too
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    @property
+    def w(self) -> nn.Parameter:  # type: ignore[override]
+        return self._shared[0].w
+
+    @property
+    def b(self) -> nn.Parameter | None:  # type: ignore[override]
+        return self._shared[0].b
+
+
+class NoNorm(Norm):
+    """Stands where others have a norm, so that what is read there has the same names: its scale is 1."""
+
+    w: Tensor  # type: ignore[assignment] # no parameter
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg)
+        self.centered, self.b = False, None
+        del self.w
+        self.register_buffer("w", torch.ones(cfg.d_model), persistent=False)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"], hooked: bool = True) -> Float[Tensor, "*batch d_model"]:
+        if not hooked:
+            return x
+        return self.hook_normalized(x / self.hook_scale(x.new_ones(*x.shape[:-1], 1)))

@@ -20,7 +20,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
 from reflowlens.models.numerics import dense, wide
-from reflowlens.models.parts import bias, plus
+from reflowlens.models.parts import bias, is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.text import TextInput
@@ -98,13 +98,28 @@ class Embed(nn.Module):
 class Unembed(nn.Module):
     """The tied readout. It owns no weights: it asks the model for the embedding's."""
 
-    def __init__(self, model: ResidualModel) -> None:
+    def __init__(self, model: ResidualModel, cap: float | None = None) -> None:
         super().__init__()
         self.tied_weights = model.tied_weights
+        self.cap = model.cfg.output_logits_soft_cap if cap is None else cap
+        if self.cap is not None:
+            self.hook_logits_pre_cap = HookPoint()  # [batch, pos, d_vocab]
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         (W_E,) = weights
-        return Readout(x, W_E, None)
+        return self.read(x, W_E, None)
+
+    def read(
+        self,
+        x: Float[Tensor, "batch pos k"],
+        matrix: Float[Tensor, "d_vocab k"],
+        bias: Float[Tensor, " d_vocab"] | None,
+    ) -> Readout:
+        """What a matrix reads off the features; formed at once where something is attached in front of the cap."""
+        if self.cap is None or not is_hooked(self.hook_logits_pre_cap):
+            return Readout(x, matrix, bias, self.cap)
+        unread = matrix[:, :1].expand(-1, len(matrix))  # where others have a matrix; it takes no memory
+        return FormedReadout(self.hook_logits_pre_cap(plus(x @ matrix.T, bias)), unread, None, self.cap)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.readout(x, self.tied_weights()).logits()
@@ -119,7 +134,7 @@ class OwnUnembed(Unembed):
         self.b_U = bias(model.cfg.unembed_bias, model.cfg.d_vocab)
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        return Readout(x, self.W_U.T, self.b_U)
+        return self.read(x, self.W_U.T, self.b_U)
 
 
 class ResidualModel(HookedModel):
@@ -152,7 +167,8 @@ class ResidualModel(HookedModel):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before the first block."""
         (W_E,) = weights
-        return self.hook_embed(F.embedding(tokens, W_E))
+        vectors = F.embedding(tokens, W_E)
+        return self.hook_embed(vectors if self.cfg.embed_scale == 1 else vectors * self.cfg.embed_scale)
 
     @reading_forward
     def forward(

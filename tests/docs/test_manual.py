@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -121,6 +122,22 @@ def test_the_page_names_the_points_of_a_refined_model_and_their_shapes():
     for point, shape in described.items():
         found = cache[point.format(l=2, m=0)].shape
         assert list(found) == [letters[axis] for axis in shape.split(", ")], point
+
+
+def test_the_page_names_the_points_that_options_add_and_their_shapes():
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 4, "d_head": 6, "d_mlp": 20, "d_vocab": 256, "n_ctx": 32}
+    plain = ModelConfig(architecture="decoder", tokenizer_name="bytes", n_key_value_heads=2, **sizes)
+    given = {"use_qk_norm": True, "use_normalization_before_and_after": True, "output_logits_soft_cap": 5.0}
+    model = build_model(dataclasses.replace(plain, **given))
+    added, described = set(model.hook_dict) - set(build_model(plain).hook_dict), documented_points()["options"]
+    assert {re.sub(r"^blocks\.\d+", "blocks.{l}", name) for name in added} == set(described)
+    tokens = random_tokens(plain)
+    _, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
+    letters = {"B": len(tokens), "T": tokens.shape[1], "d": 16, "H": 4, "K": 2, "h": 6, "1": 1, "V": 256}
+    for point, shape in described.items():
+        name = point.format(l=1)
+        assert list(cache[name].shape) == [letters[axis] for axis in shape.split(", ")], point
+        assert len(model.hook_axes(name)) == cache[name].ndim
 
 
 def check_points(model: HookedModel) -> None:

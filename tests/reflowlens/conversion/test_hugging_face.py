@@ -26,10 +26,10 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from reflowlens.checkpoints import load_model, read_manifest, save_model
@@ -304,7 +304,7 @@ def test_names_without_the_prefix_and_with_buffers(tmp_path: Path) -> None:
 
 
 def test_a_shorter_context(tmp_path: Path) -> None:
-    """Learned positions are cut, a sliding window is never left, and by default a very long context is not kept."""
+    """Learned positions are cut, a sliding window is one, and by default a very long context is not kept."""
     hf = theirs("gpt2")
     hf.save_pretrained(tmp_path / "gpt2")
     short = import_hf(tmp_path / "gpt2", n_ctx=16, tokenizer="bytes")
@@ -314,13 +314,13 @@ def test_a_shorter_context(tmp_path: Path) -> None:
     mistral = MistralForCausalLM(config).eval()
     mistral.save_pretrained(tmp_path / "mistral")
     windowed = import_hf(tmp_path / "mistral", tokenizer="bytes")
-    assert windowed.cfg.n_ctx == 20
+    assert (windowed.cfg.n_ctx, windowed.cfg.window_size) == (64, 20)
     same_function(windowed, mistral)
     LlamaForCausalLM(LlamaConfig(**_LLAMA | {"max_position_embeddings": 100_000})).save_pretrained(tmp_path / "long")
     assert import_hf(tmp_path / "long", tokenizer="bytes").cfg.n_ctx == 4096
     assert import_hf(tmp_path / "long", tokenizer="bytes", n_ctx=5000).cfg.n_ctx == 5000
-    with pytest.raises(ReflowlensError, match=r"n_ctx must be between 1 and 20, .* got 21"):
-        import_hf(tmp_path / "mistral", tokenizer="bytes", n_ctx=21)
+    with pytest.raises(ReflowlensError, match=r"n_ctx must be between 1 and 64, .* got 65"):
+        import_hf(tmp_path / "mistral", tokenizer="bytes", n_ctx=65)
 
 
 def test_llama_3_turns_slow_pairs_slower() -> None:
@@ -432,12 +432,14 @@ def test_folders_that_cannot_be_read(saved: Path, fields: dict[str, Any], messag
 def test_gpt2s_with_other_attention(tmp_path: Path) -> None:
     theirs("gpt2").save_pretrained(tmp_path)
     change_config(tmp_path, scale_attn_by_inverse_layer_idx=True)
-    refuse(tmp_path, "only GPT-2's own attention can be read")
+    refuse(tmp_path, "scale_attn_by_inverse_layer_idx is True, and a GPT2LMHeadModel can be read with False")
 
 
 def test_architectures_that_only_look_alike(tmp_path: Path) -> None:
-    Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=8)).save_pretrained(tmp_path / "qwen3")
-    refuse(tmp_path / "qwen3", "cannot be read, Qwen3ForCausalLM")
+    OlmoForCausalLM(OlmoConfig(**_LLAMA)).save_pretrained(tmp_path / "olmo")
+    refuse(tmp_path / "olmo", "cannot be read, OlmoForCausalLM")
+    change_config(tmp_path / "olmo", model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8)
+    refuse(tmp_path / "olmo", r"cannot be read, MixtralForCausalLM \(a mixture of experts\)")
     LlamaForSequenceClassification(LlamaConfig(**_LLAMA)).save_pretrained(tmp_path / "classifier")
     refuse(tmp_path / "classifier", "cannot be read, LlamaForSequenceClassification")
 
