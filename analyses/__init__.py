@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from analyses.result import Result as Result
     from analyses.runner.comparison import compare_models as compare_models
     from analyses.runner.suite import run_suite as run_suite
+    from analyses.tasks.comparisons import last_words as last_words
+    from analyses.tasks.comparisons import minimal_pairs as minimal_pairs
+    from analyses.tasks.comparisons import multiple_choice as multiple_choice
     from analyses.tasks.composition import composition_scores as composition_scores
     from analyses.tasks.head_ablation import head_ablation as head_ablation
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
@@ -55,8 +58,11 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "evaluate_dictionary": "features.evaluation",
     "feature_dashboards": "features.dashboards",
     "head_ablation": "tasks.head_ablation",
+    "last_words": "tasks.comparisons",
     "load_lexicon": "words",
+    "minimal_pairs": "tasks.comparisons",
     "monosemanticity": "units.monosemanticity",
+    "multiple_choice": "tasks.comparisons",
     "run_suite": "runner.suite",
     "seed_stability": "features.stability",
     "sparse_probing": "features.probing",

@@ -71,16 +71,6 @@ def rows_of(model: HookedModel, texts: Any, given: str | Sequence[str] | None, b
     return rows
 
 
-def document_start(model: HookedModel, bos: bool | None) -> list[int]:
-    """The ids that a text of a task is read behind.
-
-    None: the tokenizer's beginning token, otherwise its end-of-document token, otherwise nothing.
-    """
-    tokenizer = model.tokenizer
-    known = tokenizer.bos_token is not None or tokenizer.eot_token is not None
-    return model.text_start(known if bos is None else bos)
-
-
 def check_texts(texts: Sequence[Any]) -> None:
     """Raise unless all are texts."""
     for text in texts:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import reflowlens as rl
-from pretraining.last_word import last_word_accuracy
+from analyses.tasks.comparisons import last_words
 from reflowlens.cli import main
+from reflowlens.scoring.items import NORMALISATIONS
 from tests.support.tiny import random_model
 
 PROMPTS = ["The capital of", "In the middle of", "He went to", "It was in"]
@@ -55,16 +56,40 @@ def test_last_words_are_guessed_token_by_token():
         ids, n = model.tokenizer.encode(text), len(model.tokenizer.encode(f" {last}"))
         logits = model(torch.tensor([*start, *ids[:-1]]))[0, -n:]
         expected.append(bool((logits.argmax(-1) == torch.tensor(ids[-n:])).all()))
-    row = last_word_accuracy({"one": model}, texts, batch_size=4, progress=False).iloc[0]
-    assert row["accuracy"] == sum(expected) / len(texts) > 0
-    assert row["low"] < row["accuracy"] < row["high"]
+    result = last_words(model, texts, batch=4, progress=False)
+    assert result.metrics["accuracy"] == sum(expected) / len(texts) > 0
+    assert result.intervals["accuracy"].low < result.metrics["accuracy"] < result.intervals["accuracy"].high
 
 
 def test_the_first_documents_of_prepared_data(files, capsys):
     assert main(["evaluate", str(files / "one"), str(files / "data"), "--last-word", "--max-documents", "5"]) == 0
-    (row,) = table(capsys.readouterr().out)
-    assert row["passages"] == "5"
-    assert 0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1
+    row, logprob = table(capsys.readouterr().out)
+    assert (row["metric"], row["items"], logprob["metric"]) == ("accuracy", "5", "logprob")
+    assert 0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1
+
+
+PAIRS = [{"sentence_good": "the cat sat", "sentence_bad": "the cat sit", "UID": name} for name in "aab"]
+QUESTIONS = [{"question": "the cat", "choices": ["sat", "sits", "is"], "answer": i} for i in (0, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("measure", "rows", "metrics"),
+    [
+        ("--minimal-pairs", PAIRS, ["accuracy", "accuracy_per_token", "mean_of_groups"]),
+        ("--multiple-choice", QUESTIONS, [f"accuracy_{name}" for name in NORMALISATIONS[:3]]),
+    ],
+)
+def test_tasks_of_a_file_of_json_lines(files, tmp_path, capsys, measure, rows, metrics):
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    models = [str(files / "one"), str(files / "two")]
+    assert main(["evaluate", models[0], str(path), measure, "--against", models[1]]) == 0
+    found = table(capsys.readouterr().out)
+    assert [(row["model"], row["metric"]) for row in found] == [(name, metric) for name in models for metric in metrics]
+    assert {row["items"] for row in found} == {"3"}
+    path.write_text("not JSON")
+    assert main(["evaluate", models[0], str(path), measure]) == 2
+    assert "is no file of JSON lines that can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
