@@ -113,3 +113,36 @@ def copying_prompts(n: int = 24) -> Prompts:
             for i in range(n)
         ]
     )
+
+
+# -- a fact is stored in one MLP --------------------------------------------------------------------------------------
+
+STORING, READING = 1, (2, 3)
+
+
+def remembering_model(works: bool = True) -> HookedModel:
+    """The MLP of layer 1 writes, at a capital, what is known of it; head L2H3 takes that to the last token."""
+    model = blank()
+    if works:
+        with torch.no_grad():
+            mlp = model.blocks[STORING].mlp
+            mlp.W_in[WORD, :N_WORDS] = torch.eye(N_WORDS)
+            mlp.W_out[:N_WORDS, FACT] = torch.eye(N_WORDS)
+        attend_to(model, *READING, CAPITAL, FACT, ANSWER)
+    return model
+
+
+def subject_prompts(n: int = 24) -> Prompts:
+    """The subject is one to three tokens that end in a capital; texts of unequal lengths."""
+    before, inside, after = (".", "..", ""), ("", "x", "xy"), (":", "!:", "!!!:")
+    return Prompts.of(
+        [
+            {
+                "clean": f"{before[i % 3]}{inside[i // 3 % 3]}{CAPITALS[i % N_WORDS]}{after[i // 2 % 3]}",
+                "answer": SMALLS[i % N_WORDS],
+                "wrong_answer": SMALLS[(i + 3) % N_WORDS],
+                "subject": f"{inside[i // 3 % 3]}{CAPITALS[i % N_WORDS]}",
+            }
+            for i in range(n)
+        ]
+    )
