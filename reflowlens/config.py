@@ -7,11 +7,14 @@ import difflib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from reflowlens.decoder_options import OPTIONS, DecoderOptions, RotaryScaling, is_integer, is_positive
 from reflowlens.errors import ReflowlensError
 from reflowlens.ttt_flow_config import TTTFlowConfig
+
+if TYPE_CHECKING:  # which takes longer to import than all that configurations need
+    import torch
 
 _DECODER: dict[str, Any] = {
     "act_fn": "silu",
@@ -128,7 +131,7 @@ class ModelConfig(DecoderOptions):
         model_name: what the model is called; free text.
         original_architecture: the class of transformers that the model was imported from, to which an export goes back;
             empty of others, and of Llama and GPT-2.
-        device: where the parameters are; kept up to date by the model.
+        device, weights_dtype: where the parameters are, and the name of their type; kept up to date by the model.
         use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
             exist and are computed when hooked; a switch adds them to the default cache.
 
@@ -176,6 +179,7 @@ class ModelConfig(DecoderOptions):
     model_name: str = ""
     original_architecture: str = ""
     device: str = "cpu"
+    weights_dtype: str = dataclasses.field(default="float32", compare=False)
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
@@ -304,6 +308,20 @@ class ModelConfig(DecoderOptions):
         """TransformerLens's name for the size of the output vocabulary, which is that of the input's."""
         return self.d_vocab
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """TransformerLens's name for the parameters' type."""
+        import torch
+
+        return cast("torch.dtype", getattr(torch, self.weights_dtype))
+
+    @property
+    def default_prepend_bos(self) -> bool:
+        """Whether texts begin with the tokenizer's beginning token unless ``prepend_bos`` says otherwise."""
+        from reflowlens.tokenizers.by_name import get_tokenizer
+
+        return get_tokenizer(self.tokenizer_name).bos_token is not None
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that describe the model, without where it is or which points are cached.
 
@@ -353,7 +371,7 @@ class ModelConfig(DecoderOptions):
         return titled("ModelConfig", "", tables[0], folded(f"{len(rest)} fields at their defaults", tables[1]))
 
 
-_RUNTIME = {"device", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
+_RUNTIME = {"device", "weights_dtype", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
 _OF_FEW_MODELS = {
     "rotary_scaling": None,
     "norm_bias": False,

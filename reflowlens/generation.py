@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -14,6 +16,7 @@ from tqdm import tqdm
 from reflowlens.arguments import integer, is_one_of, random_seed, real, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.checked_pass import checked_mask
 from reflowlens.models.hooking import NamesFilter
 from reflowlens.models.pass_context import growing_text
 from reflowlens.models.text import TextInput
@@ -31,14 +34,18 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    do_sample: bool = True,
     stop_at_eos: bool = True,
+    eos_token_id: int | Sequence[int] | None = None,
     stop_token: str | int | None = None,
+    attention_mask: Int[Tensor, "batch pos"] | None = None,
     seed: int = 0,
     use_past_kv_cache: bool = True,
     return_type: Literal["text", "tokens"] = "text",
     names_filter: NamesFilter = None,
     return_cache: bool = False,
     progress: bool | None = None,
+    verbose: bool | None = None,
 ) -> Any:
     """Continue one prompt, or a batch of prompts of any lengths.
 
@@ -53,8 +60,12 @@ def generate(
         temperature: divides the logits before the softmax; 0 takes the most probable token.
         top_k: sample among the k most probable tokens.
         top_p: sample among the smallest set of most probable tokens whose probabilities sum to at least p.
+        do_sample: False takes the most probable token, whatever the temperature.
         stop_at_eos: end a row after the document-end token.
+        eos_token_id: end it after this token, or one of these, in place of the tokenizer's document end.
         stop_token: end a row after this token too.
+        attention_mask: 1 at the own tokens of rows of ids and 0 at padding, in front of them or behind: each row
+            continues its own tokens, and the result is padded on the right.
         seed: row i draws from a generator seeded with ``seed + i``.
         use_past_kv_cache: keep keys and values, or the recurrent state, of the text that was read. False reads the
             whole text again at every step, for checking; an intervention at ``"last"`` then acts on the newest token
@@ -64,6 +75,7 @@ def generate(
         return_cache: also return the activations over prompt and continuation, from one pass over the result; for an
             intervention in that pass ``"last"`` is the last position of the result.
         progress: show a bar; by default on a terminal.
+        verbose: TransformerLens's name of ``progress``.
 
     Returns:
         Prompt and continuation: one string for a single text, otherwise a list of strings; or, with ``"tokens"``, ids
@@ -82,9 +94,13 @@ def generate(
     seed = random_seed(seed)
     if not is_one_of(return_type, ("text", "tokens")):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
+    if attention_mask is not None:
+        input = _own_tokens(model, input, attention_mask)
     prompts, lengths = model.tokens_and_lengths(input)
     _check_room(lengths, max_new_tokens, model.cfg.n_ctx)
-    stops = _stop_ids(model, stop_at_eos, stop_token)
+    stops = _stop_ids(model, stop_at_eos, eos_token_id, stop_token)
+    temperature = temperature if do_sample else 0
+    progress = verbose if progress is None else progress
 
     tokens = F.pad(prompts, (0, max_new_tokens), value=model.tokenizer.eot_token or 0)
     starts = torch.tensor(lengths, device=tokens.device)
@@ -187,13 +203,27 @@ def _check_room(lengths: list[int], max_new_tokens: int, n_ctx: int) -> None:
         )
 
 
-def _stop_ids(model: HookedModel, stop_at_eos: bool, stop_token: str | int | None) -> Int[Tensor, " stop"]:
-    stop = model.to_single_token(stop_token) if isinstance(stop_token, str) else integer(stop_token)
-    if stop_token is not None and (stop is None or not 0 <= stop < model.cfg.d_vocab):
-        raise ReflowlensError(
-            f"stop_token must be a token's text or its id, 0 to {model.cfg.d_vocab - 1}, got {stop_token!r}"
-        )
-    ids = [stop]
-    if stop_at_eos:
-        ids.append(model.tokenizer.eot_token)
+def _own_tokens(model: HookedModel, input: TextInput, attention_mask: Tensor) -> list[list[int]]:
+    """The rows of ids without their padding."""
+    if not isinstance(input, Tensor | np.ndarray):
+        raise ReflowlensError("attention_mask goes with tokens [batch, pos]: texts of any lengths need none")
+    tokens = model.to_tokens(input)
+    own = checked_mask(attention_mask, tokens.shape).to(tokens.device)
+    return [row[kept].tolist() for row, kept in zip(tokens, own, strict=True)]
+
+
+def _stop_ids(
+    model: HookedModel, stop_at_eos: bool, eos: int | Sequence[int] | None, stop_token: str | int | None
+) -> Int[Tensor, " stop"]:
+    ends: list[Any] = [eos] if not isinstance(eos, Sequence) else list(eos)
+    given = {"stop_token": [stop_token], "eos_token_id": ends}
+    ids = [model.tokenizer.eot_token] if stop_at_eos and eos is None else []
+    for name, tokens in given.items():
+        for token in tokens:
+            stop = model.to_single_token(token) if isinstance(token, str) else integer(token)
+            if token is not None and (stop is None or not 0 <= stop < model.cfg.d_vocab):
+                raise ReflowlensError(
+                    f"{name} must be a token's text or its id, 0 to {model.cfg.d_vocab - 1}, got {token!r}"
+                )
+            ids.append(stop)
     return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.cfg.device)

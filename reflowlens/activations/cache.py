@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformer_lens
@@ -17,6 +17,7 @@ from reflowlens.activations.cache_functions import with_checked_arguments
 from reflowlens.arguments import integer
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.attention import Attention
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
@@ -36,6 +37,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         tokens: ids that the pass read, [batch, pos], padded on the right; None if the pass did not start from tokens.
         lengths: number of each prompt's own positions, the rest being padding; None if only token ids were given,
             without ``rl.intervene(lengths=...)``.
+        patterns_follow: whether attention patterns are those of the queries and keys that are kept: one causal text a
+            row from its beginning, every position kept, and nothing that changes patterns or scores.
 
     Raises:
         ReflowlensError: it is made of something that is not a dict of activations.
@@ -63,6 +66,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         super().__init__(cache_dict, model, has_batch_dim)  # type: ignore[arg-type] # it only reads, any mapping will do
         self.tokens = tokens
         self.lengths = lengths
+        self.patterns_follow = False
         self._origin: dict[str, Any] = {"model": None, "model_hash": None}  # of a cache that was loaded without a model
 
     def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
@@ -84,10 +88,26 @@ class ActivationCache(transformer_lens.ActivationCache):
             if self.model is None:
                 raise ReflowlensError(f"{name!r} is not in this cache{nearest(name, list(self))}") from error
             self._hooked_model().check_hook_name(name)
+            if name.endswith("attn.hook_pattern") and (pattern := self._pattern(name)) is not None:
+                return pattern
             raise ReflowlensError(
                 f"{name!r} is not in this cache; run_with_cache(..., names_filter=lambda name: True) keeps every "
                 "point, attention squares too"
             ) from error
+
+    def _pattern(self, name: str) -> Float[Tensor, "*batch head pos key_pos"] | None:
+        """An attention pattern that was not cached, from the queries, keys and values that were; None without them."""
+        model, prefix = self._hooked_model(), name.removesuffix("hook_pattern")
+        turned = "rot_" if f"{prefix}hook_rot_q" in model.hook_dict else ""
+        kept = [self.cache_dict.get(f"{prefix}hook_{point}") for point in (f"{turned}q", f"{turned}k", "v")]
+        if not self.patterns_follow or any(x is None for x in kept):
+            return None
+        q, k, v = (cast(Tensor, x) if self.has_batch_dim else cast(Tensor, x)[None] for x in kept)
+        attn = cast(Attention, model.get_submodule(prefix[:-1]))
+        found: list[Tensor] = []
+        with model.hooks([(name, lambda pattern, hook: found.append(pattern))]), torch.no_grad():
+            attn.mix(q, k, v, mask=None)
+        return found[0] if self.has_batch_dim else found[0][0]
 
     # -- signals ------------------------------------------------------------------------------------------------------
 

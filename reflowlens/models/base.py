@@ -22,7 +22,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import Architecture
 from reflowlens.models.hooking import HookingModel, NamesFilter
 from reflowlens.models.numerics import dense
-from reflowlens.models.parts import Norm
+from reflowlens.models.parts import Norm, is_hooked
 from reflowlens.models.pass_context import lengths_given
 from reflowlens.models.past import read_before
 from reflowlens.models.text import TextInput, read_once
@@ -30,6 +30,11 @@ from reflowlens.out_of_memory import lower_if_it_does_not_fit
 
 if TYPE_CHECKING:
     from reflowlens.models.residual import Readout
+
+
+_SQUARES = ("hook_attn_scores", "hook_pattern")
+# Arguments of a pass with which positions attend to others than to all of their row up to themselves.
+_APART = {"segments", "attention_mask", "padding_side", "past_kv_cache"}
 
 
 class HookedModel(Architecture, HookingModel):
@@ -113,6 +118,11 @@ class HookedModel(Architecture, HookingModel):
         """Number of parameters, learned positions included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def n_params_total(self) -> int:
+        """TransformerLens's name of :attr:`n_parameters`."""
+        return self.n_parameters
+
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill the parameters with fresh values."""
         raise NotImplementedError
@@ -160,7 +170,9 @@ class HookedModel(Architecture, HookingModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedModel:
         super()._apply(fn, recurse)
-        self.cfg = dataclasses.replace(self.cfg, device=str(next(self.parameters()).device))
+        first = next(self.parameters())
+        dtype = str(first.dtype).removeprefix("torch.")
+        self.cfg = dataclasses.replace(self.cfg, device=str(first.device), weights_dtype=dtype)
         return self
 
     def set_use_attn_result(self, use: bool) -> None:
@@ -170,6 +182,18 @@ class HookedModel(Architecture, HookingModel):
     def set_use_split_qkv_input(self, use: bool) -> None:
         """Cache ``attn.hook_{q,k,v}_input`` by default."""
         self.cfg = dataclasses.replace(self.cfg, use_split_qkv_input=use)
+
+    def set_use_attn_in(self, use: bool) -> None:
+        """TransformerLens's switch of ``hook_attn_in``, which these models have not.
+
+        Raises:
+            ReflowlensError: it is to be used; the message names the points that are there.
+        """
+        if use:
+            raise ReflowlensError(
+                "there is no hook_attn_in: what heads read are attn.hook_q_input, attn.hook_k_input and "
+                "attn.hook_v_input, which set_use_split_qkv_input(True) caches"
+            )
 
     def set_use_hook_mlp_in(self, use: bool) -> None:
         """Cache ``hook_mlp_in`` by default."""
@@ -224,6 +248,7 @@ class HookedModel(Architecture, HookingModel):
         tokens, lengths = self._tokens_of_pass(args[0] if args else kwargs.get("input"), kwargs)
         if remove_batch_dim and tokens is not None and len(tokens) > 1:
             raise ReflowlensError(f"remove_batch_dim needs one prompt, got {len(tokens)}")
+        changed = any(is_hooked(point) for name, point in self.hook_dict.items() if name.endswith(_SQUARES))
         activations, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
         )
@@ -237,9 +262,9 @@ class HookedModel(Architecture, HookingModel):
                 out.backward()
         if not return_cache_object:
             return out, activations
-        return out, ActivationCache(
-            activations, self, has_batch_dim=not remove_batch_dim, tokens=tokens, lengths=lengths
-        )
+        cache = ActivationCache(activations, self, has_batch_dim=not remove_batch_dim, tokens=tokens, lengths=lengths)
+        cache.patterns_follow = pos_slice is None and dtype is None and not changed and not _APART & kwargs.keys()
+        return out, cache
 
     def _tokens_of_pass(
         self, input: Any, kwargs: dict[str, Any]
@@ -248,7 +273,10 @@ class HookedModel(Architecture, HookingModel):
         given = lengths_given(self, input)
         if kwargs.get("start_at_layer") is not None:
             return None, given
-        tokens, lengths = self.tokens_and_lengths(input, offset=read_before(kwargs.get("past_kv_cache")))
+        side, offset = kwargs.get("padding_side", "right"), read_before(kwargs.get("past_kv_cache"))
+        tokens, lengths = self.tokens_and_lengths(input, padding_side=side, offset=offset)
+        if side == "left" or kwargs.get("attention_mask") is not None:
+            return tokens, None  # lengths count from the beginning of a row
         return tokens, given or lengths
 
     def generate(self, input: TextInput, max_new_tokens: int = 60, **kwargs: Any) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.arguments import integer, is_one_of
@@ -16,7 +17,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.past import ReadPositions, read_before
 from reflowlens.models.places import Places, packed_places
-from reflowlens.models.text import TextInput, is_cheap_to_read
+from reflowlens.models.text import PaddingSide, TextInput, is_cheap_to_read
 
 ReturnType = Literal["logits", "loss", "both"] | Callable[[Any], Any] | None
 
@@ -82,6 +83,59 @@ def checked_pass(
         targets = _next_tokens(model, tokens, lengths, segments)
     _check_targets(targets, tokens.shape, model.cfg.d_vocab)
     return Pass(tokens, places, start, stop, targets, starts_from_stream=False)
+
+
+def as_segments(
+    model: HookedModel,
+    input: TextInput | Float[Tensor, "batch pos d_model"],
+    segments: Int[Tensor, "batch pos"] | None,
+    attention_mask: Tensor | None,
+    padding_side: PaddingSide,
+    past: ReadPositions | None,
+) -> tuple[Any, Int[Tensor, "batch pos"] | None]:
+    """The input, and as segments what an attention mask or padding on the left says of it.
+
+    Raises:
+        ReflowlensError: a mask does not fit the input, is not 0 and 1, leaves a gap within a text or comes with
+            segments; or a mask or padding on the left goes with a key-value cache, whose rows advance together.
+    """
+    if not is_one_of(padding_side, ("left", "right")):
+        raise ReflowlensError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+    if attention_mask is None and (padding_side == "right" or isinstance(input, Tensor | np.ndarray)):
+        return input, segments
+    if segments is not None:
+        raise ReflowlensError("segments say what is padding: give no attention_mask and no padding_side with them")
+    if attention_mask is None:
+        input, lengths = model.tokens_and_lengths(input, padding_side="left", offset=read_before(past))
+        first = input.shape[1] - torch.tensor(lengths, device=input.device)
+        own = torch.arange(input.shape[1], device=input.device) >= first[:, None]
+    else:
+        if not isinstance(input, Tensor):
+            input = model.tokens_and_lengths(input, padding_side=padding_side, offset=read_before(past))[0]
+        own = checked_mask(attention_mask, input.shape[:2]).to(input.device)
+    if own.all():
+        return input, None
+    if past is not None:
+        raise ReflowlensError("padding cannot be read with a key-value cache: model.generate takes ragged prompts")
+    return input, own.long() - 1
+
+
+def checked_mask(mask: Any, shape: torch.Size) -> Bool[Tensor, "batch pos"]:
+    """Which tokens are texts' own, of an attention mask of 0 and 1.
+
+    Raises:
+        ReflowlensError: it is none, of another shape, or leaves a gap within a text.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        got = list(mask.shape) if isinstance(mask, Tensor) else repr(mask)
+        raise ReflowlensError(f"attention_mask must be a tensor [batch, pos] = {list(shape)}, got {got}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ReflowlensError("attention_mask must be 1 at a text's own tokens and 0 at padding")
+    own = mask.bool()
+    changes = (own[:, 1:] != own[:, :-1]).sum(1) + own[:, 0].long() + own[:, -1].long()
+    if not (changes == 2).all():  # each text begins once and ends once
+        raise ReflowlensError("attention_mask must leave every text in one piece, with padding before or behind it")
+    return own
 
 
 def _layers(start: int | None, stop: int | None, n_layers: int) -> tuple[int, int]:

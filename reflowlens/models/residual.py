@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
@@ -17,13 +17,13 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.models.checked_pass import Pass, ReturnType, checked_pass
+from reflowlens.models.checked_pass import Pass, ReturnType, as_segments, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
 from reflowlens.models.numerics import dense, wide
 from reflowlens.models.parts import bias, is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
-from reflowlens.models.text import TextInput
+from reflowlens.models.text import PaddingSide, TextInput
 from reflowlens.models.threads import reading_forward
 
 _POSITIONS = 1024  # whose logits are formed at once
@@ -181,6 +181,9 @@ class ResidualModel(HookedModel):
         stop_at_layer: int | None = None,
         past_kv_cache: ReadPositions | None = None,
         segments: Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+        padding_side: PaddingSide = "right",
+        loss_per_token: bool = False,
     ) -> Any:
         """Read text or tokens and predict the next token at every position.
 
@@ -199,6 +202,11 @@ class ResidualModel(HookedModel):
             segments: ids [batch, pos] of texts packed into one row. A run of equal ids is one text, read as if alone:
                 attention stays within it and its positions start at 0. Its last token is left out of the default
                 targets, as is padding, which negative ids mark.
+            attention_mask: 1 where a token is a text's own and 0 where it is padding, in front of it or behind it: a
+                text is read as if alone.
+            padding_side: the side on which texts of several lengths are padded, ``"right"`` or ``"left"``.
+            loss_per_token: the loss of each position [batch, pos - 1], as in TransformerLens, 0 where none counts,
+                instead of their mean.
 
         Returns:
             As ``return_type`` says; with ``stop_at_layer`` the residual stream [batch, pos, d_model].
@@ -209,6 +217,7 @@ class ResidualModel(HookedModel):
                 segments do not fit the input, or a cache comes with segments, with a part of the layers or with texts
                 of several lengths, or is another model's or made for another batch.
         """
+        input, segments = as_segments(self, input, segments, attention_mask, padding_side, past_kv_cache)
         asked = checked_pass(self, input, return_type, targets, start_at_layer, stop_at_layer, past_kv_cache, segments)
         weights = self.tied_weights()
         resid = self.resid_of(asked, weights, past_kv_cache)
@@ -223,9 +232,8 @@ class ResidualModel(HookedModel):
             return return_type(readout)
         if return_type == "logits":
             return readout.logits()
-        if return_type == "loss":
-            return readout.loss(asked.targets)
-        return readout.logits(), readout.loss(asked.targets)
+        loss = readout.losses(_given(asked.targets))[:, :-1] if loss_per_token else readout.loss(asked.targets)
+        return loss if return_type == "loss" else (readout.logits(), loss)
 
     def resid_of(
         self, asked: Pass, weights: tuple[Tensor, ...], past: ReadPositions | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from reflowlens.arguments import integer
+from reflowlens.arguments import integer, is_one_of
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
@@ -27,6 +27,9 @@ TextInput: TypeAlias = (
 def read_once(input: Any) -> Any:
     """Prompts as given; those of an iterator, which can be read only once, as a list."""
     return list(input) if isinstance(input, Iterator) else input
+
+
+PaddingSide: TypeAlias = Literal["left", "right"]
 
 
 def is_row_of_ids(row: Any) -> bool:
@@ -52,7 +55,12 @@ class TextModel(HookedRootModule):
         return get_tokenizer(self.cfg.tokenizer_name)
 
     def to_tokens(
-        self, input: TextInput, prepend_bos: bool | None = None, *, split_special_tokens: bool = False
+        self,
+        input: TextInput,
+        prepend_bos: bool | None = None,
+        padding_side: PaddingSide = "right",
+        *,
+        split_special_tokens: bool = False,
     ) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several.
 
@@ -61,19 +69,22 @@ class TextModel(HookedRootModule):
             prepend_bos: begin each text with the tokenizer's ``bos_token``, or with its end-of-document token if it has
                 no other. None: as the model was trained, an imported Llama with one, the architectures here without.
                 A text that begins with this token gets no second one.
+            padding_side: where shorter texts are padded. A pass over tokens that are padded on the left needs their
+                ``attention_mask``; over the texts, ``padding_side="left"``.
             split_special_tokens: read ``<|endoftext|>`` in a text as the characters that it is, not as the token
                 (transformers' name), as texts of others should be; data and the contents of chats always are.
 
         Returns:
-            int64 [batch, pos] on the model's device; shorter texts are padded on the right with the end-of-document
-            token.
+            int64 [batch, pos] on the model's device; shorter texts are padded with the end-of-document token.
 
         Raises:
             ReflowlensError: the text is empty, too long for ``n_ctx``, or an id is outside the vocabulary.
 
         Example: ``model.to_tokens("The capital of France is").shape  # [1, 5]``
         """
-        return self.tokens_and_lengths(input, prepend_bos=prepend_bos, split_special_tokens=split_special_tokens)[0]
+        return self.tokens_and_lengths(
+            input, prepend_bos=prepend_bos, padding_side=padding_side, split_special_tokens=split_special_tokens
+        )[0]
 
     def to_chat_tokens(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
@@ -117,13 +128,14 @@ class TextModel(HookedRootModule):
         input: TextInput,
         *,
         prepend_bos: bool | None = None,
+        padding_side: PaddingSide = "right",
         offset: int = 0,
         split_special_tokens: bool = False,
     ) -> tuple[Int[Tensor, "batch pos"], list[int]]:
-        """Token ids padded on the right, and the number of tokens per row, padding left out.
+        """Token ids, and the number of tokens per row, padding left out.
 
         Args:
-            input, prepend_bos, split_special_tokens: as in :meth:`to_tokens`.
+            input, prepend_bos, padding_side, split_special_tokens: as in :meth:`to_tokens`.
             offset: tokens that were read before, which count towards ``n_ctx``; then no ``bos_token`` is prepended.
 
         Raises:
@@ -148,7 +160,9 @@ class TextModel(HookedRootModule):
         lengths = [len(row) for row in rows]
         self.check_length(max(lengths), offset)
         end = self.tokenizer.eot_token or 0
-        tokens = torch.tensor([row + [end] * (max(lengths) - len(row)) for row in rows])
+        padding = [[end] * (max(lengths) - n) for n in lengths]
+        on_left = padding_side == "left"
+        tokens = torch.tensor([pad + row if on_left else row + pad for row, pad in zip(rows, padding, strict=True)])
         self._check_ids(tokens)
         return tokens.to(self.cfg.device), lengths
 
@@ -217,24 +231,22 @@ class TextModel(HookedRootModule):
             return [self.tokenizer.decode(row.tolist()) for row in ids]
         return self.tokenizer.decode(ids.reshape(-1).tolist())
 
-    def to_str_tokens(
-        self, input: TextInput | np.ndarray | Sequence[int], prepend_bos: bool | None = None
-    ) -> list[str]:
-        """The text of each token of one prompt, for labels.
+    def to_str_tokens(self, input: TextInput | Sequence[int], prepend_bos: bool | None = None) -> Any:
+        """The text of each token, for labels.
 
         Args:
-            input: one text, or ids of any shape, which are taken in order.
+            input: one text, ids of any shape, which are taken in order, or a list of texts.
 
         Returns:
-            One string per token, its leading space included.
+            One string per token, its leading space included; of a list of texts a list of them each.
 
         Raises:
-            ReflowlensError: several texts, or ids that are not integers.
+            ReflowlensError: the input is neither.
 
         Example: ``model.to_str_tokens("The king")  # ["The", " king"]``
         """
         if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
-            raise ReflowlensError("to_str_tokens takes one text, or ids: call it for each text")
+            return [self.to_str_tokens(text, prepend_bos) for text in input]
         ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
@@ -245,6 +257,36 @@ class TextModel(HookedRootModule):
             ReflowlensError: it is several tokens; the message shows them.
         """
         return self.tokenizer.single_token(word)
+
+    def get_token_position(
+        self,
+        single_token: str | int,
+        input: str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"],
+        mode: Literal["first", "last"] = "first",
+        prepend_bos: bool | None = None,
+    ) -> int:
+        """Where a token stands in a text.
+
+        Args:
+            single_token: its text or its id.
+            input: one text, or its ids.
+            mode: which occurrence, if there are several.
+
+        Raises:
+            ReflowlensError: there are several texts, the token does not occur, or it is no single token.
+
+        Example: ``model.get_token_position(" king", "The king and the king", mode="last")  # 4``
+        """
+        if not is_one_of(mode, ("first", "last")):
+            raise ReflowlensError(f"mode must be 'first' or 'last', got {mode!r}")
+        tokens = self.to_tokens(input, prepend_bos)
+        if len(tokens) != 1:
+            raise ReflowlensError(f"a token's position is that in one text, got {len(tokens)}")
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else integer(single_token)
+        found = (tokens[0] == token).nonzero()[:, 0].tolist()
+        if not found:
+            raise ReflowlensError(f"the token {single_token!r} does not occur in {self.to_str_tokens(tokens)}")
+        return found[0 if mode == "first" else -1]
 
     def to_single_str_token(self, token: int) -> str:
         """The text of one token id, its leading space included."""
