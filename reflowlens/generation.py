@@ -19,7 +19,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import checked_mask
 from reflowlens.models.hooking import NamesFilter
 from reflowlens.models.pass_context import growing_text
-from reflowlens.models.text import TextInput
+from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
 
@@ -94,6 +94,7 @@ def generate(
     seed = random_seed(seed)
     if not is_one_of(return_type, ("text", "tokens")):
         raise ReflowlensError(f"return_type must be 'text' or 'tokens', got {return_type!r}")
+    input = read_once(input)
     if attention_mask is not None:
         input = _own_tokens(model, input, attention_mask)
     prompts, lengths = model.tokens_and_lengths(input)
@@ -132,7 +133,8 @@ def generate(
 
 def _texts(model: HookedModel, input: TextInput, tokens: Int[Tensor, "batch pos"], ends: list[int]) -> str | list[str]:
     """Each row up to its end, without a ``bos_token`` that was prepended; one text if the input is one."""
-    given: list[Any] = [input] if isinstance(input, str) else list(input)
+    texts_given = not isinstance(input, Tensor | np.ndarray)
+    given: list[Any] = [input] if isinstance(input, str) else list(input if texts_given else tokens)
     begin = model.text_start()
     spelled = tuple(map(model.tokenizer.token_str, begin))
     starts = [len(begin) if isinstance(row, str) and not row.startswith(spelled or " ") else 0 for row in given]

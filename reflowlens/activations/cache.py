@@ -100,7 +100,8 @@ class ActivationCache(transformer_lens.ActivationCache):
         model, prefix = self._hooked_model(), name.removesuffix("hook_pattern")
         turned = "rot_" if f"{prefix}hook_rot_q" in model.hook_dict else ""
         kept = [self.cache_dict.get(f"{prefix}hook_{point}") for point in (f"{turned}q", f"{turned}k", "v")]
-        if not self.patterns_follow or any(x is None for x in kept):
+        normalised = model.cfg.use_qk_norm and not turned  # after what is kept
+        if not self.patterns_follow or normalised or any(x is None for x in kept):
             return None
         q, k, v = (cast(Tensor, x) if self.has_batch_dim else cast(Tensor, x)[None] for x in kept)
         attn = cast(Attention, model.get_submodule(prefix[:-1]))

@@ -20,7 +20,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, as_segments, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
 from reflowlens.models.numerics import dense, wide
-from reflowlens.models.parts import bias, is_hooked, plus
+from reflowlens.models.parts import is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.text import PaddingSide, TextInput
@@ -98,12 +98,15 @@ class Embed(nn.Module):
 class Unembed(nn.Module):
     """The tied readout. It owns no weights: it asks the model for the embedding's."""
 
+    b_U: Float[Tensor, " d_vocab"]
+
     def __init__(self, model: ResidualModel, cap: float | None = None) -> None:
         super().__init__()
         self.tied_weights = model.tied_weights
         self.cap = model.cfg.output_logits_soft_cap if cap is None else cap
         if self.cap is not None:
             self.hook_logits_pre_cap = HookPoint()  # [batch, pos, d_vocab]
+        self.register_buffer("b_U", torch.zeros(model.cfg.d_vocab), persistent=False)  # TransformerLens's tools ask
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         (W_E,) = weights
@@ -131,10 +134,11 @@ class OwnUnembed(Unembed):
     def __init__(self, model: ResidualModel) -> None:
         super().__init__(model)
         self.W_U = nn.Parameter(torch.empty(model.cfg.d_model, model.cfg.d_vocab))
-        self.b_U = bias(model.cfg.unembed_bias, model.cfg.d_vocab)
+        if model.cfg.unembed_bias:
+            self.b_U = nn.Parameter(torch.zeros(model.cfg.d_vocab))
 
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        return self.read(x, self.W_U.T, self.b_U)
+        return self.read(x, self.W_U.T, self.b_U if isinstance(self.b_U, nn.Parameter) else None)
 
 
 class ResidualModel(HookedModel):
@@ -290,6 +294,6 @@ class ResidualModel(HookedModel):
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias; zeros where it has none (a bias of the final norm is the norm's)."""
-        if isinstance(self.unembed, OwnUnembed) and self.unembed.b_U is not None:
+        if isinstance(self.unembed.b_U, nn.Parameter):
             return self.unembed.b_U
         return torch.zeros(self.cfg.d_vocab, device=self.cfg.device, dtype=torch.float32)

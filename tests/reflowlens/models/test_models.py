@@ -530,7 +530,6 @@ def test_text_in_and_out(model: HookedModel) -> None:
     assert model.to_string(torch.tensor([[72, 105], [72, 72]])) == ["Hi", "HH"]
     assert model.to_str_tokens("Hi") == ["H", "i"]
     assert model.to_str_tokens(torch.tensor([72, 105])) == ["H", "i"]
-    with pytest.raises(ReflowlensError, match="one text, or ids"):
-        model.to_str_tokens(["Hi", "H"])
+    assert model.to_str_tokens(["Hi", "H"]) == [["H", "i"], ["H"]]
     assert model.to_single_str_token(72) == "H"
     assert "parameters" in model._repr_html_()

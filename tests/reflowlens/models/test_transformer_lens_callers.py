@@ -178,3 +178,5 @@ def test_what_a_configuration_tells(model: HookedModel) -> None:
     assert model.cfg.dtype == torch.float32
     assert copy.deepcopy(model).bfloat16().cfg.dtype == torch.bfloat16
     assert model.cfg.default_prepend_bos is False
+    assert_close(model.unembed.b_U, model.b_U)
+    assert ("unembed.b_U" in model.state_dict()) is model.cfg.unembed_bias
