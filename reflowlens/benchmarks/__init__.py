@@ -8,6 +8,7 @@ from reflowlens.benchmarks.decode import bench_decode as bench_decode
 from reflowlens.benchmarks.dictionary import bench_dictionary as bench_dictionary
 from reflowlens.benchmarks.graph import bench_graph as bench_graph
 from reflowlens.benchmarks.hooks import bench_hooks as bench_hooks
+from reflowlens.benchmarks.score import bench_score as bench_score
 from reflowlens.benchmarks.steps import TrainBench as TrainBench
 from reflowlens.benchmarks.sweep import bench_sweep as bench_sweep
 from reflowlens.benchmarks.train import bench_train as bench_train

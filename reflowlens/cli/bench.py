@@ -15,7 +15,7 @@ def add_commands(commands: Commands) -> None:
         "benchmark",
         nargs="?",
         default="all",
-        choices=["all", "hooks", "decode", "sweep", "train", "dictionary", "graph"],
+        choices=["all", "hooks", "decode", "sweep", "score", "train", "dictionary", "graph"],
         help="which",
     )
     graph = parser.add_argument_group("of graph")
@@ -38,6 +38,7 @@ def _bench(options: argparse.Namespace) -> None:
         TrainBench,
         bench_dictionary,
         bench_graph,
+        bench_score,
         bench_sweep,
         bench_train,
         run_benchmarks,
@@ -47,6 +48,8 @@ def _bench(options: argparse.Namespace) -> None:
         print(run_benchmarks(options.benchmark).to_string(index=False))
     if options.benchmark in ("all", "sweep"):
         print(bench_sweep().to_string(index=False, na_rep="-"))
+    if options.benchmark in ("all", "score"):
+        print(bench_score().to_string(index=False))
     if options.benchmark in ("all", "train"):
         fields = {name: getattr(options, name) for name in ("batch", "context", "dtype")}
         bench = TrainBench.named(options.preset, device=options.device, compiled=options.compile, **fields)

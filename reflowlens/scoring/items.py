@@ -2,7 +2,8 @@
 
 Each function returns a frame with a row an item; what follows of many of them, with intervals and controls, is made of
 such frames by :mod:`analyses.tasks.comparisons`. Items are read behind the tokenizer's beginning token, otherwise its
-end-of-document token, so that the first token of a text counts, wherever a tokenizer has either.
+end-of-document token, so that the first token of a text counts, wherever a tokenizer has either. Their texts are plain
+text, whatever they spell.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.scoring.score import Scores, score
 
+_PLAIN = {"split_special_tokens": True}
 NORMALISATIONS = ("none", "per_token", "per_byte", "unconditional")
 
 
@@ -49,7 +51,7 @@ def score_pairs(model: Any, pairs: Any, *, bos: bool | None = None, **options: A
     if not begins:
         _check_same_beginnings(model, frame)
     texts = [*frame["good"], *frame["bad"]]
-    scores = score(model, texts, bos=begins, **options).texts
+    scores = score(model, texts, bos=begins, **_PLAIN, **options).texts
     good, bad = scores.iloc[: len(frame)], scores.iloc[len(frame) :].reset_index(drop=True)
     return frame[["group", "good", "bad"]].assign(
         logprob_good=good["logprob"],
@@ -94,10 +96,10 @@ def score_choices(
     rows = [row for item, each in enumerate(frame.to_dict("records")) for row in _choices(item, each, separator)]
     table = pd.DataFrame(rows)
     texts = table["text"].tolist()
-    found = score(model, texts, given=table["question"].tolist(), bos=begins, **options).texts
+    found = score(model, texts, given=table["question"].tolist(), bos=begins, **_PLAIN, **options).texts
     alone = pd.Series(np.nan, index=table.index)
     if begins or without:
-        alone = score(model, texts, given=without or None, bos=begins, **options).texts["logprob"]
+        alone = score(model, texts, given=without or None, bos=begins, **_PLAIN, **options).texts["logprob"]
     table = table.drop(columns="text").assign(
         tokens=found["tokens"], bytes=found["bytes"], logprob=found["logprob"], logprob_without=alone
     )
@@ -130,7 +132,7 @@ def score_last_words(model: Any, passages: Iterable[str], *, bos: bool | None = 
     cut = [_last_word(text) for text in texts]
     before, words = [prompt for prompt, _ in cut], [word for _, word in cut]
     begins = _reads_behind(model, bos)
-    scores: Scores = score(model, words, given=before, bos=begins, window=model.cfg.n_ctx, **options)
+    scores: Scores = score(model, words, given=before, bos=begins, window=model.cfg.n_ctx, **_PLAIN, **options)
     found = scores.texts
     return pd.DataFrame(
         {
@@ -182,7 +184,8 @@ def _plain(value: Any) -> Any:
 def _reads_behind(model: HookedModel, bos: bool | None) -> bool:
     """Whether texts of a task are read behind a beginning token."""
     tokenizer = model.tokenizer
-    return tokenizer.bos_token is not None or tokenizer.eot_token is not None if bos is None else bos
+    known = (tokenizer.bos_token, tokenizer.named_bos, tokenizer.eot_token)
+    return any(token is not None for token in known) if bos is None else bos
 
 
 def _check_same_beginnings(model: HookedModel, frame: pd.DataFrame) -> None:

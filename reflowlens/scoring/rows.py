@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.text import is_row_of_ids
 from reflowlens.tokenizers.base import Tokenizer
 
 _SHOWN = 60  # characters of a text in a message
@@ -39,27 +41,34 @@ class Row:
         return max(self.own, 1)
 
 
-def rows_of(model: HookedModel, texts: Any, given: str | Sequence[str] | None, bos: bool | None) -> list[Row]:
+def rows_of(
+    model: HookedModel,
+    texts: Any,
+    given: str | Sequence[str] | None,
+    bos: bool | None,
+    split_special_tokens: bool = False,
+) -> list[Row]:
     """The rows of some texts; arguments as for :func:`reflowlens.scoring.score.score`.
 
     Raises:
         ReflowlensError: a text is no text, or has no token that anything predicts, a beginning goes with tokens,
             prompts and texts differ in number, or tokens span the end of a prompt.
     """
-    if isinstance(texts, Tensor | np.ndarray):
+    several = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping)
+    read = list(texts) if several and not isinstance(texts, Tensor | np.ndarray) else [texts]
+    if isinstance(texts, Tensor | np.ndarray) or (read and all(map(is_row_of_ids, read))):
         if given is not None or bos is not None:
             raise ReflowlensError("tokens are scored as they are: given= and bos= go with texts")
-        tokens = model.tokens_and_lengths(texts)[0].cpu().numpy()
-        rows = [Row(None, ids, 0, 0) for ids in tokens]
+        tokens, lengths = model.tokens_and_lengths(texts)
+        rows = [Row(None, ids[:n], 0, 0) for ids, n in zip(tokens.cpu().numpy(), lengths, strict=True)]
     else:
-        read = list(texts) if _is_several(texts) else [texts]
         before = [given] * len(read) if given is None or isinstance(given, str) else list(given)
         check_texts([*read, *(prompt for prompt in before if prompt is not None)])
         if len(before) != len(read):
             raise ReflowlensError(f"{len(before)} prompts are given for {len(read)} texts")
-        begin = model.text_start(bos)
-        pairs = enumerate(zip(read, before, strict=True))
-        rows = [_row(model.tokenizer, i, text, prompt or "", begin) for i, (text, prompt) in pairs]
+        cut = partial(_row, partial(model.tokenizer.encode, split_special_tokens=split_special_tokens))
+        begin, pairs = model.text_start(bos), enumerate(zip(read, before, strict=True))
+        rows = [cut(model.tokenizer, i, text, prompt or "", begin) for i, (text, prompt) in pairs]
     if not rows:
         raise ReflowlensError("there is no text to score")
     for i, row in enumerate(rows):
@@ -78,13 +87,15 @@ def check_texts(texts: Sequence[Any]) -> None:
             raise ReflowlensError(f"a text, a list of texts or an array of tokens can be scored, got {text!r}")
 
 
-def prompt_length(tokenizer: Tokenizer, ids: Sequence[int], prompt: str, text: str, which: str) -> int:
+def prompt_length(
+    encode: Callable[[str], list[int]], tokenizer: Tokenizer, ids: Sequence[int], prompt: str, text: str, which: str
+) -> int:
     """How many of the tokens of ``prompt + text`` are those of the prompt.
 
     Raises:
         ReflowlensError: a token is of both.
     """
-    alone = tokenizer.encode(prompt)
+    alone = encode(prompt)
     if list(ids[: len(alone)]) == alone:
         return len(alone)
     end = len(prompt.encode("utf-8"))
@@ -98,8 +109,15 @@ def prompt_length(tokenizer: Tokenizer, ids: Sequence[int], prompt: str, text: s
     )
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """The text of a token, ``[unused 16700]`` of one of the padding of a model's vocabulary."""
+    return tokenizer.token_str(token) if token < tokenizer.n_vocab else f"[unused {token}]"
+
+
 def token_sizes(tokenizer: Tokenizer, row: Row, prompt: str) -> NDArray[np.int64] | None:
     """Bytes of each token of a row, 0 of its beginning; None where its tokens are not made of its text's bytes."""
+    if (row.ids >= tokenizer.n_vocab).any():  # of the padding of a model's vocabulary
+        return None
     pieces = [tokenizer.token_bytes(int(token)) for token in row.ids[row.begin :]]
     sizes = np.array([0] * row.begin + [len(piece) for piece in pieces], dtype=np.int64)
     if row.text is None:
@@ -111,11 +129,11 @@ def token_sizes(tokenizer: Tokenizer, row: Row, prompt: str) -> NDArray[np.int64
     return sizes if read == whole else None
 
 
-def _row(tokenizer: Tokenizer, i: int, text: str, prompt: str, begin: list[int]) -> Row:
-    ids = tokenizer.encode(prompt + text)
-    own = prompt_length(tokenizer, ids, prompt, text, f"text {i}") if prompt else 0
+def _row(
+    encode: Callable[[str], list[int]], tokenizer: Tokenizer, i: int, text: str, prompt: str, begin: list[int]
+) -> Row:
+    ids = encode(prompt + text)
+    own = prompt_length(encode, tokenizer, ids, prompt, text, f"text {i}") if prompt else 0
+    if begin and ids[:1] == begin:  # a text that spells its beginning gets no second one
+        ids, own = ids[1:], max(own - 1, 0)
     return Row(text, np.array(begin + ids, dtype=np.int64), len(begin), len(begin) + own)
-
-
-def _is_several(texts: Any) -> bool:
-    return isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Mapping)

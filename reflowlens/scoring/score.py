@@ -31,7 +31,7 @@ from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.progress import bar
 from reflowlens.scoring.batches import by_length
-from reflowlens.scoring.rows import Row, rows_of, token_sizes
+from reflowlens.scoring.rows import Row, rows_of, token_sizes, token_text
 from reflowlens.scoring.windows import Predicted, Window, n_scored, predictions, sliding_windows, whole_window
 
 
@@ -63,7 +63,7 @@ class Scores:
         """A row a token of a text: ``text`` (its number), ``position`` in what was read, ``token``, ``id``,
         ``logprob`` (NaN of a first token that nothing predicts) and ``likeliest``."""
         ids = np.concatenate([row.ids[row.own :] for row in self._rows])
-        strings = {token: self._model.tokenizer.token_str(token) for token in np.unique(ids).tolist()}
+        strings = {token: token_text(self._model.tokenizer, token) for token in np.unique(ids).tolist()}
         lengths = [len(row.ids) - row.own for row in self._rows]
         return pd.DataFrame(
             {
@@ -87,8 +87,7 @@ class Scores:
         sizes = [token_sizes(tokenizer, *each) for each in zip(self._rows, self._prompts, strict=True)]
         scored = zip(self._rows, sizes, strict=True)
         bytes_ = np.array([math.nan if size is None else size[row.scored :].sum() for row, size in scored], dtype=float)
-        decoded = [tokenizer.decode(row.ids.tolist()) if row.text is None else row.text for row in self._rows]
-        columns: dict[str, Any] = {"text": decoded}
+        columns: dict[str, Any] = {"text": [self._text(row) for row in self._rows]}
         if any(self._prompts):
             columns["given"] = self._prompts
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -102,6 +101,11 @@ class Scores:
                 "likeliest": [bool(values[-count:].all()) for values, count in zip(self.likeliest, n, strict=True)],
             }
         return pd.DataFrame(columns)
+
+    def _text(self, row: Row) -> str:
+        if row.text is not None:
+            return row.text
+        return "".join(token_text(self._model.tokenizer, token) for token in row.ids.tolist())
 
     def _repr_html_(self) -> str:
         from reflowlens.notebook.html import table, titled
@@ -117,6 +121,7 @@ def score(
     *,
     given: str | Sequence[str] | None = None,
     bos: bool | None = None,
+    split_special_tokens: bool = False,
     window: int | None = None,
     stride: int | None = None,
     batch: int | None = None,
@@ -132,11 +137,13 @@ def score(
         model: a hooked model; what is attached to it acts. Inside ``rl.intervene`` texts of one length are read
             together, so that positions and ``"last"`` are each text's own (a resampling ablation draws anew in each
             batch).
-        texts: a text, a list of texts, or tokens [text, pos], a tensor or an array.
+        texts: a text, a list of texts, a list of rows of token ids, or tokens [text, pos], a tensor or an array.
         given: prompts, one for all texts or one each: a text is scored as what continues its prompt. Both are cut into
             tokens as one, so that the text begins where it does in what a model reads.
         bos: read each text behind the tokenizer's ``bos_token``, or its end-of-document token if it has no other. None:
             as the model was trained (see ``model.to_tokens``).
+        split_special_tokens: read ``<|endoftext|>`` in a text as the characters that it is, as texts of others should
+            be.
         window: read longer texts than this in windows of so many tokens, each token once
             (:func:`reflowlens.scoring.windows.sliding_windows`); by default a text longer than ``n_ctx`` is an error.
         stride: tokens by which a window moves on; default: the window.
@@ -160,7 +167,7 @@ def score(
         [-7.51, -6.99]
     """
     hooked, texts = hooked_model(model), read_once(texts)
-    rows = rows_of(hooked, texts, given, bos)
+    rows = rows_of(hooked, texts, given, bos, split_special_tokens)
     found = predicted_rows(
         hooked, rows, window=window, stride=stride, batch=batch, memory=memory, progress=progress, desc="scoring"
     )

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from reflowlens.benchmarks import TrainBench, bench_sweep, bench_train
+from reflowlens.benchmarks import TrainBench, bench_score, bench_sweep, bench_train
 from reflowlens.benchmarks import train as train_module
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
@@ -163,6 +163,7 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr("reflowlens.benchmarks.bench_train", lambda bench, steps: called.append((bench, steps)))
     monkeypatch.setattr("reflowlens.benchmarks.run_benchmarks", lambda which: pd.DataFrame([{"benchmark": which}]))
     monkeypatch.setattr("reflowlens.benchmarks.bench_sweep", lambda: pd.DataFrame([{"benchmark": "sweeps"}]))
+    monkeypatch.setattr("reflowlens.benchmarks.bench_score", lambda: pd.DataFrame([{"benchmark": "sentences"}]))
     monkeypatch.setattr("reflowlens.benchmarks.bench_dictionary", lambda: pd.DataFrame([{"benchmark": "steps"}]))
     monkeypatch.setattr("reflowlens.benchmarks.bench_graph", lambda tokens: pd.DataFrame([{"graph": max(tokens)}]))
     assert main(["bench", "train", "--preset", "reflow_1_small", "--batch", "2", "--steps", "3", "--compile"]) == 0
@@ -174,6 +175,8 @@ def test_the_command(monkeypatch, capsys):
     assert main(["bench", "sweep"]) == 0
     assert len(called) == 1
     assert "sweeps" in capsys.readouterr().out
+    assert main(["bench", "score"]) == 0
+    assert "sentences" in capsys.readouterr().out
     assert main(["bench"]) == 0
     assert len(called) == 2
     printed = capsys.readouterr().out
@@ -195,3 +198,10 @@ def test_sweeps_are_compared_with_equal_results():
     assert (frame[["ours_ms", "other_ms", "ratio"]] > 0).all(axis=None)
     # What 5 suffixes of 1 to 5 positions leave out at least: all but 3 tokens of 5 in the mean.
     assert frame.loc["resid_pre", "flops"] > 5 / 3
+
+
+def test_scores_are_those_of_each_sentence_by_itself():
+    row = bench_score(tiny_config("reflow", n_ctx=48), sentences=24, rounds=1).iloc[0]
+    assert row["difference"] < 1e-5
+    assert row["ours_tokens_per_s"] > 0
+    assert row["ratio"] > 0

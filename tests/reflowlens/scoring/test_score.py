@@ -155,6 +155,29 @@ def test_tokens_are_scored_as_they_are():
     assert found.texts.equals(texts.texts)
 
 
+def test_rows_of_ids_of_several_lengths():
+    model = random_model("reflow")
+    found = rl.score(model, [[*b"the king"], [*b"a dog"]]).logprobs
+    for a, b in zip(found, rl.score(model, ["the king", "a dog"]).logprobs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_padding_of_the_vocabulary_has_no_bytes():
+    scores = rl.score(random_model("reflow"), [[97, 287]])
+    assert scores.tokens["token"].tolist() == ["a", "[unused 287]"]
+    assert scores.texts["text"].tolist() == ["a[unused 287]"]
+    assert scores.texts["bits_per_byte"].isna().all()
+
+
+def test_special_tokens_are_read_as_the_model_reads_them():
+    model = rl.build_model(tiny_config("reflow", d_vocab=1152, tokenizer_name="gpt2_1k"))
+    spelt, plain = (rl.score(model, "<|endoftext|>of it", split_special_tokens=split) for split in (False, True))
+    assert spelt.tokens["id"].tolist() == model.to_tokens("<|endoftext|>of it")[0].tolist()
+    assert plain.tokens["id"].tolist() == model.to_tokens("<|endoftext|>of it", split_special_tokens=True)[0].tolist()
+    begun = rl.score(model, "<|endoftext|>of it", bos=True)
+    np.testing.assert_allclose(begun.logprobs[0], spelt.logprobs[0][1:], rtol=1e-5)  # not behind two
+
+
 def test_logits_are_never_formed_of_everything(monkeypatch):
     """Of scored positions alone, so many at a time."""
     formed = []
