@@ -81,10 +81,10 @@ _CHOICES: dict[str, Collection[object]] = {
     "tokenizer_name": ("gpt2", "gpt2_16k", "gpt2_1k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
 }
-_OPTIONAL_SIZES = ("n_key_value_heads", "n_signals")
+_OPTIONAL_SIZES = ("n_key_value_heads", "n_signals", "original_n_ctx")
 # Far beyond any model: a damaged number is refused before it is built, and no product of sizes overflows.
 LARGEST = {"n_layers": 1 << 14, "d_model": 1 << 20, "n_heads": 1 << 14, "d_head": 1 << 20, "d_mlp": 1 << 24}
-LARGEST |= dict.fromkeys(("d_vocab", "n_ctx", "n_key_value_heads", "n_signals"), 1 << 24)
+LARGEST |= dict.fromkeys(("d_vocab", "n_ctx", "n_key_value_heads", "n_signals", "original_n_ctx"), 1 << 24)
 FILE_TOKENIZER = "tokenizer.json:"  # begins the name of a tokenizer that is a file; its hash follows
 
 
@@ -131,6 +131,8 @@ class ModelConfig(DecoderOptions):
         model_name: what the model is called; free text.
         original_architecture: the class of transformers that the model was imported from, to which an export goes back;
             empty of others, and of Llama and GPT-2.
+        original_n_ctx: the longest input that an imported model was made for, to which an export goes back, where
+            ``n_ctx`` keeps less of it; None otherwise.
         device, weights_dtype: where the parameters are, and the name of their type; kept up to date by the model.
         use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
             exist and are computed when hooked; a switch adds them to the default cache.
@@ -178,6 +180,7 @@ class ModelConfig(DecoderOptions):
     ttt_flow: TTTFlowConfig | None = None
     model_name: str = ""
     original_architecture: str = ""
+    original_n_ctx: int | None = None
     device: str = "cpu"
     weights_dtype: str = dataclasses.field(default="float32", compare=False)
     use_attn_result: bool = False
@@ -384,6 +387,7 @@ _OF_FEW_MODELS = {
     "scale_residual_init": True,
     "ttt_flow": None,
     "original_architecture": "",
+    "original_n_ctx": None,
     **OPTIONS,
 }
 

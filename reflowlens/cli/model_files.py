@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 
 from reflowlens.cli.arguments import Commands, add_command, add_model
@@ -49,7 +51,9 @@ def _export(options: argparse.Namespace) -> None:
 
 def _add_import(commands: Commands) -> None:
     parser = add_command(commands, "import", _import, "make a checkpoint of a model that transformers or nanoGPT saved")
-    parser.add_argument("source", type=Path, help="a transformers folder (GPT-2, Llama, Mistral, Qwen2), or a ckpt.pt")
+    parser.add_argument(
+        "source", type=Path, help="a transformers folder (GPT-2, Llama, Gemma, Pythia ...), or a ckpt.pt"
+    )
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
         "--from", dest="source_format", choices=["hf", "nanogpt"], help="default: hf for a folder, nanogpt for a file"
@@ -73,7 +77,11 @@ def _import(options: argparse.Namespace) -> None:
     names = ("tokenizer", "n_ctx", "n_heads", "topk")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    print(import_model(options.source, options.out, options.source_format, dtype=dtype, **chosen))
+    with warnings.catch_warnings(record=True) as told:
+        out = import_model(options.source, options.out, options.source_format, dtype=dtype, **chosen)
+    for warning in told:
+        print(warning.message, file=sys.stderr)
+    print(out)
 
 
 def _add_inspect(commands: Commands) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, CONFIG))
     family = _family_of(model.cfg)
-    cfg = family.as_family(model.cfg)
+    cfg = family.as_family(dataclasses.replace(model.cfg, n_ctx=model.cfg.original_n_ctx or model.cfg.n_ctx))
     dtype = dtype or next(model.parameters()).dtype
     tensors = {
         name: tensor.to(dtype).contiguous()
@@ -102,7 +103,8 @@ def import_hf(
         folder: holds ``config.json``, ``model.safetensors`` (or shards and their index) and ``tokenizer.json``.
         dtype: of the model; None keeps the stored type.
         n_ctx: longest input to keep; default: the model's own, of a rotary model at most 4,096, since every layer holds
-            angles and the key-value cache room for every position.
+            angles and the key-value cache room for every position. A warning tells if that is less; an export says what
+            the model was made for.
         tokenizer: ``gpt2``, ``gpt2_16k``, ``gpt2_1k``, ``bytes``, or the path of a ``tokenizer.json``; default: the
             folder's.
 
@@ -121,8 +123,13 @@ def import_hf(
     limit = (cfg.n_ctx if learned else min(cfg.n_ctx, DEFAULT_CONTEXT)) if n_ctx is None else n_ctx
     if not isinstance(limit, int) or not 1 <= limit <= cfg.n_ctx:
         raise ReflowlensError(f"n_ctx must be between 1 and {cfg.n_ctx}, which {folder} was made for, got {n_ctx}")
+    if n_ctx is None and limit < cfg.n_ctx:
+        warnings.warn(
+            f"{folder} was made for {cfg.n_ctx:,} tokens, of which {limit:,} are kept: n_ctx={cfg.n_ctx} keeps all",
+            stacklevel=2,
+        )
     if not learned:
-        cfg = dataclasses.replace(cfg, n_ctx=limit)
+        cfg = dataclasses.replace(cfg, n_ctx=limit, original_n_ctx=cfg.n_ctx if limit < cfg.n_ctx else None)
     with _stored_tensors(folder, family) as readers:
         if cfg.n_layers > len(readers):  # told before there is a list of what each layer needs
             raise ReflowlensError(f"{folder / CONFIG} has {cfg.n_layers:,} layers, its files {len(readers):,} tensors")

@@ -317,7 +317,11 @@ def test_a_shorter_context(tmp_path: Path) -> None:
     assert (windowed.cfg.n_ctx, windowed.cfg.window_size) == (64, 20)
     same_function(windowed, mistral)
     LlamaForCausalLM(LlamaConfig(**_LLAMA | {"max_position_embeddings": 100_000})).save_pretrained(tmp_path / "long")
-    assert import_hf(tmp_path / "long", tokenizer="bytes").cfg.n_ctx == 4096
+    with pytest.warns(UserWarning, match=r"was made for 100,000 tokens, of which 4,096 are kept: n_ctx=100000"):
+        cut = import_hf(tmp_path / "long", tokenizer="bytes")
+    assert (cut.cfg.n_ctx, cut.cfg.original_n_ctx) == (4096, 100_000)
+    export_hf(cut, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["max_position_embeddings"] == 100_000
     assert import_hf(tmp_path / "long", tokenizer="bytes", n_ctx=5000).cfg.n_ctx == 5000
     with pytest.raises(ReflowlensError, match=r"n_ctx must be between 1 and 64, .* got 65"):
         import_hf(tmp_path / "mistral", tokenizer="bytes", n_ctx=65)
