@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from analyses.result import Result as Result
     from analyses.runner.comparison import compare_models as compare_models
     from analyses.runner.suite import run_suite as run_suite
+    from analyses.tasks.activation_addition import activation_addition as activation_addition
     from analyses.tasks.causal_tracing import causal_tracing as causal_tracing
     from analyses.tasks.comparisons import last_words as last_words
     from analyses.tasks.comparisons import minimal_pairs as minimal_pairs
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EXPERIMENTS.values()} | {
     "Result": "result",
+    "activation_addition": "tasks.activation_addition",
     "causal_tracing": "tasks.causal_tracing",
     "compare_models": "runner.comparison",
     "composition_scores": "tasks.composition",

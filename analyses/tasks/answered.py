@@ -16,7 +16,9 @@ from torch import Tensor
 
 from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
+from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
+from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.residual import Readout
@@ -24,6 +26,7 @@ from reflowlens.prompts import Prompts
 
 MINIMUM_PROMPTS = 20  # below which no verdict is given
 _TOKENS_AT_ONCE = 4096
+_MOST_LAYERS = 12
 DEFINITIONS = {
     "accuracy": "share of prompts whose answer has a larger logit than the wrong answer; without wrong answers, than "
     "any other token",
@@ -194,3 +197,27 @@ def some_prompts(prompts: Prompts, quick: bool) -> Prompts:
 def shown(progress: bool | None) -> bool:
     """Whether to show a bar: by default on a terminal."""
     return sys.stderr.isatty() if progress is None else progress
+
+
+def layers_given(model: HookedModel, layers: Sequence[int] | None, ends: bool = False) -> list[int]:
+    """Layers as they are given, in order; by default every one, or at most `_MOST_LAYERS` at equal distances.
+
+    Args:
+        ends: whether ``n_layers``, the end of the model, is one.
+
+    Raises:
+        ReflowlensError: there is no such layer, or none is given.
+    """
+    n_layers = model.cfg.n_layers
+    if layers is None:
+        return sorted({round(layer) for layer in np.linspace(0, n_layers - 1, min(n_layers, _MOST_LAYERS))})
+    last, found = n_layers - 1 + ends, [integer(layer) for layer in layers]
+    if not found or any(layer is None or not 0 <= layer <= last for layer in found):
+        raise ReflowlensError(f"layers must be from 0 to {last}, got {list(layers)}")
+    return sorted({layer for layer in found if layer is not None})
+
+
+def halves(answered: Answered, seed: int) -> tuple[Answered, Answered]:
+    """Two halves of the prompts, drawn at random: to choose on, and to judge on."""
+    order = derive_rng(seed, "halves").permutation(len(answered)).tolist()
+    return answered.select(sorted(order[: len(order) // 2])), answered.select(sorted(order[len(order) // 2 :]))

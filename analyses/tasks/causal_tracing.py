@@ -30,6 +30,7 @@ from analyses.tasks.answered import (
     DEFINITIONS,
     MINIMUM_PROMPTS,
     Answered,
+    layers_given,
     numbers,
     performance_findings,
     performance_note,
@@ -38,7 +39,7 @@ from analyses.tasks.answered import (
     task_params,
 )
 from analyses.tasks.traced_runs import STATES, Measured, Traced, value_of
-from reflowlens.arguments import integer, is_one_of, number_of_runs, real_number
+from reflowlens.arguments import is_one_of, number_of_runs, real_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.base import HookedModel
@@ -47,7 +48,6 @@ from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
 
 ROLES = ("first subject token", "middle subject tokens", "last subject token", "further tokens", "last token")
-_LAYERS = 12  # at most, unless they are given
 _ROWS = 2048  # tokens of a batch, over all its noises
 _ROUNDING = 1e-6  # effects below this share of the answer are none
 OWN_DEFINITIONS = {
@@ -116,7 +116,7 @@ def causal_tracing(
     samples = max(2, number_of_runs(samples, "samples", 1) // (3 if quick else 1))
     first, last = chosen.positions(hooked, f"{subject}:first"), chosen.positions(hooked, subject)
     roles, subjects = roles_of(answered, first, last), subject_tokens(answered, first, last)
-    at_layers, width = _layers(hooked, layers), _window(hooked, window)
+    at_layers, width = layers_given(hooked, layers), _window(hooked, window)
     sublayers = [part for part in hooked.sublayers if part in ("attn", "mlp")]
     cells = [(kind, layer, role) for kind in (STATES, *sublayers) for layer in at_layers for role in ROLES]
     spread = real_number(noise, "noise") * embedding_spread(answered, subjects)
@@ -237,17 +237,6 @@ def window_of(layer: int, width: int, n_layers: int) -> list[int]:
     ([0, 1], [1, 2, 3, 4])
     """
     return list(range(max(0, layer - width // 2), min(n_layers, layer - width // 2 + width)))
-
-
-def _layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
-    n_layers = model.cfg.n_layers
-    if layers is None:
-        return sorted({round(layer) for layer in np.linspace(0, n_layers - 1, min(n_layers, _LAYERS))})
-    found = [integer(layer) for layer in layers]
-    for layer in found:
-        if layer is None or not 0 <= layer < n_layers:
-            raise ReflowlensError(f"layers must be from 0 to {n_layers - 1}, got {list(layers)}")
-    return sorted({layer for layer in found if layer is not None})
 
 
 def _window(model: HookedModel, window: int | None) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -32,11 +33,12 @@ from analyses.statistics.draws import derive_generator
 from analyses.statistics.pvalues import holm
 from analyses.statistics.verdicts import SIGNIFICANCE
 from analyses.tasks.answered import numbers, shown
-from analyses.tasks.writers import check_heads_and_mlps
+from analyses.tasks.writers import check_heads_and_mlps, held
 from reflowlens.arguments import is_one_of, names_given, number_of_runs
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.heatmap import heatmap
 from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.progress import bar
@@ -59,14 +61,15 @@ def composition_scores(
 ) -> Result:
     """Q-, K- and V-composition of every two heads of different layers, beside random matrices of equal spectrum.
 
-    It is read off weights: no prompt is run, and there is no task. Attention patterns, MLPs between the heads, biases
-    and rotary positions (the score of queries and keys is that at one position) are left out.
+    It is read off weights: no prompt is run, and there is no task. Attention patterns, MLPs between the heads, biases,
+    norms of queries and keys and rotary positions (the score is that at one position) are left out.
 
     Args:
         model: a decoder; query heads that share keys and values are each taken with theirs.
         modes: ``"Q"``, ``"K"``, ``"V"``, or several.
-        fold_norms: multiply the norm's weight into what a head reads and, of a LayerNorm, leave out the mean, as the
-            model does; False leaves both out, as in ``model.all_composition_scores``.
+        fold_norms: multiply the norm's weight into what a head reads (and writes, where a norm stands behind
+            attention) and, of a LayerNorm, leave out the mean, as the model does; False leaves both out, as in
+            ``model.all_composition_scores``.
         draws: of the baseline.
         quick: a fifth of the draws.
 
@@ -137,10 +140,12 @@ class Circuits:
         """The norm's divisor, which scales a head's whole input, drops out of the scores."""
         W_Q, W_K, W_V, W_O = (W.detach().float() for W in (model.W_Q, model.W_K, model.W_V, model.W_O))
         if fold_norms:
-            weights = torch.stack([block.ln1.w.detach().float() for block in model.blocks])
+            blocks = cast("list[Block]", list(model.blocks))
+            weights = torch.stack([block.ln1.w.detach().float() for block in blocks])
             W_Q, W_K, W_V = (weights[:, None, :, None] * W for W in (W_Q, W_K, W_V))
-            if model.blocks[0].ln1.centered:
+            if blocks[0].ln1.centered:
                 W_Q, W_K, W_V = (W - W.mean(dim=2, keepdim=True) for W in (W_Q, W_K, W_V))
+            W_O = torch.stack([held(block.ln1_post, W, torch.ones(1)) for block, W in zip(blocks, W_O, strict=True)])
         return cls(FactoredMatrix(W_Q, W_K.mT), FactoredMatrix(W_V, W_O))
 
     def reading(self, mode: str) -> FactoredMatrix:

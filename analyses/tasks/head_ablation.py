@@ -45,7 +45,13 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
-from analyses.tasks.writers import check_heads_and_mlps, component_names, layers_by_writers, written_by_heads
+from analyses.tasks.writers import (
+    check_heads_and_mlps,
+    component_names,
+    divisor_behind,
+    layers_by_writers,
+    written_by_heads,
+)
 from reflowlens.arguments import is_one_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.builders import bars
@@ -200,8 +206,10 @@ class Replacements:
 
 
 def outputs(batch: Answered, layer: int) -> list[Tensor]:
-    """``z`` [prompt, pos, head, d_head] and ``mlp_out`` [prompt, pos, d_model] of a layer."""
+    """``z`` [prompt, pos, head, d_head] and ``mlp_out`` [prompt, pos, d_model] of a layer, and the divisor of the norm
+    behind attention, [prompt, pos, 1], where there is one."""
     names = [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"]
+    names += divisor_behind(batch.model.blocks[layer], layer)
     _, cache = batch.model.run_with_cache(
         batch.tokens, stop_at_layer=layer + 1, names_filter=names, return_cache_object=False
     )
@@ -220,9 +228,9 @@ def _others(answers: list[int], rng: np.random.Generator) -> list[int]:
 
 def _cells(replaced: Replacements, batch: Answered, layer: int, generator: torch.Generator) -> list[list[Intervention]]:
     """Ablating nothing, then each head and the MLP of a layer, each with its random direction behind it."""
-    (z, mlp), (new_z, new_mlp) = replaced.of(batch, layer)
+    (z, mlp, *scale), (new_z, new_mlp, *_) = replaced.of(batch, layer)
     cells: list[list[Intervention]] = [[Replace("z", z, layer=layer)]]
-    changes = written_by_heads(batch.model.blocks[layer], new_z - z).unbind(dim=2)
+    changes = written_by_heads(batch.model.blocks[layer], new_z - z, scale[0] if scale else None).unbind(dim=2)
     for head, change in enumerate(changes):
         cells.append([Replace("z", new_z[:, :, head : head + 1], layer=layer, head=head)])
         cells.append([Steer("attn_out", _as_long(change, generator), layer=layer)])

@@ -146,3 +146,30 @@ def subject_prompts(n: int = 24) -> Prompts:
             for i in range(n)
         ]
     )
+
+
+# -- a feeling decides ------------------------------------------------------------------------------------------------
+
+FELT = 2
+
+
+def feeling_model(works: bool = True) -> HookedModel:
+    """The MLP of layer 2 writes `VERDICT`, "y" against "n", in proportion to `FEELING`, which "+" and "-" have."""
+    model = blank()
+    if works:
+        with torch.no_grad():
+            mlp = model.blocks[FELT].mlp
+            mlp.W_in[FEELING, :2] = torch.tensor([1.0, -1.0])
+            mlp.W_out[:2, VERDICT] = torch.tensor([1.0, -1.0])
+    return model
+
+
+def feeling_texts() -> tuple[list[str], list[str], Prompts]:
+    """Texts of either feeling, which differ in much else, and prompts of unequal lengths without any."""
+    positive = [f"{CAPITALS[:i]}{'.' * (i % 3)}+" for i in range(1, 9)]
+    negative = [f"{SMALLS[:i]}{'!' * (i % 4)}-" for i in range(1, 9)]
+    rows = [
+        {"clean": "." * (i % 5) + CAPITALS[i % 8] + SMALLS[i % 7], "answer": "y", "wrong_answer": "n"}
+        for i in range(48)
+    ]
+    return positive, negative, Prompts.of(rows)

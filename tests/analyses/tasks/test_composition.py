@@ -10,6 +10,7 @@ from analyses.tasks.composition import Circuits, composition_scores, random_over
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from tests.support.families import ours
 from tests.support.tiny import CONFIGS, random_model, tiny_config
 
 
@@ -18,10 +19,10 @@ def scores_of(result, mode):
     return frame.set_index(["layer", "head", "later_layer", "later_head"])["score"]
 
 
-@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied"])
+@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied", "gemma2", "olmo2"])
 @pytest.mark.parametrize("mode", ["Q", "K", "V"])
 def test_scores_are_those_of_dense_matrices_with_the_norm_folded_in_and_keys_of_their_own_group(name, mode):
-    model = random_model(tiny_config(name, n_layers=3))
+    model = random_model(tiny_config(name, n_layers=3)) if name in CONFIGS else ours(name)
     found = scores_of(composition_scores(model, mode, draws=50, progress=False), mode)
     cfg = model.cfg
 
@@ -32,7 +33,8 @@ def test_scores_are_those_of_dense_matrices_with_the_norm_folded_in_and_keys_of_
             read = (torch.eye(cfg.d_model) - 1 / cfg.d_model) @ read
         attn = block.attn
         qk = read @ attn.W_Q[head] @ (read @ attn.W_K[shared]).T
-        return {"Q": qk, "K": qk.T, "V": read @ attn.W_V[shared] @ attn.W_O[head]}
+        write = attn.W_O[head] if block.ln1_post is None else attn.W_O[head] * block.ln1_post.w
+        return {"Q": qk, "K": qk.T, "V": read @ attn.W_V[shared] @ write}
 
     assert len(found) == 3 * cfg.n_heads**2
     with torch.no_grad():
@@ -46,7 +48,7 @@ def test_without_the_norms_they_are_the_models_own():
     result = composition_scores(model, "K", fold_norms=False, draws=50, progress=False)
     expected = model.all_composition_scores("K")
     for place, score in scores_of(result, "K").items():
-        assert score == pytest.approx(float(expected[place]), rel=1e-4)
+        assert score == pytest.approx(float(expected[place].detach()), rel=1e-4)
 
 
 def test_the_baseline_is_that_of_matrices_drawn_whole():

@@ -12,8 +12,9 @@ from analyses.statistics.draws import derive_rng
 from analyses.tasks.head_ablation import WAYS, head_ablation
 from reflowlens.errors import ReflowlensError
 from reflowlens.prompts import Prompts
+from tests.support.families import ours
 from tests.support.planted_tasks import copying_model, copying_prompts
-from tests.support.tiny import random_model
+from tests.support.tiny import CONFIGS, random_model
 
 TEXTS = ("the king", "a kind of", "no", "on the road")
 PROMPTS = Prompts.of([{"clean": text, "answer": "abcd"[i], "wrong_answer": "wxyz"[i]} for i, text in enumerate(TEXTS)])
@@ -32,10 +33,10 @@ def put(head, new, x, hook):
 
 
 @pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied"])
+@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied", "gemma2", "gpt_neox"])
 @torch.no_grad()
 def test_effects_are_those_of_plain_hooks_on_each_prompt_alone(name, by):
-    model = random_model(name).eval()
+    model = random_model(name).eval() if name in CONFIGS else ours(name)
     effects = head_ablation(model, PROMPTS, by, progress=False).frames["effects"]
     caches = [model.run_with_cache(text)[1] for text in TEXTS]
     # all answers differ, so that any other prompt may be drawn

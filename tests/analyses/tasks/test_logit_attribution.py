@@ -12,6 +12,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.prompts import Prompts
+from tests.support.families import ours
 from tests.support.planted_tasks import copying_model, copying_prompts
 from tests.support.tiny import random_model
 
@@ -27,10 +28,14 @@ def contributions(model, prompts):
     return frame.pivot(index="prompt", columns="component", values="contribution")[frame["component"].unique()]
 
 
-@pytest.mark.parametrize("name", ["reflow", "reflow_lite", "gpt2_biased", "llama_untied", "gpt2_own_readout"])
+TINY = ("reflow", "reflow_lite", "gpt2_biased", "llama_untied", "gpt2_own_readout")
+
+
 @pytest.mark.parametrize("answer_alone", [False, True])
+@pytest.mark.parametrize("name", [*TINY, "gpt_neox", "gpt_neo", "phi", "olmo2"])
 def test_contributions_sum_to_the_logit_difference_of_each_prompt_alone(name, answer_alone):
-    model = random_model(name).eval()
+    """Of parallel blocks, of blocks with norms behind their sublayers and of others."""
+    model = random_model(name).eval() if name in TINY else ours(name)
     prompts = Prompts(RAGGED.frame.drop(columns="wrong_answer")) if answer_alone else RAGGED
     expected = []
     with torch.no_grad():
@@ -41,6 +46,19 @@ def test_contributions_sum_to_the_logit_difference_of_each_prompt_alone(name, an
     found = contributions(model, prompts)
     assert found.shape == (len(TEXTS), 2 + model.cfg.n_layers * (model.cfg.n_heads + 1))
     np.testing.assert_allclose(found.sum(axis=1), expected, rtol=0, atol=1e-5 * found.abs().sum(axis=1).max())
+
+
+def test_of_capped_logits_they_sum_to_the_difference_before_the_cap():
+    model, point = ours("gemma2"), "unembed.hook_logits_pre_cap"
+    result = direct_logit_attribution(model, RAGGED, draws=20, progress=False)
+    before = []
+    with torch.no_grad():
+        for row, text in enumerate(TEXTS):
+            logits = model.run_with_cache(text, names_filter=point)[1][point][0, -1]
+            before.append(float(logits[RAGGED.answer_ids(model)[row]] - logits[RAGGED.wrong_ids(model)[row]]))
+    found = result.frames["contributions"].groupby("prompt")["contribution"].sum()
+    np.testing.assert_allclose(found, before, atol=1e-4)
+    assert "caps logits" in " ".join(result.notes)
 
 
 def test_prompts_of_unequal_lengths_are_as_each_with_another_of_its_length():
