@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -246,7 +246,7 @@ class TextModel(HookedRootModule):
         Example: ``model.to_str_tokens("The king")  # ["The", " king"]``
         """
         if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
-            return [self.to_str_tokens(text, prepend_bos) for text in input]
+            return [self.to_str_tokens(text, prepend_bos) for text in cast("Sequence[str]", input)]
         ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())
 
@@ -283,7 +283,7 @@ class TextModel(HookedRootModule):
         if len(tokens) != 1:
             raise ReflowlensError(f"a token's position is that in one text, got {len(tokens)}")
         token = self.to_single_token(single_token) if isinstance(single_token, str) else integer(single_token)
-        found = (tokens[0] == token).nonzero()[:, 0].tolist()
+        found = [i for i, other in enumerate(tokens[0].tolist()) if other == token]
         if not found:
             raise ReflowlensError(f"the token {single_token!r} does not occur in {self.to_str_tokens(tokens)}")
         return found[0 if mode == "first" else -1]
