@@ -19,6 +19,8 @@ _SYMBOLS = {
     "error": "diamond-open",
     "embedding": "square",
     "position": "square-open",
+    "bigram": "square-open",
+    "token_value": "square-open",
     "signal": "square-open",
     "readout": "hexagon",
     "logit": "star",

@@ -40,6 +40,8 @@ class FlowRefiner(nn.Module):
         self.W_up = nn.Parameter(torch.empty(cfg.flow_width, d_model))  # U
         self.gate = nn.Parameter(torch.empty(1))  # γ
         self.hook_latent = HookPoint()  # [batch, pos, flow_width], z
+        self.hook_flow_pre = HookPoint()  # [batch, pos, flow_hidden], z A₁ + a₁
+        self.hook_flow_post = HookPoint()  # [batch, pos, flow_hidden], its neurons
         self.hook_velocity = HookPoint()  # [batch, pos, flow_width], v
         self.hook_delta = HookPoint()  # [batch, pos, d_model], what is added to the stream
 
@@ -54,7 +56,8 @@ class FlowRefiner(nn.Module):
 
     def velocity(self, z: Float[Tensor, "*batch flow_width"]) -> Float[Tensor, "*batch flow_width"]:
         """v at a point of the narrow space."""
-        return F.gelu(z @ self.W_in + self.b_in) @ self.W_out + self.b_out
+        neurons = self.hook_flow_post(F.gelu(self.hook_flow_pre(z @ self.W_in + self.b_in)))
+        return neurons @ self.W_out + self.b_out
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         z = self.hook_latent(x @ self.W_down)

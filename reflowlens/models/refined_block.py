@@ -90,6 +90,8 @@ class RefinedAttention(Attention):
         self.gain = nn.Parameter(torch.empty(cfg.n_heads))
         self.rotary = Rotary(cfg, own.rotary_channels, _slowed(cfg.rotary_base, cfg.n_ctx, own))
         self.hook_value = HookPoint()  # [batch, pos, kv_head, d_head], values with those of the tokens
+        if self.is_exclusive:
+            self.hook_excluded = HookPoint()  # [batch, pos, kv_head, d_head], the direction that heads lose
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
@@ -110,17 +112,19 @@ class RefinedAttention(Attention):
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.queries_keys_values(resid, ln1)
         v = self.hook_value(v if of_tokens is None else v + of_tokens)
-        q, k = (self._turned(rms_norm(x, self.cfg.eps), places.positions) for x in (q, k))
+        q, k = (self.turned(rms_norm(x, self.cfg.eps), places.positions) for x in (q, k))
         q, k = self.hook_rot_q(q * self.gain[:, None]), self.hook_rot_k(k)
         z = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)
         if self.is_exclusive:
-            own = F.normalize(v, dim=-1).repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, dim=2)
+            own = self.hook_excluded(F.normalize(v, dim=-1))
+            own = own.repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, dim=2)
             z = z - (z * own).sum(-1, keepdim=True) * own
         return self.output(self.hook_z(z))
 
-    def _turned(
+    def turned(
         self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
     ) -> Float[Tensor, "batch pos head d_head"]:
+        """The first channels of each head by their position, the others as they are."""
         n = self.rotary.cos.shape[-1]
         return torch.cat([self.rotary(x[..., :n], positions), x[..., n:]], dim=-1)
 

@@ -110,7 +110,12 @@ class TokenValues(nn.Module):
         self, values: Float[Tensor, "batch pos kv_head d_head"], layer: int
     ) -> Float[Tensor, "batch pos kv_head d_head"] | None:
         """Those that a block adds; None of a block that adds none."""
-        return None if layer < self.first else self.layer_scale[layer - self.first] * values
+        scale = self.scale_of(layer)
+        return None if scale is None else scale * values
+
+    def scale_of(self, layer: int) -> Float[Tensor, ""] | None:
+        """What a block multiplies them with; None of a block that adds none."""
+        return None if layer < self.first else self.layer_scale[layer - self.first]
 
 
 def continues(positions: Positions, device: torch.device) -> Bool[Tensor, "#batch pos"]:

@@ -38,7 +38,7 @@ from reflowlens.models.hooking import AXES
 from reflowlens.models.parts import is_hooked
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places
-from reflowlens.models.refined_block import FixedNorm, RefinedBlock, rms_norm
+from reflowlens.models.refined_block import FixedNorm, RefinedBlock
 from reflowlens.models.residual import Embed, FormedReadout, Readout, ResidualModel, Unembed
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import reading_forward
@@ -67,13 +67,14 @@ class TTTFlow(ResidualModel):
     reads_last_stream: ClassVar[bool] = False
     units: ClassVar[Mapping[str, str | None]] = {"mlp.hook_post": None}  # W_out's rows are scaled by w_mlp
     point_axes = AXES | {
-        **dict.fromkeys(("hook_value", "hook_token_values"), ("batch", "pos", "head", "d_head")),
+        **dict.fromkeys(("hook_value", "hook_token_values", "hook_excluded"), ("batch", "pos", "head", "d_head")),
         "hook_W": ("batch", "head", "key", "value"),
         "hook_c": ("batch", "head", "value"),
         "hook_grad": ("batch", "head", "pos_in_chunk", "value"),
         "hook_out": ("batch", "pos", "head", "value"),
         "hook_latent": ("batch", "pos", "flow"),
         "hook_velocity": ("batch", "pos", "flow"),
+        **dict.fromkeys(("hook_flow_pre", "hook_flow_post"), ("batch", "pos", "flow_hidden")),
         "hook_logits_pre_cap": ("batch", "pos", "d_vocab"),
     }
 
@@ -84,6 +85,7 @@ class TTTFlow(ResidualModel):
         self.unembed = CappedUnembed(self, own.logit_cap)
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.bigram = Bigram(own, cfg.d_model)
+        self.ln_embed = FixedNorm(cfg)
         self.smear = SmearGate(cfg)
         self.values = TokenValues(own, cfg) if own.value_layers else None
         self.blocks = nn.ModuleList([RefinedBlock(cfg, layer) for layer in range(cfg.n_layers)])
@@ -105,7 +107,7 @@ class TTTFlow(ResidualModel):
         before = None if cache is None or not cache.length else (cache.last_token, cache.last_vector)
         goes_on = continues(positions, tokens.device)
         pairs = self.bigram(tokens, None if before is None else before[0], goes_on)
-        x = rms_norm(self.embed_tokens(tokens, weights, positions) + pairs, self.cfg.eps)
+        x = self.ln_embed(self.embed_tokens(tokens, weights, positions) + pairs)
         first = self.smear(x, None if before is None else before[1], goes_on)
         if cache is not None:
             cache.last_token, cache.last_vector = tokens[:, -1], x[:, -1]

@@ -31,7 +31,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.models.flow_refiner import GATE_INIT
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
-_INNER_EPS, _OUT_EPS = 1e-6, 1e-5
+INNER_EPS, OUT_EPS = 1e-6, 1e-5
 _START_STD = 0.02
 
 
@@ -151,7 +151,7 @@ class TTTLinear(nn.Module):
             held = texts >= 0
             read_as = torch.zeros_like(q).flatten(0, 1).index_copy(0, texts[held], of_texts[held]).view_as(q)
         out = self.hook_out(read_as)
-        normal = torch.nn.functional.layer_norm(out.flatten(2), x.shape[-1:], self.w_norm, self.b_norm, _OUT_EPS)
+        normal = torch.nn.functional.layer_norm(out.flatten(2), x.shape[-1:], self.w_norm, self.b_norm, OUT_EPS)
         return x + self.hook_delta(self.gate.sigmoid() * (normal @ self.W_O)), state
 
     def _read(
@@ -173,7 +173,7 @@ class TTTLinear(nn.Module):
 
     def inner_norm(self, z: Float[Tensor, "batch head pos f"]) -> Float[Tensor, "batch head pos f"]:
         """LN of the inner loss, with a weight and a bias a head."""
-        normal = torch.nn.functional.layer_norm(z, z.shape[-1:], eps=_INNER_EPS)
+        normal = torch.nn.functional.layer_norm(z, z.shape[-1:], eps=INNER_EPS)
         return normal * self.w_inner[:, None] + self.b_inner[:, None]
 
     def inner_loss(
@@ -188,7 +188,7 @@ class TTTLinear(nn.Module):
         """∂ℓ/∂z of each token, through LN."""
         z = k @ W + c[..., None, :]
         centred = z - z.mean(-1, keepdim=True)
-        scale = (centred.pow(2).mean(-1, keepdim=True) + _INNER_EPS).sqrt()
+        scale = (centred.pow(2).mean(-1, keepdim=True) + INNER_EPS).sqrt()
         normal = centred / scale
         error = normal * self.w_inner[:, None] + self.b_inner[:, None] - (v - k)
         along = error * self.w_inner[:, None]

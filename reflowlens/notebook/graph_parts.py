@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from reflowlens.circuits.attribution.graph import LEFT_OUT
+from reflowlens.circuits.attribution.graph import LEFT_OUT, PROMPT
 from reflowlens.circuits.attribution.scores.influence import Shares
 from reflowlens.circuits.attribution.scores.sums import sums_of
 from reflowlens.config import nearest
@@ -87,7 +87,7 @@ def checked_groups(graph: AttributionGraph, groups: Groups) -> Groups:
 def _kept(graph: AttributionGraph, max_nodes: int) -> Any:
     """Which nodes the page holds."""
     nodes = graph.nodes
-    always = (nodes["kind"].isin(["embedding", "position"]) | (nodes["target"] > 0)).to_numpy()
+    always = (nodes["kind"].isin(PROMPT) | (nodes["target"] > 0)).to_numpy()
     is_constant = nodes["kind"].isin(LEFT_OUT).to_numpy()
     cumulative = nodes["cumulative"].to_numpy()
     others = np.sort(cumulative[~always & ~is_constant])

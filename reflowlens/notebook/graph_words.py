@@ -76,7 +76,7 @@ def _unembedding(traced: Traced) -> Float[Tensor, "token d_model"]:
     """Directions of the tokens in the stream, of a LayerNorm centred."""
     model = traced.model
     tokens = torch.arange(model.tokenizer.n_vocab, device=traced.tokens.device)
-    rows = model.tokens_to_residual_directions(tokens).detach()
+    rows = (model.unembedding_rows(tokens) * model.ln_final.w).detach()
     return rows - rows.mean(-1, keepdim=True) if getattr(model.ln_final, "centered", False) else rows
 
 

@@ -118,7 +118,7 @@ def test_the_page_names_the_points_of_a_refined_model_and_their_shapes():
     assert set(described) == {re.sub(r"steps\.\d+", "steps.{m}", name) for name in plain}
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
     letters = {"B": len(tokens), "T": tokens.shape[1], "d": 16, "H": 4, "K": 2, "h": 6, "M": 20, "1": 1}
-    letters |= {"P": 2, "f": 8, "b": 4, "w": 6, "V": 256}
+    letters |= {"P": 2, "f": 8, "b": 4, "w": 6, "u": 256, "V": 256}
     for point, shape in described.items():
         found = cache[point.format(l=2, m=0)].shape
         assert list(found) == [letters[axis] for axis in shape.split(", ")], point

@@ -19,7 +19,8 @@ import reflowlens as rl
 from reflowlens.circuits.attribution.directions import PLACES
 from reflowlens.config import ModelConfig, preset
 from reflowlens.models.base import HookedModel
-from tests.reference.attribution import Frozen, FrozenBDH
+from reflowlens.ttt_flow_config import TTTFlowConfig
+from tests.reference.attribution import Frozen, FrozenBDH, FrozenTTTFlow
 from tests.support.dictionaries import Kind, dictionary_of
 from tests.support.tiny import CONFIGS, FACTORED, NAMES, random_model, random_tokens
 
@@ -30,7 +31,19 @@ BDH = ModelConfig(
 TINY_TRANSCODER = dataclasses.replace(
     preset("tiny_transcoder_gpt"), d_model=32, n_heads=3, d_head=10, d_mlp=48, d_vocab=288, tokenizer_name="bytes"
 )
-MODELS = {name: CONFIGS[name] for name in NAMES} | {"tiny_transcoder_gpt": TINY_TRANSCODER, "bdh": BDH}
+TTT_FLOW = ModelConfig(
+    architecture="ttt_flow", n_layers=5, d_model=16, n_heads=4, n_key_value_heads=2, d_head=6, d_mlp=20, d_vocab=256,
+    n_ctx=32, tokenizer_name="bytes",
+    ttt_flow=TTTFlowConfig(
+        ttt_heads=2, ttt_chunk=3, flow_width=6, flow_hidden=10, bigram_slots=13, bigram_width=6, value_width=5,
+        value_layers=2, exclusive_layers=3, rotary_channels=4, rotary_context=16,
+    ),
+)  # fmt: skip
+MODELS = {name: CONFIGS[name] for name in NAMES} | {
+    "tiny_transcoder_gpt": TINY_TRANSCODER,
+    "bdh": BDH,
+    "ttt_flow": TTT_FLOW,
+}
 N_TOKENS, NEURONS = 5, 8
 
 
@@ -113,7 +126,8 @@ def measure(model_name: str, nodes_name: str) -> Measured:
     if model_name == "bdh":
         frozen: Frozen = FrozenBDH(model, tokens, NEURONS)
     else:
-        frozen = Frozen(model, tokens, dictionary, NEURONS, signals="signal" in kinds, heads="head" in kinds)
+        kind = FrozenTTTFlow if model_name == "ttt_flow" else Frozen
+        frozen = kind(model, tokens, dictionary, NEURONS, signals="signal" in kinds, heads="head" in kinds)
     rows, found, worst = list(graph.nodes.itertuples()), graph.matrix.toarray(), []
     expected_targets = targets_of(rows, frozen, directions)
     for i, target in expected_targets.items():
@@ -142,7 +156,7 @@ def directions_of(model: HookedModel) -> dict[str, rl.DirectionAt]:
 
 def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> np.ndarray:
     """The edges of one target by autograd, in the order of a graph's nodes."""
-    leaf = {kind: edges[kind,] for kind in ("bias", "embedding", "position", "signal", "readout") if (kind,) in edges}
+    leaf = {name[0]: product for name, product in edges.items() if len(name) == 1}
     nothing = torch.tensor(0.0)
     where = {
         "rest": lambda node: nothing,
@@ -151,6 +165,8 @@ def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> np.n
         "bias": lambda node: leaf["bias"][node.layer],
         "embedding": lambda node: leaf["embedding"][node.pos],
         "position": lambda node: leaf["position"][node.pos],
+        "bigram": lambda node: leaf["bigram"][node.pos],
+        "token_value": lambda node: leaf["token_value"][node.pos],
         "signal": lambda node: leaf["signal"][node.pos, node.feature],
         "readout": lambda node: leaf["readout"][0, -1, node.feature],
         "error": lambda node: edges["error", node.layer][node.pos],

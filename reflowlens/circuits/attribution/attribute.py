@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reflowlens.arguments import whole_number
 from reflowlens.circuits.attribution.directions import DirectionAt, checked, directions_of
-from reflowlens.circuits.attribution.edges.ends import end_of, inputs_of, no_end
+from reflowlens.circuits.attribution.edges.ends import ADDED, end_of, inputs_of, no_end
 from reflowlens.circuits.attribution.edges.engine import Engine
 from reflowlens.circuits.attribution.edges.layout import layout_of, possible_edges
 from reflowlens.circuits.attribution.edges.rows import BYTES_AN_EDGE, SparseRows
@@ -40,6 +40,7 @@ from reflowlens.models.unwrapping import Function, guarded, hooked_model
 from reflowlens.progress import bar
 from reflowlens.sweeps.batching import check_budget
 
+_BEFORE_CAP = "unembed.hook_logits_pre_cap"
 _FEWEST_EDGES = 16  # of a target, below which a graph says little
 
 
@@ -75,7 +76,7 @@ def attribute(
     """The attribution graph of a prompt: what made which feature active, and what made the prediction.
 
     Args:
-        model: a hooked decoder or BDH, compiled or not.
+        model: a hooked decoder, TTTFlow or BDH, compiled or not.
         prompt: one text, or its tokens; two at least.
         dictionary: transcoders of the model's MLPs: a layer each or cross-layer, with a skip or without. Its active
             features are nodes. None: the model's own neurons are, of BDH the gated ones.
@@ -97,13 +98,14 @@ def attribute(
         progress: show a bar; by default on a terminal.
 
     Returns:
-        The graph. For every target, incoming edges add up to its pre-activation or logit.
+        The graph. For every target, incoming edges add up to its pre-activation or logit, of a model that caps its
+        logits to the logit in front of the cap.
 
     Raises:
-        ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder or BDH, is not in float32,
-            or is changed by hooks, activations or a dictionary's output are not finite, the dictionary belongs to
-            another model or is none of MLPs, no feature is active, a target does not exist, or not even 16 edges a node
-            fit ``memory``.
+        ReflowlensError: the prompt is not one of two tokens or more, the model is no decoder, TTTFlow or BDH, is not in
+            float32, or is changed by hooks, activations or a dictionary's output are not finite, the dictionary belongs
+            to another model or is none of MLPs, no feature is active, a target does not exist, or not even 16 edges a
+            node fit ``memory``.
 
     Example: ``rl.attribute(model, "The capital of France is", dictionary).prune().edges``
     """
@@ -159,8 +161,8 @@ def trace(
         raise ReflowlensError(f"signals=True is for models with recipes, and a {type(model).__name__} has none")
     by_signals = factored and (dictionary is None if signals is None else bool(signals))
 
-    ends = ("hook_embed", "hook_pos_embed", "hook_recipe", "ln_final.hook_normalized")
-    points = parts.points() + [name for name in ends if name in model.hook_dict]
+    ends = ("hook_embed", *ADDED.values(), "hook_recipe", "ln_final.hook_normalized", _BEFORE_CAP)
+    points = parts.points(tokens.shape[1]) + [name for name in ends if name in model.hook_dict]
     points += [direction.point for direction in directions]
     logits, cache = model.run_with_cache(tokens, names_filter=points)
     _check_finite(logits, cache)
@@ -172,7 +174,8 @@ def trace(
         end = no_end(cache["hook_embed"], directions_of(directions, cache))
     else:
         normalized = cache["ln_final.hook_normalized"][0, -1] if by_signals else None
-        end = end_of(model, logits[0, -1], asked_tokens, against, normalized)
+        before_cap = cache[_BEFORE_CAP][0, -1] if _BEFORE_CAP in cache else None
+        end = end_of(model, logits[0, -1], asked_tokens, against, normalized, before_cap)
     frozen = parts.frozen(cache, replacement)
     del cache, logits
 
@@ -186,7 +189,7 @@ def empty_rows(engine: Engine, edges_per_node: int | None, memory: float) -> Spa
     Raises:
         ReflowlensError: not even 16 edges a node fit ``memory``.
     """
-    n_edges, n_targets = possible_edges(engine.layout, engine.replacement, engine.inputs)
+    n_edges, n_targets = possible_edges(engine.layout, engine.replacement, engine.inputs, engine.frozen.alone)
     per_row = _edges_per_node(n_edges, n_targets, edges_per_node, memory)
     n_kept = engine.layout.first_input[0]
     if per_row is not None:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from reflowlens.circuits.attribution.performed.validation import Validation
     from reflowlens.circuits.attribution.traced import Traced
 
-INPUTS = ("embedding", "position", "signal")
+INPUTS = ("embedding", "position", "signal", "bigram", "token_value")
+PROMPT = tuple(kind for kind in INPUTS if kind != "signal")  # which pruning keeps
 LEFT_OUT = ("bias", "rest")
 LEAVES = (*INPUTS, *LEFT_OUT, "error")
 
@@ -42,9 +43,10 @@ class AttributionGraph:
 
             ===============  ==========================================================================================
             ``node``         its name, such as ``feature:2.17@5`` (block, number, position)
-            ``kind``         ``feature``, ``neuron``, ``head``, ``error``, ``embedding``, ``position``, ``signal`` (of a
-                             recipe), ``readout`` (a signal read off the end), ``bias``, ``rest`` (edges that were not
-                             kept), ``logit``, ``direction`` (of the stream, as a target)
+            ``kind``         ``feature``, ``neuron``, ``head``, ``error``, ``embedding``, ``position``, ``bigram`` and
+                             ``token_value`` (of a TTTFlow), ``signal`` (of a recipe), ``readout`` (a signal read off
+                             the end), ``bias``, ``rest`` (edges that were not kept), ``logit``, ``direction`` (of the
+                             stream, as a target)
             ``layer``        its block; -1 of inputs, the number of blocks behind the last
             ``pos``          its position; missing of ``bias`` and ``rest``
             ``feature``      number of the feature, neuron, head or signal; of ``embedding`` and ``logit`` the token's
@@ -210,7 +212,7 @@ class AttributionGraph:
         for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
             if not 0 <= real_number(threshold, name) <= 1:
                 raise ReflowlensError(f"{name} is a share from 0 to 1, got {threshold!r}")
-        always = self._is("embedding", "position") | (self.nodes["target"].to_numpy() > 0)
+        always = self._is(*PROMPT) | (self.nodes["target"].to_numpy() > 0)
         kinds = Kinds(always, self._is(*LEAVES), self._is(*LEFT_OUT))
         kept = prune(self.matrix, self.shares, kinds, node_threshold, edge_threshold)
         return AttributionGraph(

@@ -35,7 +35,7 @@ class LogitTargets:
         vectors: what is multiplied with the readout's features: of a token its column less the vocabulary's mean, of a
             difference one column less the other.
         bias: the same of the readout's bias.
-        value: the logit less the mean logit, or the difference of two.
+        value: the logit less the mean logit, or the difference of two; in front of a cap where the model has one.
     """
 
     name: list[str]
@@ -91,6 +91,7 @@ def logit_targets(
     tokens: list[Any] | None,
     against: Any,
     readout: Float[Tensor, "d_vocab k"],
+    before_cap: Float[Tensor, " d_vocab"] | None = None,
 ) -> LogitTargets:
     """Tokens, or the likeliest, of the last position.
 
@@ -99,6 +100,7 @@ def logit_targets(
         tokens: texts or ids; None: the smallest set that reaches 95% of the probability, at most 10.
         against: the text or id of the token that each is compared with, or None.
         readout: the matrix by which logits are read.
+        before_cap: logits in front of the model's cap; None: it has none.
 
     Raises:
         ReflowlensError: a text is not a single token, or ``against`` comes without a token.
@@ -113,10 +115,11 @@ def logit_targets(
     else:
         ids = token_ids(model, tokens).to(logits.device)
     texts = [_text(model, token) for token in ids.tolist()]
+    share = logits[ids].cpu().double().softmax(-1)
+    logits = logits if before_cap is None else before_cap
     if against is None:
         vectors, bias = readout[ids] - readout.mean(0), b_U[ids] - b_U.mean()
         value, names = logits[ids] - logits.mean(), [f"logit:{token}" for token in ids.tolist()]
-        share = logits[ids].cpu().double().softmax(-1)
         return LogitTargets(names, texts, ids.tolist(), probability[ids], share, vectors, bias, value)
     (other,) = token_ids(model, [against]).tolist()
     if other in ids.tolist():

@@ -46,6 +46,13 @@ class Traced:
         known = self.tokens[self.tokens < self.model.tokenizer.n_vocab]
         return str(self.model.to_string(known))
 
+    def n_units(self, block: int) -> int:
+        """How many features or neurons a block has, nodes or not; a dictionary has none in the place of a refiner."""
+        cfg = self.model.cfg
+        if cfg.ttt_flow is not None and block >= cfg.n_layers:
+            return cfg.ttt_flow.flow_hidden if self.dictionary is None else 0
+        return cfg.d_mlp if self.dictionary is None else self.dictionary.cfg.n_features
+
     def position(self, where: Any, name: str) -> int:
         """A position of the prompt, counted from its beginning.
 

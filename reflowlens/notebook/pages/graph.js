@@ -52,7 +52,7 @@ const numberOf = new Map(nodes.map((node, i) => [node.id, i]));
 const edges = Object.fromEntries([["source", Uint16Array], ["target", Uint16Array], ["weight", Float32Array], ["score", Float32Array]].map(([name, Kind]) => [
   name, new Kind(Uint8Array.from(atob(data.edges[name]), (letter) => letter.charCodeAt(0)).buffer),
 ]));
-const INPUTS = ["embedding", "position"]; // always there: the prompt
+const INPUTS = ["embedding", "position", "bigram", "token_value"]; // always there: the prompt
 const isTarget = (node) => node.target > 0;
 // What the edges down to each have together of all scores, in their order: the highest first.
 const upTo = new Float64Array(edges.score.length);
@@ -239,6 +239,7 @@ function aboveThreshold() {
 
 const KINDS = {
   feature: t("feature"), neuron: t("neuron"), head: t("attention head"), error: t("error"), embedding: t("token"), position: t("position"),
+  bigram: t("pair of tokens"), token_value: t("value of a token"),
   signal: t("recipe signal"), readout: t("readout signal"), logit: t("target"), direction: t("direction"), group: t("group"),
 };
 const kindOf = (item) => KINDS[item.kind] ?? item.kind;

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.edges.layout import End, Inputs
+from reflowlens.circuits.attribution.linear.replacement import TOKEN_VALUES
 from reflowlens.circuits.attribution.targets import LogitTargets, logit_targets
 from reflowlens.models.residual import ResidualModel
+
+ADDED = {
+    "position": "hook_pos_embed",
+    "bigram": "bigram.hook_bigram",
+    TOKEN_VALUES: "values.hook_token_values",
+}  # what is read beside embeddings, and where
 
 
 def inputs_of(
@@ -22,7 +29,10 @@ def inputs_of(
     embedded: Float[Tensor, "pos d_model"],
     by_signals: bool,
 ) -> list[Inputs]:
-    """What the stream begins with: what the tokens' embeddings add, or the signals of their recipes; and positions."""
+    """What the stream begins with: what the tokens' embeddings add, or the signals of their recipes; and positions.
+
+    Of a TTTFlow also what pairs of tokens add, and what tokens add to the values of the last blocks.
+    """
     positions = torch.arange(len(tokens), device=tokens.device)
     if by_signals:
         recipe = cache["hook_recipe"][0]
@@ -32,9 +42,11 @@ def inputs_of(
         return [Inputs("signal", signal, position, entries, entries[:, None] * basis[signal])]
     ones = embedded.new_ones(len(tokens))
     found = [Inputs("embedding", tokens, positions, ones, embedded)]
-    if "hook_pos_embed" in model.hook_dict:
-        found.append(Inputs("position", positions, positions, ones, cache["hook_pos_embed"][0]))
-    return found
+    return found + [
+        Inputs(kind, positions, positions, ones, cache[point][0].flatten(1))
+        for kind, point in ADDED.items()
+        if point in model.hook_dict
+    ]
 
 
 def end_of(
@@ -43,6 +55,7 @@ def end_of(
     tokens: list[Any] | None,
     against: Any,
     normalized: Float[Tensor, " d_model"] | None,
+    before_cap: Float[Tensor, " d_vocab"] | None,
 ) -> End:
     """Tokens as targets.
 
@@ -50,15 +63,16 @@ def end_of(
         logits: of the last position.
         tokens, against: as in :func:`~reflowlens.circuits.attribution.targets.logit_targets`.
         normalized: what the final norm made of the stream, of a readout by way of signals.
+        before_cap: the logits in front of a cap, which are what is explained.
     """
     weights, norm = model.tied_weights(), model.ln_final
     norm_bias = getattr(norm, "b", None)  # of a BDH, whose stream is read as it is, there is none
     if normalized is not None:
         recipe, basis = weights
-        targets = logit_targets(model, logits, tokens, against, recipe)
+        targets = logit_targets(model, logits, tokens, against, recipe, before_cap)
         rows, bias = basis, torch.zeros_like(basis[:, 0])
     else:
-        targets = logit_targets(model, logits, tokens, against, model.W_U.T)
+        targets = logit_targets(model, logits, tokens, against, model.W_U.T, before_cap)
         rows, bias = targets.vectors, targets.bias
     constant = bias if norm_bias is None else bias + rows @ norm_bias
     rows = rows * norm.w

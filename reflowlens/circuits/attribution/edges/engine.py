@@ -19,7 +19,7 @@ from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.edges.layout import End, Inputs, Layout, running
 from reflowlens.circuits.attribution.linear.frozen_model import Carried, FrozenModel
 from reflowlens.circuits.attribution.linear.replacement import Replacement, Units
-from reflowlens.circuits.attribution.linear.ways import Within, dense
+from reflowlens.circuits.attribution.linear.ways import Branches, Within, dense
 
 BYTES_AT_ONCE = 2**24  # of gradients that are carried: what a processor keeps near
 
@@ -50,7 +50,7 @@ class Engine:
     ) -> None:
         self.frozen, self.replacement, self.inputs, self.end, self.layout = frozen, replacement, inputs, end, layout
         self.stages = replacement.stages
-        self._alone = bool(replacement.heads)  # what reads one position is connected with that alone, heads apart
+        self._alone = bool(replacement.heads) and frozen.alone  # but for heads
         self.first_stage = [block * (1 + bool(replacement.heads)) for block in range(layout.n_blocks + 1)]
         n = layout.n_positions
         self.unit_starts = [_starts(stage.units.position, n) for stage in self.stages]
@@ -105,8 +105,7 @@ class Engine:
         return self.edges_into(n_blocks, stream, self.end.constant[part], n_blocks)
 
     def _of_directions(self, directions: Directions, part: slice) -> Float[Tensor, "target node"]:
-        at, layer, positions = directions.at, directions.layer, directions.positions[part]
-        return self._row_values(*self.frozen.enter_at(at, layer, directions.rows[part], positions), layer)
+        return self.edges_at(directions.at, directions.layer, directions.rows[part], directions.positions[part])
 
     def _of_signals(self, signals: Float[Tensor, " signal"]) -> Float[Tensor, "target node"]:
         """Logits, of the signals of the readout."""
@@ -115,6 +114,12 @@ class Engine:
         values[:, layout.bias(layout.n_blocks)] = targets.bias
         values[:, layout.first_signal :] = targets.vectors * signals
         return values
+
+    def edges_at(
+        self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
+    ) -> Float[Tensor, "target node"]:
+        """The edges into rows that read the stream, or what a norm made of it, at one position each."""
+        return self._row_values(*self.frozen.enter_at(at, layer, rows, positions), layer)
 
     def edges_into(
         self, block: int, carried: Carried, constant: Float[Tensor, " target"], constant_of: int
@@ -132,8 +137,8 @@ class Engine:
         for number in reversed(range(bool(self._ahead), stage)):
             carried, written, constant = self.frozen.descend(number, carried)
             self._add_written(values, number, written, constant)
-        stream = carried if isinstance(carried, Within) else dense(carried)
-        if stage and self._ahead and not isinstance(stream, Within):
+        stream = carried if isinstance(carried, Within | Branches) else dense(carried)
+        if stage and self._ahead and isinstance(stream, Tensor):
             middle, constant = self.frozen.descend_to_middle(stream)
             self._add_written(values, 0, stream, constant)
             middle = middle.transpose(0, 1).flatten(1)
@@ -142,7 +147,7 @@ class Engine:
                 torch.mm(middle, ahead[: middle.shape[1], :n], out=values[:, first : first + n])
             return values
         for first, each, starts in zip(layout.first_input[:-1], self.inputs, self.input_starts, strict=True):
-            _add_products(values, first, starts, each.vectors, stream)
+            _add_products(values, first, starts, each.vectors, self.frozen.at_inputs(stream, each.kind))
         return values
 
     def _add_written(

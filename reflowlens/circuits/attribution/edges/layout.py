@@ -20,8 +20,8 @@ class Inputs:
     """What the stream begins with.
 
     Args:
-        kind: ``"embedding"``, ``"position"`` or, of reFlow, ``"signal"``.
-        index: the token, or the signal, of each; the positions have none of their own.
+        kind: ``"embedding"``, ``"position"``, of reFlow ``"signal"``, of a TTTFlow ``"bigram"`` and ``"token_value"``.
+        index: the token, or the signal, of each; the others have none of their own.
         position: in ascending order.
         activation: of a signal the recipe's entry, otherwise 1.
         vectors: what each adds.
@@ -31,7 +31,7 @@ class Inputs:
     index: Int[Tensor, " input"]
     position: Int[Tensor, " input"]
     activation: Float[Tensor, " input"]
-    vectors: Float[Tensor, "input d_model"]
+    vectors: Float[Tensor, "input width"]
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,28 @@ def layout_of(replacement: Replacement, inputs: Sequence[Inputs], end: End, n_po
     return Layout(len(replacement.units), n_positions, *sizes, n_signals, end.n_targets)
 
 
-def possible_edges(layout: Layout, replacement: Replacement, inputs: Sequence[Inputs]) -> tuple[int, int]:
-    """How many edges there can be, and how many targets they go into."""
+def possible_edges(layout: Layout, replacement: Replacement, inputs: Sequence[Inputs], alone: bool) -> tuple[int, int]:
+    """How many edges there can be, and how many targets they go into.
+
+    Args:
+        alone: where heads are nodes, all other targets read what is at their own position.
+    """
+    alone = alone and bool(replacement.heads)
     n = layout.n_positions
 
     def at(position: Tensor) -> Tensor:
         return torch.bincount(position.cpu(), minlength=n)
 
-    def reached(alone: bool) -> Tensor:
-        return (sources if alone else sources.cumsum(0)) + layout.n_blocks + 2
+    def reached(here: bool) -> Tensor:
+        return (sources if here else sources.cumsum(0)) + layout.n_blocks + 2
 
     sources = sum((at(each.position) for each in inputs), torch.zeros(n, dtype=torch.long))
     edges = targets = 0
     for stage in replacement.stages:
         position = stage.units.position
-        edges += int(reached(bool(replacement.heads) and stage.kind != "head")[position.cpu()].sum())
+        edges += int(reached(alone and stage.kind != "head")[position.cpu()].sum())
         targets += len(position)
         sources = sources + at(position) + (stage.written.error is not None)
     at_end = layout.n_signals or layout.n_targets
-    edges += int(reached(bool(replacement.heads)).max()) * at_end + layout.n_signals * layout.n_targets
+    edges += int(reached(alone).max()) * at_end + layout.n_signals * layout.n_targets
     return edges, targets + layout.n_signals + layout.n_targets

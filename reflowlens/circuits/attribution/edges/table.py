@@ -12,6 +12,7 @@ from torch import Tensor
 from reflowlens.circuits.attribution.directions import DirectionAt
 from reflowlens.circuits.attribution.edges.rows import SparseRows
 from reflowlens.circuits.attribution.graph import LEFT_OUT, AttributionGraph, shares_of
+from reflowlens.circuits.attribution.linear.replacement import TOKEN_VALUES
 from reflowlens.circuits.attribution.targets import Asked
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.errors import ReflowlensError
@@ -34,7 +35,9 @@ def nodes_of(traced: Traced) -> pd.DataFrame:
         names = [
             f"{each.kind}:{i}@{p}" if is_signal else f"{each.kind}@{p}" for i, p in zip(index, position, strict=True)
         ]
-        labels = [texts[p] for p in position] if is_token else ""
+        labels = [texts[p] for p in position] if is_token or each.kind == TOKEN_VALUES else ""
+        if each.kind == "bigram":
+            labels = ["".join(texts[max(p - 1, 0) : p + 1]) for p in position]
         feature = index if is_signal or is_token else None
         parts.append(_nodes(each.kind, names, -1, position, feature, labels, _numbers(each.activation)))
     for block in range(n_blocks):

@@ -26,6 +26,7 @@ from reflowlens.circuits.attribution.edges.layout import End
 from reflowlens.circuits.attribution.edges.table import nodes_of
 from reflowlens.circuits.attribution.linear.frozen import FrozenAttention, FrozenDecoder
 from reflowlens.circuits.attribution.linear.frozen_model import at_positions
+from reflowlens.circuits.attribution.linear.refined import FrozenRefined
 from reflowlens.circuits.attribution.linear.ways import Ways, dense
 from reflowlens.circuits.attribution.traced import Traced, traced_of
 from reflowlens.config import nearest
@@ -75,7 +76,7 @@ def split_by_last_head(
         name: of the reader.
     """
     frozen, top, number = (
-        _passed(traced),
+        check_split(traced),
         whole_number(top, "top", 1),
         None if source is None else _number(nodes, source),
     )
@@ -116,7 +117,7 @@ def through_heads(graph: AttributionGraph, target: str) -> pd.DataFrame:
     traced = traced_of(graph)
     nodes = nodes_of(traced)
     reader = reader_of(traced, nodes, target)
-    frozen, frames = _passed(traced), []
+    frozen, frames = check_split(traced), []
     for layer, middle in reader.middles(frozen):
         attention = frozen.attention[layer]
         gradient = torch.einsum("qd,hed->qhe", middle[:, 0], attention.W_O)
@@ -176,7 +177,7 @@ def reader_of(traced: Traced, nodes: pd.DataFrame, target: str) -> Reader:
     Raises:
         ReflowlensError: it is none that edges through heads go into, or the model has changed.
     """
-    frozen, number = _passed(traced), _number(nodes, target)
+    frozen, number = check_split(traced), _number(nodes, target)
     reader = _reader_of(traced, frozen, number, target)
     edges, value = reader.edges(_engine_of(_looking(frozen, 1.0), traced.engine)), nodes["value"].iloc[number]
     if abs(float(edges.sum()) - value) > _TOLERANCE * float(edges.abs().sum()):
@@ -216,16 +217,20 @@ def _reader_of_direction(end: End, frozen: FrozenDecoder, number: int) -> Reader
     return Reader(gradient, int(position), before + inside, inside, gradient.new_zeros(1))
 
 
-def _passed(traced: Traced) -> FrozenDecoder:
+def check_split(traced: Traced) -> FrozenDecoder:
     """A frozen model whose edges pass heads: none where these are nodes, and where neurons are part of them."""
-    frozen = traced.engine.frozen
+    frozen, name = traced.engine.frozen, type(traced.model).__name__
+    if isinstance(frozen, FrozenDecoder | FrozenRefined) and frozen.heads:
+        raise ReflowlensError("heads are nodes of this graph, and no edge passes one: see the edges of those")
+    if isinstance(frozen, FrozenRefined):
+        raise ReflowlensError(
+            f"edges of a {name} pass blocks by way of earlier streams too, and are not split by heads: make the graph "
+            "with heads=True"
+        )
     if not isinstance(frozen, FrozenDecoder):
-        name = type(traced.model).__name__
         raise ReflowlensError(
             f"edges of a {name} pass no head but that of the neuron that they go into: see its number"
         )
-    if frozen.heads:
-        raise ReflowlensError("heads are nodes of this graph, and no edge passes one: see the edges of those")
     return frozen
 
 

@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.arguments import integer
-from reflowlens.circuits.attribution.explained.heads import Reader
+from reflowlens.circuits.attribution.explained.heads import Reader, check_split
 from reflowlens.circuits.attribution.linear.frozen import FrozenDecoder, dot
 from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.bdh import Level
+from reflowlens.models.bdh import BDH, Level
 from reflowlens.models.components import Block
-from reflowlens.models.decoder import Decoder
+from reflowlens.models.refined_block import RefinedBlock
+from reflowlens.models.ttt_flow import TTTFlow
 
 Side: TypeAlias = Literal["query", "key"]
 
@@ -83,6 +84,29 @@ class DecoderHeadAt(HeadAt):
         return gradient, dot(rows, norm.b) + dot(turn.T, None if b is None else b[head])
 
 
+class RefinedHeadAt(HeadAt):
+    """Of a TTTFlow: the divisors of queries and keys are held too, and gains and the turn of some channels follow."""
+
+    def sources(self, side: Side, position: int) -> Float[Tensor, "node channel"]:
+        attn = cast(RefinedBlock, self.traced.model.blocks[self.layer]).attn
+        cfg = attn.cfg
+        W, scale, head = attn.W_Q, attn.gain[self.head] * cfg.d_head**-0.5, self.head
+        if side == "key":
+            W, scale, head = attn.W_K, torch.ones_like(scale), self.head * cfg.kv_heads // cfg.n_heads
+        name = f"blocks.{self.layer}.attn.hook_{'q' if side == 'query' else 'k'}"
+        _, cache = self.traced.model.run_with_cache(self.traced.tokens[None], names_filter=[name])
+        divisor = (cache[name][0, position, head].pow(2).mean() + cfg.eps).sqrt()
+        turn = (scale / divisor) * torch.eye(cfg.d_head, dtype=W.dtype, device=W.device)[None, None]
+        rows = attn.turned(turn, slice(position, position + 1))[0, 0].T @ W[head].T
+        rows = rows * cast(RefinedBlock, self.traced.model.blocks[self.layer]).ln1.w
+        positions = torch.full((len(rows),), position, device=rows.device)
+        return self.traced.engine.edges_at("ln1.hook_normalized", self.layer, rows, positions).T.contiguous()
+
+    def channels(self, side: Side, position: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, " channel"]]:
+        check_split(self.traced)
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class LevelHeadAt(HeadAt):
     """Of BDH: channels are the head's turned neurons, of which those that are active are held to be so.
@@ -116,7 +140,8 @@ def head_at(traced: Traced, layer: Any, head: Any, query: Any) -> HeadAt:
     Raises:
         ReflowlensError: a layer, head or position does not exist, or something is attached to the model.
     """
-    model, n_blocks, n_heads = traced.model, traced.engine.layout.n_blocks, traced.model.cfg.n_heads
+    model, n_heads = traced.model, traced.model.cfg.n_heads
+    n_blocks = min(traced.engine.layout.n_blocks, model.cfg.n_layers)
     block, number = integer(layer), integer(head)
     if block is None or not 0 <= block < n_blocks:
         raise ReflowlensError(f"no layer {layer!r}: this graph has blocks 0 to {n_blocks - 1}")
@@ -124,12 +149,13 @@ def head_at(traced: Traced, layer: Any, head: Any, query: Any) -> HeadAt:
         raise ReflowlensError(f"no head {head!r}: a block has heads 0 to {n_heads - 1}")
     place = traced.position(query, "query")
     check_unhooked(model)
-    is_decoder = isinstance(model, Decoder)
+    is_decoder = not isinstance(model, BDH)
     parts = ("attn.hook_attn_scores", "attn.hook_pattern") if is_decoder else ("hook_attn_scores", "hook_x_sparse")
     names = [f"blocks.{block}.{part}" for part in parts]
     _, cache = model.run_with_cache(traced.tokens[None], names_filter=names, stop_at_layer=block + 1)
     scores = cache[names[0]][0, number, place]
     where = traced, block, number, place, scores
     if is_decoder:
-        return DecoderHeadAt(*where, cache[names[1]][0, number, place])
+        kind = RefinedHeadAt if isinstance(model, TTTFlow) else DecoderHeadAt
+        return kind(*where, cache[names[1]][0, number, place])
     return LevelHeadAt(*where, scores, cache[names[1]][0, :, number] > 0)

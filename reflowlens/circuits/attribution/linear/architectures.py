@@ -14,6 +14,8 @@ from reflowlens.circuits.attribution.directions import PLACES
 from reflowlens.circuits.attribution.linear.frozen import FrozenDecoder
 from reflowlens.circuits.attribution.linear.frozen_model import FrozenModel
 from reflowlens.circuits.attribution.linear.levels import FrozenLevels, gated_points, of_gated_neurons
+from reflowlens.circuits.attribution.linear.refined import FrozenRefined
+from reflowlens.circuits.attribution.linear.refiners import with_refiners
 from reflowlens.circuits.attribution.linear.replacement import (
     FeatureAt,
     Replacement,
@@ -28,6 +30,7 @@ from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.bdh import BDH
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.residual import ResidualModel
+from reflowlens.models.ttt_flow import TTTFlow
 
 
 class Parts(Protocol):
@@ -39,8 +42,8 @@ class Parts(Protocol):
 
     places: ClassVar[tuple[str, ...]]
 
-    def points(self) -> list[str]:
-        """The hook points whose activations are needed."""
+    def points(self, n_tokens: int) -> list[str]:
+        """The hook points whose activations are needed of a prompt so long."""
         ...
 
     def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
@@ -61,12 +64,12 @@ class DecoderParts:
     """Features of a dictionary, or of each block and position the ``neurons`` that write the most; ``heads`` too."""
 
     places: ClassVar[tuple[str, ...]] = tuple(PLACES)
-    model: Decoder
+    model: Decoder | TTTFlow
     dictionary: Dictionary | None
     neurons: int
     heads: bool
 
-    def points(self) -> list[str]:
+    def points(self, n_tokens: int) -> list[str]:
         return FrozenDecoder.points(self.model.cfg.n_layers) + points_of(self.model, self.dictionary, self.heads)
 
     def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
@@ -84,6 +87,23 @@ class DecoderParts:
 
 
 @dataclass(frozen=True)
+class RefinedParts(DecoderParts):
+    """The same of a TTTFlow, whose refiners are blocks behind the last: with neurons those of the flow step too."""
+
+    model: TTTFlow
+
+    def points(self, n_tokens: int) -> list[str]:
+        return FrozenRefined.points(self.model, n_tokens) + points_of(self.model, self.dictionary, self.heads)
+
+    def replacement(self, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]) -> Replacement:
+        of_flow = self.neurons if self.dictionary is None else 0
+        return with_refiners(super().replacement(cache, asked), self.model, cache, of_flow)
+
+    def frozen(self, cache: Mapping[str, Tensor], replacement: Replacement) -> FrozenModel:
+        return FrozenRefined(self.model, cache, [written.skip for written in replacement.written], self.heads)
+
+
+@dataclass(frozen=True)
 class LevelParts:
     """Of each level and position the gated ``neurons`` that write the most. The embedding is taken behind its norm."""
 
@@ -91,7 +111,7 @@ class LevelParts:
     model: BDH
     neurons: int
 
-    def points(self) -> list[str]:
+    def points(self, n_tokens: int) -> list[str]:
         return FrozenLevels.points(self.model.cfg.n_layers) + gated_points(self.model.cfg.n_layers)
 
     def embedded(self, cache: Mapping[str, Tensor]) -> Float[Tensor, "pos d_model"]:
@@ -112,10 +132,12 @@ def parts_of(model: ResidualModel, dictionary: Dictionary | None, neurons: int, 
     """
     if model.sublayers == HEADS_AND_MLPS and isinstance(model, Decoder):
         return DecoderParts(model, dictionary, neurons, heads)
+    if isinstance(model, TTTFlow):
+        return RefinedParts(model, dictionary, neurons, heads)
     name = type(model).__name__
     if not isinstance(model, BDH):
         raise ReflowlensError(
-            f"attribution graphs are of decoders with attention heads and MLPs, and of BDH; of a {name} there is none"
+            f"attribution graphs are of decoders with heads and MLPs, of TTTFlow and of BDH; of a {name} there is none"
         )
     if dictionary is not None:
         raise ReflowlensError(

@@ -16,7 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import MIDDLE
-from reflowlens.circuits.attribution.linear.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
+from reflowlens.circuits.attribution.linear.frozen_model import (
+    Carried,
+    Entered,
+    EnteredAt,
+    PulledBack,
+    ReadAsStream,
+    at_positions,
+)
 from reflowlens.circuits.attribution.linear.replacement import Units, detached
 from reflowlens.circuits.attribution.linear.ways import Ways, Within, dense
 from reflowlens.models.components import Block
@@ -142,7 +149,7 @@ class FrozenAttention:
         return written if self.b_O is None else written + self.b_O
 
 
-class FrozenDecoder:
+class FrozenDecoder(ReadAsStream):
     """The linear map that a decoder is on one prompt.
 
     Args:

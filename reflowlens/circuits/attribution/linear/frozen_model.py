@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.linear.replacement import Units
-from reflowlens.circuits.attribution.linear.ways import Ways, Within
+from reflowlens.circuits.attribution.linear.ways import Branches, Ways, Within, dense
 
-Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways | Within"
+Carried: TypeAlias = "Float[Tensor, 'pos target d_model'] | Ways | Within | Branches"
 Entered: TypeAlias = "tuple[Carried, Float[Tensor, ' target']]"
 
 
@@ -44,11 +44,13 @@ class FrozenModel(Protocol):
         d_model: width of the stream.
         numbers_carried: of a target and position, while a stage is passed.
         products: multiply-adds of a target and position when a stage is passed, or so.
+        alone: whether, where heads are nodes, what is at a position is connected with nothing else.
     """
 
     d_model: int
     numbers_carried: int
     products: int
+    alone: bool
 
     def enter(self, stage: int, units: Units) -> Entered:
         """From where units of a stage read to the stage's input: gradients, and what biases add on the way."""
@@ -68,6 +70,10 @@ class FrozenModel(Protocol):
         """From a stage's output to its input, what its sources write left out."""
         ...
 
+    def at_inputs(self, carried: Carried, kind: str) -> Float[Tensor, "pos target width"] | Within:
+        """From the first stage's input to what inputs of a kind write."""
+        ...
+
     def ahead(
         self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]
     ) -> Float[Tensor, "pos d_model input"] | None:
@@ -79,6 +85,15 @@ class FrozenModel(Protocol):
     ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
         """From the first stage's output to where attention has written, and what biases add before."""
         ...
+
+
+class ReadAsStream:
+    """Inputs of every kind are added to what the first stage reads."""
+
+    alone = True
+
+    def at_inputs(self, carried: Carried, kind: str) -> Float[Tensor, "pos target d_model"] | Within:
+        return carried if isinstance(carried, Within) else dense(carried)
 
 
 def at_positions(

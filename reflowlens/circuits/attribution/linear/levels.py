@@ -17,14 +17,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.linear.frozen import FrozenNorm
-from reflowlens.circuits.attribution.linear.frozen_model import Carried, Entered, EnteredAt, PulledBack, at_positions
+from reflowlens.circuits.attribution.linear.frozen_model import (
+    Carried,
+    Entered,
+    EnteredAt,
+    PulledBack,
+    ReadAsStream,
+    at_positions,
+)
 from reflowlens.circuits.attribution.linear.replacement import FeatureAt, Replacement, Units, Written, chosen_units
 from reflowlens.circuits.attribution.linear.ways import dense
 from reflowlens.models.bdh import BDH, Level, normalized
 from reflowlens.models.numerics import wide
 
 
-class FrozenLevels:
+class FrozenLevels(ReadAsStream):
     """The linear map that a BDH is on one prompt; a level is a stage.
 
     Args:

@@ -19,6 +19,11 @@ from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Block, GatedMLP
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.refined_block import RefinedBlock
+from reflowlens.models.ttt_flow import TTTFlow
+
+TOKEN_VALUES = "token_value"  # inputs that are no part of the stream
+_ROUNDING = 1e-6  # of the largest head of a block
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Replacement:
         return stages
 
 
-def points_of(model: Decoder, dictionary: Dictionary | None, heads: bool) -> list[str]:
+def points_of(model: Decoder | TTTFlow, dictionary: Dictionary | None, heads: bool) -> list[str]:
     """The hook points whose activations a replacement is made of."""
     parts = ["hook_mlp_out", "ln2.hook_normalized", *(["attn.hook_z"] if heads else [])]
     if dictionary is None:
@@ -165,7 +170,7 @@ def blocks_of(dictionary: Dictionary) -> list[int]:
 
 
 def of_dictionary(
-    model: Decoder, dictionary: Dictionary, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]
+    model: Decoder | TTTFlow, dictionary: Dictionary, cache: Mapping[str, Tensor], asked: Sequence[FeatureAt]
 ) -> Replacement:
     """The active features of a transcoder, and those that are asked for; a block without a layer is all error.
 
@@ -178,7 +183,7 @@ def of_dictionary(
         there = ", ".join(map(str, blocks))
         raise ReflowlensError(f"no feature in block {missing[0].layer}: this dictionary has layers for {there}")
     none = cache["blocks.0.hook_mlp_out"][0]
-    units = [_no_units(none)] * model.cfg.n_layers
+    units = [no_units(none)] * model.cfg.n_layers
     written = [Written({}, cache[f"blocks.{block}.hook_mlp_out"][0], None) for block in range(model.cfg.n_layers)]
     encoded: list[Tensor] = []
     for i, (block, layer) in enumerate(zip(blocks, layers, strict=True)):
@@ -206,14 +211,17 @@ def of_dictionary(
     return Replacement("feature", units, written)
 
 
-def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Sequence[FeatureAt]) -> Replacement:
+def of_neurons(
+    model: Decoder | TTTFlow, cache: Mapping[str, Tensor], n: int, asked: Sequence[FeatureAt]
+) -> Replacement:
     """The ``n`` neurons of each block and position that write the most, and those that are asked for; all others are
     the error."""
     units, written = [], []
-    for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
+    for layer, block in enumerate(cast("list[Block | RefinedBlock]", list(model.blocks))):
         mlp, norm, name = block.mlp, block.ln2, f"blocks.{layer}"
         before, after = cache[f"{name}.mlp.hook_pre"][0], cache[f"{name}.mlp.hook_post"][0]
-        chosen = chosen_units(after.abs() * mlp.W_out.norm(dim=1), n, layer, asked)
+        writes = neuron_writes(block)
+        chosen = chosen_units(after.abs() * writes.norm(dim=1), n, layer, asked)
         position, index = chosen.nonzero().unbind(1)
         activation, value = after[position, index], before[position, index]
         rows, constant = mlp.W_in.T[index], 0.0 if mlp.b_in is None else mlp.b_in[index]
@@ -225,8 +233,8 @@ def of_neurons(model: Decoder, cache: Mapping[str, Tensor], n: int, asked: Seque
             rows, constant = gate[:, None] * rows, gate * constant
         constant = torch.as_tensor(constant).expand(len(index)).to(rows)
         units.append(Units(index, position, activation, value, rows, constant))
-        vectors = activation[:, None] * mlp.W_out[index]
-        rest = after.masked_fill(chosen, 0.0) @ mlp.W_out
+        vectors = activation[:, None] * writes[index]
+        rest = after.masked_fill(chosen, 0.0) @ writes
         written.append(Written({layer: vectors}, rest, detached(mlp.b_out)))
     return Replacement("neuron", units, written)
 
@@ -243,20 +251,35 @@ def chosen_units(
     return chosen
 
 
-def heads_of(model: Decoder, cache: Mapping[str, Tensor]) -> list[Heads]:
-    """Of every block the heads that write something: what a head writes is o = z W_O, its activation |o|."""
+def heads_of(model: Decoder | TTTFlow, cache: Mapping[str, Tensor]) -> list[Heads]:
+    """Of every block the heads that write something: what a head writes is o = z W_O, its activation |o|.
+
+    A head that loses what lies along the position's own value writes nothing at the first, but for rounding.
+    """
     found = []
-    for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
-        written = torch.einsum("phe,hed->phd", cache[f"blocks.{layer}.attn.hook_z"][0], block.attn.W_O)
+    for layer, block in enumerate(cast("list[Block | RefinedBlock]", list(model.blocks))):
+        written = torch.einsum("phe,hed->phd", cache[f"blocks.{layer}.attn.hook_z"][0], head_writes(block))
         size = written.norm(dim=-1)
-        position, index = size.nonzero().unbind(1)
+        position, index = (size > _ROUNDING * size.max()).nonzero().unbind(1)
         norm = size[position, index]
         rows = written[position, index] / norm[:, None]
         found.append(Heads(Units(index, position, norm, norm, rows, torch.zeros_like(norm)), detached(block.attn.b_O)))
     return found
 
 
-def _no_units(like: Float[Tensor, "pos d_model"]) -> Units:
+def neuron_writes(block: Block | RefinedBlock) -> Float[Tensor, "d_mlp d_model"]:
+    """What each neuron of a block's MLP adds to the stream at an activation of 1."""
+    W_out = block.mlp.W_out.detach()
+    return W_out * block.w_mlp.detach() if isinstance(block, RefinedBlock) else W_out
+
+
+def head_writes(block: Block | RefinedBlock) -> Float[Tensor, "head d_head d_model"]:
+    """What each channel of a head of a block adds to the stream at 1."""
+    W_O = block.attn.W_O.detach()
+    return W_O * block.w_attn.detach() if isinstance(block, RefinedBlock) else W_O
+
+
+def no_units(like: Float[Tensor, "pos d_model"]) -> Units:
     none = torch.zeros(0, dtype=torch.long, device=like.device)
     empty = like.new_zeros(0)
     return Units(none, none, empty, empty, like.new_zeros(0, like.shape[1]), empty)

@@ -7,8 +7,8 @@ each way forks again. While they are fewer than the positions it is the vectors 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -77,8 +77,39 @@ class Within:
     position: int
 
 
-def dense(carried: Float[Tensor, "pos target d_model"] | Ways | Within) -> Float[Tensor, "pos target d_model"]:
-    """The gradients at every position up to the last."""
+@dataclass(frozen=True)
+class Branches:
+    """Gradients where blocks read more than the output of the one before.
+
+    Args:
+        stream: at that output.
+        first: at the first stream, by way of blocks that were passed.
+        of_tokens: at the values of tokens, by way of the same.
+        earlier: by block, at its output, by way of blocks behind the next one.
+    """
+
+    stream: Float[Tensor, "pos target d_model"]
+    first: Float[Tensor, "#pos #target #d_model"]
+    of_tokens: Float[Tensor, "#pos #target #value"]
+    earlier: Mapping[int, Float[Tensor, "pos target d_model"]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stream: Float[Tensor, "pos target d_model"]) -> Branches:
+        """Of the stream alone."""
+        return cls(stream, stream.new_zeros(1, 1, 1), stream.new_zeros(1, 1, 1))
+
+    def at_output(self, block: int) -> Branches:
+        """All that leads to the output of a block taken together."""
+        earlier = dict(self.earlier)
+        more = earlier.pop(block, None)
+        return self if more is None else replace(self, stream=self.stream + more, earlier=earlier)
+
+
+def dense(
+    carried: Float[Tensor, "pos target d_model"] | Ways | Within | Branches,
+) -> Float[Tensor, "pos target d_model"]:
+    """The gradients at every position up to the last, of the stream alone."""
+    assert not isinstance(carried, Branches)
     if isinstance(carried, Within):
         zeros = carried.gradient.new_zeros(carried.position, *carried.gradient.shape)
         return torch.cat([zeros, carried.gradient[None]])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.circuits.attribution.linear.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.replacement import blocks_of, head_writes
 from reflowlens.circuits.attribution.performed.changed_pass import Change, Hooks, Level, Pass, held
 from reflowlens.circuits.attribution.traced import Traced
 from reflowlens.models.components import Block
@@ -86,7 +86,7 @@ class DecoderPass(Pass):
     def _set_heads(self, block: int) -> Callable[..., Tensor]:
         """A head writes its activation times a unit vector, along which it is read off, too."""
         units = self.replacement.heads[block].units
-        W_O = cast(Block, self.traced.model.blocks[block]).attn.W_O
+        W_O = head_writes(cast(Block, self.traced.model.blocks[block]))
         size = len(self.traced.tokens), len(W_O)
 
         def hook(z: Float[Tensor, "row pos head d_head"], hook: Any) -> Tensor:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.traced import Traced
+from reflowlens.models.loss import capped
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -75,21 +76,31 @@ class Pass:
         n_blocks = max([self.n_units, *(each.layer + 1 for each in directions)])
         hooks = self.hooks(n_blocks) + [(each.asked[0].point, self._read_along(each)) for each in directions]
         batch = self.traced.tokens.expand(len(self.changes), -1)
-        stream = self.traced.model.run_with_hooks(batch, fwd_hooks=hooks, stop_at_layer=n_blocks)
+        stream = self.streams(batch, hooks, n_blocks)
         if not self.end.targets.name:
             return self.found, stream.new_zeros(len(stream), 0)
         logits = self.logits(stream[:, -1:])
         for name in self.end.targets.name:
             token, *other = map(int, name.removeprefix("logit:").split("-"))
             self.found[:, self.numbers[name]] = logits[:, token] - (logits[:, other[0]] if other else logits.mean(1))
-        return self.found, logits
+        return self.found, capped(logits, self.cap)
+
+    @property
+    def cap(self) -> float | None:
+        """Of the model's logits; nodes are in front of it."""
+        own = self.traced.model.cfg.ttt_flow
+        return None if own is None else own.logit_cap
+
+    def streams(self, tokens: Int[Tensor, "row pos"], hooks: Hooks, n_blocks: int) -> Float[Tensor, "row pos d_model"]:
+        """What :meth:`logits` reads, behind so many blocks."""
+        return self.traced.model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=n_blocks)
 
     def hooks(self, n_blocks: int) -> Hooks:
         """Those that hold, change and read."""
         raise NotImplementedError
 
     def logits(self, stream: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """At the last position."""
+        """At the last position, in front of a cap."""
         raise NotImplementedError
 
     def note(self, kind: str, block: int, x: Float[Tensor, "row pos unit"]) -> None:
@@ -137,7 +148,7 @@ class Pass:
         def hook(x: Tensor, hook: Any) -> Tensor:
             row, position, _, by = self.set[kind, -1]
             x = x.clone()
-            x[row, position] += by[:, None] * x[0, position]
+            x[row, position] += by.view(-1, *[1] * (x.ndim - 2)) * x[0, position]
             return x
 
         return hook

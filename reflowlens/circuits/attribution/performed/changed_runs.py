@@ -24,19 +24,23 @@ from torch import Tensor
 
 from reflowlens.circuits.attribution.performed.changed_decoder import DecoderPass
 from reflowlens.circuits.attribution.performed.changed_levels import LevelPass
-from reflowlens.circuits.attribution.performed.changed_pass import Change, Level
+from reflowlens.circuits.attribution.performed.changed_pass import Change, Level, Pass
+from reflowlens.circuits.attribution.performed.changed_refined import RefinedPass
 from reflowlens.circuits.attribution.traced import check_unhooked, traced_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
 from reflowlens.models.bdh import BDH
 from reflowlens.models.numerics import without_autocast
+from reflowlens.models.residual import ResidualModel
 from reflowlens.models.threads import changing
+from reflowlens.models.ttt_flow import TTTFlow
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 from reflowlens.sweeps.batching import in_batches
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
 
+_PASSES: dict[type[ResidualModel], type[Pass]] = {BDH: LevelPass, TTTFlow: RefinedPass}  # of others a decoder's
 _SAME = 1e-3  # of the largest value, by which two passes of an unchanged model do not differ
 
 
@@ -63,7 +67,7 @@ def performed(graph: AttributionGraph, changes: Sequence[Change], level: Level, 
     check_unhooked(model)
 
     def run(batch: list[Change]) -> tuple[Tensor, Tensor]:
-        kind = LevelPass if isinstance(model, BDH) else DecoderPass
+        kind = _PASSES.get(type(model), DecoderPass)
         return kind(graph, traced, [Change({}), *batch], level).run()
 
     lower = "memory= of a batch, or the length of the prompt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.ttt_flow import TTTFlow
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -57,14 +59,19 @@ def _answers(graph: AttributionGraph) -> Float[Array, " node"]:
     value = graph.nodes["value"].to_numpy(dtype=np.float64)
     slope = np.ones(len(kind))
     model = None if graph.traced is None else graph.traced.model
-    neurons = kind == "neuron"
-    if isinstance(model, Decoder) and not model.cfg.gated_mlp and neurons.any():
-        act = cast(Block, model.blocks[0]).mlp.act
-        with torch.inference_mode(False), torch.enable_grad():
-            before = torch.tensor(value[neurons], requires_grad=True)
-            slope[neurons] = torch.autograd.grad(act(before).sum(), before)[0].numpy()
+    if isinstance(model, Decoder | TTTFlow) and not model.cfg.gated_mlp:
+        behind = graph.nodes["layer"].to_numpy() >= model.cfg.n_layers  # of the flow step
+        for act, here in ((cast(Block, model.blocks[0]).mlp.act, ~behind), (torch.nn.functional.gelu, behind)):
+            neurons = (kind == "neuron") & here
+            slope[neurons] = _slopes(act, value[neurons])
     writes = np.isfinite(value) & (activation != 0)
     return np.where(writes, slope / np.where(writes, activation, 1.0), 0.0)
+
+
+def _slopes(act: Callable[[Tensor], Tensor], before: Float[Array, " neuron"]) -> Float[Array, " neuron"]:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.tensor(before, requires_grad=True)
+        return torch.autograd.grad(act(x).sum(), x)[0].numpy()
 
 
 def _stages(graph: AttributionGraph) -> list[tuple[int, int]]:

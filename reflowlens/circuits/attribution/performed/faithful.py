@@ -113,11 +113,13 @@ def _circuits(graph: AttributionGraph) -> list[Change]:
     is_whole = len(graph.nodes) == traced.engine.layout.n_nodes
     nodes = (graph.prune() if is_whole else graph).nodes
     of_neurons = traced.dictionary is None
-    size = len(traced.tokens), traced.model.cfg.d_mlp if traced.dictionary is None else traced.dictionary.cfg.n_features
     rng = np.random.default_rng(0)
     masks: list[dict[int, Tensor]] = [{} for _ in range(3 + _RANDOM)]
     for block, units in enumerate(traced.engine.replacement.units):
         places = torch.stack([units.position, units.index])
+        size = len(traced.tokens), traced.n_units(block)
+        if not size[1]:
+            continue
         outside = torch.full(size, of_neurons, device=places.device)  # neurons that are no nodes are never removed
         outside[units.position, units.index] = False
         here = nodes[nodes["kind"].isin(UNITS) & (nodes["layer"] == block)]

@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reflowlens.circuits.attribution.linear.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.refiners import flow_writes
+from reflowlens.circuits.attribution.linear.replacement import blocks_of, neuron_writes
 from reflowlens.circuits.attribution.performed.changed_pass import Change, Place
 from reflowlens.models.bdh import BDH
 from reflowlens.models.components import Block
+from reflowlens.models.flow_refiner import FlowRefiner
+from reflowlens.models.ttt_flow import TTTFlow
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.traced import Traced
@@ -41,7 +44,9 @@ class Matched:
         model = self.traced.model
         if isinstance(model, BDH):
             return model.neurons.W_out.detach().flatten(0, 1).norm(dim=1)
-        return cast(Block, model.blocks[block]).mlp.W_out.detach().norm(dim=1)
+        if isinstance(model, TTTFlow) and block >= model.cfg.n_layers:
+            return flow_writes(cast(FlowRefiner, model.flow)).norm(dim=1)
+        return neuron_writes(cast(Block, model.blocks[block])).norm(dim=1)
 
     def candidates(self, block: int, position: int) -> Bool[Tensor, " unit"]:
         units = self.traced.engine.replacement.units[block]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.arguments import real_number
-from reflowlens.circuits.attribution.graph import INPUTS
+from reflowlens.circuits.attribution.graph import INPUTS, PROMPT
 from reflowlens.circuits.attribution.performed.changed_pass import Change, Level, Place
 from reflowlens.circuits.attribution.performed.changed_runs import performed
 from reflowlens.errors import ReflowlensError
@@ -120,5 +120,5 @@ def change_of(graph: AttributionGraph, factors: Mapping[int, float]) -> Change:
 
 def place_of(graph: AttributionGraph, number: int) -> Place:
     node = graph.nodes.iloc[number]
-    unit = 0 if node["kind"] in ("embedding", "position", "error") else int(node["feature"])
+    unit = 0 if node["kind"] in (*PROMPT, "error") else int(node["feature"])
     return Place(node["kind"], int(node["layer"]), int(node["pos"]), unit)
