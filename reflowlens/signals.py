@@ -17,6 +17,10 @@ view           recipe             basis          what it is for
                                                  single signals can be without training
 =============  =================  =============  ==================================================================
 
+A view reads a residual stream through the final norm. Where a model refines that stream before it reads logits off it
+(``ttt_flow``), this is a logit lens and no prediction; ``view.final`` reads ``model.final_stream`` instead, of which
+logits in front of the cap are exact sums.
+
 Readout coordinates, a = B norm_final(x), and write coordinates, r in x = r B, differ unless B Bᵀ = I; each function
 says which it uses.
 """
@@ -56,7 +60,7 @@ class SignalView:
         name: which view it is.
         recipe: R, a row per token; rows from ``n_tokens`` on are padding that no token id reaches.
         basis: B, a row per signal.
-        norm: the final norm, which a readout goes through.
+        norm: the final norm, which a readout goes through; None: the stream is read as it is (:attr:`final`).
         model: the model that the view was made from.
         bias: what the readout adds to the logits whatever the signals are; None if it has no bias.
         cap: logits are held between ±cap, as the model's are; None if they are not.
@@ -74,7 +78,7 @@ class SignalView:
     name: str
     recipe: Float[Tensor, "d_vocab S"]
     basis: Float[Tensor, "S d_model"]
-    norm: Norm = dataclasses.field(repr=False)
+    norm: Norm | None = dataclasses.field(repr=False)
     model: HookedModel = dataclasses.field(repr=False)
     bias: Float[Tensor, " d_vocab"] | None = dataclasses.field(default=None, repr=False)
     cap: float | None = None
@@ -98,15 +102,25 @@ class SignalView:
 
     @property
     def is_prediction(self) -> bool:
-        """Whether the logits of the last residual stream are the model's.
+        """Whether the logits of the stream that it reads are the model's: False of a view that reads the last residual
+        stream of a model that refines it."""
+        return self.norm is None or self.model.reads_last_stream
 
-        False where the model refines that stream before it reads logits off it (``ttt_flow``): a view reads the stream
-        in front of the refiners, and the model's own logits are those of ``model.read_final(model.final_stream(...))``.
+    @property
+    def final(self) -> SignalView:
+        """The view of ``model.final_stream(text)``, whose logits are the model's at every position.
+
+        That is the view itself where the model reads logits off its last residual stream; otherwise it reads the
+        refined stream, which no norm comes behind.
+
+        Example: ``view.final.contributions(model.final_stream("The king")[0, -1], " is").sum()  # before a cap``
         """
-        return self.model.reads_last_stream
+        return self if self.is_prediction else dataclasses.replace(self, norm=None)
 
     def readout(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch S"]:
         """Readout coordinates a = B norm_final(x); ``logits(a)`` is the logit lens of x. No hook of the norm runs.
+
+        Without a norm (:attr:`final`) B x, of the refined stream x.
 
         Raises:
             ReflowlensError: the last axis is not d_model.
@@ -115,7 +129,8 @@ class SignalView:
         """
         _check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
-            return self.norm(resid.to(self.basis.dtype), hooked=False) @ self.basis.T
+            x = resid.to(self.basis.dtype)
+            return (x if self.norm is None else self.norm(x, hooked=False)) @ self.basis.T
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """The logits R a of readout coordinates a, with the readout's bias and its cap.
@@ -158,7 +173,8 @@ class SignalView:
     ) -> Float[Tensor, "*batch S"]:
         """What each signal adds to the target's logit, aₛ · R[target, s], in logits.
 
-        The sum over S is the logit, less the readout's bias where it has one (:meth:`bias_of`).
+        The sum over S is the logit, less the readout's bias where it has one (:meth:`bias_of`), and in front of the cap
+        where it has one.
 
         Args:
             resid: residual streams x, which are read out: a = B norm_final(x).
@@ -166,11 +182,11 @@ class SignalView:
 
         Raises:
             ReflowlensError: the target is not a single token, there is no such id, or ids do not fit the streams; or
-                the model's logits are no such sums (:attr:`is_prediction`).
+                the model's logits are no sums over this stream (:attr:`is_prediction`).
 
         Example: ``view.contributions(cache["resid_post", -1][0, -1], " Paris").topk(5)``
         """
-        self.model.check_reads_last_stream("contributions of signals")
+        self.check_is_prediction()
         readout, ids = self.readout(resid), self._ids(target)
         try:
             torch.broadcast_shapes(ids.shape, readout.shape[:-1])
@@ -179,6 +195,14 @@ class SignalView:
                 f"targets {list(ids.shape)} do not fit residual streams {list(resid.shape)}: one, or one for each"
             ) from None
         return readout * self.recipe[ids]
+
+    def check_is_prediction(self) -> None:
+        """Raise unless the logits of the stream that it reads are the model's."""
+        if not self.is_prediction:
+            raise ReflowlensError(
+                f"a {type(self.model).__name__} refines its last residual stream before logits are read off it: take "
+                "view.final and model.final_stream(text)"
+            )
 
     def rows(self, words: list[str]) -> Float[Tensor, "word S"]:
         """Rows of R, the recipes of words that are single tokens, leading space included.

@@ -2,7 +2,8 @@
 
 Logits are affine in the readout signals, ``logits = R a + b``, so replacing signal s moves them by ``d_s R_:s`` with
 ``d = a' - a``. What that does to a prediction needs no further run of the model, whichever signals are replaced: each
-alone (:class:`SingleAblations`), or the first k of an order for each k (:class:`ProgressiveAblations`).
+alone (:class:`SingleAblations`), or the first k of an order for each k (:class:`ProgressiveAblations`). Where the model
+caps its logits, this is so in front of the cap; logits here are the model's, behind it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.loss import capped
 from reflowlens.models.numerics import without_autocast
 from reflowlens.signals import SignalView
 from reflowlens.sweeps.batching import in_batches
@@ -40,8 +42,8 @@ class ReadoutAblations:
     A target is a token (text or id), or one for each prompt. Probabilities are over every row of the view's recipe.
 
     Args:
-        view: whose signals.
-        signals: ``view.readout`` of each prompt's last residual stream at the position that is read.
+        view: whose signals; of a model that refines its last residual stream ``view.final``.
+        signals: ``view.readout`` of each prompt's final stream at the position that is read.
         replacement: what a removed signal becomes.
     """
 
@@ -50,7 +52,7 @@ class ReadoutAblations:
     replacement: Float[Tensor, "#prompt S"] | float
 
     def __post_init__(self) -> None:
-        self.view.model.check_reads_last_stream("signals of the readout")
+        self.view.check_is_prediction()
 
     @property
     def cells(self) -> tuple[str, Sequence[int]]:
@@ -110,7 +112,8 @@ class SingleAblations(ReadoutAblations):
     """Each signal replaced alone; the cells are the signals.
 
     With p the distribution before and ``m = Rᵀ p``, the KL divergence of replacing signal s is a cumulant generating
-    function, ``log Σ_v p_v exp(d_s (R_vs - m_s))``, and ``log p'_v = log p_v + d_s (R_vs - m_s) - KL_s``.
+    function, ``log Σ_v p_v exp(d_s (R_vs - m_s))``, and ``log p'_v = log p_v + d_s (R_vs - m_s) - KL_s``. Behind a cap
+    nothing is of that form, and all logits are formed, for some signals at a time.
     """
 
     @property
@@ -118,19 +121,23 @@ class SingleAblations(ReadoutAblations):
         return "signal", range(self.view.n_signals)
 
     def logit(self, target: Target) -> Float[Tensor, "prompt S"]:
-        return self._before(target)[:, None] + self._change * self._rows(target)
+        return capped(self._before(target)[:, None] + self._change * self._rows(target), self.view.cap)
 
     def probability(self, target: Target) -> Float[Tensor, "prompt S"]:
+        if self.view.cap is not None:
+            return self._each_alone().probability(target)
         kl, mean, log_normaliser = self._divergence
         rows = self._rows(target)
         log_p = (self._before(target) - log_normaliser)[:, None]
         return (log_p + self._change * (rows - mean) - kl).exp()
 
     def kl(self) -> Float[Tensor, "prompt S"]:
-        return self._divergence[0]
+        return self._divergence[0] if self.view.cap is None else self._each_alone().kl()
 
     @torch.no_grad()
     def rank(self, target: Target) -> Int[Tensor, "prompt S"]:
+        if self.view.cap is not None:
+            return self._each_alone().rank(target)
         ranks = []
         for a, d, token in zip(self.signals, self._change, _target_ids(self.view, self.signals, target), strict=True):
             before = self._logits(a[None])[0]
@@ -139,6 +146,9 @@ class SingleAblations(ReadoutAblations):
                 larger += (torch.addcmul(ahead[:, None], recipe - self.view.recipe[token], d) > 0).sum(dim=0)
             ranks.append(larger)
         return torch.stack(ranks)
+
+    def _each_alone(self) -> OneByOne:
+        return OneByOne(self.view, self.signals, self._replacement)
 
     @cached_property
     @torch.no_grad()
@@ -184,8 +194,67 @@ class SingleAblations(ReadoutAblations):
         return zip(self.view.recipe.split(rows), values.split(rows), strict=True)
 
 
+class FormedAblations(ReadoutAblations):
+    """Of which all logits of each cell are formed, some cells at a time."""
+
+    def _of_cells(self, of_signals: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A function of the signals that are left in some cells and of the cells' prompts, for all, [prompt, cell]."""
+        raise NotImplementedError
+
+    def logit(self, target: Target) -> Float[Tensor, "prompt cell"]:
+        ids = _target_ids(self.view, self.signals, target)
+        rows, bias = self.view.recipe[ids], self.view.bias_of(ids)
+        return self._of_cells(
+            lambda signals, prompts: capped((signals * rows[prompts]).sum(dim=-1) + bias[prompts], self.view.cap)
+        )
+
+    def probability(self, target: Target) -> Float[Tensor, "prompt cell"]:
+        ids = _target_ids(self.view, self.signals, target)[:, None]
+
+        def probability(signals: Tensor, prompts: Tensor) -> Tensor:
+            logits = self._logits(signals)
+            return (logits.gather(1, ids[prompts])[:, 0] - logits.logsumexp(dim=-1)).exp()
+
+        return self._of_cells(probability)
+
+    def rank(self, target: Target) -> Int[Tensor, "prompt cell"]:
+        ids = _target_ids(self.view, self.signals, target)[:, None]
+
+        def rank(signals: Tensor, prompts: Tensor) -> Tensor:
+            logits = self._logits(signals)
+            return 1 + (logits > logits.gather(1, ids[prompts])).sum(dim=-1)
+
+        return self._of_cells(rank)
+
+    def kl(self) -> Float[Tensor, "prompt cell"]:
+        def divergence(signals: Tensor, prompts: Tensor) -> Tensor:
+            before, after = (self._logits(a).log_softmax(dim=-1) for a in (self.signals, signals))
+            return F.kl_div(after, before[prompts], log_target=True, reduction="none").sum(dim=-1).clamp(min=0)
+
+        return self._of_cells(divergence)
+
+
+class OneByOne(FormedAblations):
+    """Each signal replaced alone; the cells are the signals."""
+
+    @torch.no_grad()
+    def _of_cells(self, of_signals: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        n_signals, device = self.view.n_signals, self.signals.device
+
+        def run(cells: list[int]) -> Tensor:
+            index = torch.tensor(cells, device=device)
+            prompts, signal = index // n_signals, index % n_signals
+            left = self.signals[prompts]
+            left[torch.arange(len(index), device=device), signal] = self._replacement[prompts, signal]
+            return of_signals(left, prompts)
+
+        every = range(len(self.signals) * n_signals)
+        values = torch.cat([part for _, part in in_batches(every, run, device, None)])
+        return values.reshape(len(self.signals), n_signals)
+
+
 @dataclass(frozen=True, eq=False)
-class ProgressiveAblations(ReadoutAblations):
+class ProgressiveAblations(FormedAblations):
     """The first k signals of each prompt's order replaced, or all others; the cells are the values of k.
 
     Args:
@@ -217,36 +286,6 @@ class ProgressiveAblations(ReadoutAblations):
     @property
     def cells(self) -> tuple[str, Sequence[int]]:
         return "count", self.counts
-
-    def logit(self, target: Target) -> Float[Tensor, "prompt count"]:
-        ids = _target_ids(self.view, self.signals, target)
-        rows, bias = self.view.recipe[ids], self.view.bias_of(ids)
-        return self._of_cells(lambda signals, prompts: (signals * rows[prompts]).sum(dim=-1) + bias[prompts])
-
-    def probability(self, target: Target) -> Float[Tensor, "prompt count"]:
-        ids = _target_ids(self.view, self.signals, target)[:, None]
-
-        def probability(signals: Tensor, prompts: Tensor) -> Tensor:
-            logits = self._logits(signals)
-            return (logits.gather(1, ids[prompts])[:, 0] - logits.logsumexp(dim=-1)).exp()
-
-        return self._of_cells(probability)
-
-    def rank(self, target: Target) -> Int[Tensor, "prompt count"]:
-        ids = _target_ids(self.view, self.signals, target)[:, None]
-
-        def rank(signals: Tensor, prompts: Tensor) -> Tensor:
-            logits = self._logits(signals)
-            return 1 + (logits > logits.gather(1, ids[prompts])).sum(dim=-1)
-
-        return self._of_cells(rank)
-
-    def kl(self) -> Float[Tensor, "prompt count"]:
-        def divergence(signals: Tensor, prompts: Tensor) -> Tensor:
-            before, after = (self._logits(a).log_softmax(dim=-1) for a in (self.signals, signals))
-            return F.kl_div(after, before[prompts], log_target=True, reduction="none").sum(dim=-1).clamp(min=0)
-
-        return self._of_cells(divergence)
 
     @torch.no_grad()
     def _of_cells(self, of_signals: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

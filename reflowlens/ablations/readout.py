@@ -64,7 +64,7 @@ def ablate_readout(
 
     Raises:
         ReflowlensError: the prompt or its position, the view or the reference does not fit the model, or hooks are
-            attached to its final norm or unembedding; or logits are no sums over signals (``view.is_prediction``).
+            attached to its final norm or unembedding.
 
     Example:
         >>> import reflowlens as rl
@@ -139,12 +139,11 @@ def _read(
     """A view, each prompt's signals at a position, and what the ablation puts in their place there."""
     hooked = hooked_model(model)
     check_readout_is_free(hooked)
-    chosen = view_of(hooked, view)
-    hooked.check_reads_last_stream("signals of the readout")
+    chosen = view_of(hooked, view).final
     prompt = read_once(prompt)
     tokens, lengths = hooked.tokens_and_lengths(prompt)
-    signals = chosen.readout(hooked(prompt, stop_at_layer=hooked.cfg.n_layers))
-    last = f"blocks.{hooked.cfg.n_layers - 1}.hook_resid_post"
+    signals = chosen.readout(hooked.final_stream(prompt))
+    last = f"blocks.{hooked.cfg.n_layers - 1}.hook_resid_post" if hooked.reads_last_stream else "hook_refined"
     (elsewhere,) = bind(hooked, [dataclasses.replace(ablation, hook=last)])
     source = None if elsewhere.source is None else chosen.readout(elsewhere.source)
     replacement = ablation.new_value(signals, source)
