@@ -187,7 +187,7 @@ def _direct_path(model: HookedModel) -> DirectPath:
 def unembedding_of(model: HookedModel) -> Float[Tensor, "token d_model"]:
     """What the final norm's scale is divided into: its weight and the unembedding; of a LayerNorm its centring too."""
     tokens = torch.arange(model.tokenizer.n_vocab, device=model.cfg.device)
-    rows = wide(model.tokens_to_residual_directions(tokens).detach())
+    rows = wide((model.unembedding_rows(tokens) * model.ln_final.w).detach())
     return rows - rows.mean(dim=-1, keepdim=True) if getattr(model.ln_final, "centered", False) else rows
 
 

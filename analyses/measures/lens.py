@@ -1,7 +1,9 @@
 """The logit lens through a signal view: what the model would predict if the residual stream ended here.
 
 Depth is counted in blocks: 0 is the embedding, l + 0.5 the stream between attention and MLP of block l, l + 1 the
-stream behind it. ``resid_post`` of a block and ``resid_pre`` of the next are one stream and one point.
+stream behind it. ``resid_post`` of a block and ``resid_pre`` of the next are one stream and one point. Where a model
+refines its last residual stream before it reads logits off it, the last point is the refined stream, so that readings
+end in the model's prediction.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
+from reflowlens.sweeps.injections import READ_LAST
 
 
 class ResidualPoint(NamedTuple):
@@ -58,11 +61,14 @@ def residual_stack(
 ) -> Float[Tensor, "point prompt *pos d_model"]:
     """The residual stream of each prompt at every point: at its own last token, or at every position, padding too.
 
-    A block that writes once leaves the stream halfway through it as it was read.
+    A block that writes once leaves the stream halfway through it as it was read. The last point is what logits are read
+    off.
     """
     tokens, lengths = model.tokens_and_lengths(input)
     names = [point.hook for point in residual_points(model.cfg.n_layers)]
     names = [name if name in model.hook_dict else name.replace("resid_mid", "resid_pre") for name in names]
+    if not model.reads_last_stream:
+        names[-1] = READ_LAST
     _, cache = model.run_with_cache(tokens, return_type=None, names_filter=names, return_cache_object=False)
     stack = torch.stack([cache[name] for name in names])
     if not last_only:
@@ -103,15 +109,13 @@ def read_lens(
 ) -> LensReading:
     """Read every point of every prompt through the final norm and the view's readout, over the real tokens.
 
-    Raises:
-        ReflowlensError: the last point is not the model's prediction, which the others are held against.
+    The last is the model's prediction, which the others are held against.
     """
-    view.model.check_reads_last_stream("readings that end in the prediction")
     targets = torch.as_tensor(targets, device=stack.device)
-    final = lens_log_probabilities(view, stack[-1])
+    final = lens_log_probabilities(view.final, stack[-1])
     parts: list[list[Tensor]] = []
-    for point in stack:
-        logits = view.logits(view.readout(point))[:, : view.n_tokens].float()
+    for reader, point in zip(readers(view, len(stack)), stack, strict=True):
+        logits = reader.logits(reader.readout(point))[:, : view.n_tokens].float()
         log_p = logits.log_softmax(dim=-1)
         target_logit = logits.gather(1, targets[:, None])
         top = log_p.max(dim=-1)
@@ -127,6 +131,11 @@ def read_lens(
             ]
         )
     return LensReading(*(torch.stack(column).cpu().numpy() for column in zip(*parts, strict=True)))
+
+
+def readers(view: SignalView, n_points: int) -> list[SignalView]:
+    """By which each point of a :func:`residual_stack` is read: the last as the model's own readout reads it."""
+    return [view] * (n_points - 1) + [view.final]
 
 
 def lens_log_probabilities(view: SignalView, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:

@@ -10,8 +10,8 @@ a layer            the component along ``B_s`` of the residual stream that this 
 
 What every removal takes from the stream is known from the unablated run. So a row, one signal of one prompt, enters at
 the site's layer and at the first position where something is removed (a sparse recipe leaves most positions alone), and
-the rows go through the blocks together (:mod:`reflowlens.sweeps.suffixes`). For removals at the readout alone,
-which need no run, see :mod:`reflowlens.ablations.readout`.
+the rows go through the blocks together (:mod:`reflowlens.sweeps.suffixes`); where a pass cannot start from a block,
+each is a whole pass. For removals at the readout alone, which need no run, see :mod:`reflowlens.ablations.readout`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.sweeps.batching import in_batches
+from reflowlens.sweeps.injections import stream_points
 from reflowlens.sweeps.packed import Packed, UnpatchedRun
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
@@ -88,10 +89,10 @@ def ablate_upstream(
     """
     site = site if isinstance(site, str) or (layer := integer(site)) is None else layer
     hooked = _checked(model, metric, site)
-    chosen = view_of(hooked, view)
+    chosen = view_of(hooked, view).final
     wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
     reader = ViewReader(chosen, metric, RunPrompts.of(hooked, prompt))
-    unablated = UnpatchedRun(hooked, reader.prompts.tokens)
+    unablated = UnpatchedRun(hooked, reader.prompts.tokens, stream_points(hooked) if hooked.stages == "whole" else ())
     removals = _Removals(reader, unablated, site)
     show = sys.stderr.isatty() if progress is None else progress
     parts = []
@@ -117,7 +118,7 @@ class ViewReader(Reader):
         super().__init__(cast(ResidualModel, view.model), metric, prompts.as_clean())
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
-        return Readout(self.view.readout(resid), self.view.recipe, self.view.bias)
+        return Readout(self.view.readout(resid), self.view.recipe, self.view.bias, self.view.cap)
 
     def without_signal(
         self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"], signals: Int[Tensor, " row"]
@@ -134,7 +135,10 @@ class _Removals:
     def __init__(self, reader: ViewReader, unablated: UnpatchedRun, site: Site) -> None:
         self.reader, self.unablated, self.at_readout = reader, unablated, site == "everywhere"
         self.layer, basis = site if isinstance(site, int) else 0, reader.view.basis
-        self.stream = unablated.resid(self.layer).to(basis.dtype)
+        self.point = stream_points(reader.model)[self.layer] if isinstance(site, int) else "hook_embed"
+        whole = reader.model.stages == "whole"
+        stream = unablated.cache[stream_points(reader.model)[self.layer]] if whole else unablated.resid(self.layer)
+        self.stream = stream.to(basis.dtype)
         # The stream loses ``amount[..., s] * directions[s]``.
         self.directions = F.normalize(basis, dim=-1) if isinstance(site, int) else basis
         recipes = reader.view.recipe
@@ -147,6 +151,8 @@ class _Removals:
         signal = torch.tensor(signals, device=final.device).repeat_interleave(n_prompts)
         prompt = self.reader.each.repeat(len(signals))
         removed = self.amount[prompt, :, signal]
+        if self.reader.model.stages == "whole":
+            return self._of_read(self._whole_passes(prompt, signal, removed), prompt, signal)
         start = torch.where((removed != 0).any(dim=1), (removed != 0).int().argmax(dim=1), n_positions)
         start = start.masked_fill(start > self.reader.last_position[prompt], n_positions)
         layout = Layout.of_suffixes(prompt, start, n_positions)
@@ -156,10 +162,21 @@ class _Removals:
         packed = self.unablated.finish(
             {self.unablated.first_stage(self.layer): [entering]}, is_read=self.reader.is_read
         )
-        read = self.reader.read_packed(final, packed)
-        if self.at_readout:
-            return self.reader.without_signal(read, prompt, signal).unflatten(0, (-1, n_prompts))
-        return self.reader.of_residual(read, prompt).unflatten(0, (-1, n_prompts))
+        return self._of_read(self.reader.read_packed(final, packed), prompt, signal)
+
+    def _of_read(self, read: Tensor, prompt: Int[Tensor, " row"], signal: Int[Tensor, " row"]) -> Tensor:
+        """The metric of rows that end in these streams at the positions that are read."""
+        reader = self.reader
+        values = reader.without_signal(read, prompt, signal) if self.at_readout else reader.of_residual(read, prompt)
+        return values.unflatten(0, (-1, len(reader.each)))
+
+    def _whole_passes(
+        self, prompt: Int[Tensor, " row"], signal: Int[Tensor, " row"], removed: Float[Tensor, "row pos"]
+    ) -> Float[Tensor, "row read d_model"]:
+        model = self.reader.model
+        taken = removed[..., None] * self.directions[signal][:, None]
+        with model.hooks([(self.point, lambda x, hook: x - taken.to(x))]):
+            return self.reader.read(model.final_stream(self.reader.prompts.tokens[prompt]), prompt)
 
 
 def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
@@ -178,7 +195,6 @@ def _numbers(signals: int | Sequence[int], n_signals: int) -> list[int]:
 
 def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
     hooked = cast(ResidualModel, hooked_model(model))
-    hooked.check_reads_last_stream("signals that a view reads")
     if attached_points(hooked):
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if isinstance(metric, Metric) and metric.normalised:

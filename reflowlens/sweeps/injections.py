@@ -3,11 +3,13 @@
 Prompts are read once. An injection into layer l changes nothing before l, nor at earlier positions, so each of many
 injections runs only its own positions through the blocks from l on (:mod:`reflowlens.sweeps.packed`); the numbers are
 those of one whole pass with :func:`steer` each. Layer ``n_layers`` is the end: the stream that is unembedded.
+
+Where a pass cannot start from a block (``Architecture.stages`` is ``"whole"``), each injection is a whole pass.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +24,7 @@ from reflowlens.sweeps.reading import attached_points
 from reflowlens.sweeps.suffixes import Layout
 
 Where: TypeAlias = "Literal['last', 'all'] | str"
+READ_LAST = "hook_refined"  # the stream that logits are read off where it is not the last residual stream
 _AT_ONCE = 2**22  # entries of a [row, pos, d_model] block: 16 MB, of which a pass holds a few
 
 
@@ -52,8 +55,8 @@ class Injections:
         self.tokens, lengths = model.tokens_and_lengths(prompts)
         self.last = torch.tensor(lengths, device=self.tokens.device) - 1
         self.start = self._starts(where)
-        self._unsteered = UnpatchedRun(model, self.tokens)
-        self.streams = [self._unsteered.resid(layer) for layer in self.layers]
+        self._unsteered = UnpatchedRun(model, self.tokens, stream_points(model) if model.stages == "whole" else ())
+        self.streams = [self._stream(layer) for layer in self.layers]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -83,10 +86,29 @@ class Injections:
     def _run(self, layer: int, prompt: Tensor, change: Tensor) -> Float[Tensor, "row d_model"]:
         layout, stream = self._layout(prompt), self.streams[layer]
         row, position = layout.row, layout.position
+        if self.model.stages == "whole":
+            return self._run_whole(layer, prompt, layout, change)
         resid = stream[prompt[row], position] + change.to(stream)[row]
         entering = Packed(layout, torch.arange(len(prompt), device=prompt.device), resid[None])
         packed = self._unsteered.finish({self._unsteered.first_stage(layer): [entering]})
         return packed.resid[0, position == self.last[prompt[row]]]
+
+    def _run_whole(
+        self, layer: int, prompt: Tensor, layout: Layout, change: Float[Tensor, "row d_model"]
+    ) -> Float[Tensor, "row d_model"]:
+        def add(x: Float[Tensor, "row pos d_model"], hook: Any) -> Tensor:
+            x = x.clone()
+            x[layout.row, layout.position] += change.to(x)[layout.row]
+            return x
+
+        with self.model.hooks([(stream_points(self.model)[layer], add)]):
+            final = self.model.final_stream(self.tokens[prompt])
+        return final[torch.arange(len(prompt), device=prompt.device), self.last[prompt]]
+
+    def _stream(self, layer: int) -> Float[Tensor, "prompt pos d_model"]:
+        if self.model.stages == "whole":
+            return self._unsteered.cache[stream_points(self.model)[layer]]
+        return self._unsteered.resid(layer)
 
     def _layout(self, prompt: Int[Tensor, " row"]) -> Layout:
         """Each row's positions from where its prompt is steered to its last token."""
@@ -115,9 +137,17 @@ def steer(
 
     Example: ``with rl.intervene(model, steer(model, 3, direction, 40.0)): model.generate("The film was")``
     """
-    at_end = layer == model.cfg.n_layers
-    hook, block = ("resid_post", layer - 1) if at_end else ("resid_pre", layer)
-    return Steer(hook, direction, alpha, layer=block, position=position)
+    if layer < model.cfg.n_layers:
+        return Steer("resid_pre", direction, alpha, layer=layer, position=position)
+    if not model.reads_last_stream:
+        return Steer(READ_LAST, direction, alpha, position=position)
+    return Steer("resid_post", direction, alpha, layer=layer - 1, position=position)
+
+
+def stream_points(model: HookedModel) -> list[str]:
+    """The hook points of the streams that a direction can be added to, by layer: what each block reads, and the end."""
+    end = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post" if model.reads_last_stream else READ_LAST
+    return [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)] + [end]
 
 
 def rms(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:

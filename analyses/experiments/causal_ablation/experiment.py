@@ -99,8 +99,7 @@ def causal_ablation(
 
     Example: ``causal_ablation(model, "The capital of France is").frames["signals"].head()``
     """
-    chosen = real_tokens(view_of(model, view, seed=seed))
-    model.check_reads_last_stream("contributions of signals")
+    chosen = real_tokens(view_of(model, view, seed=seed).final)
     lexicon = lexicon or load_lexicon()
     prompts = [item.prompt for item in lexicon.factual][:: 3 if quick else 1]
     if len(prompts) < 2:
@@ -112,7 +111,7 @@ def causal_ablation(
     detail = residual_stack(model, prompt)[-1]
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
-    untrained = real_tokens(untrained_view(chosen, seed))
+    untrained = real_tokens(untrained_view(chosen, seed).final)
     own = derive_seed(seed, "causal_ablation")
     rotated = dict(rotated_views(chosen, rotations, seed, "causal_ablation"))
     views = Bases(chosen, rotated, varimax_view(chosen, seed=seed))

@@ -68,7 +68,7 @@ def _reference_signals(model: HookedModel, view: SignalView, lexicon: Lexicon) -
     for text in lexicon.neutral_texts:
         ids = (model.text_start() + model.tokenizer.encode(text))[: model.cfg.n_ctx]
         tokens = torch.tensor([ids], device=model.cfg.device)
-        readouts.append(view.readout(model(tokens, stop_at_layer=model.cfg.n_layers))[0].float())
+        readouts.append(view.readout(model.final_stream(tokens))[0].float())
     return torch.cat(readouts)
 
 

@@ -94,7 +94,7 @@ def removal_effects(
     tokens, cfg = writers.model.to_tokens(prompt)[0], writers.model.cfg
     units = pd.concat(chosen.values(), keys=chosen).drop_duplicates("node")
     block, index, position = (torch.tensor(units[name].to_numpy(np.int64)) for name in ("layer", "feature", "pos"))
-    added = torch.zeros(1 + len(units), cfg.n_layers, len(tokens), cfg.d_model, device=tokens.device)
+    added = torch.zeros(1 + len(units), len(writers.decoders), len(tokens), cfg.d_model, device=tokens.device)
     rows = torch.arange(len(units))
     activation = torch.tensor(units["activation"].to_numpy(np.float32))
     added[1 + rows, :, position] = -writers.written(block, index, activation)
@@ -171,6 +171,8 @@ def node_texts(graph: AttributionGraph) -> dict[str, str]:
         special = {
             "embedding": at,
             "position": f"position {node['pos']}",
+            "bigram": f"pair “{node['label']}”",
+            "token_value": f"value of {at}",
             "error": f"error {node['layer']} at {at}",
             "logit": f"“{node['label']}”",
         }

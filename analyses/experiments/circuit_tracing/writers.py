@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -12,14 +12,19 @@ from torch import Tensor
 
 from analyses.features.layers import unembedding_of
 from analyses.units.points import written_by
-from reflowlens.circuits.attribution.linear.replacement import blocks_of
+from reflowlens.circuits.attribution.linear.refiners import flow_writes
+from reflowlens.circuits.attribution.linear.replacement import blocks_of, neuron_writes
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.models.base import HookedModel
+from reflowlens.models.refined_block import RefinedBlock
+from reflowlens.models.ttt_flow import TTTFlow
 
 
 @dataclass(frozen=True)
 class Writers:
     """The features of a transcoder, or, without one, the neurons of a decoder's MLPs or a BDH's levels, by block.
+
+    Of a TTTFlow the refiners are two blocks more: the inner learner, which has none, and the flow step's neurons.
 
     Args:
         points: of each block the hook point from which activations are read.
@@ -38,6 +43,9 @@ class Writers:
     @torch.no_grad()
     def of(cls, model: HookedModel, dictionary: Dictionary | None) -> Writers:
         blocks, unembedding = range(model.cfg.n_layers), unembedding_of(model)
+        if dictionary is None and isinstance(model, TTTFlow):
+            points, writes = _of_refined(model)
+            return cls(model, None, points, [each[:, None] for each in writes], unembedding)
         if dictionary is None:
             kind = "hook_xy_sparse" if "hook_xy_sparse" in model.units else "mlp.hook_post"
             points = [f"blocks.{block}.{kind}" for block in blocks]
@@ -52,7 +60,7 @@ class Writers:
     def activations(self, block: int, read: Float[Tensor, "pos *d"]) -> Float[Tensor, "pos unit"]:
         """Of a block's units, from what is at its point."""
         if self.dictionary is None:
-            return read.flatten(1)
+            return read.flatten(1) if len(self.decoders[block]) else read.new_zeros(len(read), 0)
         blocks = blocks_of(self.dictionary)
         if block not in blocks:
             return read.new_zeros(len(read), 0)
@@ -66,9 +74,9 @@ class Writers:
         self, block: Int[Tensor, " unit"], index: Int[Tensor, " unit"], activation: Float[Tensor, " unit"]
     ) -> Float[Tensor, "unit block d_model"]:
         """What some units write into the MLP output of every block."""
-        cfg = self.model.cfg
-        found = activation.new_zeros(len(block), cfg.n_layers, cfg.d_model)
-        reached = range(cfg.n_layers) if self.dictionary is None else blocks_of(self.dictionary)
+        n_blocks = len(self.decoders)
+        found = activation.new_zeros(len(block), n_blocks, self.model.cfg.d_model)
+        reached = range(n_blocks) if self.dictionary is None else blocks_of(self.dictionary)
         for row, (own, unit) in enumerate(zip(block.tolist(), index.tolist(), strict=True)):
             decoder = self.decoders[own][unit]
             later = [other for other in reached if other >= own][: len(decoder)]
@@ -97,6 +105,36 @@ class Writers:
         return found
 
 
+def _of_refined(model: TTTFlow) -> tuple[list[str], list[Float[Tensor, "unit d_model"]]]:
+    """Of each block, refiners among them, where its units are read, and what they write."""
+    blocks = cast("list[RefinedBlock]", list(model.blocks))
+    points, writes = [f"blocks.{block}.mlp.hook_post" for block in range(len(blocks))], list(map(neuron_writes, blocks))
+    if model.ttt is not None:
+        points, writes = [*points, "ttt.hook_delta"], [*writes, writes[0][:0]]
+    if model.flow is not None:
+        points, writes = [*points, "flow.hook_flow_post"], [*writes, flow_writes(model.flow)]
+    return points, writes
+
+
+def _whole_passes(
+    model: HookedModel, tokens: Int[Tensor, " pos"], added: Float[Tensor, "row block place d_model"]
+) -> Float[Tensor, "row token"]:
+    """Where a pass cannot start from a block."""
+    points = [f"blocks.{block}.hook_mlp_out" for block in range(model.cfg.n_layers)]
+    points += [point for point in ("ttt.hook_delta", "flow.hook_delta") if point in model.hook_dict]
+    places, found = added.shape[2], []
+    for some in added.split(max(1, _AT_ONCE // (len(tokens) * model.cfg.d_model))):
+
+        def add(y: Tensor, hook: Any, some: Tensor = some) -> Tensor:
+            return torch.cat([y[:, :-places], y[:, -places:] + some[:, points.index(hook.name)].to(y)], dim=1)
+
+        with model.hooks([(point, add) for point in points[: added.shape[1]]]):
+            final = model.final_stream(tokens.expand(len(some), -1))
+        logits = model.read_final(final[:, -1:]).logits()[:, 0, : model.tokenizer.n_vocab]
+        found.append(logits.float().log_softmax(dim=-1))
+    return torch.cat(found)
+
+
 @torch.no_grad()
 def log_probabilities_with(
     model: HookedModel, tokens: Int[Tensor, " pos"], added: Float[Tensor, "row block place d_model"]
@@ -104,9 +142,11 @@ def log_probabilities_with(
     """What a prompt is continued with when vectors are added to the outputs of its MLPs.
 
     Args:
-        added: to which block, at the last so many positions; each row is a run of its own, from its first block on that
-            anything is added to.
+        added: to which block (of a TTTFlow refiners too), at the last so many positions; each row is a run of its own,
+            from its first block on that anything is added to.
     """
+    if model.stages == "whole":
+        return _whole_passes(model, tokens, added)
     n_layers, n_tokens, places = model.cfg.n_layers, model.tokenizer.n_vocab, added.shape[2]
     points = [f"blocks.{block}.hook_resid_pre" for block in range(n_layers)]
     end, cache = model.run_with_cache(tokens[None], names_filter=points, stop_at_layer=n_layers)

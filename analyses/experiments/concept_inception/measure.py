@@ -39,7 +39,7 @@ class Setup:
     def of(
         cls, view: SignalView, words: Sequence[str], pairs: Sequence[tuple[int, int]], prompts: Sequence[str]
     ) -> Setup:
-        runs = Injections(view.model, list(prompts))
+        view, runs = view.final, Injections(view.model, list(prompts))
         written = view.write(view.rows([f" {word}" for word in words]))
         rows = np.array([(*pair, layer) for pair in pairs for layer in runs.layers])
         return cls(view, runs, prompts, words, written, *rows.T)

@@ -17,7 +17,7 @@ from analyses.measures.sentiment import Poles
 from analyses.measures.steering import of_unit_rms
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView
-from reflowlens.sweeps.injections import Injections, Where
+from reflowlens.sweeps.injections import Injections, Where, stream_points
 
 _ROWS = 2**13  # injections whose directions are spelled out at once
 
@@ -66,7 +66,7 @@ class Carriers:
     @classmethod
     def of(cls, view: SignalView, prompts: Sequence[str], poles: Poles, where: Where = "last") -> Carriers:
         """Read the prompts; ``poles`` are the held-out words that they are judged by."""
-        runs = Injections(view.model, list(prompts), where)
+        view, runs = view.final, Injections(view.model, list(prompts), where)
         before = poles.logits(view, runs.unsteered(runs.layers[-1]))
         return cls(view, poles, runs, before, runs.rms().mean(dim=1))
 
@@ -98,6 +98,10 @@ class SteeredTexts:
     def damage(self, layer: int, change: Float[Tensor, " d_model"]) -> Damage:
         """What adding ``change`` or its opposite at a layer costs each text."""
         model = self.neutral.model
+        if model.stages == "whole":
+            added = self.sign[:, None, None] * change
+            with model.hooks([(stream_points(model)[layer], lambda x, hook: x + added.to(x))]):
+                return self.neutral.damage()
         steered = self.streams[layer] + self.sign[:, None, None] * change.to(self.streams)
         end = model(steered, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
         return self.neutral.damage(end)

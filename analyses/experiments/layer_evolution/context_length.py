@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
-from analyses.measures.lens import first_settled, residual_stack
+from analyses.measures.lens import first_settled, readers, residual_stack
 from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
@@ -122,9 +122,9 @@ def context_frame(
 @torch.no_grad()
 def crystallisation_shares(view: SignalView, prompts: Sequence[str]) -> NDArray[np.float64]:
     """For each prompt the first point from which the final top-1 token stays top-1, as a share of the depth."""
-    view.model.check_reads_last_stream("readings that end in the prediction")
     stack = residual_stack(view.model, list(prompts))
-    top = torch.stack([view.logits(view.readout(point))[:, : view.n_tokens].argmax(dim=-1) for point in stack])
+    through = zip(readers(view, len(stack)), stack, strict=True)
+    top = torch.stack([lens.logits(lens.readout(point))[:, : view.n_tokens].argmax(dim=-1) for lens, point in through])
     return first_settled((top == top[-1]).cpu().numpy()) / (len(stack) - 1)
 
 

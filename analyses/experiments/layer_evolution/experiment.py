@@ -166,9 +166,11 @@ def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[
 def _shuffled_norm(view: SignalView, seed: int) -> SignalView:
     """The view read through the final norm with the entries of its weight permuted."""
     norm = copy.deepcopy(view.norm)
+    if norm is None:
+        return view
     order = torch.randperm(len(norm.w), generator=derive_generator(seed, "shuffled_norm"))
     with torch.no_grad():
-        norm.w.copy_(view.norm.w[order.to(norm.w.device)])
+        norm.w.copy_(norm.w[order.to(norm.w.device)])
     return dataclasses.replace(view, norm=norm)
 
 

@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 
-from analyses.measures.lens import LensReading, lens_log_probabilities, point_name, residual_points, residual_stack
+from analyses.measures.lens import (
+    LensReading,
+    lens_log_probabilities,
+    point_name,
+    readers,
+    residual_points,
+    residual_stack,
+)
 from analyses.statistics.intervals import bootstrap_band, rate_band
 from reflowlens.figures.builders import histogram_with_control, line_with_band
 from reflowlens.figures.heatmap import heatmap
@@ -18,7 +26,9 @@ from reflowlens.signals import SignalView
 
 def prompt_frame(model: HookedModel, view: SignalView, prompt: str, target: str | None) -> pd.DataFrame:
     """The target and the five finally most probable tokens at every point of one prompt."""
-    log_p = lens_log_probabilities(view, residual_stack(model, prompt)[:, 0])
+    stack = residual_stack(model, prompt)[:, 0]
+    through = zip(readers(view, len(stack)), stack, strict=True)
+    log_p = torch.stack([lens_log_probabilities(lens, resid) for lens, resid in through])
     followed = log_p[-1].topk(5).indices.tolist()
     target_id = model.to_single_token(target) if target is not None else followed[0]
     rows = []
@@ -46,8 +56,8 @@ def position_frame(model: HookedModel, view: SignalView, prompt: str) -> pd.Data
     texts = model.to_str_tokens(prompt)
     rows = []
     stack = residual_stack(model, prompt, last_only=False)[:, 0]
-    for point, resid in zip(residual_points(model.cfg.n_layers), stack, strict=True):
-        top = lens_log_probabilities(view, resid).max(dim=-1)
+    for point, lens, resid in zip(residual_points(model.cfg.n_layers), readers(view, len(stack)), stack, strict=True):
+        top = lens_log_probabilities(lens, resid).max(dim=-1)
         for position, (log_p, token) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
             rows.append(
                 {

@@ -227,7 +227,11 @@ def read_contributions(view: SignalView, input: TextInput, target: int | None = 
     Example: ``read_contributions(view, ["The capital of France is"]).contributions()[-1, 0].topk(5)``
     """
     model = view.model
-    model.check_reads_last_stream("contributions of signals, heads and MLPs")
+    if not model.reads_last_stream:
+        raise ReflowlensError(
+            "contributions of heads and MLPs need a stream that is the sum of what they write, and blocks of a "
+            f"{type(model).__name__} scale it and go back to earlier ones: rl.attribute(..., heads=True) follows these"
+        )
     stack = residual_stack(model, input)
     targets = lens_log_probabilities(view, stack[-1]).argmax(dim=-1)
     if target is not None:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.measures.lens import first_settled, lens_log_probabilities, residual_stack
+from analyses.measures.lens import first_settled, lens_log_probabilities, readers, residual_stack
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from reflowlens.signals import SignalView
@@ -70,7 +70,6 @@ def compare_words(
 
     Example: ``compare_words(view, ["friend"], {"misspelt": ["freind"]}, ["She wrote the word"])["misspelt"].kl[-1]``
     """
-    view.model.check_reads_last_stream("readings that end in the prediction")
     texts = list(dict.fromkeys(itertools.chain(words, *others.values())))
     number = {text: i for i, text in enumerate(texts)}
     first = torch.tensor([number[word] for word in words])
@@ -123,10 +122,10 @@ def _compare(
     partners: Mapping[str, Int[Tensor, " pair"]],
 ) -> dict[str, Likeness]:
     rows: dict[str, list[list[Tensor]]] = {name: [] for name in partners}
-    for resid in stack:
+    for lens, resid in zip(readers(view, len(stack)), stack, strict=True):
         resid = resid.float()
-        readout = view.readout(resid)
-        log_p = lens_log_probabilities(view, resid)
+        readout = lens.readout(resid)
+        log_p = lens_log_probabilities(lens, resid)
         p = log_p[first].exp()
         negative_entropy = (p * log_p[first]).sum(dim=-1)
         for name, partner in partners.items():

@@ -397,16 +397,10 @@ def test_a_view_is_capped_and_no_prediction():
 
 def test_what_needs_logits_that_are_sums_is_refused():
     model, tokens = filled(), text(9)
-    view, cache = rl.signal_view(model), model.run_with_cache(tokens)[1]
-    metric = rl.metrics.logit_diff(5, 7)
+    cache = model.run_with_cache(tokens)[1]
     for call in (
-        lambda: view.contributions(cache["resid_post", -1], 5),
-        lambda: cache.signal_contributions(5),
         lambda: cache.logit_attrs(cache.accumulated_resid(), 5),
         lambda: model.tokens_to_residual_directions(5),
-        lambda: rl.ablate_readout(model, tokens),
-        lambda: rl.ablate_progressively(model, tokens, 5),
-        lambda: rl.ablate_upstream(model, tokens, metric, "embed"),
     ):
         with pytest.raises(ReflowlensError, match="a TTTFlow refines that stream and caps its logits"):
             call()

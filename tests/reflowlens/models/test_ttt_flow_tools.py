@@ -1,0 +1,129 @@
+"""The tools on a TTTFlow against plain hooks and whole passes: views of the refined stream, ablations, steering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import reflowlens as rl
+from analyses.measures.lens import read_lens, readers, residual_stack
+from reflowlens.errors import ReflowlensError
+from reflowlens.sweeps.injections import Injections, steer
+from tests.reflowlens.models.test_ttt_flow import filled, text
+
+PROMPTS = ["the cat", "a"]
+TOKENS = text(9)
+
+
+def zeroed(point: str, index: int) -> tuple[str, Any]:
+    def zero(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[..., index] = 0.0
+        return x
+
+    return point, zero
+
+
+@pytest.mark.parametrize("name", ["identity", "svd", "varimax"])
+def test_signals_of_the_refined_stream_add_up_to_logits_in_front_of_the_cap(name):
+    model, tokens = filled(), TOKENS
+    view, logits = rl.signal_view(model, name).final, model(tokens)
+    assert view.is_prediction
+    assert view.final is view
+    stream = model.final_stream(tokens)
+    signals = view.readout(stream)
+    torch.testing.assert_close(view.logits(signals), logits, rtol=1e-4, atol=1e-5)
+    before = (stream @ model.W_U)[..., 5]
+    torch.testing.assert_close(view.contributions(stream, 5).sum(-1), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_view_of_the_stream_says_where_the_logits_are():
+    model = filled()
+    view = rl.signal_view(model)
+    assert not view.is_prediction
+    _, cache = model.run_with_cache(TOKENS)
+    for call in (lambda: view.contributions(cache["resid_post", -1], 5), lambda: cache.signal_contributions(5)):
+        with pytest.raises(ReflowlensError, match=r"take view\.final and model\.final_stream\(text\)"):
+            call()
+    unrefined = rl.signal_view(rl.load_model("bdh-nano"))
+    assert unrefined.final is unrefined
+
+
+@pytest.mark.parametrize("by", ["zero", "mean"])
+def test_signals_removed_at_the_readout_are_those_of_whole_passes(by):
+    model = filled()
+    reference = {} if by == "zero" else {"reference": text(7, 5)}
+    alone = rl.ablate_readout(model, PROMPTS, by=by, **reference)
+    changed = {s: rl.Ablate("hook_refined", index=s, by=by, **reference) for s in (0, 3, 15)}
+    ends = [len(prompt) - 1 for prompt in PROMPTS]
+    before = torch.stack([model(prompt)[0, -1] for prompt in PROMPTS])
+    for signal, ablation in changed.items():
+        logits = rl.run(model, PROMPTS, ablation)[torch.arange(2), ends]
+        torch.testing.assert_close(alone.logit(5)[:, signal], logits[:, 5], rtol=1e-4, atol=1e-5)
+        p, q = before.log_softmax(-1), logits.log_softmax(-1)
+        torch.testing.assert_close(alone.probability(5)[:, signal], q[:, 5].exp(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(alone.kl()[:, signal], (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-6)
+        assert alone.rank(5)[:, signal].tolist() == (1 + (logits > logits[:, 5:6]).sum(-1)).tolist()
+
+
+def test_signals_removed_in_an_order_are_those_of_whole_passes():
+    model = filled()
+    order = torch.tensor([[3, 0, 7]])
+    found = rl.ablate_progressively(model, TOKENS, order)
+    changes = [zeroed("hook_refined", index) for index in (3, 0, 7)]
+    for count in range(4):
+        logits = model.run_with_hooks(TOKENS, fwd_hooks=changes[:count])[0, -1]
+        torch.testing.assert_close(found.logit(5)[0, count], logits[5], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.probability(5)[0, count], logits.softmax(-1)[5], rtol=1e-4, atol=1e-6)
+    by_contribution = rl.ablate_progressively(model, TOKENS, 5, counts=[1])
+    parts = rl.signal_view(model).final.contributions(model.final_stream(TOKENS)[0, -1], 5)
+    first = model.run_with_hooks(TOKENS, fwd_hooks=[zeroed("hook_refined", int(parts.abs().argmax()))])[0, -1]
+    torch.testing.assert_close(by_contribution.logit(5)[0, 0], first[5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["embed", 0, 3, 5, "everywhere"])
+def test_signals_removed_upstream_are_those_of_whole_passes(site):
+    """The axes of the stream, one by one."""
+    model, metric = filled(), rl.metrics.logit_diff(5, 7)
+    found = rl.ablate_upstream(model, ["abcdef", "ghijkl"], metric, site, signals=[2, 9], progress=False)
+    point = {"embed": "hook_embed", "everywhere": "hook_embed", 5: "hook_refined"}.get(site)
+    for row, signal in enumerate((2, 9)):
+        changes = [zeroed(point or f"blocks.{site}.hook_resid_pre", signal)]
+        if site == "everywhere":
+            changes.append(zeroed("hook_refined", signal))
+        logits = model.run_with_hooks(["abcdef", "ghijkl"], fwd_hooks=changes)[:, -1]
+        torch.testing.assert_close(found.values[row], logits[:, 5] - logits[:, 7], rtol=1e-4, atol=1e-5)
+    logits = model(["abcdef", "ghijkl"])[:, -1]
+    torch.testing.assert_close(found.baseline, logits[:, 5] - logits[:, 7], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["last", "all"])
+def test_directions_added_at_a_layer_are_those_of_whole_passes(where):
+    model = filled()
+    runs = Injections(model, PROMPTS, where)
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    for layer in (0, 3, 5):
+        ends = runs.final(layer, torch.tensor([1, 0]), torch.stack([direction, 2 * direction]))
+        for row, prompt, size in ((0, "a", 1.0), (1, "the cat", 2.0)):
+            position = "last" if where == "last" else None
+            with rl.intervene(model, steer(model, layer, direction, size, position)):
+                expected = model.final_stream(prompt)[0, -1]
+            torch.testing.assert_close(ends[row], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runs.unsteered(5)[0], model.final_stream("the cat")[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_lens_ends_in_the_models_prediction():
+    model = filled()
+    view = rl.signal_view(model)
+    stack = residual_stack(model, PROMPTS)
+    assert len(stack) == 2 * model.cfg.n_layers + 1
+    reading = read_lens(view, stack, [5, 7])
+    logits = torch.stack([model(prompt)[0, -1] for prompt in PROMPTS])
+    assert reading.top[-1].tolist() == logits.argmax(-1).tolist()
+    assert reading.logit[-1] == pytest.approx([float(logits[0, 5]), float(logits[1, 7])], rel=1e-4)
+    assert reading.kl[-1] == pytest.approx([0, 0], abs=1e-6)
+    last = readers(view, len(stack))[-1]
+    torch.testing.assert_close(last.logits(last.readout(stack[-1])), logits, rtol=1e-4, atol=1e-5)
