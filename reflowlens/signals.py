@@ -315,7 +315,7 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     with without_autocast(model.ln_final.w):
         embedding = wide(model.W_U.T.detach())
     bias = wide(model.b_U.detach()) if model.cfg.unembed_bias else None
-    cap = None if model.cfg.ttt_flow is None else model.cfg.ttt_flow.logit_cap
+    cap = getattr(model.unembed, "cap", None)
     if name == "identity":
         identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
         return SignalView("identity", embedding, identity, model.ln_final, model, bias, cap)

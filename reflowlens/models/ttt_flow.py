@@ -32,16 +32,14 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.attention import KeyValueCache
-from reflowlens.models.checked_pass import Pass, checked_pass
+from reflowlens.models.checked_pass import Pass
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
-from reflowlens.models.parts import is_hooked
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places
 from reflowlens.models.refined_block import FixedNorm, RefinedBlock
 from reflowlens.models.residual import Embed, FormedReadout, Readout, ResidualModel, Unembed
 from reflowlens.models.text import TextInput
-from reflowlens.models.threads import reading_forward
 from reflowlens.models.token_parts import Bigram, SmearGate, TokenValues, continues
 from reflowlens.models.ttt_linear import InnerState, TTTLinear, each_text_alone
 from reflowlens.ttt_flow_config import TTTFlowConfig
@@ -82,7 +80,7 @@ class TTTFlow(ResidualModel):
         super().__init__(cfg)
         own = cast(TTTFlowConfig, cfg.ttt_flow)
         self.embed = Embed(cfg)
-        self.unembed = CappedUnembed(self, own.logit_cap)
+        self.unembed = Unembed(self, own.logit_cap)
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.bigram = Bigram(own, cfg.d_model)
         self.ln_embed = FixedNorm(cfg)
@@ -132,13 +130,15 @@ class TTTFlow(ResidualModel):
             x = self.flow(x)
         return self.hook_refined(x)
 
-    @reading_forward
     def final_stream(
         self, input: TextInput, *, segments: Int[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The refined stream: refiners see more than a position's own stream."""
-        asked = checked_pass(self, input, None, None, None, None, None, segments)
-        return self.features_of(self.resid_of(asked, self.tied_weights(), None), asked.places, None)
+        """The refined stream: refiners see more than a position's own stream.
+
+        Raises:
+            ReflowlensError: something is attached to ``unembed.hook_logits_pre_cap``; or as of :meth:`forward`.
+        """
+        return cast(Tensor, self(input, _features, segments=segments))
 
     def read_final(
         self, stream: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...] | None = None
@@ -202,26 +202,18 @@ class TTTFlow(ResidualModel):
             part.init_weights(generator)
 
 
+def _features(readout: Readout) -> Float[Tensor, "batch pos d_model"]:
+    if isinstance(readout, FormedReadout):
+        raise ReflowlensError(
+            "a final stream comes before what is attached to 'unembed.hook_logits_pre_cap': call the model itself"
+        )
+    return readout.features
+
+
 def _mean_chunk(context: int, chunk: int) -> float:
     """How many tokens the mini-batch of a token has, the mean over a text."""
     whole, rest = divmod(context, chunk)
     return (whole * chunk**2 + rest**2) / context
-
-
-class CappedUnembed(Unembed):
-    """The tied readout, its logits held between ±cap."""
-
-    def __init__(self, model: ResidualModel, cap: float) -> None:
-        super().__init__(model)
-        self.cap = cap
-        self.hook_logits_pre_cap = HookPoint()  # [batch, pos, d_vocab]
-
-    def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
-        (W_E,) = weights
-        if is_hooked(self.hook_logits_pre_cap):
-            unread = W_E[:, :1].expand(-1, len(W_E))  # where others have a matrix; it takes no memory
-            return FormedReadout(self.hook_logits_pre_cap(x @ W_E.T), unread, None, self.cap)
-        return Readout(x, W_E, None, self.cap)
 
 
 class TTTFlowCache(KeyValueCache):

@@ -115,6 +115,18 @@ def test_directions_added_at_a_layer_are_those_of_whole_passes(where):
     torch.testing.assert_close(runs.unsteered(5)[0], model.final_stream("the cat")[0, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_final_stream_is_that_of_the_model_as_it_is_changed():
+    model = filled()
+    with rl.intervene(model, rl.Scale("blocks.2.hook_mlp_out", 2.0, position=1)):
+        stream, logits = model.final_stream(TOKENS), model(TOKENS)
+    torch.testing.assert_close(model.read_final(stream).logits(), logits, rtol=1e-4, atol=1e-5)
+    with (
+        rl.intervene(model, rl.Scale("unembed.hook_logits_pre_cap", 2.0)),
+        pytest.raises(ReflowlensError, match="a final stream comes before what is attached"),
+    ):
+        model.final_stream(TOKENS)
+
+
 def test_the_lens_ends_in_the_models_prediction():
     model = filled()
     view = rl.signal_view(model)
@@ -123,7 +135,7 @@ def test_the_lens_ends_in_the_models_prediction():
     reading = read_lens(view, stack, [5, 7])
     logits = torch.stack([model(prompt)[0, -1] for prompt in PROMPTS])
     assert reading.top[-1].tolist() == logits.argmax(-1).tolist()
-    assert reading.logit[-1] == pytest.approx([float(logits[0, 5]), float(logits[1, 7])], rel=1e-4)
+    assert reading.logit[-1] == pytest.approx([logits[0, 5].item(), logits[1, 7].item()], rel=1e-4)
     assert reading.kl[-1] == pytest.approx([0, 0], abs=1e-6)
     last = readers(view, len(stack))[-1]
     torch.testing.assert_close(last.logits(last.readout(stack[-1])), logits, rtol=1e-4, atol=1e-5)

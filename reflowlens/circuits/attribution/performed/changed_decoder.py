@@ -65,7 +65,7 @@ class DecoderPass(Pass):
         with model.hooks([("ln_final.hook_scale", held)]) if self.is_frozen else contextlib.nullcontext():
             x = model.ln_final(stream)
         if self.end.signals is None:
-            return model.unembed.readout(x, model.tied_weights()).logits()[:, 0]
+            return model.unembed.readout(x, model.tied_weights())._replace(cap=None).logits()[:, 0]
         recipe, basis = model.tied_weights()
         signals = x[:, 0] @ basis.T
         numbers = np.flatnonzero(nodes["kind"] == "readout")

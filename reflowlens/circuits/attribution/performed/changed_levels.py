@@ -42,7 +42,7 @@ class LevelPass(Pass):
 
     def logits(self, stream: Float[Tensor, "row 1 d_model"]) -> Float[Tensor, "row d_vocab"]:
         model = self.traced.model
-        return model.unembed.readout(model.ln_final(stream), model.tied_weights()).logits()[:, 0]
+        return model.unembed.readout(model.ln_final(stream), model.tied_weights())._replace(cap=None).logits()[:, 0]
 
     def _see(self, x: Tensor, hook: Any) -> None:
         self.seen[hook.name] = x

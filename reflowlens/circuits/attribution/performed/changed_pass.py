@@ -83,13 +83,7 @@ class Pass:
         for name in self.end.targets.name:
             token, *other = map(int, name.removeprefix("logit:").split("-"))
             self.found[:, self.numbers[name]] = logits[:, token] - (logits[:, other[0]] if other else logits.mean(1))
-        return self.found, capped(logits, self.cap)
-
-    @property
-    def cap(self) -> float | None:
-        """Of the model's logits; nodes are in front of it."""
-        own = self.traced.model.cfg.ttt_flow
-        return None if own is None else own.logit_cap
+        return self.found, capped(logits, self.traced.model.unembed.cap)
 
     def streams(self, tokens: Int[Tensor, "row pos"], hooks: Hooks, n_blocks: int) -> Float[Tensor, "row pos d_model"]:
         """What :meth:`logits` reads, behind so many blocks."""
