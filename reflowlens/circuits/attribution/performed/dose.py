@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import number_of_runs, random_seed, real_number
-from reflowlens.circuits.attribution.linear.replacement import FeatureAt, blocks_of
+from reflowlens.circuits.attribution.linear.replacement import FeatureAt, blocks_of, neuron_writes
 from reflowlens.circuits.attribution.performed.matched import nearest_norms, ratio_of
 from reflowlens.circuits.attribution.targets import split_targets
 from reflowlens.dictionaries.belonging import check_belongs
@@ -25,6 +25,7 @@ from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
+from reflowlens.models.ttt_flow import TTTFlow
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.sweeps.batching import check_budget, in_batches
 from reflowlens.tokenizers.targets import target_ids
@@ -58,7 +59,7 @@ def dose_response(
     among all tokens it would be 0 of a feature that is active at fewer than one in a thousand.
 
     Args:
-        model: a hooked decoder.
+        model: a hooked decoder or TTTFlow.
         dictionary: transcoders of its MLPs; None: ``feature`` is a neuron.
         feature: which, and where it is set.
         token: a text of one token, or its id.
@@ -84,7 +85,7 @@ def dose_response(
     Example: ``rl.dose_response(model, dictionary, rl.FeatureAt(0, 6764), " worry", "The old man said, I can't")``
     """
     hooked = hooked_model(model)
-    if not isinstance(hooked, Decoder):
+    if not isinstance(hooked, Decoder | TTTFlow):
         raise ReflowlensError(f"a dose is given in a decoder with MLPs, and not in a {type(hooked).__name__}")
     if dictionary is not None:
         check_belongs(dictionary, hooked, other_model=other_model)
@@ -119,10 +120,9 @@ def dose_response(
                 x[torch.arange(len(x)), place.position, units] = activations.to(x)
                 return x
 
-            stream = hooked.run_with_hooks(
-                tokens.expand(len(batch), -1), fwd_hooks=[(point, set_them)], stop_at_layer=hooked.cfg.n_layers
-            )
-            read = hooked.unembed.readout(hooked.ln_final(stream[:, -1:]), hooked.tied_weights()).logits()[:, 0]
+            with hooked.hooks([(point, set_them)]):
+                stream = hooked.final_stream(tokens.expand(len(batch), -1))
+            read = hooked.read_final(stream[:, -1:]).logits()[:, 0]
             return torch.stack([read[:, id] - read.mean(1), read.log_softmax(-1)[:, id]], dim=1).double().cpu()
 
         found = torch.cat([read for _, read in in_batches(rows, run, tokens.device, memory)]).numpy()
@@ -131,7 +131,7 @@ def dose_response(
     return frame.assign(logit=found[:, 0], probability=np.exp(found[:, 1]), log_prob=found[:, 1])
 
 
-def _place(model: Decoder, dictionary: Dictionary | None, feature: FeatureAt, n_positions: int) -> FeatureAt:
+def _place(model: Decoder | TTTFlow, dictionary: Dictionary | None, feature: FeatureAt, n_positions: int) -> FeatureAt:
     if not isinstance(feature, FeatureAt):
         raise ReflowlensError(f"a dose is of one feature, as rl.FeatureAt(layer, index, position), got {feature!r}")
     place = cast(FeatureAt, split_targets(feature, model.cfg.n_layers, n_positions)[1][0])
@@ -144,10 +144,10 @@ def _place(model: Decoder, dictionary: Dictionary | None, feature: FeatureAt, n_
     return place
 
 
-def _norms(model: Decoder, dictionary: Dictionary | None, block: int) -> Float[Tensor, " unit"]:
+def _norms(model: Decoder | TTTFlow, dictionary: Dictionary | None, block: int) -> Float[Tensor, " unit"]:
     if dictionary is not None:
         return dictionary.decoder_norms(blocks_of(dictionary).index(block)).detach()
-    return cast(Block, model.blocks[block]).mlp.W_out.detach().norm(dim=1)
+    return neuron_writes(cast(Block, model.blocks[block])).norm(dim=1)
 
 
 def _others(norms: Float[Tensor, " unit"], unit: int, n: int, seed: int) -> list[int]:
@@ -173,7 +173,7 @@ def _one(quantile: Any, number: int, place: FeatureAt) -> float:
     return one
 
 
-def _percentile(model: Decoder, point: str, place: FeatureAt, text: str | None) -> float:
+def _percentile(model: Decoder | TTTFlow, point: str, place: FeatureAt, text: str | None) -> float:
     """Of the activations above 0 in a text, cut into the model's contexts."""
     if text is None:
         plays = lzma.decompress((ASSETS / "shakespeare.txt.xz").read_bytes())
