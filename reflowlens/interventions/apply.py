@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.prompts import Prompts, Text
 
 
 @dataclass
@@ -90,12 +92,14 @@ def intervene(
             raise ReflowlensError(f"{selector}={getattr(b.intervention, selector)!r} at {b.name!r} was never reached")
 
 
-def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | Intervention, **kwargs: Any) -> Any:
+def run(
+    model: Any, prompt: TextInput | Prompts, interventions: Sequence[Intervention] | Intervention, **kwargs: Any
+) -> Any:
     """One forward pass under interventions: ``model(prompt, **kwargs)`` inside :func:`intervene`.
 
     Args:
-        model, interventions: as for :func:`intervene`.
-        prompt, kwargs: arguments of the forward pass.
+        model, interventions: as for :func:`intervene`. A ``position`` may be a role of :class:`reflowlens.Prompts`.
+        prompt, kwargs: arguments of the forward pass; of :class:`reflowlens.Prompts` the clean texts.
 
     Returns:
         What the forward pass returns: by default logits [batch, pos, d_vocab].
@@ -106,8 +110,20 @@ def run(model: Any, prompt: TextInput, interventions: Sequence[Intervention] | I
     Example: ``rl.run(model, "The capital of France is", [rl.Ablate("z", layer=2, head=1)])`` gives logits
     [1, pos, d_vocab].
     """
+    if isinstance(prompt, Prompts):
+        listed = [interventions] if isinstance(interventions, Intervention) else interventions
+        interventions = [at_role(hooked_model(model), prompt, part) for part in listed]
+        prompt = prompt.clean
     with intervene(model, interventions) as hooked:
         return hooked(prompt, **kwargs)
+
+
+def at_role(model: HookedModel, prompts: Prompts, part: Intervention, text: Text = "clean") -> Intervention:
+    """An intervention whose position is a role of some prompts, with each one's own position instead."""
+    position = getattr(part, "position", None)
+    if not isinstance(position, str) or position.partition(":")[0] not in prompts.frame:
+        return part
+    return dataclasses.replace(part, position=[[p] for p in prompts.positions(model, position, text)])
 
 
 def bind(model: HookedModel, interventions: Sequence[Intervention]) -> list[Bound]:
@@ -136,7 +152,7 @@ def bind_all(model: HookedModel, cells: Sequence[Sequence[Intervention]]) -> lis
         if source is None:
             return Bound(intervention, name, None)
         position = intervention.from_position if isinstance(intervention, Patch) else None
-        key = (_key(source), name, intervention.kind, position)
+        key = (_key(source), name, intervention.kind, str(position))
         if key not in taken:
             cache, lengths = runs[_key(source)]
             taken[key] = _taken(intervention, name, model.hook_axes(name), cache[name], lengths)
@@ -219,14 +235,22 @@ def _of_one_length(intervention: Intervention, name: str, lengths: Sequence[int]
     )
 
 
-def _at_own_position(activation: Tensor, pos: int, position: int | str, lengths: Sequence[int]) -> Tensor:
+def _at_own_position(
+    activation: Tensor, pos: int, position: int | str | Sequence[int], lengths: Sequence[int]
+) -> Tensor:
     """One position of each row, counted within the row's own tokens; the position axis keeps length 1."""
-    index = -1 if position == "last" else cast(int, position)
-    for i, length in enumerate(lengths):
+    if isinstance(position, int | str):
+        indices = [-1 if isinstance(position, str) else position] * len(lengths)
+    else:
+        indices = list(position)
+    if len(indices) != len(lengths):
+        raise ReflowlensError(f"from_position has {len(indices)} positions for {len(lengths)} prompts of the source")
+    for i, (index, length) in enumerate(zip(indices, lengths, strict=True)):
         if not -length <= index < length:
             which = f"prompt {i} of the source" if len(lengths) > 1 else "the source"
             raise ReflowlensError(f"from_position={index} is out of range: {which} has {length} tokens")
-    return torch.stack([row.narrow(pos - 1, index % n, 1) for row, n in zip(activation, lengths, strict=True)])
+    rows = zip(activation, indices, lengths, strict=True)
+    return torch.stack([row.narrow(pos - 1, index % n, 1) for row, index, n in rows])
 
 
 def resolve(model: HookedModel, bound: Bound, shape: torch.Size, prompt: Prompt) -> Selection | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from reflowlens.arguments import integer, real
 from reflowlens.errors import ReflowlensError
 
 
-def selector(value: Any, name: str) -> int | slice | list[int] | str | None:
+def selector(value: Any, name: str) -> int | slice | list[int] | list[list[int]] | str | None:
     """A selector as plain Python, so that it compares, prints and is written as one."""
     if value is None or type(value) is int:
         return value
@@ -27,13 +27,30 @@ def selector(value: Any, name: str) -> int | slice | list[int] | str | None:
     elif (one := integer(value)) is not None:
         return one
     elif isinstance(value, Sequence | Tensor | np.ndarray) and len(value):
-        several = [index for index in map(integer, value) if index is not None]
-        if len(several) == len(value):
+        several = integers(value)
+        if several is not None:
             return several
+        if name.endswith(".position"):
+            each = [integers(row) for row in value]
+            if None not in each:
+                return cast(list[list[int]], each)
     shown = f"a mask or list like {value[:3]!r}..." if isinstance(value, list) and len(value) > 3 else repr(value)
-    words = {"layer": ", or 'all'", "position": ", 'last', or the text of a token"}.get(name.rsplit(".", 1)[-1], "")
+    of_positions = ", a list of these for each prompt, 'last', or the text of a token"
+    words = {"layer": ", or 'all'", "position": of_positions}.get(name.rsplit(".", 1)[-1], "")
     ranges = "" if name.endswith(".layer") else ", a slice"
     raise ReflowlensError(f"{name} must be an index{ranges}, or several indices (no mask){words}; got {shown}")
+
+
+def integers(value: Any) -> list[int] | None:
+    """Several integers, of whatever kind, as Python's; None where they are something else."""
+    if (
+        isinstance(value, str)
+        or not isinstance(value, Sequence | Tensor | np.ndarray)
+        or getattr(value, "ndim", 1) != 1
+    ):
+        return None
+    found = [index for index in map(integer, value) if index is not None]
+    return found if len(found) == len(value) else None
 
 
 def check_number(value: Any, name: str) -> None:

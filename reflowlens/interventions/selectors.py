@@ -13,7 +13,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Selection, Where
-from reflowlens.interventions.values import Intervention
+from reflowlens.interventions.values import Intervention, Position, Selector
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel
@@ -87,43 +87,76 @@ def select(
         ReflowlensError: a selector is out of range, or selects along an axis that the activation does not have.
     """
     axes = model.hook_axes(name)
-    positions: Where | None = slice(None)
-    counted: Bool[Tensor, "batch n"] | None = None
     uneven: list[str] = []
-    if intervention.position is not None:
-        if "pos" not in axes:
-            raise ReflowlensError(f"{name!r} has no positions, but position={intervention.position!r} was given")
-        if prompt.cached and isinstance(intervention.position, str):
-            here = _in_this_pass(model, intervention.position, prompt)
-            columns = here.any(dim=0).nonzero()[:, 0]
-            positions = columns if len(columns) else None
-            counted = here[:, columns]
-        elif prompt.padded and _counts_from_end(intervention.position):
-            positions, counted = _from_own_end("position", intervention.position, prompt)
-            uneven += ["pos"] * (not bool(counted.all()))
-        else:
-            positions = _positions(model, intervention.position, prompt)
+    positions, counted = _at(model, intervention.position, name, prompt)
     if positions is None:
         return None
+    if counted is not None and not prompt.cached:
+        uneven += ["pos"] * (not bool(counted.all()))
     if intervention.head is not None and "head" not in axes:
         raise ReflowlensError(f"{name!r} has no heads, but head={intervention.head!r} was given")
     heads = _indices("head", intervention.head, shape[axes.index("head")], name) if "head" in axes else slice(None)
     size = shape[len(axes) - 1 if "batch" in axes else 0]
-    features: Where
-    counted_keys: Bool[Tensor, "batch n_features"] | None = None
-    if axes[-1] == "key_pos" and prompt.padded and _counts_from_end(intervention.index):
-        features, counted_keys = _from_own_end("index", intervention.index, prompt)
+    reached = intervention.index
+    if axes[-1] == "key_pos" and prompt.cached and reached is not None and not _counts_from_end(reached):
+        reached = _reached(reached, range(size), model.cfg.n_ctx)
+        if not reached:
+            return None
+    features, counted_keys = _keys_or_features(reached, size, axes, name, prompt)
+    if counted_keys is not None and _counts_from_end(intervention.index):
         uneven += ["key_pos"] * (not bool(counted_keys.all()))
-    else:
-        reached = intervention.index
-        if axes[-1] == "key_pos" and prompt.cached and reached is not None and not _counts_from_end(reached):
-            reached = _reached(reached, range(size), model.cfg.n_ctx)
-            if not reached:
-                return None
-        features = _indices("index", reached, size, name)
-        if axes[-1] == "key_pos" and prompt.padded:
-            counted_keys = torch.arange(size)[features] < torch.tensor(prompt.lengths)[:, None]
     return Selection(axes, positions, heads, features, counted, counted_keys, tuple(uneven))
+
+
+def _at(
+    model: HookedModel, position: Position, name: str, prompt: Prompt
+) -> tuple[Where | None, Bool[Tensor, "batch n"] | None]:
+    """The positions that a selector chooses, and which of them count in each row; None of them all do."""
+    if position is None:
+        return slice(None), None
+    if "pos" not in model.hook_axes(name):
+        raise ReflowlensError(f"{name!r} has no positions, but position={position!r} was given")
+    if is_each(position):
+        return _of_each(position, prompt, model.cfg.n_ctx)
+    if prompt.cached and isinstance(position, str):
+        here = _in_this_pass(model, position, prompt)
+        columns = here.any(dim=0).nonzero()[:, 0]
+        return columns if len(columns) else None, here[:, columns]
+    if prompt.padded and _counts_from_end(position):
+        return _from_own_end("position", position, prompt)
+    return _positions(model, position, prompt), None
+
+
+def _keys_or_features(
+    index: Selector, size: int, axes: Sequence[str], name: str, prompt: Prompt
+) -> tuple[Where, Bool[Tensor, "batch n_features"] | None]:
+    """Entries of the last axis, and which of them count in each row: of keys those that are no padding."""
+    if axes[-1] != "key_pos" or not prompt.padded:
+        return _indices("index", index, size, name), None
+    if _counts_from_end(index):
+        return _from_own_end("index", index, prompt)
+    features = _indices("index", index, size, name)
+    return features, torch.arange(size)[features] < torch.tensor(prompt.lengths)[:, None]
+
+
+def rows_reached(model: HookedModel, intervention: Intervention, name: str, prompt: Prompt) -> Bool[Tensor, " batch"]:
+    """Which rows of a whole pass have a place that an intervention acts on: of padded prompts a shorter one may not.
+
+    Args:
+        name: a point of the intervention's.
+        prompt: with the length of every row.
+    """
+    axes, lengths = model.hook_axes(name), torch.tensor(prompt.lengths)[:, None]
+    positions, counted = _at(model, intervention.position, name, prompt)
+    assert positions is not None  # None is for generation
+    reached = torch.arange(prompt.n_positions)[positions] < lengths
+    if counted is not None:
+        reached &= counted
+    found = reached.any(dim=1)
+    if axes[-1] == "key_pos":
+        _, counted_keys = _keys_or_features(intervention.index, prompt.n_positions, axes, name, prompt)
+        found &= True if counted_keys is None else counted_keys.any(dim=1)
+    return found
 
 
 def _indices(what: str, selector: int | slice | Sequence[int] | None, size: int, name: str) -> Where:
@@ -171,6 +204,39 @@ def _last(prompt: Prompt) -> Where:
     return torch.tensor(lengths)[:, None] - 1
 
 
+def is_each(position: Position) -> TypeGuard[Sequence[Sequence[int]]]:
+    """Whether it is a list of positions for each prompt."""
+    return isinstance(position, Sequence) and not isinstance(position, str) and not isinstance(position[0], int)
+
+
+def _of_each(
+    position: Sequence[Sequence[int]], prompt: Prompt, n_ctx: int
+) -> tuple[Int[Tensor, "batch n"] | None, Bool[Tensor, "batch n"]]:
+    """Each row's own positions."""
+    n, offset = prompt.n_positions, prompt.offset
+    n_rows = len(position if prompt.tokens is None else prompt.tokens)
+    if len(position) != n_rows:
+        raise ReflowlensError(f"positions are given for {len(position)} prompts, but this pass has {n_rows}")
+    if prompt.cached:
+        if any(_counts_from_end(row) for row in position):
+            raise ReflowlensError("negative positions have no meaning while text is generated; use 'last'")
+        rows = [[p - offset for p in _reached(row, range(offset, offset + n), n_ctx)] for row in position]
+        return (None, torch.zeros(n_rows, 0, dtype=torch.bool)) if not any(rows) else _filled(rows, n)
+    lengths = prompt.lengths or [n] * n_rows
+    for i, (row, length) in enumerate(zip(position, lengths, strict=True)):
+        if outside := [p for p in row if not -length <= p < length]:
+            raise ReflowlensError(f"position={outside[0]} is out of range: prompt {i} has {length} tokens")
+    return _filled([[p % length for p in row] for row, length in zip(position, lengths, strict=True)], n)
+
+
+def _filled(rows: Sequence[Sequence[int]], n_positions: int) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """Places of rows that have different numbers of them, filled up with others, and which are the row's own."""
+    n = max(1, *map(len, rows))
+    everywhere = frozenset(range(n_positions))
+    filled = torch.tensor([[*row, *sorted(everywhere.difference(row))[: n - len(row)]] for row in rows])
+    return filled, torch.arange(n) < torch.tensor(list(map(len, rows)))[:, None]
+
+
 def _counts_from_end(selector: int | slice | Sequence[int] | str | None) -> TypeGuard[int | slice | Sequence[int]]:
     if selector is None or isinstance(selector, str):
         return False
@@ -199,10 +265,7 @@ def _from_own_end(
                 raise ReflowlensError(f"{what}={selector} is out of range: a prompt has {length} tokens")
             row = [p if p >= 0 else length + p for p in wanted]
         rows.append(row)
-    n = max(map(len, rows))
-    everywhere = frozenset(range(prompt.n_positions))
-    filled = torch.tensor([[*row, *sorted(everywhere.difference(row))[: n - len(row)]] for row in rows])
-    selected = torch.arange(n) < torch.tensor(list(map(len, rows)))[:, None]
+    filled, selected = _filled(rows, prompt.n_positions)
     return filled, selected & (filled < torch.tensor(prompt.lengths)[:, None])  # a list may name padding too
 
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from reflowlens.arguments import integer, random_seed
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.fields import as_factor, check_number, fit, from_plain, same, selector, to_plain
+from reflowlens.interventions.fields import as_factor, check_number, fit, from_plain, integers, same, selector, to_plain
 from reflowlens.models.text import read_once
 
-Position: TypeAlias = "int | slice | Sequence[int] | str | None"
+Position: TypeAlias = "int | slice | Sequence[int] | Sequence[Sequence[int]] | str | None"
 Selector: TypeAlias = "int | slice | Sequence[int] | None"
 Source: TypeAlias = "str | Sequence[str] | Tensor | Mapping[str, Tensor] | None"
 
@@ -43,9 +43,10 @@ class Intervention:
             ``"mlp.hook_post"``) together with ``layer``.
         layer: one block, several, or ``"all"``; negative counts from the end.
         position: index, slice, indices, ``"last"``, or the text of a token, which selects its every occurrence; None:
-            all. ``"last"`` and negative numbers count from the end of each prompt, padding left out; during generation
-            ``"last"`` is the last token of the prompt and then each new one. In attention scores and patterns it is the
-            query position.
+            all; or a list of indices for each prompt, ``[[3], [4, 5], []]``, of which an empty one leaves its prompt as
+            it is. ``"last"`` and negative numbers count from the end of each prompt, padding left out; during
+            generation ``"last"`` is the last token of the prompt and then each new one. In attention scores and
+            patterns it is the query position.
         head: which heads, if the activation has a head axis (of grouped-query keys and values: key/value heads).
         index: which entries of the last axis: signals, neurons, features; rows of ``hook_basis``; key positions, where
             negative numbers count from the end of each prompt and padding is never selected.
@@ -167,27 +168,31 @@ class Patch(Intervention):
     Args:
         prompt: the input of the other run, text, texts or tokens, or its cache; one row is used for all rows. In a
             sweep None is the clean run.
-        from_position: the position of the other run to take for all selected ones; ``"last"`` is its last; None: the
-            same positions. Of several prompts it counts within each, padding left out.
+        from_position: the position of the other run to take for all selected ones; ``"last"`` is its last; a list has
+            one for each prompt; None: the same positions. Of several prompts it counts within each, padding left out.
 
     Raises:
-        ReflowlensError: as for :class:`Intervention`; or ``from_position`` is neither an index nor ``"last"``.
+        ReflowlensError: as for :class:`Intervention`; or ``from_position`` is neither an index, one a prompt, nor
+            ``"last"``.
 
     Example: ``rl.Patch("resid_pre", "The capital of Italy is", layer=4, position="last")``
     """
 
     kind = "patch"
     prompt: Source = None
-    from_position: int | Literal["last"] | None = None
+    from_position: int | Sequence[int] | Literal["last"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "prompt", read_once(self.prompt))
         if self.from_position not in (None, "last"):
             index = integer(self.from_position)
-            if index is None:
-                raise ReflowlensError(f"Patch.from_position must be an index or 'last', got {self.from_position!r}")
-            object.__setattr__(self, "from_position", index)
+            where = integers(self.from_position) if index is None else index
+            if where is None or where == []:
+                raise ReflowlensError(
+                    f"Patch.from_position must be an index, one for each prompt, or 'last', got {self.from_position!r}"
+                )
+            object.__setattr__(self, "from_position", where)
 
     def source(self) -> Source:
         if self.prompt is None:

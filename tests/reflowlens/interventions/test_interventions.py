@@ -375,3 +375,50 @@ def test_a_cache_that_was_cut_is_no_source(tiny_models: dict[str, HookedModel]) 
         cache = model.run_with_cache("abcde", pos_slice=-2)[1]
         with pytest.raises(ReflowlensError, match=r"the cache has 1 positions of .*, of 5 tokens: .* pos_slice"):
             rl.run(model, "fghij", rl.Patch(f"blocks.1.{name}", cache, position=0))
+
+
+EACH = [[1, -1], [], [0]]
+
+
+def test_positions_of_each_prompt(tiny_models):
+    model, texts = tiny_models["gpt2"], ["abcde", "abc", "abcd"]
+    edit = rl.Scale("mlp_out", 3.0, layer=0, position=EACH)
+    assert from_json(to_json(edit)) == [edit] == [rl.Scale("mlp_out", 3.0, layer=0, position=[[1, -1], (), [0]])]
+    together = rl.run(model, texts, edit)
+    for row, (text, own) in enumerate(zip(texts, EACH, strict=True)):
+        alone = rl.run(model, text, rl.Scale("mlp_out", 3.0, layer=0, position=own)) if own else model(text)
+        torch.testing.assert_close(together[row, : len(text)], alone[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_position_of_each_source(tiny_models):
+    model, texts, sources = tiny_models["gpt2"], ["abcde", "abc"], ["xyz", "uvwxy"]
+    together = rl.run(model, texts, rl.Patch("resid_pre", sources, layer=1, position=[[2], [0]], from_position=[1, -2]))
+    for row, (at, taken) in enumerate([(2, 1), (0, 3)]):
+        one = rl.Patch("resid_pre", sources[row], layer=1, position=at, from_position=taken)
+        torch.testing.assert_close(
+            together[row, : len(texts[row])], rl.run(model, texts[row], one)[0], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_positions_of_each_prompt_in_generation(tiny_models):
+    model, texts = tiny_models["gpt2"], ["abcde", "abc"]
+    with rl.intervene(model, rl.Scale("mlp_out", -5.0, layer=0, position=[[4, 6], [3]])):
+        together = model.generate(texts, 4, temperature=0.0, return_type="tokens")
+    for row, (text, own) in enumerate(zip(texts, [[4, 6], [3]], strict=True)):
+        with rl.intervene(model, rl.Scale("mlp_out", -5.0, layer=0, position=own)):
+            alone = model.generate(text, 4, temperature=0.0, return_type="tokens")
+        assert together[row].tolist()[: alone.shape[1]] == alone[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        ([[0]], "positions are given for 1 prompts, but this pass has 2"),
+        ([[0], [3]], "position=3 is out of range: prompt 1 has 3 tokens"),
+        ([[0], [True]], "a list of these for each prompt"),
+        ([[0], 1], "a list of these for each prompt"),
+    ],
+)
+def test_positions_of_each_prompt_that_do_not_fit(tiny_models, position, message):
+    with pytest.raises(ReflowlensError, match=message):
+        rl.run(tiny_models["gpt2"], ["abcd", "abc"], rl.Scale("mlp_out", 3.0, layer=0, position=position))
