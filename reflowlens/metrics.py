@@ -6,8 +6,9 @@ asks for: a logit difference costs one direction of the unembedding, not the voc
     rl.sweep(model, clean, corrupted, "resid_pre", rl.metrics.logit_diff(" Paris", " Rome"))
     rl.sweep(model, clean, corrupted, "resid_pre", rl.metrics.recovery(rl.metrics.target_prob(" Paris")))
 
-Every metric gives one number a prompt, the mean over the positions that it reads; padding is not read. On whole logits
-it is ``metric.of_logits(model, logits, prompts)``.
+The tokens of a data set are its columns: ``rl.metrics.logit_diff(prompts)``. Every metric gives one number a prompt,
+the mean over the positions that it reads; padding is not read. On whole logits it is ``metric.of_logits(model, logits,
+prompts)``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.loss import IGNORE
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.prompts import Prompts
 from reflowlens.tokenizers.targets import Target, target_ids
 
 if TYPE_CHECKING:
@@ -148,8 +150,20 @@ def read_positions(position: ReadPosition, lengths: Sequence[int], n_positions: 
     return torch.tensor([[index % length] for length in lengths])
 
 
-def logit_diff(correct: Target, wrong: Target, *, position: ReadPosition = "last") -> Metric:
-    """Logit of ``correct`` minus logit of ``wrong``; each one token, or one for each prompt."""
+def logit_diff(correct: Target | Prompts, wrong: Target | None = None, *, position: ReadPosition = "last") -> Metric:
+    """Logit of ``correct`` minus logit of ``wrong``; each one token, or one for each prompt.
+
+    Of :class:`reflowlens.Prompts` they are the answers and the wrong answers: ``logit_diff(prompts)``.
+
+    Raises:
+        ReflowlensError: the prompts have no such column, or the wrong token is missing or given twice.
+    """
+    if isinstance(correct, Prompts):
+        if wrong is not None:
+            raise ReflowlensError("logit_diff takes the wrong answers of the prompts: leave wrong out")
+        correct, wrong = correct.answers, correct.wrong_answers
+    if wrong is None:
+        raise ReflowlensError("logit_diff compares two tokens: give the wrong one too")
     return Metric("logit_diff", position, partial(_logit_diff, correct, wrong))
 
 
@@ -163,9 +177,9 @@ def _logit_diff(correct: Target, wrong: Target, model: HookedModel, reference: R
     return score
 
 
-def target_prob(target: Target, *, position: ReadPosition = "last") -> Metric:
-    """Probability of a token."""
-    return Metric("target_prob", position, partial(_target_prob, target))
+def target_prob(target: Target | Prompts, *, position: ReadPosition = "last") -> Metric:
+    """Probability of a token, one or one for each prompt; of :class:`reflowlens.Prompts` of the answers."""
+    return Metric("target_prob", position, partial(_target_prob, _answers(target)))
 
 
 def _target_prob(target: Target, model: HookedModel, reference: Reference) -> Score:
@@ -178,9 +192,12 @@ def _target_prob(target: Target, model: HookedModel, reference: Reference) -> Sc
     return score
 
 
-def target_rank(target: Target, *, position: ReadPosition = "last") -> Metric:
-    """Rank of a token, 1 the most probable: one more than the number of tokens with a larger logit."""
-    return Metric("target_rank", position, partial(_target_rank, target))
+def target_rank(target: Target | Prompts, *, position: ReadPosition = "last") -> Metric:
+    """Rank of a token, 1 the most probable: one more than the number of tokens with a larger logit.
+
+    Of :class:`reflowlens.Prompts` that of the answers.
+    """
+    return Metric("target_rank", position, partial(_target_rank, _answers(target)))
 
 
 def _target_rank(target: Target, model: HookedModel, reference: Reference) -> Score:
@@ -235,10 +252,15 @@ def recovery(metric: Metric) -> Metric:
     return dataclasses.replace(metric, name=f"recovery of {metric.name}", normalised=True)
 
 
-def check_metric(metric: Any) -> None:
-    """Raise unless it is one of the metrics here, or made like them."""
+def check_metric(metric: Any) -> Metric:
+    """A metric that is one of those here, or made like them; raise unless it is."""
     if not isinstance(metric, Metric):
         raise ReflowlensError(f"the metric must be one of reflowlens.metrics, such as metrics.kl(), got {metric!r}")
+    return metric
+
+
+def _answers(target: Target | Prompts) -> Target:
+    return target.answers if isinstance(target, Prompts) else target
 
 
 def _ids(model: HookedModel, target: Target, reference: Reference) -> Int[Tensor, " prompt"]:

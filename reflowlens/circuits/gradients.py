@@ -21,9 +21,9 @@ from transformer_lens.hook_points import HookPoint
 
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
-from reflowlens.interventions.apply import Bound, apply, bind_all, resolve
+from reflowlens.interventions.apply import Bound, apply, bind_all, new_part, resolve
 from reflowlens.interventions.selection import Selection
-from reflowlens.interventions.selectors import Prompt
+from reflowlens.interventions.selectors import Prompt, is_each
 from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
@@ -49,7 +49,8 @@ def estimate_cells(
             at the corrupted run.
 
     Returns:
-        values [cell, prompt] and baseline [prompt], the metric of the corrupted run.
+        values [cell, prompt], NaN where a prompt lacks the cell's position, and baseline [prompt], the metric of the
+        corrupted run.
 
     Raises:
         ReflowlensError: there is nothing to interpolate to, or a selector does not fit.
@@ -65,7 +66,8 @@ def estimate_cells(
         points = {name: Slope(model, name, cache[name], gradients[name]) for name in names}
         prompt = setup.prompts.as_pass()
         values = [runs.baseline + _estimate(model, cell, points, prompt) for cell in cells]
-    return torch.stack(values), runs.baseline
+    found = torch.stack(values)
+    return found.masked_fill(setup.missing.to(found.device), torch.nan), runs.baseline
 
 
 def _estimate(
@@ -95,6 +97,10 @@ class Slope:
         bound, selection = edits[0]
         if len(edits) == 1 and "batch" in self.axes and _acts_place_by_place(bound, self.activation):
             return selection.where_counted(selection.get(self._product(bound)), 0.0).flatten(1).sum(dim=1)
+        if len(edits) == 1 and is_each(bound.intervention.position):  # a few places: not the whole point
+            part = new_part(bound, selection, self.activation)
+            before, slope = selection.get(self.activation), selection.get(self.gradient)
+            return selection.where_counted(_change(part, before, slope), 0.0).flatten(1).sum(dim=1)
         after = self.activation
         for bound, selection in edits:
             after = apply(bound, selection, after)
@@ -111,13 +117,19 @@ class Slope:
         return self._products[key]
 
     def _times_gradient(self, after: Tensor) -> Float[Tensor, "prompt *rest"]:
-        change = after.float() - self.activation.float()
-        return torch.where(self.gradient == 0, 0.0, change * self.gradient)  # a masked score of -inf has no gradient
+        return _change(after, self.activation, self.gradient)
+
+
+def _change(after: Tensor, before: Tensor, gradient: Tensor) -> Tensor:
+    """(after - before) · gradient, element by element; a masked score of -inf has no gradient."""
+    return torch.where(gradient == 0, 0.0, (after.float() - before.float()) * gradient)
 
 
 def _acts_place_by_place(bound: Bound, activation: Tensor) -> bool:
     """Whether the new value at a place is the same whatever else is selected."""
     intervention, source = bound.intervention, bound.source
+    if is_each(intervention.position):
+        return False
     if source is not None and source.shape[-1] != activation.shape[-1]:  # squares of prompts of another length
         return False
     if isinstance(intervention, Patch):
@@ -174,8 +186,8 @@ class GradientRuns:
         cache, hooks, _ = model.get_caching_hooks(point)
         with model.hooks(hooks):
             self.baseline = self.reader.of_final(model.final_stream(self.tokens))
-        target = None
-        if prompts.clean is not None:
+        target, self.is_even = None, prompts.is_even
+        if prompts.clean is not None and prompts.is_even:
             _, clean = model.run_with_cache(prompts.clean, names_filter=point, return_type=None, stop_at_layer=0)
             target = clean[point]
         self.path = InputPath(point, cache[point], target)
@@ -188,6 +200,11 @@ class GradientRuns:
         """
         if steps is None:
             return [(prompt, 0.0) for prompt in range(len(self.tokens))]
+        if not self.is_even:
+            raise ReflowlensError(
+                "integrated gradients go from the corrupted input to the clean one token by token, and these differ in "
+                "length: use mode='gradient', or 'exact'"
+            )
         if self.path.clean is None:
             raise ReflowlensError("integrated gradients go from the corrupted prompts to the clean ones: give these")
         if self.model.stages == "whole":

@@ -16,11 +16,14 @@ from torch import Tensor
 from reflowlens.arguments import whole_number
 from reflowlens.circuits.gradients import estimate_cells, steps_of
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import Metric
+from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions
 from reflowlens.sweeps.grids import CellSpec
+from reflowlens.sweeps.patching_result import mean_over_prompts, warn_of_misaligned
 from reflowlens.sweeps.setup import prepare_sweep
 from reflowlens.sweeps.sweep import sweep
 
@@ -80,8 +83,8 @@ class Screening:
 
     Args:
         frame: one row a cell, the largest absolute estimate first: its coordinates, ``estimate`` and ``exact``, both
-            the mean over prompts of the metric's change against the corrupted run; ``exact`` is NaN where the
-            intervention was not performed.
+            the mean over prompts of the metric's change against the corrupted run, over those that have the cell's
+            position; ``exact`` is NaN where the intervention was not performed.
         agreement: of the cells that were performed; ``top_found`` is known only if they all were.
         baseline: the metric of the corrupted run.
     """
@@ -94,11 +97,12 @@ class Screening:
 @guarded(changing)
 def screen(
     model: Any,
-    clean: TextInput | None,
-    corrupted: TextInput,
-    cells: CellSpec,
-    metric: Metric,
+    clean: TextInput | Prompts | None,
+    corrupted: TextInput | None = None,
+    cells: CellSpec = (),
+    metric: Metric | None = None,
     *,
+    positions: Positions = None,
     mode: Literal["gradient", "integrated"] = "gradient",
     top: int = 20,
     exhaustive: bool = False,
@@ -109,7 +113,7 @@ def screen(
     """Estimate the effect of every cell from gradients and confirm the strongest by performing them.
 
     Args:
-        clean, corrupted, cells, metric, steps, memory, progress: as in :func:`reflowlens.sweep`.
+        clean, corrupted, cells, metric, positions, steps, memory, progress: as in :func:`reflowlens.sweep`.
         mode: how effects are estimated.
         top: number of cells, by absolute estimate, that are performed.
         exhaustive: perform all of them, to see which of the strongest the estimates miss.
@@ -127,16 +131,21 @@ def screen(
     top = whole_number(top, "top", 0)
     hooked = hooked_model(model)
     clean, corrupted = read_once(clean), read_once(corrupted)
-    setup = prepare_sweep(hooked, clean, corrupted, cells)
+    metric = check_metric(metric)
+    setup = prepare_sweep(hooked, clean, corrupted, cells, positions)
+    if setup.misaligned:
+        warn_of_misaligned()
     values, baseline = estimate_cells(setup, metric, steps_of(mode, steps), memory)
-    estimates = (values - baseline).mean(dim=1).cpu()
-    order = estimates.abs().argsort(descending=True, stable=True)
+    estimates = mean_over_prompts(values - baseline, setup.missing).cpu()
+    somewhere = ~setup.missing.all(dim=1)
+    order = estimates.abs().where(somewhere, -1.0).argsort(descending=True, stable=True)
+    order = order[somewhere[order]]
     chosen = order if exhaustive else order[:top]
     exact = torch.full_like(estimates, torch.nan)
     if len(chosen):
         performed = [setup.asked[i] for i in chosen.tolist()]
         result = sweep(model, clean, corrupted, performed, metric, memory=memory, progress=progress)
-        exact[chosen] = result.effect().mean(dim=1).cpu()
+        exact[chosen] = mean_over_prompts(result.effect(), result.missing).cpu()
     frame = setup.cells.index.assign(estimate=estimates.tolist(), exact=exact.tolist())
     measured = agreement(estimates[chosen].tolist(), exact[chosen].tolist(), top)
     if not exhaustive:

@@ -18,6 +18,7 @@ from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention, Patch
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.alignment import PositionAxis
 
 Cell: TypeAlias = "tuple[Intervention, ...]"
 CellSpec: TypeAlias = "str | Intervention | Sequence[str] | Sequence[Intervention | Sequence[Intervention]]"
@@ -49,7 +50,6 @@ _POINTS = {
 GRIDS = tuple(_POINTS)
 _SELECTORS = {
     "layer": "layer",
-    "pos": "position",
     "dest_pos": "position",
     "head": "head",
     "neuron": "index",
@@ -77,19 +77,22 @@ class Cells:
     grids: list[str] | None = None
 
 
-def make_cells(model: HookedModel, spec: CellSpec, n_positions: int) -> Cells:
+def make_cells(model: HookedModel, spec: CellSpec, axis: PositionAxis) -> Cells:
     """The cells that a user asks for: a grid's name, several names, or interventions (a list is one cell).
+
+    Args:
+        axis: the positions of a grid that has such an axis.
 
     Raises:
         ReflowlensError: a grid does not exist, this model has no such point, or there are no cells.
     """
     if isinstance(spec, str):
-        return _grid(model, spec, n_positions)
+        return _grid(model, spec, axis)
     items: list[Any] = list(spec) if isinstance(spec, Iterable) else [spec]
     if not items:
         raise ReflowlensError("a sweep needs at least one cell")
     if all(isinstance(item, str) for item in items):
-        return _several([_grid(model, str(name), n_positions) for name in items], [str(name) for name in items])
+        return _several([_grid(model, str(name), axis) for name in items], [str(name) for name in items])
     cells: list[Cell] = []
     for item in items:
         cell = tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else (item,)
@@ -100,16 +103,20 @@ def make_cells(model: HookedModel, spec: CellSpec, n_positions: int) -> Cells:
     return Cells(cells, index, [], (len(cells),))
 
 
-def _grid(model: HookedModel, name: str, n_positions: int) -> Cells:
+def _grid(model: HookedModel, name: str, positions: PositionAxis) -> Cells:
     if name not in _POINTS:
         raise ReflowlensError(f"no grid {name!r}{nearest(name, list(GRIDS))}; grids: {', '.join(GRIDS)}")
     point, axes = _POINTS[name]
     blocks, n_features = _features(model) if "feature" in axes else (list(range(model.cfg.n_layers)), 0)
     model.check_hook_name(f"blocks.{blocks[0]}.{point}" if "layer" in axes else point)
-    cfg = model.cfg
+    if not positions.from_left and "pos" not in axes:
+        by_position = [grid for grid, (_, its) in _POINTS.items() if "pos" in its]
+        raise ReflowlensError(
+            f"the grid {name!r} has no axis of positions to align; these have: {', '.join(by_position)}"
+        )
+    cfg, n_positions = model.cfg, len(positions.labels)
     shared = point in ("attn.hook_k", "attn.hook_v")
     sizes = {
-        "pos": n_positions,
         "dest_pos": n_positions,
         "src_pos": n_positions,
         "head": cfg.kv_heads if shared else cfg.n_heads,
@@ -117,14 +124,17 @@ def _grid(model: HookedModel, name: str, n_positions: int) -> Cells:
         "signal": cfg.n_signals or 0,
         "feature": n_features,
     }
-    ranges = [blocks if axis == "layer" else range(sizes[axis]) for axis in axes]
+    ranges = [blocks if axis == "layer" else range(n_positions if axis == "pos" else sizes[axis]) for axis in axes]
     shape = tuple(map(len, ranges))
-    places = list(itertools.product(*ranges))
-    cells: list[Cell] = [
-        (Patch(point, **{_SELECTORS[axis]: place[i] for i, axis in enumerate(axes)}),)  # type: ignore[arg-type] # by names
-        for place in places
-    ]
-    return Cells(cells, pd.DataFrame(places, columns=list(axes)), list(axes), shape)
+    cells: list[Cell] = []
+    rows = []
+    for place in itertools.product(*ranges):
+        of = dict(zip(axes, place, strict=True))
+        chosen: dict[str, Any] = {_SELECTORS[axis]: where for axis, where in of.items() if axis != "pos"}
+        cells.append((Patch(point, **chosen, **(positions.selectors[of["pos"]] if "pos" in of else {})),))
+        rows.append([positions.labels[where] if axis == "pos" else where for axis, where in of.items()])
+    names = [positions.name if axis == "pos" else axis for axis in axes]
+    return Cells(cells, pd.DataFrame(rows, columns=names), names, shape)
 
 
 def _features(model: HookedModel) -> tuple[list[int], int]:

@@ -45,22 +45,26 @@ class Reader:
     """
 
     def __init__(self, model: ResidualModel, metric: Metric, prompts: RunPrompts) -> None:
-        tokens, lengths, clean = prompts.tokens, prompts.lengths, prompts.clean
+        tokens, lengths, clean, clean_lengths = prompts.tokens, prompts.lengths, prompts.clean, prompts.clean_lengths
         check_metric(metric)
         check_lengths_known(model, lengths)
-        self.model, self.prompts = model, prompts
+        self.model, self.metric, self.prompts = model, metric, prompts
         self.positions = read_positions(metric.position, lengths, tokens.shape[1]).to(tokens.device)
         reading = torch.arange(self.positions.shape[1], device=tokens.device).expand_as(self.positions)
         self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
         self.last_position = self.positions.max(dim=1).values
         self.each = torch.arange(len(prompts), device=tokens.device)
-        clean_logits = self._logits(clean) if clean is not None else None
+        clean_logits = None
+        if clean is not None:
+            self._check_comparable(metric)
+            clean_read = read_positions(metric.position, clean_lengths, clean.shape[1]).to(tokens.device)
+            clean_logits = self._logits(clean, clean_read)
         self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
         self.ends: tuple[Tensor, Tensor] | None = None
         if metric.normalised:
             if clean is None:
                 raise ReflowlensError("recovery needs the clean prompts: it is the share of the way to their value")
-            self.ends = self._value(tokens), self._value(clean)
+            self.ends = self._value(tokens, self.positions), self._value(clean, clean_read)
 
     @property
     def is_read(self) -> Bool[Tensor, "prompt pos"]:
@@ -75,8 +79,7 @@ class Reader:
         self, stream: Float[Tensor, "row pos feature"], prompts: Int[Tensor, " row"] | None = None
     ) -> Float[Tensor, "row read feature"]:
         """Streams at the positions that are read; by default one row a prompt."""
-        positions = self.positions if prompts is None else self.positions[prompts]
-        return stream[torch.arange(len(stream), device=stream.device)[:, None], positions]
+        return _at(stream, self.positions if prompts is None else self.positions[prompts])
 
     def read_packed(
         self, final: Float[Tensor, "prompt pos d_model"], packed: Packed
@@ -92,6 +95,12 @@ class Reader:
         """The metric of whole runs whose last residual stream is this."""
         return self.of_residual(self.read(final), self.each)
 
+    def of_run(self) -> Float[Tensor, " prompt"]:
+        """The metric of the prompts' own run, with what is attached to the model."""
+        if attached_points(self.model):
+            return self.of_logits(self.model(self.prompts.tokens))
+        return self.of_final(self._final(self.prompts.tokens))
+
     def of_residual(
         self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"]
     ) -> Float[Tensor, " row"]:
@@ -102,20 +111,28 @@ class Reader:
         """The metric of rows whose readout signals at all positions are these."""
         return self._of_readout(Readout(self.read(signals, prompts), self.weights[0], None), prompts)
 
-    def _value(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, " prompt"]:
+    def _check_comparable(self, metric: Metric) -> None:
+        everywhere = isinstance(metric.position, str) and metric.position == "all"
+        if everywhere and not self.prompts.is_even and (metric.normalised or not metric.reads_tokens):
+            raise ReflowlensError(
+                f"the metric {metric.name} reads all positions, of which clean and corrupted prompts have different "
+                "numbers: give it one position, such as 'last'"
+            )
+
+    def _value(self, tokens: Int[Tensor, "prompt pos"], read: Int[Tensor, "prompt read"]) -> Float[Tensor, " prompt"]:
         """The metric of a run, before it is normalised."""
         if attached_points(self.model):
-            return self._score(self._logits(tokens), self.each)
-        return self.of_final(self._final(tokens))
+            return self._score(self._logits(tokens, read), self.each)
+        return self.of_residual(_at(self._final(tokens), read), self.each)
 
     def _final(self, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
         return self.model.final_stream(tokens)
 
-    def _logits(self, tokens: Int[Tensor, "prompt pos"]) -> Logits:
+    def _logits(self, tokens: Int[Tensor, "prompt pos"], read: Int[Tensor, "prompt read"]) -> Logits:
         """Those of a run at the positions that are read; hooks, which may be on the readout, see it whole."""
         if attached_points(self.model):
-            return WholeLogits(self.read(self.model(tokens)))
-        return LazyLogits(self._readout(self.read(self._final(tokens))))
+            return WholeLogits(_at(self.model(tokens), read))
+        return LazyLogits(self._readout(_at(self._final(tokens), read)))
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
         return self.model.read_final(resid, self.weights)
@@ -138,6 +155,12 @@ class Reader:
     def of_logits(self, logits: Float[Tensor, "prompt pos d_vocab"]) -> Float[Tensor, " prompt"]:
         """The metric of whole runs whose logits are these."""
         return self._normalise(self._score(WholeLogits(self.read(logits)), self.each), self.each)
+
+
+def _at(
+    stream: Float[Tensor, "row pos feature"], positions: Int[Tensor, "row read"]
+) -> Float[Tensor, "row read feature"]:
+    return stream[torch.arange(len(stream), device=stream.device)[:, None], positions]
 
 
 def attached_points(model: HookedModel) -> list[str]:

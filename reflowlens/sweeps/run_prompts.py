@@ -13,6 +13,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
+from reflowlens.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -22,41 +23,85 @@ class RunPrompts:
     Args:
         tokens: padded on the right.
         lengths: each prompt's own number of tokens.
-        clean: those of the clean run, of the same lengths, that a metric may compare with; None where there is none.
+        clean: those of the clean run that a metric may compare with; None where there is none.
+        clean_lengths: the same of these.
+        table: what is known of the prompts, where they came as a table.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Sequence[int]
-    clean: Int[Tensor, "prompt pos"] | None = None
+    clean: Int[Tensor, "prompt clean_pos"] | None = None
+    clean_lengths: Sequence[int] = ()
+    table: Prompts | None = None
 
     @classmethod
-    def of(cls, model: HookedModel, prompts: TextInput) -> RunPrompts:
-        """RunPrompts without a clean run."""
+    def of(cls, model: HookedModel, prompts: TextInput | Prompts) -> RunPrompts:
+        """Prompts without a clean run; of a table the clean texts."""
+        if isinstance(prompts, Prompts):
+            return cls(*model.tokens_and_lengths(prompts.clean), table=prompts)
         return cls(*model.tokens_and_lengths(prompts))
 
     @classmethod
-    def pair(cls, model: HookedModel, clean: TextInput, corrupted: TextInput) -> RunPrompts:
+    def pair(
+        cls, model: HookedModel, clean: TextInput | Prompts, corrupted: TextInput | None, *, uneven: bool = False
+    ) -> RunPrompts:
         """Corrupted prompts, which are run, and the clean ones.
 
+        Args:
+            clean: with a table, both are columns of it and ``corrupted`` is None.
+            uneven: whether the two may differ in length.
+
         Raises:
-            ReflowlensError: they do not agree in their lengths.
+            ReflowlensError: they do not agree in their numbers, or lengths; or corrupted prompts are missing, or given
+                twice.
         """
+        table, clean, corrupted = both_texts(clean, corrupted)
         tokens, lengths = model.tokens_and_lengths(corrupted)
         clean_tokens, clean_lengths = model.tokens_and_lengths(clean)
-        if clean_lengths != lengths:
-            raise ReflowlensError(
-                f"clean and corrupted prompts must have as many tokens: {clean_lengths} against {lengths} "
-                "(model.to_str_tokens shows them)"
-            )
-        return cls(tokens, lengths, clean_tokens)
+        if clean_lengths != lengths and not (uneven and len(clean_lengths) == len(lengths)):
+            raise of_one_length(clean_lengths, lengths)
+        return cls(tokens, lengths, clean_tokens, clean_lengths, table)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether some of them end in padding."""
+        return len(set(self.lengths)) > 1
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every clean prompt has as many tokens as the corrupted one."""
+        return self.clean is None or list(self.clean_lengths) == list(self.lengths)
+
     def as_clean(self) -> RunPrompts:
         """The same, where the run that is changed is itself the clean one."""
-        return dataclasses.replace(self, clean=self.tokens)
+        return dataclasses.replace(self, clean=self.tokens, clean_lengths=self.lengths)
 
     def as_pass(self) -> Prompt:
         """What interventions are told of a pass over them."""
         return Prompt(self.tokens.shape[1], self.tokens, self.lengths)
+
+
+def both_texts(clean: TextInput | Prompts, corrupted: TextInput | None) -> tuple[Prompts | None, TextInput, TextInput]:
+    """Clean and corrupted prompts as they are given, or as the columns of a table.
+
+    Raises:
+        ReflowlensError: corrupted prompts are missing, or given twice.
+    """
+    if isinstance(clean, Prompts):
+        if corrupted is not None:
+            raise ReflowlensError("prompts of a table bring their corrupted ones along: leave corrupted out")
+        return clean, clean.clean, clean.corrupted
+    if corrupted is None:
+        raise ReflowlensError("corrupted prompts are missing: give them, or rl.Prompts with a column 'corrupted'")
+    return None, clean, corrupted
+
+
+def of_one_length(clean: Sequence[int], corrupted: Sequence[int], hint: str = "") -> ReflowlensError:
+    """What is said of clean and corrupted prompts that differ in length."""
+    return ReflowlensError(
+        f"clean and corrupted prompts must have as many tokens: {list(clean)} against {list(corrupted)} "
+        f"({hint or 'model.to_str_tokens shows them'})"
+    )

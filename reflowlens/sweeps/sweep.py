@@ -23,12 +23,14 @@ from reflowlens.circuits.gradients import estimate_cells, steps_of
 from reflowlens.dictionaries.splice import identity_of
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import to_json
-from reflowlens.metrics import Metric
+from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.residual import ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.processes import processes
+from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions
 from reflowlens.sweeps.grids import CellSpec
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
@@ -43,11 +45,12 @@ MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
 @guarded(changing)
 def sweep(
     model: Any,
-    clean: TextInput | None,
-    corrupted: TextInput,
-    cells: CellSpec,
-    metric: Metric,
+    clean: TextInput | Prompts | None,
+    corrupted: TextInput | None = None,
+    cells: CellSpec = (),
+    metric: Metric | None = None,
     *,
+    positions: Positions = None,
     mode: Mode = "exact",
     steps: int = 8,
     memory: float | None = None,
@@ -58,12 +61,19 @@ def sweep(
 
     Args:
         model: a hooked model.
-        clean: the prompts that patches take their activations from; None when no cell does.
-        corrupted: the prompts that are run; as many tokens as ``clean``.
+        clean: the prompts that patches take their activations from; None when no cell does. Of
+            :class:`reflowlens.Prompts` both columns are used and ``corrupted`` is left out (what follows is then given
+            by name): ``rl.sweep(model, prompts, cells="resid_pre", metric=rl.metrics.logit_diff(prompts))``. Without a
+            column ``corrupted`` the clean ones are run.
+        corrupted: the prompts that are run; as many tokens as ``clean``, unless ``positions`` aligns the two.
         cells: a grid's name (``"resid_pre"``, ``"attn_head_out"``, ..., :data:`reflowlens.sweeps.grids.GRIDS`),
             several names, or a list of interventions, of which a sublist makes one cell. ``Patch`` without a prompt
             takes the clean run's activation.
         metric: one of :mod:`reflowlens.metrics`.
+        positions: what an axis of positions is, for prompts of several lengths: ``"left"``, 0, 1, ... of each;
+            ``"right"``, ..., -2, -1, from each prompt's own end; or a list of roles, columns of the prompts (the last
+            token of that text, of ``"subject:first"`` the first), ``"last"`` and indices: the axis is then ``role``.
+            None is ``"left"``, and means over prompts of several lengths warn.
         mode: ``"exact"`` performs every intervention; ``"gradient"`` estimates it as the metric's gradient at the
             corrupted run times the change (attribution patching: Nanda, 2023); ``"integrated"`` takes the mean gradient
             over ``steps`` runs on the way from the corrupted embeddings to the clean ones (Hanna et al., 2024).
@@ -76,11 +86,12 @@ def sweep(
 
     Returns:
         TransformerLens's ``PatchingResult``: ``values`` [*grid axes, prompt], ``baseline`` [prompt], the metric of the
-        corrupted run. Under torchrun the cells are shared by the processes and every one returns them all.
+        corrupted run. A prompt that lacks a cell's position has NaN there, and is left out of means. Under torchrun the
+        cells are shared by the processes and every one returns them all.
 
     Raises:
-        ReflowlensError: the prompts differ in length, a cell or the metric does not fit the model, or the memory does
-            not hold a single cell's run.
+        ReflowlensError: clean and corrupted differ in length and nothing aligns them, a cell or the metric does not fit
+            the model, or the memory does not hold a single cell's run.
 
     Example:
         >>> import reflowlens as rl
@@ -92,22 +103,25 @@ def sweep(
     if mode not in MODES:
         raise ReflowlensError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     hooked = hooked_model(model)
+    metric = check_metric(metric)
     if results is not None and mode != "exact":
         raise ReflowlensError(f"results keeps the cells of an exact sweep: mode={mode!r} estimates them all at once")
-    setup = prepare_sweep(hooked, clean, corrupted, cells)
+    setup = prepare_sweep(hooked, clean, corrupted, cells, positions)
     if mode == "exact":
         values, baseline = _exact(setup, metric, memory, results, progress)
     else:
         values, baseline = estimate_cells(setup, metric, steps_of(mode, steps), memory)
-    table = setup.cells
+    table, missing = setup.cells, setup.missing.to(values.device)
     return PatchingResult(
-        values=values.reshape(*table.shape, -1),
+        values=values.masked_fill(missing, torch.nan).reshape(*table.shape, -1),
         axis_names=table.axis_names,
         index_df=table.index,
         metric_names=[metric.name],
         reduced=False,
         baseline=baseline,
         patch_type_names=table.grids,
+        missing=missing.reshape(*table.shape, -1) if bool(missing.any()) else None,
+        misaligned=setup.misaligned,
     )
 
 
@@ -134,7 +148,8 @@ def _exact(
         size = file.batch_size if memory is None else size
         for cells, part in runs.values(mine, memory, size=size, finished=finished):
             new = [i for i, cell in enumerate(cells) if cell not in finished]
-            cells, part = [cells[i] for i in new], part[new]
+            cells = [cells[i] for i in new]
+            part = part[new].masked_fill(setup.missing[cells].to(part.device), torch.nan)
             values[cells] = part
             file.add(cells, part)
             bar.update(len(cells))

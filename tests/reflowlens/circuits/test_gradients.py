@@ -18,6 +18,7 @@ from reflowlens import metrics
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.alignment import from_left
 from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.setup import prepare_sweep
 from tests.reference.graph import Written, edge_of, everything, graph_run
@@ -84,7 +85,7 @@ def test_every_grid_equals_autograd(name: str, grid: str) -> None:
     with features_for(model, grid):
         result = rl.sweep(model, clean, corrupted, grid, METRIC, mode="gradient")
         assert_close(result.baseline, measured(model(corrupted)))  # type: ignore[arg-type]
-        cells = make_cells(model, grid, clean.shape[1]).cells
+        cells = make_cells(model, grid, from_left(clean.shape[1])).cells
         effects = result.effect().reshape(len(cells), -1)
         assert effects.abs().max() > 1e-3
         for i in range(0, len(cells), max(1, len(cells) // 4)):

@@ -28,6 +28,7 @@ from reflowlens.interventions.values import Intervention
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps import sweep as sweep_module
+from reflowlens.sweeps.alignment import from_left
 from reflowlens.sweeps.batching import in_batches, measure_peak
 from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.reading import Reader
@@ -459,7 +460,7 @@ def test_metrics_of_whole_logits(model: HookedModel, tokens: Tensor) -> None:
 
 
 def test_cells_of_grouped_query_models_are_real_heads() -> None:
-    cells = make_cells(MODELS["reflow_lite"], "attn_head_k", 5)
+    cells = make_cells(MODELS["reflow_lite"], "attn_head_k", from_left(5))
     assert cells.shape == (2, 2)
-    assert make_cells(MODELS["reflow_lite"], "attn_head_q", 5).shape == (2, 4)
+    assert make_cells(MODELS["reflow_lite"], "attn_head_q", from_left(5)).shape == (2, 4)
     assert FACTORED
