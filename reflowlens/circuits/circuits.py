@@ -27,11 +27,13 @@ from reflowlens.arguments import number_of_runs, real_number, whole_number
 from reflowlens.circuits.edges import EdgeScores
 from reflowlens.circuits.graph import Edge, Graph
 from reflowlens.circuits.runs import Ablation, Circuit, CircuitRuns, mask_of
+from reflowlens.circuits.task import TaskPerformance, warn_unless_done
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded
+from reflowlens.prompts import Prompts
 
 Match = Literal["kind", "layer"]
 _TIE = 1e-6  # the same circuit in another batch
@@ -48,6 +50,8 @@ class CircuitScore:
         null: scores of the matched random circuits.
         pvalue: (1 + number of random circuits at least as good) / (1 + number of random circuits); NaN without any.
         size: number of nodes (without the embedding) or edges, of ``total`` in the model.
+        performance: whether the model does the task, where right and wrong answers are known (from the prompts, or by
+            a ``logit_diff``); where it does not, a warning says so, and ``value`` is not to be read.
     """
 
     value: float
@@ -58,6 +62,7 @@ class CircuitScore:
     pvalue: float
     size: int
     total: int
+    performance: TaskPerformance | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,12 @@ class CircuitGrowth:
     Args:
         frame: one row a circuit: ``size``, ``faithfulness``, ``completeness``.
         circuits: in the same order.
+        performance: as of :class:`CircuitScore`.
     """
 
     frame: pd.DataFrame
     circuits: Sequence[Circuit]
+    performance: TaskPerformance | None = None
 
     def smallest(self, faithfulness: float) -> Circuit:
         """The first circuit that is at least so faithful.
@@ -89,10 +96,10 @@ class CircuitGrowth:
 @guarded(changing)
 def faithfulness(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    circuit: Circuit,
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    circuit: Circuit = (),
+    metric: Metric | None = None,
     *,
     ablation: Ablation = "corrupted",
     controls: int = 100,
@@ -103,7 +110,8 @@ def faithfulness(
     """How much of the model's behaviour is left when everything outside a circuit is replaced.
 
     Args:
-        clean: the prompts that are run.
+        clean: the prompts that are run; of :class:`reflowlens.Prompts` both columns are used, and ``corrupted`` is left
+            out.
         corrupted: the prompts whose activations replace; as many tokens as ``clean``.
         circuit: names of heads and MLPs (``["a0.h2", "m1"]``), or edges (``[("a0.h2", "a5.h2<v>"), ...]``); see
             :mod:`reflowlens.circuits.graph`. The embedding belongs to every circuit of nodes.
@@ -136,10 +144,10 @@ def faithfulness(
 @guarded(changing)
 def completeness(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    circuit: Circuit,
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    circuit: Circuit = (),
+    metric: Metric | None = None,
     *,
     ablation: Ablation = "corrupted",
     controls: int = 100,
@@ -174,10 +182,10 @@ def completeness(
 @guarded(changing)
 def grow_circuit(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    scores: EdgeScores,
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    scores: EdgeScores | None = None,
+    metric: Metric | None = None,
     *,
     of: Literal["edges", "nodes"] = "edges",
     sizes: Sequence[int] | None = None,
@@ -217,10 +225,12 @@ def grow_circuit(
     circuits = [order[:size] for size in sizes]
     kept = [mask_of(runs.graph, circuit) | empty for circuit in circuits]
     left = [full & ~mask | empty for mask in kept]
-    shares = shares_of(runs.values([full, empty, *kept, *left], memory))
+    values = runs.values([full, empty, *kept, *left], memory)
+    shares, performance = shares_of(values), runs.performance(values[:2])
+    warn_unless_done(performance, "the faithfulness of its circuits")
     n = len(circuits)
     frame = pd.DataFrame({"size": [len(c) for c in circuits], "faithfulness": shares[:n], "completeness": shares[n:]})
-    return CircuitGrowth(frame, circuits)
+    return CircuitGrowth(frame, circuits, performance)
 
 
 def greedy_edges(scores: EdgeScores) -> list[Edge]:
@@ -292,6 +302,8 @@ def _score(
     masks = [(full & ~mask if removed else mask) | empty for mask in masks]
     values = runs.values([full, empty, *masks], memory)
     observed, *null = shares_of(values)
+    performance = runs.performance(values[:2])
+    warn_unless_done(performance, f"{'completeness' if removed else 'faithfulness'} of a circuit")
     ahead = sum(share <= observed + _TIE if removed else share >= observed - _TIE for share in null)
     return CircuitScore(
         value=observed,
@@ -302,6 +314,7 @@ def _score(
         pvalue=(1 + ahead) / (1 + controls) if controls else float("nan"),
         size=len(set(circuit) - {"embed"}),
         total=len(runs.graph.senders) - 1 if _of_nodes(circuit) else len(runs.graph.edges),
+        performance=performance,
     )
 
 

@@ -22,12 +22,13 @@ from reflowlens.arguments import whole_number
 from reflowlens.circuits.gradients import GradientRuns, Row, steps_of
 from reflowlens.circuits.graph import Edge, Graph, by_node
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import Metric
+from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.numerics import weighted_sum, without_autocast
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.prompts import Prompts
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.run_prompts import RunPrompts
 
@@ -89,9 +90,9 @@ class EdgeScores:
 @guarded(changing)
 def edge_attribution(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    metric: Metric | None = None,
     *,
     mode: Literal["gradient", "integrated"] = "integrated",
     steps: int = 8,
@@ -103,7 +104,8 @@ def edge_attribution(
     number of edges. Scores are summed over positions.
 
     Args:
-        clean, corrupted: prompts of equal length in tokens.
+        clean, corrupted: prompts, those of a pair of equal length in tokens; of :class:`reflowlens.Prompts` both
+            columns are used, and ``corrupted`` is left out.
         metric: one of :mod:`reflowlens.metrics` that has a gradient.
         mode: ``"gradient"`` takes the gradient at the corrupted run (EAP), ``"integrated"`` the mean over ``steps``
             runs on the way to the clean input (EAP-IG), at the midpoints of that many equal parts.
@@ -125,7 +127,7 @@ def edge_attribution(
     hooked = cast(Decoder, hooked_model(model))
     with torch.inference_mode(False):
         prompts = RunPrompts.pair(hooked, clean, corrupted)
-        runs = GradientRuns(hooked, metric, prompts)
+        runs = GradientRuns(hooked, check_metric(metric), prompts)
         changes = sent_otherwise(hooked, prompts).float()
         graph = Graph.of(hooked)
         names = list(graph.receiver_points)

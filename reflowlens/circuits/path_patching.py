@@ -28,12 +28,13 @@ from reflowlens.circuits.runs import mask_of
 from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Steer
-from reflowlens.metrics import Metric
+from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
+from reflowlens.prompts import Prompts
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
 from reflowlens.sweeps.run_prompts import RunPrompts
@@ -46,11 +47,11 @@ _NUMBERS_AT_ONCE = 2**26  # of the changes that edges make to the stream, held t
 @torch.no_grad()
 def path_patch(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    sender: str | Sequence[str],
-    receiver: str | Sequence[str],
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    sender: str | Sequence[str] = (),
+    receiver: str | Sequence[str] = (),
+    metric: Metric | None = None,
     *,
     through: str | Sequence[str] = (),
     memory: float | None = None,
@@ -58,7 +59,8 @@ def path_patch(
     """Patch what a sender writes from the clean run into the corrupted one, along chosen paths to receivers.
 
     Args:
-        clean, corrupted: prompts of equal length in tokens.
+        clean, corrupted: prompts, those of a pair of equal length in tokens; of :class:`reflowlens.Prompts` both
+            columns are used, and ``corrupted`` is left out.
         sender: ``"embed"``, a head (``"a3.h2"``) or an MLP (``"m3"``); each of several makes a cell of its own.
         receiver: the query, key or value input of a head (``"a5.h0<q>"``; keys and values have their own heads under
             grouped-query attention), an MLP (``"m5"``) or ``"logits"``; several are patched together.
@@ -97,16 +99,16 @@ def path_patch(
     runs = pair.packed(cells)
     values = torch.cat([part for _, part in runs.values(range(len(cells)), memory)])
     index = pd.DataFrame({"sender": senders, "receiver": ", ".join(receivers), "through": ", ".join(through)})
-    return PatchingResult(values, [], index, [metric.name], reduced=False, baseline=pair.baseline)
+    return PatchingResult(values, [], index, [pair.reader.metric.name], reduced=False, baseline=pair.baseline)
 
 
 @guarded(changing)
 @torch.no_grad()
 def exact_edges(
     model: Any,
-    clean: TextInput,
-    corrupted: TextInput,
-    metric: Metric,
+    clean: TextInput | Prompts,
+    corrupted: TextInput | None = None,
+    metric: Metric | None = None,
     *,
     edges: Sequence[Edge] | None = None,
     memory: float | None = None,
@@ -152,7 +154,9 @@ def exact_edges(
 class _Pair:
     """A corrupted run, and what every sender writes otherwise in the clean one."""
 
-    def __init__(self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric) -> None:
+    def __init__(
+        self, model: Any, clean: TextInput | Prompts, corrupted: TextInput | None, metric: Metric | None
+    ) -> None:
         self.model = cast(Decoder, hooked_model(model))
         if attached_points(self.model):
             raise ReflowlensError("paths are patched in the model as it is: leave rl.intervene and remove hooks first")
@@ -163,7 +167,7 @@ class _Pair:
             )
         self.graph = Graph.of(self.model)
         self.prompts = RunPrompts.pair(self.model, clean, corrupted)
-        self.reader = Reader(self.model, metric, self.prompts)
+        self.reader = Reader(self.model, check_metric(metric), self.prompts)
         self.changes = sent_otherwise(self.model, self.prompts)
         n_layers = self.graph.n_layers
         names = [f"blocks.{layer}.hook_resid_{at}" for layer in range(n_layers) for at in ("pre", "mid")]

@@ -16,14 +16,16 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from reflowlens.circuits.graph import Edge, Graph, by_node, with_node_axis
+from reflowlens.circuits.task import TaskPerformance, has_answers, performance_on
 from reflowlens.errors import ReflowlensError
-from reflowlens.metrics import Metric
+from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.prompts import Prompts
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
-from reflowlens.sweeps.run_prompts import RunPrompts
+from reflowlens.sweeps.run_prompts import RunPrompts, both_texts, of_one_length
 
 Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
 Ablation = Literal["corrupted", "mean"]
@@ -50,12 +52,18 @@ class CircuitRuns:
 
     @torch.no_grad()
     def __init__(
-        self, model: Any, clean: TextInput, corrupted: TextInput, metric: Metric, ablation: Ablation = "corrupted"
+        self,
+        model: Any,
+        clean: TextInput | Prompts,
+        corrupted: TextInput | None,
+        metric: Metric | None,
+        ablation: Ablation = "corrupted",
     ) -> None:
         if isinstance(metric, Metric) and metric.normalised:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
         self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)
+        self.table, clean, corrupted = both_texts(clean, corrupted)
         prompts = RunPrompts.of(self.model, clean).as_clean()
         self.tokens, lengths = prompts.tokens, prompts.lengths
         others, other_lengths = self.model.tokens_and_lengths(corrupted)
@@ -63,18 +71,26 @@ class CircuitRuns:
             raise ReflowlensError(f"ablation must be 'corrupted' or 'mean', got {ablation!r}")
         fits = lengths == other_lengths if ablation == "corrupted" else len({*lengths, *other_lengths}) == 1
         if not fits:
-            raise ReflowlensError(
-                f"clean and corrupted prompts must have as many tokens: {lengths} against {other_lengths} "
-                "(model.to_str_tokens shows them)"
-            )
+            raise of_one_length(lengths, other_lengths)
         check_readout_is_free(self.model)
-        self.reader = Reader(self.model, metric, prompts)
+        self.reader = Reader(self.model, check_metric(metric), prompts)
         streams = [place.stream for place in self.graph.receiver_places.values()]
         points = list(self.graph.sender_points)
         _, cache = self.model.run_with_cache(others, names_filter=[*points, *streams], return_type=None)
         cache = {name: x.mean(dim=0, keepdim=True) if ablation == "mean" else x for name, x in cache.items()}
         self.replaced = by_node(cache, points)
         self.streams = {name: cache[name] for name in streams}
+
+    def performance(self, ends: Float[Tensor, "2 prompt"]) -> TaskPerformance | None:
+        """Whether the model does the task, where right and wrong answers are known: of a table, or by the metric.
+
+        Args:
+            ends: the metric of the whole model and of the empty circuit.
+        """
+        if has_answers(self.table):
+            return performance_on(self.model, cast(Prompts, self.table))
+        full, empty = ends
+        return TaskPerformance(full, full - empty) if self.reader.metric.name == "logit_diff" else None
 
     @torch.no_grad()
     def values(

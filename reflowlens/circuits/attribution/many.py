@@ -14,6 +14,7 @@ from reflowlens.circuits.attribution.attribute import attribute, one_prompt
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.circuits.attribution.scores.intervals import mean_intervals
 from reflowlens.circuits.attribution.targets import split_targets, token_ids
+from reflowlens.circuits.task import TaskPerformance, has_answers, performance_on, warn_unless_done
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.text import read_once
@@ -21,6 +22,7 @@ from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.processes import of_all_processes, processes
 from reflowlens.progress import bar
+from reflowlens.prompts import Prompts
 
 if TYPE_CHECKING:
     from reflowlens.circuits.attribution.merged import MergedGraph
@@ -36,10 +38,12 @@ class AttributionGraphs(Sequence[AttributionGraph]):
     Args:
         graphs: one a prompt.
         faithfulness: what :meth:`AttributionGraph.faithfulness` says of each before pruning; empty if it was not asked.
+        performance: whether the model does the task, where the prompts came with right and wrong answers.
     """
 
     graphs: tuple[AttributionGraph, ...]
     faithfulness: tuple[dict[str, Any], ...] = ()
+    performance: TaskPerformance | None = None
 
     @overload
     def __getitem__(self, place: int) -> AttributionGraph: ...
@@ -47,7 +51,8 @@ class AttributionGraphs(Sequence[AttributionGraph]):
     def __getitem__(self, place: slice) -> AttributionGraphs: ...
     def __getitem__(self, place: int | slice) -> AttributionGraph | AttributionGraphs:
         if isinstance(place, slice):
-            return AttributionGraphs(self.graphs[place], self.faithfulness[place])
+            performance = None if self.performance is None else self.performance[place]
+            return AttributionGraphs(self.graphs[place], self.faithfulness[place], performance)
         return self.graphs[place]
 
     def __len__(self) -> int:
@@ -87,6 +92,8 @@ class AttributionGraphs(Sequence[AttributionGraph]):
                 is the circuit of a task and not of one sentence.
             resamples, seed: of the prompts, for the intervals.
 
+        Where the model does not do the task that the prompts ask for, a warning says so: the graph is of its failure.
+
         Raises:
             ReflowlensError: ``share`` is not between 0 and 1.
 
@@ -94,7 +101,8 @@ class AttributionGraphs(Sequence[AttributionGraph]):
         """
         from reflowlens.circuits.attribution.merged import merge
 
-        return merge(self, share, resamples, seed)
+        warn_unless_done(self.performance, "what its graphs have in common", stacklevel=3)
+        return dataclasses.replace(merge(self, share, resamples, seed), performance=self.performance)
 
     def __repr__(self) -> str:
         summary = self.summary()
@@ -134,7 +142,8 @@ def attribute_each(
 
     Args:
         model: a hooked decoder, compiled or not.
-        prompts: texts, or tokens, of any lengths; two tokens at least.
+        prompts: texts, or tokens, of any lengths; two tokens at least. Of :class:`reflowlens.Prompts` the clean texts;
+            what is explained is then each one's answer, against its wrong answer, unless ``targets`` says otherwise.
         dictionary: as for one.
         targets: what is explained: one token or feature, the same of every prompt, or a list with an entry a prompt,
             each whatever :func:`reflowlens.attribute` takes. None: the likeliest tokens of each.
@@ -153,6 +162,12 @@ def attribute_each(
 
     Example: ``rl.attribute_each(model, prompts, dictionary, [" is", " are"], against=[" are", " is"]).scores()``
     """
+    table = prompts if isinstance(prompts, Prompts) else None
+    if table is not None:
+        prompts = table.clean
+        if targets is None and "answer" in table.frame:
+            targets = table.answers
+            against = table.wrong_answers if against is None and "wrong_answer" in table.frame else against
     listed = _listed(prompts)
     each_target, each_against = _one_each(targets, len(listed), "targets"), _one_each(against, len(listed), "against")
     hooked = hooked_model(model)
@@ -179,7 +194,8 @@ def attribute_each(
             raise one
         finished.append(one)
     graphs, faithfulness = zip(*finished, strict=True)
-    return AttributionGraphs(graphs, faithfulness if validate else ())
+    performance = performance_on(hooked, table) if table is not None and has_answers(table) else None
+    return AttributionGraphs(graphs, faithfulness if validate else (), performance)
 
 
 def with_prompt(number: int, prompt: Any, function: Any, *arguments: Any, **options: Any) -> Any:

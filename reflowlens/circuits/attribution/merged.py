@@ -13,6 +13,7 @@ from scipy import sparse
 from reflowlens.arguments import number_of_runs, real_number, whole_number
 from reflowlens.circuits.attribution.graph import INPUTS, AttributionGraph
 from reflowlens.circuits.attribution.scores.intervals import mean_intervals
+from reflowlens.circuits.task import TaskPerformance
 from reflowlens.errors import ReflowlensError
 
 _ENDS = (*INPUTS, "readout", "logit")  # in no block
@@ -35,11 +36,13 @@ class MergedGraph:
         edges: a row an edge, the strongest first: ``source``, ``target``, ``share``, and ``weight``, the mean over
             prompts, with ``low`` and ``high``. What the mean is where the edge survives is ``weight / share``.
         n_prompts: how many there are. Intervals are percentile bootstraps of 95% over them.
+        performance: whether the model does the task, where the prompts came with right and wrong answers.
     """
 
     nodes: pd.DataFrame
     edges: pd.DataFrame
     n_prompts: int
+    performance: TaskPerformance | None = None
 
     @property
     def features(self) -> list[tuple[int, int]]:
