@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from analyses.tasks.composition import composition_scores as composition_scores
     from analyses.tasks.head_ablation import head_ablation as head_ablation
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
+    from analyses.tasks.performance import task_performance as task_performance
+    from analyses.tasks.summary import summarise as summarise
     from analyses.units.firing import unit_statistics as unit_statistics
     from analyses.units.monosemanticity import monosemanticity as monosemanticity
     from analyses.words import load_lexicon as load_lexicon
@@ -70,6 +72,8 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "run_suite": "runner.suite",
     "seed_stability": "features.stability",
     "sparse_probing": "features.probing",
+    "summarise": "tasks.summary",
+    "task_performance": "tasks.performance",
     "unit_statistics": "units.firing",
     "write_report": "report",
 }

@@ -12,8 +12,11 @@ from analyses.statistics.intervals import bootstrap_band as bootstrap_band
 from analyses.statistics.intervals import bootstrap_interval as bootstrap_interval
 from analyses.statistics.intervals import rate_band as rate_band
 from analyses.statistics.intervals import rate_interval as rate_interval
+from analyses.statistics.pvalues import benjamini_hochberg as benjamini_hochberg
 from analyses.statistics.pvalues import holm as holm
 from analyses.statistics.pvalues import paired_permutation_pvalue as paired_permutation_pvalue
 from analyses.statistics.pvalues import permutation_pvalue as permutation_pvalue
 from analyses.statistics.pvalues import predictive_pvalue as predictive_pvalue
+from analyses.statistics.pvalues import sign_flip_pvalues as sign_flip_pvalues
+from analyses.statistics.resampling import mean_band as mean_band
 from analyses.statistics.verdicts import verdict as verdict

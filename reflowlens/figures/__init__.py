@@ -12,6 +12,7 @@ from reflowlens.figures.builders import bars as bars
 from reflowlens.figures.builders import dots as dots
 from reflowlens.figures.builders import histogram_with_control as histogram_with_control
 from reflowlens.figures.builders import line_with_band as line_with_band
+from reflowlens.figures.effects import effect_grid as effect_grid
 from reflowlens.figures.export import provenance as provenance
 from reflowlens.figures.export import read_figure as read_figure
 from reflowlens.figures.export import save_figure as save_figure

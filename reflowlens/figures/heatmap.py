@@ -22,6 +22,7 @@ MOST_BYTES = 4_000_000  # of a heatmap's numbers and texts, so that its file sta
 _BYTES_A_CELL = 11  # eight in base64
 _SAMPLE = 500  # rows, to tell how long the texts of all are
 _MOST_LABELS, _FEW_LABELS = 80, 12
+_ABSENT = "rgba(128,128,128,0.35)"
 _MOST_GAPS = 100  # cells across, beyond which a gap between them would hide what it divides
 
 
@@ -36,6 +37,8 @@ def heatmap(
     y_labels: str | None = None,
     z_range: tuple[float, float] | None = None,
     hover: Sequence[str] = (),
+    diverging: bool = False,
+    absent: str | None = None,
     title: str = "",
     x_title: str | None = None,
     y_title: str | None = None,
@@ -52,6 +55,8 @@ def heatmap(
             of a prompt over its positions).
         z_range: ends of the colour scale; default those of the data.
         hover, x_title, y_title: as in :func:`line_with_band`; ``z_title`` names the colour scale.
+        diverging: two colours, that part in the middle of the scale.
+        absent: what is said of a row whose ``z`` is NaN, on pointing at its cell, which is grey; None leaves it blank.
 
     Raises:
         ReflowlensError: the frame is empty, lacks a column, or has two rows for one cell.
@@ -85,23 +90,37 @@ def heatmap(
         texts = {"customdata": grid(shown), "hovertemplate": "%{customdata}<extra></extra>"}
         if text is not None:
             texts |= {"text": grid(frame[text].map(label)), "texttemplate": "%{text}"}
-    figure.add_heatmap(
-        z=block_means(grid(frame[z].astype(float)), down, across),
+    values = block_means(grid(frame[z].astype(float)), down, across)
+    placing = {
         # The axes count the frame's own rows and columns; a block is at the middle of those it stands for.
-        x0=(across - 1) / 2,
-        dx=across,
-        y0=(down - 1) / 2,
-        dy=down,
+        "x0": (across - 1) / 2,
+        "dx": across,
+        "y0": (down - 1) / 2,
+        "dy": down,
+        "hoverongaps": False,
+        "xgap": int(len(columns) <= _MOST_GAPS),
+        "ygap": int(len(lines) <= _MOST_GAPS),
+    }
+    figure.add_heatmap(
+        z=values,
         zmin=z_range[0] if z_range else None,
         zmax=z_range[1] if z_range else None,
-        hoverongaps=False,
-        colorscale="Cividis",
+        colorscale="RdBu_r" if diverging else "Cividis",
         textfont={"size": 11},
-        xgap=int(len(columns) <= _MOST_GAPS),
-        ygap=int(len(lines) <= _MOST_GAPS),
         colorbar={"title": scale, "thickness": 12, "outlinewidth": 0},
+        **placing,
         **texts,
     )
+    if absent is not None and frame[z].isna().any():
+        is_absent = block_means(grid(frame[z].isna().astype(float).where(frame[z].isna())), down, across)
+        figure.add_heatmap(
+            z=np.where(np.isnan(values), is_absent, np.nan),
+            colorscale=[[0, _ABSENT], [1, _ABSENT]],
+            showscale=False,
+            hovertemplate=f"{label(absent)}<extra>%{{x}}, %{{y}}</extra>",
+            name=label(absent),
+            **placing,
+        )
     figure.update_xaxes(**_ticks(list(columns.values())), showgrid=False)
     figure.update_yaxes(**_ticks(list(lines.values())), showgrid=False)
     if note:

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval, rate_band, rate_interval
-from analyses.statistics.pvalues import holm, paired_permutation_pvalue, permutation_pvalue, predictive_pvalue
+from analyses.statistics.pvalues import (
+    benjamini_hochberg,
+    holm,
+    paired_permutation_pvalue,
+    permutation_pvalue,
+    predictive_pvalue,
+    sign_flip_pvalues,
+)
+from analyses.statistics.resampling import mean_band
 from analyses.statistics.verdicts import verdict
 from reflowlens.errors import ReflowlensError
 from tests.reference.holm import closed_bonferroni
@@ -196,3 +204,41 @@ def test_a_band_of_rates_counts_where_it_can_and_resamples_shares() -> None:
     for outside in ([0.5, 1.5], [-0.1, 1.0]):
         with pytest.raises(ReflowlensError, match="a mean of values from 0 to 1"):
             rate_interval(outside)
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+def test_sign_flips_of_columns_are_those_of_each(alternative):
+    table = np.random.default_rng(0).normal(0.3, size=(9, 4))
+    table[:, 3] = [1, 1, 1, 1, -1, -1, -1, -1, 0]  # ties with itself
+    alone = [paired_permutation_pvalue(column, alternative) for column in table.T]
+    np.testing.assert_allclose(sign_flip_pvalues(table, alternative), alone, rtol=1e-12)
+
+
+def test_sign_flips_of_many_units_are_near_the_exact_and_never_zero():
+    table = np.random.default_rng(1).normal(0.4, size=(13, 3))
+    exact = sign_flip_pvalues(table, permutations=2**13)
+    np.testing.assert_allclose(sign_flip_pvalues(table, permutations=2**13 - 1), exact, atol=0.02)
+    assert sign_flip_pvalues(np.ones((64, 1)), permutations=99).tolist() == [0.01]
+
+
+def test_sign_flips_reject_what_has_no_p():
+    for table in (np.ones((1, 2)), np.full((3, 1), np.nan), np.ones(3)):
+        with pytest.raises(ReflowlensError):
+            sign_flip_pvalues(table)
+
+
+def test_benjamini_and_hochbergs_p_is_scipys():
+    pvalues = np.random.default_rng(0).uniform(size=30) ** 3
+    np.testing.assert_allclose(benjamini_hochberg(pvalues), stats.false_discovery_control(pvalues), rtol=1e-12)
+    with pytest.raises(ReflowlensError, match="between 0 and 1"):
+        benjamini_hochberg([1.5])
+
+
+def test_a_band_of_means_is_that_of_a_bootstrap(monkeypatch):
+    values = 1e4 + np.random.default_rng(2).normal(size=(40, 5))
+    low, high = mean_band(values, resamples=4000)
+    wanted = bootstrap_band(values, resamples=4000)
+    np.testing.assert_allclose(low, wanted[0], atol=0.03)
+    np.testing.assert_allclose(high, wanted[1], atol=0.03)
+    monkeypatch.setattr("analyses.statistics.resampling._COLUMNS", 2)
+    np.testing.assert_allclose(mean_band(values, resamples=4000), (low, high), atol=1e-5)
