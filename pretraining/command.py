@@ -1,4 +1,4 @@
-"""What ``reflowlens train`` and ``python -m pretraining.train`` take on the command line, and what they do with it."""
+"""What ``reflowlens train`` and ``study``, and the modules that torchrun starts, take on the command line, and do."""
 
 from __future__ import annotations
 
@@ -44,6 +44,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--rate", type=float, metavar="TOKENS/S", help="how fast all of them together train")
     plan.add_argument("--flops", metavar="FLOP/S", help="peak of one of them, or its name: 312e12, A100")
     plan.add_argument("--mfu", type=float, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line of a study."""
+    parser.add_argument("study", help="a TOML file, or the name of a shipped study, e.g. refiners")
+    parser.add_argument("--config", help="train this configuration instead of the study's")
+    parser.add_argument("--seeds", type=int, metavar="N", help="train each arm with this many seeds")
+    parser.add_argument("--out", metavar="FOLDER", help="write all runs here")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.FIELD=VALUE",
+        help="put a value in place of the configuration's, in every run; repeatable",
+    )
+    parser.add_argument("--list", action="store_true", help="print what there is of each run, and train nothing")
+
+
+def run_study(options: argparse.Namespace) -> None:
+    """Train a study, or with ``--list`` say how far it is; then the held-out loss of every arm over its seeds.
+
+    Raises:
+        ReflowlensError: the study or an option is not as it should be, or a run fails.
+    """
+    from pretraining.study import by_arm, load_study, table, train_study, write_table
+
+    given = {name: getattr(options, name) for name in ("config", "seeds", "out")}
+    runs = load_study(options.study, **given, settings=options.set)
+    if options.list:
+        found = table(runs)
+        shown = found[["arm", "seed", "complete", "step", "tokens", "val_loss", "seconds"]]
+        print(shown.to_string(index=False, float_format="{:.4f}".format))
+    else:
+        found = train_study(runs, progress=True)
+        print(write_table(runs))
+    if found.complete.any():
+        print(by_arm(found).to_string(float_format="{:.4f}".format))
 
 
 def run(options: argparse.Namespace) -> None:

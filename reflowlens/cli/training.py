@@ -12,6 +12,7 @@ from reflowlens.cli.arguments import Commands, add_command, add_device, add_mode
 def add_commands(commands: Commands) -> None:
     _add_prepare(commands)
     _add_train(commands)
+    _add_study(commands)
     _add_finetune(commands)
 
 
@@ -82,6 +83,15 @@ def _add_train(commands: Commands) -> None:
         commands, "train", run, "train a model (several processes: torchrun -m pretraining.train CONFIG)"
     )
     add_arguments(parser)
+
+
+def _add_study(commands: Commands) -> None:
+    from pretraining.command import add_study_arguments, run_study
+
+    parser = add_command(
+        commands, "study", run_study, "train a configuration in several arms over seeds; goes on where it stopped"
+    )
+    add_study_arguments(parser)
 
 
 def _add_finetune(commands: Commands) -> None:

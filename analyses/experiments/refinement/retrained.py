@@ -48,7 +48,7 @@ def read_grid(folder: str | Path) -> tuple[Grid, list[str]]:
     """The checkpoints of a grid of runs, by seed and cell, and notes of what is left out.
 
     `folder`: holds `seed_0_none`, `seed_0_ttt`, `seed_0_flow`, `seed_0_both` and so on, each a folder of a training run
-    (`python -m pretraining.grid`). Of a run the last checkpoint counts, its averaged weights where there are any. A
+    (`reflowlens study refiners`). Of a run the last checkpoint counts, its averaged weights where there are any. A
     seed counts if all four of its runs have ended.
 
     Raises ReflowlensError if there are fewer than two such seeds.
