@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from analyses.tasks.comparisons import minimal_pairs as minimal_pairs
     from analyses.tasks.comparisons import multiple_choice as multiple_choice
     from analyses.tasks.composition import composition_scores as composition_scores
+    from analyses.tasks.function_vectors import function_vectors as function_vectors
     from analyses.tasks.head_ablation import head_ablation as head_ablation
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
     from analyses.tasks.performance import task_performance as task_performance
@@ -63,6 +64,7 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "direct_logit_attribution": "tasks.logit_attribution",
     "evaluate_dictionary": "features.evaluation",
     "feature_dashboards": "features.dashboards",
+    "function_vectors": "tasks.function_vectors",
     "head_ablation": "tasks.head_ablation",
     "last_words": "tasks.comparisons",
     "load_lexicon": "words",

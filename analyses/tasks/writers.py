@@ -78,6 +78,44 @@ def divisor_behind(block: Block, layer: int) -> list[str]:
     return [] if block.ln1_post is None else [f"blocks.{layer}.ln1_post.hook_scale"]
 
 
+def at_last_tokens(answered: Answered, names: Sequence[str]) -> dict[str, Float[Tensor, "prompt *rest"]]:
+    """Activations at each prompt's last token, of one pass; with the divisors of norms behind attention."""
+    blocks = enumerate(cast("list[Block]", list(answered.model.blocks)))
+    wanted = [*names, *(name for layer, block in blocks for name in divisor_behind(block, layer))]
+    _, cache = answered.model.run_with_cache(
+        answered.tokens, return_type=None, names_filter=wanted, return_cache_object=False
+    )
+    return {name: x[answered.each, answered.last].float() for name, x in cache.items()}
+
+
+def heads_of(
+    model: HookedModel, layer: int, at_end: dict[str, Tensor]
+) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, " d_model"] | Float[Tensor, "prompt d_model"]]:
+    """What the heads of a layer add to the stream, and what attention's biases do, of `at_last_tokens`."""
+    block = cast("list[Block]", list(model.blocks))[layer]
+    divisor = at_end.get(f"blocks.{layer}.ln1_post.hook_scale")
+    heads = written_by_heads(block, at_end[f"blocks.{layer}.attn.hook_z"], divisor)
+    biases = plus(torch.zeros_like(heads[0, 0]), block.attn.b_O)
+    if block.ln1_post is not None:
+        biases = plus(held(block.ln1_post, biases, divisor), block.ln1_post.b)
+    return heads, biases
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    answered: Answered,
+) -> tuple[Float[Tensor, "layer head d_head"], Float[Tensor, "layer head d_model"]]:
+    """Means over prompts, at their last tokens, of ``attn.hook_z`` and of what heads add to the stream."""
+    model, layers = answered.model, range(answered.model.cfg.n_layers)
+    points = [f"blocks.{layer}.attn.hook_z" for layer in layers]
+    z, written = [], []
+    for batch in answered.batches():
+        at_end = at_last_tokens(batch, points)
+        z.append(torch.stack([at_end[point] for point in points], dim=1))
+        written.append(torch.stack([heads_of(model, layer, at_end)[0] for layer in layers], dim=1))
+    return torch.cat(z).mean(dim=0), torch.cat(written).mean(dim=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Writers:
     """What is added up to the stream that prompts end in, at their last tokens.
@@ -98,24 +136,14 @@ class Writers:
     def at_last(cls, answered: Answered) -> Writers:
         """Of one pass over prompts."""
         model, layers = answered.model, range(answered.model.cfg.n_layers)
-        points = ("attn.hook_z", "hook_mlp_out")
         first, last, scale = "blocks.0.hook_resid_pre", f"blocks.{layers[-1]}.hook_resid_post", "ln_final.hook_scale"
-        blocks = cast("list[Block]", list(model.blocks))
-        behind = {layer: name for layer in layers for name in divisor_behind(blocks[layer], layer)}
-        names = [first, last, scale, *(f"blocks.{layer}.{point}" for layer in layers for point in points)]
-        _, cache = model.run_with_cache(
-            answered.tokens, return_type=None, names_filter=[*names, *behind.values()], return_cache_object=False
-        )
-        at_end = {name: x[answered.each, answered.last].float() for name, x in cache.items()}
+        points = [f"blocks.{layer}.{point}" for layer in layers for point in ("attn.hook_z", "hook_mlp_out")]
+        at_end = at_last_tokens(answered, [first, last, scale, *points])
         parts, biases = [at_end[first]], torch.zeros_like(at_end[first])
-        for layer, block in enumerate(blocks):
-            divisor = at_end[behind[layer]] if layer in behind else None
-            heads = written_by_heads(block, at_end[f"blocks.{layer}.attn.hook_z"], divisor)
+        for layer in layers:
+            heads, own = heads_of(model, layer, at_end)
             parts += [*heads.unbind(dim=1), at_end[f"blocks.{layer}.hook_mlp_out"]]
-            if block.attn.b_O is not None:
-                biases = biases + held(block.ln1_post, block.attn.b_O, divisor)
-            if block.ln1_post is not None:
-                biases = plus(biases, block.ln1_post.b)
+            biases = biases + own
         return cls(model, [*parts, biases], at_end[last], at_end[scale])
 
     def normalised(self) -> list[Float[Tensor, "prompt d_model"]]:

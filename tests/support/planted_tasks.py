@@ -173,3 +173,42 @@ def feeling_texts() -> tuple[list[str], list[str], Prompts]:
         for i in range(48)
     ]
     return positive, negative, Prompts.of(rows)
+
+
+# -- one head carries a function that examples show -------------------------------------------------------------------
+
+CARRYING, APPLYING = (1, 2), 2
+SHOWN = slice(48, 48 + N_WORDS)
+
+
+def learning_model(works: bool = True) -> HookedModel:
+    """Behind examples such as "A:b" head L1H2 says at the last token that the next letter is asked for, and the MLP of
+    layer 2 writes it. Without examples the answer is "z", whatever is asked.
+
+    Head L0H0 takes the capital to the ":" behind it, L0H1 to the letter behind that, where the MLP of layer 0 sees
+    whether the letter is the next one (`MATCHED`); L1H2 takes the mean of that over all small letters.
+    """
+    model = blank()
+    look_back(model, 0, 0, 1, WORD, COPIED)
+    look_back(model, 0, 1, 2, WORD, SHOWN)
+    following = torch.eye(N_WORDS).roll(1, dims=1)  # row i: the next letter
+    with torch.no_grad():
+        sees, applies = model.blocks[0].mlp, model.blocks[APPLYING].mlp
+        sees.W_in[SHOWN, :N_WORDS] = torch.eye(N_WORDS)
+        sees.W_in[LETTER, :N_WORDS] = 4 * following.T
+        sees.W_in[CONSTANT, :N_WORDS] = -5.0
+        sees.W_out[:N_WORDS, MATCHED] = 0.5
+        applies.W_in[COPIED, :N_WORDS] = torch.eye(N_WORDS)
+        applies.W_in[TASK, :N_WORDS] = 1.0
+        applies.W_in[CONSTANT, :N_WORDS] = -6.0
+        applies.W_out[:N_WORDS, ANSWER] = following
+    if works:
+        attend_to(model, *CARRYING, SMALL, slice(MATCHED, MATCHED + 1), slice(TASK, TASK + 1))
+    return model
+
+
+def letter_pairs(n: int = 48) -> Prompts:
+    """Inputs that end in a capital, of unequal lengths, and the small letter behind it in the alphabet."""
+    before = ("", ".", "!", "?", "..", "!!")
+    rows = [(before[i // N_WORDS % 6] + CAPITALS[i % N_WORDS], SMALLS[(i + 1) % N_WORDS]) for i in range(n)]
+    return Prompts.of([{"clean": text, "answer": answer} for text, answer in rows])

@@ -1,0 +1,358 @@
+"""Function vectors: what heads carry of a task that is shown by examples alone (Todd et al., 2024).
+
+A prompt shows pairs of an input and its output, then another input. Some heads write, at its last token, a vector that
+says which function is asked for. They are found by their *indirect effect*: in prompts whose examples have the outputs
+of others, and so show no function, a head's output at the last token is replaced by its mean over right prompts, and
+the answer becomes likelier. The sum of the mean outputs of the heads with the largest effects, the function vector, is
+added to the stream of an input without any examples.
+
+Heads and layer are found on one half of the pairs; accuracy is that of the other half, whose inputs no example has
+shown. Controls: ``zero_shot``, nothing added; ``random_heads``, the same of as many other heads; ``shuffled_labels``,
+the same heads' means over the prompts that show no function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from analyses.result.finding import Finding
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_rng
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval, rate_interval
+from analyses.statistics.pvalues import paired_permutation_pvalue, permutation_pvalue
+from analyses.statistics.verdicts import verdict
+from analyses.tasks.answered import (
+    MINIMUM_PROMPTS,
+    Answered,
+    Scores,
+    layers_given,
+    numbers,
+    shown,
+    task_params,
+)
+from analyses.tasks.writers import check_heads_and_mlps, component_names, layers_by_writers, mean_head_outputs
+from reflowlens.arguments import number_of_runs
+from reflowlens.errors import ReflowlensError
+from reflowlens.figures.builders import bars
+from reflowlens.interventions.values import Replace
+from reflowlens.metrics import target_prob
+from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
+from reflowlens.progress import bar
+from reflowlens.prompts import Prompts
+from reflowlens.sweeps.injections import Injections
+from reflowlens.sweeps.sweep import sweep
+
+TEMPLATE = "{input}:{answer}\n"
+_PLACES = ("{input}", "{answer}")
+_CONTEXTS = 32  # prompts with examples that means and effects are taken over, at least
+DEFINITIONS = {
+    "accuracy": "share of held-out inputs whose answer is the most probable token behind examples. shuffled_labels: "
+    "behind examples with the outputs of others; zero_shot: behind none",
+    "injected_accuracy": "the same without examples, the function vector added at the last token. zero_shot: nothing "
+    "added; random_heads: as many other heads, mean over draws; shuffled_labels: the same heads behind examples with "
+    "the outputs of others",
+    "log_p_gain": "how much the function vector raises log p(answer), in nats, with the same controls",
+    "layer": "where it is added, chosen on the half that heads were found on: the stream that this layer reads",
+}
+
+
+@torch.no_grad()
+def function_vectors(
+    model: HookedModel,
+    prompts: Prompts,
+    *,
+    examples: int = 5,
+    n_heads: int = 10,
+    layers: Sequence[int] | None = None,
+    template: str = TEMPLATE,
+    draws: int = 40,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool | None = None,
+    memory: float | None = None,
+) -> Result:
+    """Find the heads that carry a function shown by examples, and inject what they carry where there are none.
+
+    Args:
+        model: a hooked model whose blocks are heads and MLPs.
+        prompts: pairs: ``clean`` is an input (``"France"``), ``answer`` its output, one token (``" Paris"``).
+        examples: pairs shown in front of an input.
+        n_heads: heads whose mean outputs are added up, fewer where the model has fewer.
+        layers: where the vector may be added; default all, or 12 at equal distances.
+        template: how a pair is written, with ``{input}`` and ``{answer}``; what is asked ends in front of the answer.
+        draws: sets of random heads.
+        quick: half of the draws, and half of the prompts with examples.
+        memory: bytes that patched runs may take, as in ``rl.sweep``.
+
+    Returns:
+        A Result with frames ``heads`` (a row a head: mean indirect ``effect`` on p(answer), ``low``, ``high``, whether
+        ``chosen``), ``layers`` (log p(answer) and accuracy with the vector at each layer, on the half that chooses),
+        ``prompts`` (a row a held-out pair) and ``draws``; figures ``heads`` and ``accuracy``. The metrics begin with
+        ``accuracy``, with examples.
+
+    Raises:
+        ReflowlensError: there are fewer than eight pairs, all of one answer, or fewer than ``examples`` to show; a
+            prompt is too long for the model; the template lacks a place; or the model is not made of heads and MLPs.
+
+    Example: ``function_vectors(model, capitals, examples=4).metrics["injected_accuracy"]``
+    """
+    hooked = hooked_model(model)
+    check_heads_and_mlps(hooked, "function vectors")
+    pairs = Pairs.of(hooked, prompts, template)
+    found_on, held_out = pairs.halves(seed)
+    n_shown, n_heads = number_of_runs(examples, "examples", 1), number_of_runs(n_heads, "n_heads", 1)
+    if n_shown >= len(found_on):
+        raise ReflowlensError(f"examples={examples} are to be shown, and half of the pairs are {len(found_on)}")
+    draws = max(20, number_of_runs(draws, "draws", 2) // (2 if quick else 1))
+    contexts = max(len(found_on), _CONTEXTS) // (2 if quick else 1)
+    asked = np.resize(derive_rng(seed, "function_vectors", "asked").permutation(len(found_on)), contexts).tolist()
+    right, wrong = (found_on.in_context(asked, found_on, n_shown, seed, shuffled) for shuffled in (False, True))
+    (z, written), (_, misleading) = mean_head_outputs(right), mean_head_outputs(wrong)
+    cells = [
+        Replace("z", z[layer, head], layer=layer, head=head, position="last") for layer, head in np.ndindex(z.shape[:2])
+    ]
+    show = shown(progress)
+    metric = target_prob(wrong.answer.cpu())
+    patched = sweep(hooked, None, wrong.texts, cells, metric, memory=memory, progress=show)
+    effects = numbers((patched.values - patched.baseline).T)  # [prompt, head]
+    order = np.argsort(-effects.mean(axis=0), kind="stable")
+    best, others = order[:n_heads], order[n_heads:]
+    written, misleading = written.flatten(0, 1), misleading.flatten(0, 1)
+    vector = written[best].sum(dim=0)
+    choosing, judging = Alone.of(found_on), Alone.of(held_out)
+    rows = []
+    for layer in bar(layers_given(hooked, layers), show=show, unit="layer", desc="function vector"):
+        scores = choosing.with_vectors(layer, vector[None])
+        rows.append((layer, -float(scores.loss.mean()), float(scores.correct.mean())))
+    by_layer = pd.DataFrame(rows, columns=["layer", "log_p", "accuracy"])
+    layer = int(by_layer["layer"][by_layer["log_p"].idxmax()])
+    rng, pool = derive_rng(seed, "function_vectors", "random_heads"), others if len(others) >= len(best) else order
+    random = [written[rng.choice(pool, len(best), replace=False)].sum(dim=0) for _ in range(draws)]
+    injected = judging.with_vectors(layer, torch.stack([vector, misleading[best].sum(dim=0), *random]))
+    correct, log_p = (numbers(each).reshape(2 + draws, -1) for each in (injected.correct, -injected.loss))
+    everyone = range(len(held_out))
+    behind = {
+        name: held_out.in_context(everyone, found_on, n_shown, seed, shuffled).unchanged()
+        for name, shuffled in (("right", False), ("shuffled", True))
+    }
+    with_examples = {name: numbers(scores.correct) for name, scores in behind.items()}
+    findings, notes = _findings(with_examples, judging.before, correct, log_p, seed)
+    heads = _head_frame(hooked, effects, best, seed)
+    names = ", ".join(heads["component"][heads["chosen"]])
+    notes.append(f"heads {names} and layer {layer}: found on {len(found_on)} pairs, judged on {len(held_out)} others")
+    frames = {
+        "heads": heads,
+        "layers": by_layer,
+        "prompts": pd.DataFrame(
+            {
+                "input": held_out.inputs,
+                "answer": held_out.outputs,
+                "with_examples": with_examples["right"] > 0,
+                "zero_shot": numbers(judging.before.correct) > 0,
+                "injected": correct[0] > 0,
+                "log_p_zero_shot": -numbers(judging.before.loss),
+                "log_p_injected": log_p[0],
+            }
+        ),
+        "draws": pd.DataFrame({"accuracy": correct[2:].mean(axis=1), "log_p": log_p[2:].mean(axis=1)}),
+    }
+    passes = 4 * contexts + 2 * len(held_out) + len(by_layer) * len(found_on) + (2 + draws) * len(held_out)
+    return Result(
+        name="function_vectors",
+        title="Function Vectors",
+        params=task_params(
+            hooked,
+            prompts,
+            seed,
+            quick,
+            examples=n_shown,
+            n_heads=len(best),
+            template=template,
+            draws=draws,
+            contexts=contexts,
+            passes=passes,
+            last_token_runs=len(cells) * contexts,
+        ),
+        findings=findings | {"layer": Finding(layer)},
+        frames=frames,
+        figures=_figures(frames, findings),
+        definitions=DEFINITIONS,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Inputs and outputs of a function, and how a pair is written."""
+
+    model: HookedModel
+    inputs: list[str]
+    outputs: list[str]
+    template: str
+
+    @classmethod
+    def of(cls, model: HookedModel, prompts: Prompts, template: str) -> Pairs:
+        """Check the pairs and the template."""
+        Answered.of(model, prompts, least=8)
+        places = [template.count(place) for place in _PLACES] if isinstance(template, str) else []
+        if places != [1, 1] or template.index(_PLACES[0]) > template.index(_PLACES[1]):
+            raise ReflowlensError(f"the template must have {{input}} and behind it {{answer}}, once, got {template!r}")
+        outputs = [
+            answer if isinstance(answer, str) else model.to_single_str_token(int(answer)) for answer in prompts.answers
+        ]
+        if len(set(outputs)) < 2:
+            raise ReflowlensError(f"every answer is {outputs[0]!r}: there is no function to show")
+        return cls(model, prompts.clean, outputs, template)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def halves(self, seed: int) -> tuple[Pairs, Pairs]:
+        """Two halves drawn at random: to find heads on, and held out."""
+        order = derive_rng(seed, "function_vectors", "halves").permutation(len(self)).tolist()
+        return self._part(order[: len(order) // 2]), self._part(order[len(order) // 2 :])
+
+    def _part(self, rows: list[int]) -> Pairs:
+        inputs, outputs = ([each[row] for row in rows] for each in (self.inputs, self.outputs))
+        return Pairs(self.model, inputs, outputs, self.template)
+
+    def alone(self) -> Answered:
+        """Inputs without any example."""
+        return self._answered([self._asked(text) for text in self.inputs], range(len(self)))
+
+    def in_context(self, rows: Sequence[int], shown_from: Pairs, n: int, seed: int, shuffled: bool = False) -> Answered:
+        """Some inputs, each behind examples.
+
+        Args:
+            rows: of the inputs that are asked for.
+            shown_from: pairs that examples are drawn from, never the one that is asked for.
+            n: examples.
+            seed: the same draws the same examples, shuffled or not.
+            shuffled: each example has the output of another pair, one that is not its own.
+        """
+        rng, labels = (derive_rng(seed, "function_vectors", part) for part in ("examples", "labels"))
+        texts = []
+        for row in rows:
+            free = [i for i, text in enumerate(shown_from.inputs) if text != self.inputs[row]]
+            examples = []
+            for i in rng.permutation(free)[:n]:
+                output = shown_from.outputs[i]
+                if shuffled:
+                    output = str(labels.choice([other for other in shown_from.outputs if other != output]))
+                examples.append(self._written(shown_from.inputs[i], output))
+            texts.append("".join(examples) + self._asked(self.inputs[row]))
+        return self._answered(texts, rows)
+
+    def _answered(self, texts: Sequence[str], rows: Sequence[int]) -> Answered:
+        frame = [{"clean": text, "answer": self.outputs[row]} for text, row in zip(texts, rows, strict=True)]
+        return Answered.of(self.model, Prompts.of(frame))
+
+    def _written(self, text: str, output: str) -> str:
+        before, behind = self.template.split(_PLACES[1])
+        return before.replace(_PLACES[0], text) + output + behind
+
+    def _asked(self, text: str) -> str:
+        return self.template.split(_PLACES[1])[0].replace(_PLACES[0], text)
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """Inputs without any example, read once, to add vectors to at their last tokens."""
+
+    answered: Answered
+    runs: Injections
+    before: Scores
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Alone:
+        answered = pairs.alone()
+        runs = Injections(answered.model, answered.texts, "last")
+        return cls(answered, runs, answered.scores(runs.unsteered(runs.layers[-1])))
+
+    def with_vectors(self, layer: int, vectors: Float[Tensor, "vector d_model"]) -> Scores:
+        """With each vector added to the stream that a layer reads, [vector * input]."""
+        prompt = self.answered.each.repeat(len(vectors))
+        end = self.runs.final(layer, prompt, vectors.repeat_interleave(len(self.answered), dim=0))
+        return self.answered.scores(end, prompt)
+
+
+def _findings(
+    examples: dict[str, NDArray[np.float64]],
+    before: Scores,
+    correct: NDArray[np.float64],
+    log_p: NDArray[np.float64],
+    seed: int,
+) -> tuple[dict[str, Finding], list[str]]:
+    """Accuracy with examples and with the vector; rows of `correct` and `log_p` are the vector, that of shuffled labels
+    and random heads, columns held-out inputs."""
+    alone, right, misled = numbers(before.correct), examples["right"], examples["shuffled"]
+    interval = rate_interval(right, seed=seed)
+    controls = {"zero_shot": alone.mean(), "shuffled_labels": misled.mean()}
+    findings = {"accuracy": Finding(right.mean(), interval, controls)}
+    notes = []
+    if interval[0] <= max(controls.values()):
+        notes.append(
+            f"the model does not learn this function from examples: its accuracy is {right.mean():.3f} "
+            f"({interval[0]:.3f} to {interval[1]:.3f}), with the outputs of others {misled.mean():.3f}, without "
+            f"examples {alone.mean():.3f}. Heads that carry it are then not to be expected"
+        )
+    vector, shuffled, random = correct[0], correct[1], correct[2:]
+    interval = rate_interval(vector, seed=seed)
+    controls = {"zero_shot": alone.mean(), "random_heads": random.mean(), "shuffled_labels": shuffled.mean()}
+    p = max(
+        permutation_pvalue(vector.mean(), random.mean(axis=1)),
+        paired_permutation_pvalue(vector - shuffled, seed=seed),
+        paired_permutation_pvalue(vector - alone, seed=seed),
+    )
+    judged = verdict(interval, max(controls.values()), p, minimum_units=MINIMUM_PROMPTS, units=len(vector))
+    findings["injected_accuracy"] = Finding(vector.mean(), interval, controls, judged)
+    gain = log_p + numbers(before.loss)
+    findings["log_p_gain"] = Finding(
+        gain[0].mean(),
+        bootstrap_interval(gain[0], seed=seed),
+        {"random_heads": gain[2:].mean(), "shuffled_labels": gain[1].mean()},
+    )
+    return findings, notes
+
+
+def _head_frame(model: HookedModel, effects: NDArray[np.float64], chosen: NDArray[np.int64], seed: int) -> pd.DataFrame:
+    named = component_names(model).query("kind == 'head'").reset_index(drop=True)
+    low, high = bootstrap_band(effects, seed=seed)
+    among = np.isin(np.arange(len(named)), chosen)
+    return named.assign(effect=effects.mean(axis=0), low=low, high=high, chosen=among)
+
+
+def _figures(frames: dict[str, pd.DataFrame], findings: dict[str, Finding]) -> dict[str, Any]:
+    rows = []
+    for metric, name in (("accuracy", "with_examples"), ("injected_accuracy", "function_vector")):
+        finding = findings[metric]
+        assert finding.interval is not None
+        rows.append((name, finding.value, *finding.interval, "measured"))
+        rows += [(f"{name}, {control}", value, np.nan, np.nan, control) for control, value in finding.controls.items()]
+    accuracy = pd.DataFrame(rows, columns=["series", "accuracy", "low", "high", "kind"])
+    return {
+        "heads": layers_by_writers(
+            frames["heads"], "effect", ["low", "high", "chosen"], "Indirect effect of heads", "probability"
+        ),
+        "accuracy": bars(
+            accuracy,
+            "series",
+            "accuracy",
+            "low",
+            "high",
+            color="kind",
+            controls=("zero_shot", "random_heads", "shuffled_labels"),
+            horizontal=True,
+            title="Accuracy on held-out inputs",
+        ),
+    }
