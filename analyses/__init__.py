@@ -49,12 +49,15 @@ if TYPE_CHECKING:
     from analyses.tasks.head_ablation import head_ablation as head_ablation
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
     from analyses.tasks.performance import task_performance as task_performance
+    from analyses.tasks.probes import Probes as Probes
+    from analyses.tasks.probes import linear_probes as linear_probes
     from analyses.tasks.summary import summarise as summarise
     from analyses.units.firing import unit_statistics as unit_statistics
     from analyses.units.monosemanticity import monosemanticity as monosemanticity
     from analyses.words import load_lexicon as load_lexicon
 
 _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EXPERIMENTS.values()} | {
+    "Probes": "tasks.probes",
     "Result": "result",
     "activation_addition": "tasks.activation_addition",
     "causal_tracing": "tasks.causal_tracing",
@@ -67,6 +70,7 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "function_vectors": "tasks.function_vectors",
     "head_ablation": "tasks.head_ablation",
     "last_words": "tasks.comparisons",
+    "linear_probes": "tasks.probes",
     "load_lexicon": "words",
     "minimal_pairs": "tasks.comparisons",
     "monosemanticity": "units.monosemanticity",
