@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MAX_ROWS = 32_768
+MAX_ENTRIES = 2**23  # of the rows together: an iteration costs as much as there are, times the width
 TOLERANCE = 1e-4
 MAX_ITERATIONS = 300
 _KEPT = 4
@@ -36,7 +37,7 @@ def varimax_criterion(rows: Float[Tensor, "row S"]) -> float:
 
 @torch.no_grad()
 def varimax_rotation(
-    rows: Float[Tensor, "row S"], *, seed: int = 0, max_rows: int = MAX_ROWS, tolerance: float = TOLERANCE
+    rows: Float[Tensor, "row S"], *, seed: int = 0, max_rows: int | None = None, tolerance: float = TOLERANCE
 ) -> Float[Tensor, "S S"]:
     """The orthogonal A that maximises :func:`varimax_criterion` of ``rows @ A``: a local maximum, reached from A = 1.
 
@@ -47,12 +48,17 @@ def varimax_rotation(
 
     Args:
         seed: of the uniform draw of ``max_rows`` rows where there are more; otherwise nothing is random.
+        max_rows: default 32,768, of rows wider than 256 as many as have 2^23 entries, but at least eight times their
+            width.
         tolerance: the relative growth of the criterion below which an iteration is the last.
 
     The last few rotations are kept, and found again by the content of ``rows``.
 
     Example: ``rows @ varimax_rotation(rows)``
     """
+    if max_rows is None:
+        width = rows.shape[1]
+        max_rows = min(MAX_ROWS, max(MAX_ENTRIES // width, 8 * width))
     if len(rows) > max_rows:
         drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_rows]
         rows = rows[drawn.to(rows.device)]

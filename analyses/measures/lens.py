@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.measures.depth import ORDINARY
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
@@ -45,6 +46,33 @@ def residual_points(n_layers: int) -> list[ResidualPoint]:
     return points
 
 
+def lens_points(n_layers: int) -> list[ResidualPoint]:
+    """The points that are read where every point costs a readout of the whole vocabulary for each of many prompts.
+
+    All of them up to 12 blocks. Of deeper models the stream behind whole blocks, at most 25 of these, evenly spread,
+    both ends and the half among them.
+
+    >>> [point.label for point in lens_points(50)][:3]
+    ['0_pre', '1_post', '3_post']
+    """
+    points = residual_points(n_layers)
+    if n_layers <= ORDINARY:
+        return points
+    steps = min(n_layers, 2 * ORDINARY)
+    return [points[2 * (step * n_layers // steps)] for step in range(steps + 1)]
+
+
+def unread(n_layers: int) -> list[str]:
+    """A note where `lens_points` leaves some out."""
+    read, all_of_them = len(lens_points(n_layers)), len(residual_points(n_layers))
+    return [f"the lens is read at {read} of {all_of_them} points of the stream"] if read < all_of_them else []
+
+
+def depths_of(points: Sequence[ResidualPoint]) -> NDArray[np.float64]:
+    """The depth of each, in blocks."""
+    return np.array([point.depth for point in points])
+
+
 def point_name(label: str) -> str:
     """What the stream has just passed at a point, for people.
 
@@ -57,15 +85,19 @@ def point_name(label: str) -> str:
 
 @torch.no_grad()
 def residual_stack(
-    model: HookedModel, input: TextInput, *, last_only: bool = True
+    model: HookedModel,
+    input: TextInput,
+    *,
+    last_only: bool = True,
+    points: Sequence[ResidualPoint] | None = None,
 ) -> Float[Tensor, "point prompt *pos d_model"]:
-    """The residual stream of each prompt at every point: at its own last token, or at every position, padding too.
+    """The residual stream of each prompt at some points: at its own last token, or at every position, padding too.
 
     A block that writes once leaves the stream halfway through it as it was read. The last point is what logits are read
-    off.
+    off. ``points``: default all, the last of which the end has to be.
     """
     tokens, lengths = model.tokens_and_lengths(input)
-    names = [point.hook for point in residual_points(model.cfg.n_layers)]
+    names = [point.hook for point in (residual_points(model.cfg.n_layers) if points is None else points)]
     names = [name if name in model.hook_dict else name.replace("resid_mid", "resid_pre") for name in names]
     if not model.reads_last_stream:
         names[-1] = READ_LAST
@@ -141,6 +173,11 @@ def readers(view: SignalView, n_points: int) -> list[SignalView]:
 def lens_log_probabilities(view: SignalView, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch token"]:
     """log softmax of the lens's logits over the real tokens."""
     return view.logits(view.readout(resid))[..., : view.n_tokens].float().log_softmax(dim=-1)
+
+
+def top_tokens(view: SignalView, resid: Float[Tensor, "*batch d_model"]) -> Int[Tensor, "*batch"]:
+    """The most probable of the real tokens, by the lens."""
+    return view.logits(view.readout(resid))[..., : view.n_tokens].argmax(dim=-1)
 
 
 def first_settled(holds: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -36,6 +36,7 @@ from reflowlens.models.unwrapping import guarded
 from reflowlens.prompts import Prompts
 
 Match = Literal["kind", "layer"]
+_EVERY_SIZE = 100  # nodes: of so many a circuit of every size is run
 _TIE = 1e-6  # the same circuit in another batch
 
 
@@ -191,6 +192,7 @@ def grow_circuit(
     sizes: Sequence[int] | None = None,
     ablation: Ablation = "corrupted",
     memory: float | None = None,
+    progress: bool | None = None,
 ) -> CircuitGrowth:
     """Grow a circuit by attribution scores and follow its faithfulness and completeness.
 
@@ -201,7 +203,10 @@ def grow_circuit(
     Args:
         clean, corrupted, metric, ablation: as in :func:`faithfulness`.
         scores: of :func:`reflowlens.circuits.edges.edge_attribution` or ``exact_edges``.
-        sizes: of the circuits; default: every number of nodes, about twenty numbers of edges, evenly on a log scale.
+        sizes: of the circuits; default: every number of nodes of a model that has up to 100; of larger ones, and of
+            edges, about twenty numbers, evenly on a log scale.
+        memory: bytes that the runs may take at once; default: a share of what is free.
+        progress: show a bar; by default on a terminal.
 
     Returns:
         ``frame`` has a row per size, with faithfulness and completeness; ``circuits`` the circuits themselves.
@@ -217,15 +222,15 @@ def grow_circuit(
     full, empty = _ends(runs.graph, nodes=of == "nodes")
     order: list[Any] = list(strongest_nodes(scores)) if of == "nodes" else greedy_edges(scores)
     if sizes is None:
-        some = np.unique(np.geomspace(1, len(order), 20).round().astype(int))
-        sizes = range(len(order) + 1) if of == "nodes" else [0, *some.tolist()]
+        some = np.unique(np.geomspace(1, len(order), 20).round().astype(int)).tolist()
+        sizes = range(len(order) + 1) if of == "nodes" and len(order) <= _EVERY_SIZE else [0, *some]
     sizes = [whole_number(size, "a circuit's size", 0) for size in (sizes if isinstance(sizes, Iterable) else [sizes])]
     if not sizes:
         raise ReflowlensError("sizes of circuits must be at least one")
     circuits = [order[:size] for size in sizes]
     kept = [mask_of(runs.graph, circuit) | empty for circuit in circuits]
     left = [full & ~mask | empty for mask in kept]
-    values = runs.values([full, empty, *kept, *left], memory)
+    values = runs.values([full, empty, *kept, *left], memory, progress)
     shares, performance = shares_of(values), runs.performance(values[:2])
     warn_unless_done(performance, "the faithfulness of its circuits")
     n = len(circuits)

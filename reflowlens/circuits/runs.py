@@ -6,6 +6,7 @@ than there. The senders are computed anew, each from what it reads: so what a ci
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -22,6 +23,7 @@ from reflowlens.metrics import Metric, check_metric
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
@@ -94,11 +96,18 @@ class CircuitRuns:
 
     @torch.no_grad()
     def values(
-        self, masks: Sequence[Bool[Tensor, "sender receiver"]], memory: float | None = None
+        self,
+        masks: Sequence[Bool[Tensor, "sender receiver"]],
+        memory: float | None = None,
+        progress: bool | None = False,
     ) -> Float[Tensor, "circuit prompt"]:
-        """The metric of each circuit, which is given by its edges."""
-        device = self.tokens.device
-        return torch.cat([part for _, part in in_batches(masks, self._run, device, memory)])
+        """The metric of each circuit, which is given by its edges; ``progress``: None shows a bar on a terminal."""
+        show, parts = sys.stderr.isatty() if progress is None else progress, []
+        with bar(total=len(masks), show=show, unit="circuit") as steps:
+            for some, part in in_batches(masks, self._run, self.tokens.device, memory):
+                parts.append(part)
+                steps.update(len(some))
+        return torch.cat(parts)
 
     def _run(self, masks: list[Bool[Tensor, "sender receiver"]]) -> Float[Tensor, "circuit prompt"]:
         n_prompts, n = len(self.tokens), len(masks)

@@ -10,6 +10,9 @@ signal that moves all logits together as much (``|a_s| ‖R_:s‖``) as the one 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from operator import itemgetter
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -113,16 +116,21 @@ def causal_ablation(
     final = residual_stack(model, prompts)[-1]
     untrained = real_tokens(untrained_view(chosen, seed).final)
     own = derive_seed(seed, "causal_ablation")
-    rotated = dict(rotated_views(chosen, rotations, seed, "causal_ablation"))
-    views = Bases(chosen, rotated, varimax_view(chosen, seed=seed))
-    bar = tqdm(rotated.items(), desc="causal ablation", disable=not progress)
+    rotated = rotated_views(chosen, rotations, seed, "causal_ablation")
+    bar = tqdm(rotated, total=rotations, desc="causal ablation", disable=not progress)
     fresh = residual_stack(untrained.model, prompts)[-1]
-    bases = Bases(
-        own=measure_knockout(chosen, final, derive_seed(own, "model")),
-        nulls={"untrained": measure_knockout(untrained, fresh, derive_seed(own, "untrained"))},
-        rotated={name: measure_knockout(other, final, derive_seed(own, name)) for name, other in bar},
-        varimax=measure_knockout(views.varimax, final, derive_seed(own, "varimax")),
+
+    def measured(view: SignalView, name: str) -> tuple[Measured, float]:
+        return measure_knockout(view, final, derive_seed(own, name)), _least_without_one(view, detail, target_id)
+
+    in_bases = Bases(  # a rotated recipe is in memory while it is measured
+        own=measured(chosen, "model"),
+        rotated={name: measured(other, name) for name, other in bar},
+        varimax=measured(varimax_view(chosen, seed=seed), "varimax"),
     )
+    nulls = {"untrained": measure_knockout(untrained, fresh, derive_seed(own, "untrained"))}
+    bases = replace(in_bases.map(itemgetter(0)), nulls=nulls)
+    least = in_bases.map(itemgetter(1))
     frames = {
         "signals": signal_frame(model, chosen, prompt, target_id, lexicon, own),
         "prompts": prompts_frame(bases, prompts),
@@ -130,7 +138,6 @@ def causal_ablation(
     }
     frames["sites"] = site_frame(model, chosen, prompt, target_id, frames["signals"], own)
     at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
-    least = views.map(lambda view: _least_without_one(view, detail, target_id))
     signals = frames["signals"]
     findings, notes = _findings(bases, seed)
     return Result(

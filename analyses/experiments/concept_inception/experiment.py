@@ -23,6 +23,7 @@ from analyses.controls.nulls import untrained_view
 from analyses.experiments.concept_inception.figures import inception_figures
 from analyses.experiments.concept_inception.frames import by_concept, layers_frame, long_clause, no_return
 from analyses.experiments.concept_inception.measure import Setup
+from analyses.measures.depth import chosen_layers, left_out
 from analyses.measures.knockout import real_tokens
 from analyses.result.finding import Finding
 from analyses.result.params import run_params
@@ -72,6 +73,7 @@ def concept_inception(
     limit: float = 16.0,
     tolerance: float = 0.02,
     prompts_per_concept: int = 3,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
     quick: bool = False,
     progress: bool = False,
@@ -84,7 +86,9 @@ def concept_inception(
         limit: the largest strength that is tried, in units of the stream's root mean square.
         tolerance: of the critical strength, relative.
         prompts_per_concept: how many of the lexicon's ``short_prompts`` each concept is injected into, in turn.
-        quick: one prompt a concept.
+        layers: where to inject beside both ends and the half, 0 to the number of blocks (the end); default all up to
+            12 blocks, of deeper models an even grid (`analyses.measures.depth.layer_grid`).
+        quick: one prompt a concept; of a deep model a coarser grid.
 
     Returns:
         A Result with frames ``problems`` (a row a series, concept, prompt and layer: ``strength`` and ``alpha``, NaN
@@ -92,7 +96,8 @@ def concept_inception(
         concept in its first prompt), and figures ``critical``, ``alpha``, ``reachable``, ``trace``.
 
     Raises:
-        ReflowlensError: fewer than two concepts are one token, or the lexicon has no short prompts.
+        ReflowlensError: fewer than two concepts are one token, there is no such layer, or the lexicon has no short
+            prompts.
 
     Example: ``concept_inception(model, ["Paris", "winter"]).frames["layers"]``
     """
@@ -100,14 +105,15 @@ def concept_inception(
     lexicon = lexicon or load_lexicon()
     words, skipped = _usable_concepts(model, concepts, lexicon)
     pairs = _pairs(len(words), len(lexicon.short_prompts), 1 if quick else prompts_per_concept)
+    measured = chosen_layers(layers, model.cfg.n_layers, quick=quick)
     untrained = real_tokens(untrained_view(chosen, seed))
     prompts = {"short": lexicon.short_prompts, "long": lexicon.long_prompts}
     told = [name for name in prompts if len(prompts[name]) == len(lexicon.short_prompts)]
-    setups = {name: Setup.of(chosen, words, pairs, prompts[name]) for name in told}
-    setups["untrained"] = Setup.of(untrained, words, pairs, prompts["short"])
+    setups = {name: Setup.of(chosen, words, pairs, prompts[name], measured) for name in told}
+    setups["untrained"] = Setup.of(untrained, words, pairs, prompts["short"], measured)
     if "long" in told:
         first = pairs[:: len(pairs) // len(words)]
-        setups[UNTRAINED_LONG] = Setup.of(untrained, words, first, prompts["long"])
+        setups[UNTRAINED_LONG] = Setup.of(untrained, words, first, prompts["long"], measured)
     setups["random_recipe"] = setups["short"].with_random_recipes(derive_seed(seed, "concept_inception"))
     solved = {
         name: setup.solve(limit, tolerance, check=name in (*told, UNTRAINED_LONG))
@@ -129,6 +135,7 @@ def concept_inception(
             "limit": limit,
             "tolerance": tolerance,
             "prompts_per_concept": len(pairs) // len(words),
+            "layers": None if layers is None else measured,
             **run_params(chosen, lexicon, seed, quick),
         },
         findings=findings,
@@ -136,7 +143,7 @@ def concept_inception(
         figures=inception_figures(frames),
         definitions=DEFINITIONS,
         published=PUBLISHED,
-        notes=[*([skips] if skipped else []), *notes],
+        notes=[*([skips] if skipped else []), *notes, *left_out(measured, model.cfg.n_layers)],
     )
 
 

@@ -47,8 +47,13 @@ def no_return(problems: pd.DataFrame) -> pd.DataFrame:
     behind the end if there is none; and whether it is ``closed``."""
     reachable = problems.pivot(index="layer", columns="pair", values="reachable")
     concept = problems.drop_duplicates("pair").set_index("pair")["concept"]
-    layer = first_settled(~reachable.to_numpy(dtype=bool))
-    columns = {"concept": concept[reachable.columns], "layer": layer, "closed": layer < len(reachable)}
+    settled = first_settled(~reachable.to_numpy(dtype=bool))
+    layers = [*reachable.index, reachable.index[-1] + 1]
+    columns = {
+        "concept": concept[reachable.columns],
+        "layer": np.array(layers)[settled],
+        "closed": settled < len(reachable),
+    }
     return pd.DataFrame(columns, index=reachable.columns)
 
 

@@ -37,11 +37,16 @@ class Setup:
 
     @classmethod
     def of(
-        cls, view: SignalView, words: Sequence[str], pairs: Sequence[tuple[int, int]], prompts: Sequence[str]
+        cls,
+        view: SignalView,
+        words: Sequence[str],
+        pairs: Sequence[tuple[int, int]],
+        prompts: Sequence[str],
+        layers: Sequence[int],
     ) -> Setup:
         view, runs = view.final, Injections(view.model, list(prompts))
         written = view.write(view.rows([f" {word}" for word in words]))
-        rows = np.array([(*pair, layer) for pair in pairs for layer in runs.layers])
+        rows = np.array([(*pair, layer) for pair in pairs for layer in layers])
         return cls(view, runs, prompts, words, written, *rows.T)
 
     def with_random_recipes(self, seed: int) -> Setup:

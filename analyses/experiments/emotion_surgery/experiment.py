@@ -35,6 +35,7 @@ from analyses.experiments.emotion_surgery.frames import (
     prompts_frame,
     sweep_frame,
 )
+from analyses.measures.depth import chosen_layers, left_out
 from analyses.measures.lens import lens_log_probabilities
 from analyses.measures.sentiment import sentiment_poles
 from analyses.measures.steering import random_directions
@@ -91,6 +92,7 @@ def emotion_surgery(
     strengths: Sequence[float] = STRENGTHS,
     max_cost: float = 0.05,
     permutations: int | None = None,
+    layers: Sequence[int] | None = None,
     seed: int = 0,
     quick: bool = False,
     progress: bool = False,
@@ -104,7 +106,9 @@ def emotion_surgery(
         strengths: of the sweep, ascending, in units of the stream's root mean square.
         max_cost: relative rise of the perplexity that steering may cost.
         permutations: of the labels; default 25 a layer, so that the smallest p survives Holm's correction.
-        quick: a third of the carriers and of the neutral texts.
+        layers: where to steer beside both ends and the half, 0 to the number of blocks (the end); default all up to 12
+            blocks, of deeper models an even grid (`analyses.measures.depth.layer_grid`).
+        quick: a third of the carriers and of the neutral texts; of a deep model a coarser grid.
 
     Returns:
         A Result with frames ``sweep`` (a row a layer and strength), ``layers`` (at equal cost, a row a layer and
@@ -113,7 +117,8 @@ def emotion_surgery(
 
     Raises:
         ReflowlensError: the lexicon lacks sentiment words of single tokens, two neutral texts or two carriers, a
-            carrier lacks the token to steer from, or the strengths or the cost are out of order.
+            carrier lacks the token to steer from, there is no such layer, or the strengths or the cost are out of
+            order.
 
     Example: ``emotion_surgery(model).frames["layers"].query("series == 'sentiment'")``
     """
@@ -123,23 +128,23 @@ def emotion_surgery(
     strengths = [float(strength) for strength in strengths]
     neutral = lexicon.neutral_texts[:: 3 if quick else 1]
     _check(carriers, neutral, strengths, max_cost)
+    measured = chosen_layers(layers, model.cfg.n_layers, quick=quick)
     words, heldout = sentiment_poles(model, lexicon, "emotion_surgery")
     steered = Carriers.of(chosen, carriers, heldout, where)
     untrained = Carriers.of(untrained_view(chosen, seed), carriers, heldout, where)
     texts = SteeredTexts(model, neutral)
-    layers = steered.runs.layers
-    permutations = permutations or 25 * len(layers)
+    permutations = permutations or 25 * len(measured)
     own = derive_seed(seed, "emotion_surgery")
     directions = {
         "sentiment": steered.directions([words]),
         "shuffled_labels": steered.directions([words.shuffled(derive_seed(own, i)) for i in range(permutations)]),
         "random_direction": random_directions(RANDOM_DRAWS, model.cfg.d_model, own).to(chosen.basis.device),
     }
-    bar = tqdm(total=2 * len(layers) + 1, desc="emotion surgery", disable=not progress)
+    bar = tqdm(total=2 * len(measured) + 1, desc="emotion surgery", disable=not progress)
     unit_alpha = steered.scale / rms(chosen.write(words.direction(chosen)))
-    sweep = sweep_frame(steered, texts, directions["sentiment"], strengths, unit_alpha, bar)
+    sweep = sweep_frame(steered, texts, directions["sentiment"], measured, strengths, unit_alpha, bar)
     places = []
-    for layer in layers:
+    for layer in measured:
         rows = sweep[sweep["layer"] == layer]
         strength = affordable_strength(rows["strength"], rows["perplexity_cost"], max_cost)
         outcomes = {name: steered.steer(layer, strength, some) for name, some in directions.items()}
@@ -153,7 +158,7 @@ def emotion_surgery(
         "sweep": sweep,
         "layers": at_layers,
         "prompts": pd.concat([prompts_frame(model, carriers, place) for place in places], ignore_index=True),
-        "frontier": frontier_frame(steered, texts, directions, best, strengths, sweep),
+        "frontier": frontier_frame(steered, texts, directions, best, sweep),
         "generations": generations_frame(steered, carriers, directions["sentiment"][0], best, where, seed),
     }
     bar.update()
@@ -162,7 +167,7 @@ def emotion_surgery(
     beside = {"untrained": float(untrained_probability.mean())}
     at_best, flips = _at_best(places, best, frames, max_cost, seed)
     flips_any = at_best["best_flip_rate"].verdict == "supported"
-    effective, last = _last_effective(places, at_layers, flips_any, seed)
+    effective, last = _last_effective(places, model.cfg.n_layers, at_layers, flips_any, seed)
     return Result(
         name="emotion_surgery",
         title="Emotion Surgery",
@@ -172,6 +177,7 @@ def emotion_surgery(
             "strengths": list(strengths),
             "max_cost": max_cost,
             "permutations": permutations,
+            "layers": None if layers is None else measured,
             **run_params(chosen, lexicon, seed, quick),
         },
         findings={
@@ -188,6 +194,7 @@ def emotion_surgery(
             f"{int((heldout.leaning(steered.before) > 0).sum())} of {len(carriers)} carriers lean to the positive pole",
             flips,
             last,
+            *left_out(measured, model.cfg.n_layers),
         ],
     )
 
@@ -293,7 +300,7 @@ def _best_flip_rates(places: Sequence[SteeredLayer], series: str) -> NDArray[np.
 
 
 def _last_effective(
-    places: Sequence[SteeredLayer], layers: pd.DataFrame, flips: bool, seed: int
+    places: Sequence[SteeredLayer], depth: int, layers: pd.DataFrame, flips: bool, seed: int
 ) -> tuple[dict[str, Finding], str]:
     """The last layer with an effect, and a note; its interval resamples carriers against a fixed threshold, the null's
     quantile that Bonferroni's correction asks of every layer. ``flips``: whether best_flip_rate is supported."""
@@ -305,19 +312,21 @@ def _last_effective(
     nulls = np.stack([place.outcomes["shuffled_labels"].flipped.mean(axis=1) for place in places])
     threshold = np.quantile(nulls, 1 - SIGNIFICANCE / len(places), axis=1)
 
+    measured = np.array([place.layer for place in places])
+
     def last_above(rates: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.where(rates > threshold, np.arange(len(places)), -1).max(axis=-1).astype(float)
+        return np.where(rates > threshold, measured, -1).max(axis=-1).astype(float)
 
     def last(carriers: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return last_above(flipped[np.moveaxis(carriers, axis, -1).astype(int)].mean(axis=-2))
 
     random = last_above(np.stack([place.outcomes["random_direction"].flipped.mean(axis=1) for place in places], axis=1))
-    units, depth = len(flipped), len(places) - 1
+    units = len(flipped)
     interval = bootstrap_interval(np.arange(units), last, seed=seed)
     low, high = (max(0.0, end) / depth for end in interval)
     rates = flipped.mean(axis=0)
-    late = depth // 2 + 1 + int(rates[depth // 2 + 1 :].argmax())
-    fall = bootstrap_interval(flipped[:, rates.argmax()] - flipped[:, late], seed=seed)
+    best, late = int(rates.argmax()), int(np.where(measured > depth / 2, rates, -1).argmax())
+    fall = bootstrap_interval(flipped[:, best] - flipped[:, late], seed=seed)
     findings = {
         "last_effective_layer": Finding(effective.max(), interval, {"random_direction": random.mean()}),
         "last_effective_share": Finding(
@@ -330,6 +339,6 @@ def _last_effective(
     if not flips:
         return findings, "last_effective_share has no verdict: that steering turns anything is not supported"
     return findings, (
-        f"last_effective_share: from layer {rates.argmax()}, the best, to layer {late}, the best of the second half, "
-        f"the flip rate falls by {rates.max() - rates[late]:.3f} ({fall[0]:.3f} to {fall[1]:.3f})"
+        f"last_effective_share: from layer {measured[best]}, the best, to layer {measured[late]}, the best of the "
+        f"second half, the flip rate falls by {rates[best] - rates[late]:.3f} ({fall[0]:.3f} to {fall[1]:.3f})"
     )

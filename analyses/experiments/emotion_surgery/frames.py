@@ -41,12 +41,13 @@ def sweep_frame(
     steered: Carriers,
     texts: SteeredTexts,
     direction: Float[Tensor, "1 d_model"],
+    layers: Sequence[int],
     strengths: Sequence[float],
     unit_alpha: Float[Tensor, " layer"],
     bar: tqdm[Any],
 ) -> pd.DataFrame:
     rows = []
-    for layer in steered.runs.layers:
+    for layer in layers:
         for strength in strengths:
             outcome = steered.steer(layer, strength, direction)
             damage = texts.damage(layer, strength * steered.scale[layer] * direction[0])
@@ -127,12 +128,11 @@ def frontier_frame(
     texts: SteeredTexts,
     directions: dict[str, Float[Tensor, "_direction d_model"]],
     best: SteeredLayer,
-    strengths: Sequence[float],
     sweep: pd.DataFrame,
 ) -> pd.DataFrame:
     """Flip rate against cost: of the first, the middle, the best and the last layer, and of a few directions of each
     control at the best one."""
-    layers = steered.runs.layers
+    layers, strengths = (sweep[name].unique().tolist() for name in ("layer", "strength"))
     told = sorted({layers[0], layers[len(layers) // 2], best.layer, layers[-1]})
     columns = ["series", "layer", "strength", "flip_rate", "log_odds_shift", "perplexity_cost", "kl"]
     frames = [sweep[sweep["layer"] == layer].assign(series=f"layer {layer}")[columns] for layer in told]

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
-from analyses.measures.lens import first_settled, readers, residual_stack
+from analyses.measures.lens import depths_of, lens_points, readers, residual_stack, top_tokens
 from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval
@@ -121,11 +121,22 @@ def context_frame(
 
 @torch.no_grad()
 def crystallisation_shares(view: SignalView, prompts: Sequence[str]) -> NDArray[np.float64]:
-    """For each prompt the first point from which the final top-1 token stays top-1, as a share of the depth."""
-    stack = residual_stack(view.model, list(prompts))
-    through = zip(readers(view, len(stack)), stack, strict=True)
-    top = torch.stack([lens.logits(lens.readout(point))[:, : view.n_tokens].argmax(dim=-1) for lens, point in through])
-    return first_settled((top == top[-1]).cpu().numpy()) / (len(stack) - 1)
+    """For each prompt the first point from which the final top-1 token stays top-1, as a share of the depth.
+
+    Read from the end back, each prompt until its top-1 token is another one.
+    """
+    points = lens_points(view.model.cfg.n_layers)
+    stack = residual_stack(view.model, list(prompts), points=points)
+    *through, end = readers(view, len(points))
+    final = top_tokens(end, stack[-1])
+    first = torch.full_like(final, len(points) - 1)
+    settled = torch.arange(len(final), device=final.device)
+    for point, lens in reversed(list(enumerate(through))):
+        settled = settled[top_tokens(lens, stack[point, settled]) == final[settled]]
+        if not len(settled):
+            break
+        first[settled] = point
+    return depths_of(points)[first.cpu().numpy()] / points[-1].depth
 
 
 def delays(frame: pd.DataFrame) -> dict[str, NDArray[np.float64]]:

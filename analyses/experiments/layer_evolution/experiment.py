@@ -34,7 +34,15 @@ from analyses.experiments.layer_evolution.figures import (
     prompt_frame,
     prompts_frame,
 )
-from analyses.measures.lens import LensReading, read_lens, residual_stack
+from analyses.measures.lens import (
+    LensReading,
+    ResidualPoint,
+    depths_of,
+    lens_points,
+    read_lens,
+    residual_stack,
+    unread,
+)
 from analyses.result.finding import Finding
 from analyses.result.params import run_params
 from analyses.result.result import Result
@@ -101,20 +109,21 @@ def layer_evolution(
     if prompt is None:
         prompt, target = usable[0].prompt, target or usable[0].target
     untrained = untrained_view(chosen, seed)
-    stack = residual_stack(model, prompts)
+    points = lens_points(model.cfg.n_layers)
+    stack = residual_stack(model, prompts, points=points)
     readings = {
         "model": read_lens(chosen, stack, targets),
-        "untrained": read_lens(untrained, residual_stack(untrained.model, prompts), targets),
+        "untrained": read_lens(untrained, residual_stack(untrained.model, prompts, points=points), targets),
         "shuffled_norm": read_lens(_shuffled_norm(chosen, derive_seed(seed, "layer_evolution")), stack, targets),
     }
     frames = {
         "layers": prompt_frame(model, chosen, prompt, target),
         "positions": position_frame(model, chosen, prompt),
-        "prompts": prompts_frame(readings, prompts, model.cfg.n_layers),
-        "depth": depth_frame(readings, model.cfg.n_layers, seed),
+        "prompts": prompts_frame(readings, prompts, points),
+        "depth": depth_frame(readings, points, seed),
     }
     figures = evolution_figures(frames, prompt)
-    findings, told = _findings(readings, model.cfg.n_layers, seed)
+    findings, told = _findings(readings, points, seed)
     context = read_context(chosen, untrained, lexicon, seed)
     if context is None:
         delay = f"{DELAY} is absent: the model cannot read two of the lexicon's sentences behind a clause"
@@ -135,7 +144,7 @@ def layer_evolution(
         figures=figures,
         definitions=DEFINITIONS | {DELAY: DEFINITION},
         published={"crystallisation_share": 0.5, DELAY: 10 / 36},
-        notes=[*([skips] if skipped else []), told, delay],
+        notes=[*([skips] if skipped else []), told, delay, *unread(model.cfg.n_layers)],
     )
 
 
@@ -174,9 +183,11 @@ def _shuffled_norm(view: SignalView, seed: int) -> SignalView:
     return dataclasses.replace(view, norm=norm)
 
 
-def _findings(readings: Mapping[str, LensReading], n_layers: int, seed: int) -> tuple[dict[str, Finding], str]:
+def _findings(
+    readings: Mapping[str, LensReading], points: Sequence[ResidualPoint], seed: int
+) -> tuple[dict[str, Finding], str]:
     """The metrics of the model beside those of the other readings, and a note."""
-    found = {name: headline(reading, n_layers) for name, reading in readings.items()}
+    found = {name: headline(reading, points) for name, reading in readings.items()}
     ours = found.pop("model")
     findings = {}
     for metric, values in ours.items():
@@ -190,12 +201,13 @@ def _findings(readings: Mapping[str, LensReading], n_layers: int, seed: int) -> 
     return findings, f"target_probability against untrained: sign-flip p = {p:.2g}, {len(probability)} prompts"
 
 
-def headline(reading: LensReading, n_layers: int) -> dict[str, NDArray[np.floating]]:
+def headline(reading: LensReading, points: Sequence[ResidualPoint]) -> dict[str, NDArray[np.floating]]:
     """The metrics, one value a prompt."""
-    half = n_layers // 2 * 2
+    depths = depths_of(points)
+    half = int(np.flatnonzero(depths == depths[-1] // 2)[0])
     return {
-        "crystallisation_share": reading.crystallisation / 2 / n_layers,
-        "crystallisation_layer": reading.crystallisation / 2,
+        "crystallisation_share": depths[reading.crystallisation] / depths[-1],
+        "crystallisation_layer": depths[reading.crystallisation],
         "lens_top1_at_half_depth": (reading.top[half] == reading.top[-1]).astype(float),
         "kl_at_half_depth": reading.kl[half],
         "target_accuracy": (reading.rank[-1] == 1).astype(float),

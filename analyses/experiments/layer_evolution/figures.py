@@ -11,6 +11,8 @@ import torch
 
 from analyses.measures.lens import (
     LensReading,
+    ResidualPoint,
+    depths_of,
     lens_log_probabilities,
     point_name,
     readers,
@@ -72,17 +74,19 @@ def position_frame(model: HookedModel, view: SignalView, prompt: str) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def prompts_frame(readings: Mapping[str, LensReading], prompts: Sequence[str], n_layers: int) -> pd.DataFrame:
+def prompts_frame(
+    readings: Mapping[str, LensReading], prompts: Sequence[str], points: Sequence[ResidualPoint]
+) -> pd.DataFrame:
     """A row a prompt and model."""
-    frames = []
+    depths, frames = depths_of(points), []
     for name, reading in readings.items():
         frames.append(
             pd.DataFrame(
                 {
                     "model": name,
                     "prompt": prompts,
-                    "crystallisation_layer": reading.crystallisation / 2,
-                    "crystallisation_share": reading.crystallisation / 2 / n_layers,
+                    "crystallisation_layer": depths[reading.crystallisation],
+                    "crystallisation_share": depths[reading.crystallisation] / depths[-1],
                     "target_probability": reading.probability[-1],
                     "target_rank": reading.rank[-1],
                     "target_logit": reading.logit[-1],
@@ -92,9 +96,8 @@ def prompts_frame(readings: Mapping[str, LensReading], prompts: Sequence[str], n
     return pd.concat(frames, ignore_index=True)
 
 
-def depth_frame(readings: Mapping[str, LensReading], n_layers: int, seed: int) -> pd.DataFrame:
+def depth_frame(readings: Mapping[str, LensReading], points: Sequence[ResidualPoint], seed: int) -> pd.DataFrame:
     """Means over prompts at every point, with pointwise bootstrap bands over prompts."""
-    points = residual_points(n_layers)
     frames = []
     for name, reading in readings.items():
         quantities = {

@@ -34,6 +34,7 @@ from analyses.experiments.typo_resilience.measure import (
     others_of_same_length,
     pair_values,
 )
+from analyses.measures.lens import unread
 from analyses.result.finding import Finding
 from analyses.result.params import run_params
 from analyses.result.result import Result
@@ -128,7 +129,7 @@ def typo_resilience(
     bar.update()
     bar.close()
     others["untrained"] = misspelt
-    values = {name: pair_values(likeness, threshold) for name, likeness in compared.items()}
+    values = {name: pair_values(likeness, threshold, model.cfg.n_layers) for name, likeness in compared.items()}
     frames = {
         "layers": layers_frame(clean, compared, model.cfg.n_layers, seed),
         "cells": cells_frame(pairs, compared["misspelt"], model.cfg.n_layers),
@@ -150,7 +151,11 @@ def typo_resilience(
         frames=frames,
         figures=typo_figures(frames, threshold),
         definitions=definitions(threshold),
-        notes=[f"skipped, for the word is several tokens: {', '.join(skipped)}", *notes] if skipped else notes,
+        notes=[
+            *([f"skipped, for the word is several tokens: {', '.join(skipped)}"] if skipped else []),
+            *notes,
+            *unread(model.cfg.n_layers),
+        ],
     )
 
 

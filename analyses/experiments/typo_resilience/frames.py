@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analyses.experiments.typo_resilience.measure import Likeness, Values, by_word, control_pvalues
-from analyses.measures.lens import residual_points
+from analyses.measures.lens import lens_points
 from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import holm
 from analyses.words.lexicon import TYPO_KINDS, Typo
@@ -19,7 +19,7 @@ QUANTITIES = ("cosine_readout", "cosine_resid", "kl")
 
 def layers_frame(words: Sequence[str], compared: dict[str, Likeness], n_layers: int, seed: int) -> pd.DataFrame:
     """Means over words at every point, with pointwise bootstrap bands."""
-    points = residual_points(n_layers)
+    points = lens_points(n_layers)
     frames = []
     for name, likeness in compared.items():
         for quantity in QUANTITIES:
@@ -44,7 +44,7 @@ def layers_frame(words: Sequence[str], compared: dict[str, Likeness], n_layers: 
 
 def cells_frame(pairs: list[Typo], likeness: Likeness, n_layers: int) -> pd.DataFrame:
     """Every pair at every point."""
-    points = residual_points(n_layers)
+    points = lens_points(n_layers)
     return pd.DataFrame(
         {
             "kind": [pair.kind for pair in pairs for _ in points],

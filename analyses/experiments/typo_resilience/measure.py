@@ -20,7 +20,14 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.measures.lens import first_settled, lens_log_probabilities, readers, residual_stack
+from analyses.measures.lens import (
+    depths_of,
+    first_settled,
+    lens_log_probabilities,
+    lens_points,
+    readers,
+    residual_stack,
+)
 from analyses.statistics.draws import derive_rng
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from reflowlens.signals import SignalView
@@ -34,7 +41,7 @@ Values: TypeAlias = "Mapping[str, pd.DataFrame]"  # comparison -> a row a pair o
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike the words of each pair are read at every residual point; arrays are [point, pair], means over carriers.
+    """How alike the words of each pair are read at every point of `lens_points`: [point, pair], means over carriers.
 
     Args:
         cosine_resid: of the residual streams.
@@ -70,6 +77,7 @@ def compare_words(
 
     Example: ``compare_words(view, ["friend"], {"misspelt": ["freind"]}, ["She wrote the word"])["misspelt"].kl[-1]``
     """
+    points = lens_points(view.model.cfg.n_layers)
     texts = list(dict.fromkeys(itertools.chain(words, *others.values())))
     number = {text: i for i, text in enumerate(texts)}
     first = torch.tensor([number[word] for word in words])
@@ -78,23 +86,24 @@ def compare_words(
     for carrier in carriers:
         prompts = [f"{carrier} {text}" for text in texts]
         batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-        stack = torch.cat([residual_stack(view.model, batch) for batch in batches], dim=1)
+        stack = torch.cat([residual_stack(view.model, batch, points=points) for batch in batches], dim=1)
         for name, likeness in _compare(view, stack, first, partners).items():
             found[name].append(likeness)
     return {name: _mean(each) for name, each in found.items()}
 
 
-def pair_values(likeness: Likeness, threshold: float) -> pd.DataFrame:
+def pair_values(likeness: Likeness, threshold: float, n_layers: int) -> pd.DataFrame:
     """The headline of each pair; the recovery layer of one that never recovers is NaN."""
     settled = first_settled(likeness.cosine_readout >= threshold)
     recovered = settled < len(likeness.cosine_readout)
+    layers = np.append(depths_of(lens_points(n_layers)), np.nan)
     return pd.DataFrame(
         {
             "final_cosine_readout": likeness.cosine_readout[-1],
             "final_cosine_resid": likeness.cosine_resid[-1],
             "final_kl": likeness.kl[-1],
             "recovered_share": recovered.astype(float),
-            "recovery_layer": np.where(recovered, settled / 2, np.nan),
+            "recovery_layer": layers[settled],
         }
     )
 

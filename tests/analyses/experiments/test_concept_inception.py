@@ -53,6 +53,17 @@ def test_the_planted_point_of_no_return_and_its_delay_are_found(layer, closing):
     assert result.controls["long_clause_delay"]["untrained"] == 0
 
 
+def test_some_layers_show_what_all_layers_show_there(closing):
+    few = concept_inception(closing_model(1), WORDS, lexicon=LEXICON, layers=[3], prompts_per_concept=1)
+    columns = ["series", "concept", "prompt", "layer"]
+    shown = few.frames["problems"].set_index(columns)
+    pd.testing.assert_frame_equal(shown, closing.frames["problems"].set_index(columns).loc[shown.index])
+    assert few.frames["problems"]["layer"].unique().tolist() == [0, 2, 3, 4]
+    for metric in ("point_of_no_return", "closed_share", "critical_strength"):
+        assert few.metrics[metric] == pytest.approx(closing.metrics[metric])
+    assert "measured at 4 of 5 layers: 0, 2, 3, 4" in few.notes
+
+
 def test_the_untrained_model_is_measured_as_the_model_is():
     model = turning_model()
     result = concept_inception(model, WORDS[:4], lexicon=LEXICON, quick=True)

@@ -40,6 +40,16 @@ def test_the_planted_last_effective_layer_is_found(layer, planted):
     assert not missed(result, last_effective(layer))
 
 
+def test_some_layers_show_what_all_layers_show_there(planted):
+    few = emotion_surgery(feeling_model(1), lexicon=LEXICON, strengths=STRENGTHS, layers=[1], permutations=125)
+    for name in ("sweep", "prompts", "layers"):
+        expected = planted.frames[name].query("layer in (0, 1, 2, 4)").reset_index(drop=True)
+        shown = few.frames[name].drop(columns="p_holm", errors="ignore")  # over fewer layers
+        pd.testing.assert_frame_equal(shown, expected[list(shown)])
+    assert "measured at 4 of 5 layers: 0, 1, 2, 4" in few.notes
+    assert few.metrics == planted.metrics
+
+
 def test_controls_do_not_turn_what_the_direction_turns(planted):
     controls = planted.controls["best_flip_rate"]
     assert set(controls) == {"shuffled_labels", "random_direction", "untrained"}

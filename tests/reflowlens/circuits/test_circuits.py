@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformer_lens.tools.analysis.attribution_patching import EdgeAttribution
 
 import reflowlens as rl
 from reflowlens import metrics
+from reflowlens.circuits import circuits
 from reflowlens.circuits.circuits import Match, greedy_edges, matched_circuits
 from reflowlens.circuits.graph import Edge, Graph
 from reflowlens.circuits.runs import Ablation, CircuitRuns, mask_of
@@ -219,6 +221,17 @@ def test_a_circuit_grows_to_the_whole_model(model: HookedModel) -> None:
     assert (frame.faithfulness[frame["size"] < len(smallest)] < 0.5).all()
     with pytest.raises(ReflowlensError, match="no circuit reaches a faithfulness of 1000"):
         grown.smallest(1000)
+
+
+def test_circuits_of_many_nodes_grow_by_shares(model: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuits, "_EVERY_SIZE", 3)
+    with torch.enable_grad():
+        scores = rl.edge_attribution(model, *pair(model), METRIC)
+    few = rl.grow_circuit(model, *pair(model), scores, METRIC, of="nodes").frame
+    every = rl.grow_circuit(model, *pair(model), scores, METRIC, of="nodes", sizes=few["size"].tolist()).frame
+    assert few["size"].iloc[[0, 1, -1]].tolist() == [0, 1, len(scores.graph.senders) - 1]
+    assert few["size"].diff().dropna().is_monotonic_increasing
+    pd.testing.assert_frame_equal(few, every)
 
 
 @pytest.mark.parametrize(
