@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from analyses import costs
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 
@@ -21,13 +22,15 @@ CONTROL = "D. Control and steering"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment: the function `name` of `analyses.experiments.<name>`, and what a report says of it."""
+    """One experiment: the function `name` of `analyses.experiments.<name>`, what a report says of it, and what it
+    costs on a model of some sizes."""
 
     number: int
     name: str
     title: str
     group: str
     question: str
+    cost: Callable[[costs.Sizes], costs.Work]
 
     def load(self) -> Callable[..., Result]:
         """The function, imported now: called as `function(model, seed=, quick=, progress=)` it returns a `Result`."""
@@ -36,39 +39,108 @@ class Experiment:
 
 _LISTED = (
     Experiment(
-        1, "recipe_atlas", "Recipe Atlas", IDENTITY, "Which words have alike recipes, and what are signals for?"
+        1,
+        "recipe_atlas",
+        "Recipe Atlas",
+        IDENTITY,
+        "Which words have alike recipes, and what are signals for?",
+        costs.recipe_atlas,
     ),
-    Experiment(2, "sparsity_profile", "Sparsity Profile", IDENTITY, "How many signals does a token use?"),
-    Experiment(3, "basis_geometry", "Basis Geometry", IDENTITY, "How many directions does the signal basis use?"),
-    Experiment(4, "semantic_galaxy", "Semantic Galaxy", SEMANTIC, "Do the recipes of related words lie together?"),
     Experiment(
-        5, "semantic_algebra", "Semantic Algebra", SEMANTIC, "Do recipes add up: is a − b + c the expected word?"
+        2,
+        "sparsity_profile",
+        "Sparsity Profile",
+        IDENTITY,
+        "How many signals does a token use?",
+        costs.sparsity_profile,
     ),
     Experiment(
-        6, "typo_resilience", "Typo Resilience", SEMANTIC, "Is a misspelling read like the word that was meant?"
+        3,
+        "basis_geometry",
+        "Basis Geometry",
+        IDENTITY,
+        "How many directions does the signal basis use?",
+        costs.basis_geometry,
     ),
-    Experiment(7, "layer_evolution", "Layer Evolution", MECHANISTIC, "From which layer on is the prediction decided?"),
     Experiment(
-        8, "signal_flow", "Signal Flow", MECHANISTIC, "Which signals make this prediction, and who writes them?"
+        4,
+        "semantic_galaxy",
+        "Semantic Galaxy",
+        SEMANTIC,
+        "Do the recipes of related words lie together?",
+        costs.semantic_galaxy,
     ),
-    Experiment(9, "causal_ablation", "Causal Ablation", MECHANISTIC, "Which signals caused this prediction?"),
+    Experiment(
+        5,
+        "semantic_algebra",
+        "Semantic Algebra",
+        SEMANTIC,
+        "Do recipes add up: is a − b + c the expected word?",
+        costs.semantic_algebra,
+    ),
+    Experiment(
+        6,
+        "typo_resilience",
+        "Typo Resilience",
+        SEMANTIC,
+        "Is a misspelling read like the word that was meant?",
+        costs.typo_resilience,
+    ),
+    Experiment(
+        7,
+        "layer_evolution",
+        "Layer Evolution",
+        MECHANISTIC,
+        "From which layer on is the prediction decided?",
+        costs.layer_evolution,
+    ),
+    Experiment(
+        8,
+        "signal_flow",
+        "Signal Flow",
+        MECHANISTIC,
+        "Which signals make this prediction, and who writes them?",
+        costs.signal_flow,
+    ),
+    Experiment(
+        9,
+        "causal_ablation",
+        "Causal Ablation",
+        MECHANISTIC,
+        "Which signals caused this prediction?",
+        costs.causal_ablation,
+    ),
     Experiment(
         10,
         "emotion_surgery",
         "Emotion Surgery",
         CONTROL,
         "Does a feeling’s recipe turn what the model says, and until when?",
+        costs.emotion_surgery,
     ),
     Experiment(
-        11, "concept_inception", "Concept Inception", CONTROL, "How strongly must a word be injected to be said?"
+        11,
+        "concept_inception",
+        "Concept Inception",
+        CONTROL,
+        "How strongly must a word be injected to be said?",
+        costs.concept_inception,
     ),
-    Experiment(12, "genetic_hijack", "Genetic Hijack", CONTROL, "What happens if the recipes themselves are edited?"),
+    Experiment(
+        12,
+        "genetic_hijack",
+        "Genetic Hijack",
+        CONTROL,
+        "What happens if the recipes themselves are edited?",
+        costs.genetic_hijack,
+    ),
     Experiment(
         13,
         "circuit_tracing",
         "Circuit Tracing",
         MECHANISTIC,
         "Which features made this prediction, along which paths, and what can one of them do?",
+        costs.circuit_tracing,
     ),
 )
 EXPERIMENTS: dict[int, Experiment] = {experiment.number: experiment for experiment in _LISTED}

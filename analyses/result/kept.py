@@ -41,15 +41,21 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"reflowlens-{os.getuid()}"
 
 
-def result_folder(model_hash: str, experiment: str, options: Mapping[str, Any]) -> Path:
-    """Where the result of an experiment on a model is kept. A `Path` among the options stands for its content too."""
+def result_key(experiment: str, options: Mapping[str, Any]) -> str:
+    """What the result of an experiment depends on beside the model: its name, a hash of the code and of the options. A
+    `Path` among the options stands for its content too."""
     made_of = {
         "code": code_version(),
         "experiment": experiment,
         "options": {name: _identity(value) for name, value in options.items()},
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "results" / model_hash[:16] / f"{experiment}-{digest[:32]}"
+    return f"{experiment}-{digest[:32]}"
+
+
+def result_folder(model_hash: str, key: str) -> Path:
+    """Where the result of an experiment on a model is kept, by its `result_key`."""
+    return cache_folder() / "results" / model_hash[:16] / key
 
 
 def read_result(folder: Path) -> Result | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def _add_run(commands: Commands) -> None:
     parser = add_command(commands, "run", run, "run experiments on a model and write a report")
     parser.epilog = (
         "Times: all experiments with reflow-nano take a minute and a half on two idle CPU cores, five on busy ones; "
-        "--compare as long for every model, and for every view again. Progress goes to stderr, off a terminal as a "
-        "line per experiment with the time left."
+        "--compare as long for every model, and for every view again. What each will take is said first, from timed "
+        "passes of the model, then a line per experiment with the time left, on stderr. Ctrl-C keeps what is done, and "
+        "the same command with --out FOLDER goes on from there."
     )
     parser.add_argument(
         "model",
@@ -36,7 +38,11 @@ def _add_run(commands: Commands) -> None:
         default=[],
         help="all, numbers or names, e.g. 5 7 9 (default: all; asked on a terminal)",
     )
-    parser.add_argument("--out", type=Path, help="folder of the report (default: out/MODEL/DATE-TIME); it keeps others")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the report (default: out/MODEL/DATE-TIME); it keeps others, and what it has is not run again",
+    )
     parser.add_argument("--analogies", type=Path, help="a questions-words file for experiment 5")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--quick", action="store_true", help="fewer prompts and controls, for a first look")
@@ -56,10 +62,29 @@ def _add_run(commands: Commands) -> None:
         help="of --compare: native, identity, svd, rotated, varimax (default: native)",
     )
     add_spreadsheet(parser)
-    parser.add_argument("--no-cache", action="store_true", help="compute anew what an earlier run has computed")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="TIME",
+        help="what the run may take, such as 10m or 1.5h: experiments become quick where need be, the most expensive "
+        "are left out last",
+    )
+    parser.add_argument("--again", action="store_true", help="run again what --out or an earlier run has finished")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compute anew what an earlier run has computed, and keep nothing"
+    )
+
+
+def _seconds(text: str) -> float:
+    """A time such as 90s, 10m or 1.5h, in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r}: a time such as 90s, 10m or 1.5h was expected")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def run(options: argparse.Namespace) -> int:
+    from analyses.runner.earlier import LEFT_OUT
     from analyses.runner.suite import run_suite
     from reflowlens.checkpoints import load_model, read_manifest
 
@@ -79,6 +104,9 @@ def run(options: argparse.Namespace) -> int:
         manifest=read_manifest(model),
         lang=options.lang,
         cache=not options.no_cache,
+        resume=not (options.again or options.no_cache),
+        again=options.again,
+        budget=options.budget,
         progress=True,
         spreadsheet=options.spreadsheet,
     )
@@ -86,9 +114,10 @@ def run(options: argparse.Namespace) -> int:
         print(f"{name}: {error}", file=sys.stderr)
     if done.cached:
         before = ", ".join(name for name in done.results if name in done.cached)
-        print(f"computed before: {before} (--no-cache computes them anew)", file=sys.stderr)
+        print(f"computed before: {before} (--again computes them anew)", file=sys.stderr)
     print(done.report)
-    return 130 if done.interrupted else 1 if done.errors else 0
+    failed = any(error != LEFT_OUT for error in done.errors.values())
+    return 130 if done.interrupted else int(failed)
 
 
 def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> int:
@@ -97,6 +126,8 @@ def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> i
 
     if options.analogies:
         raise ReflowlensError("--analogies cannot be used with --compare, which takes those of the lexicon")
+    if options.budget:
+        raise ReflowlensError("--budget is of a report, not of a comparison: --quick makes one short")
     folder = make_folder(options.out, "comparison")
     with sole_writer(folder, "writing results into"):
         comparison = compare_models(

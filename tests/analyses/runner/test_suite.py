@@ -11,17 +11,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
+from analyses.costs import Sizes, Speed, Work
 from analyses.experiments.crystallisation_boundary import boundary_figure, crystallisation_boundary
+from analyses.measures.depth import layer_grid
+from analyses.measures.lens import lens_points
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.result import kept as result_cache
 from analyses.result.finding import Finding
 from analyses.result.result import Result
-from analyses.runner import suite
+from analyses.runner import schedule, suite
 from analyses.runner.comparison import compare_models
 from analyses.runner.suite import model_card, parse_selection, run_suite
 from reflowlens import checkpoints
@@ -202,8 +206,145 @@ def test_ctrl_c_reports_what_is_done(tiny, stubs, tmp_path, capsys):
     assert list(run.errors) == ["layer_evolution", "causal_ablation"]
     assert "causal_ablation" not in stubs["calls"]
     assert "interrupted: no result for layer_evolution, causal_ablation" in capsys.readouterr().err
-    assert [entry["error"] is None for entry in metrics(run).values()] == [True, False, False]
-    assert "interrupted before it was done" in run.report.read_text(encoding="utf-8")
+    assert [entry["error"] for entry in metrics(run).values()] == [
+        None,
+        "interrupted before it was done",
+        "not started",
+    ]
+    page = run.report.read_text(encoding="utf-8")
+    assert "interrupted before it was done" in page
+    assert "No result: not started" in page
+
+
+def test_a_second_call_goes_on_where_ctrl_c_stopped_the_first(tiny, stubs, tmp_path, capsys):
+    calls = counted(stubs, *ALL)
+    works, interrupted = stubs["layer_evolution"], lambda model, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+    stubs["layer_evolution"] = interrupted
+    assert run_suite(tiny, out=tmp_path, resume=True).interrupted
+    assert f"with --out {tmp_path} goes on" in capsys.readouterr().err
+    stubs["layer_evolution"] = works
+    second = run_suite(tiny, out=tmp_path, resume=True)
+    assert calls == ALL, "each once"
+    assert (second.cached, second.errors, second.interrupted) == ({"semantic_algebra"}, {}, False)
+    assert list(metrics(second)) == ALL
+    written = second.report.stat().st_mtime_ns
+    third = run_suite(tiny, out=tmp_path, resume=True)
+    assert (third.cached, sorted(third.results)) == ({*ALL}, sorted(ALL))
+    assert (calls, third.report.stat().st_mtime_ns) == (ALL, written), "there is nothing to do"
+    assert "透镜" not in second.report.read_text(encoding="utf-8")
+    run_suite(tiny, out=tmp_path, resume=True, lang="zh")
+    assert 'lang="zh"' in second.report.read_text(encoding="utf-8")
+    assert calls == ALL
+
+
+def test_what_was_made_otherwise_is_run_again(tiny, stubs, tmp_path, monkeypatch):
+    calls = counted(stubs, "layer_evolution")
+
+    def run(model=tiny, **options):
+        run_suite(model, 7, out=tmp_path / "out", **{"resume": True} | options)
+        return len(calls)
+
+    assert [run(), run(seed=1), run(quick=True), run(quick=True), run(resume=False, quick=True)] == [1, 2, 3, 3, 4]
+    assert run(build_model(tiny.cfg, seed=1), quick=True) == 5
+    monkeypatch.setattr(result_cache, "code_version", lambda: "other")
+    assert run(build_model(tiny.cfg, seed=1), quick=True) == 6
+
+
+def test_again_computes_anew_what_the_cache_has_and_keeps_that(tiny, stubs, tmp_path):
+    counted(stubs, "layer_evolution")
+    found = [
+        run_suite(tiny, 7, out=tmp_path / name, cache=True, again=again).results["layer_evolution"].metrics["calls"]
+        for name, again in (("a", False), ("b", True), ("c", False))
+    ]
+    assert found == [1, 2, 2]
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def priced(stubs, monkeypatch):
+    """Experiments that say what they cost in seconds, full and quick, and take ``pace`` times as long by the clock."""
+    seconds = {"semantic_algebra": (50.0, 20.0), "layer_evolution": (10.0, 10.0), "causal_ablation": (100.0, 30.0)}
+    clock = SimpleNamespace(now=0.0, pace=1.0, forms={}, perf_counter=lambda: clock.now)
+    for module in (schedule, suite):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(schedule, "measure_speed", lambda model: Speed(0, 0, 0, 0))
+    for number, known in EXPERIMENTS.items():
+
+        def experiment(model, *, quick=False, progress=False, name=known.name):
+            clock.forms[name] = quick
+            clock.now += clock.pace * seconds[name][quick]
+            return Result(name, name.title())
+
+        def cost(sizes, name=known.name):
+            return Work("3 prompts × 2 layers", beside=seconds[name][sizes.quick])
+
+        stubs[known.name] = experiment
+        EXPERIMENTS[number] = dataclasses.replace(known, cost=cost)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("budget", "quick", "left_out"),
+    [
+        (None, [False, False, False], []),
+        (161, [False, False, False], []),
+        (100, [False, False, True], []),
+        (62, [True, False, True], []),
+        (35, [True, False], ["causal_ablation"]),
+        (15, [False], ["semantic_algebra", "causal_ablation"]),
+    ],
+)
+def test_a_budget_makes_experiments_quick_and_leaves_out_the_most_expensive_last(
+    tiny, priced, tmp_path, budget, quick, left_out
+):
+    run = run_suite(tiny, out=tmp_path, budget=budget)
+    assert [*priced.forms.values()] == quick
+    assert [*run.results] == [name for name in ALL if name not in left_out]
+    assert run.errors == dict.fromkeys(left_out, "left out: it does not fit into the time that was given")
+    assert not run.interrupted
+    assert priced.now <= (budget or 160)
+
+
+@pytest.mark.parametrize(("pace", "quick"), [(2, [False, False, True]), (0.5, [False, False, False])])
+def test_the_plan_follows_what_has_been_run(tiny, priced, tmp_path, pace, quick):
+    priced.pace = pace
+    run_suite(tiny, out=tmp_path, budget=165)
+    assert [*priced.forms.values()] == quick
+
+
+def test_a_run_says_what_it_costs_and_how_far_it_is(tiny, priced, tmp_path, capsys):
+    run_suite(tiny, out=tmp_path, budget=62, progress=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "  5  Semantic Algebra: quick, about 00:20; 3 prompts × 2 layers",
+        "  7  Layer Evolution: about 00:10; 3 prompts × 2 layers",
+        "  9  Causal Ablation: quick, about 00:30; 3 prompts × 2 layers",
+        "about 01:00 in all, estimated from timed passes",
+        "0/3 experiments, Semantic Algebra (quick), 00:00 elapsed, about 01:00 left",
+        "1/3 experiments, Layer Evolution, 00:20 elapsed, about 00:40 left",
+        "2/3 experiments, Causal Ablation (quick), 00:30 elapsed, about 00:30 left",
+        "3/3 experiments, 01:00 elapsed",
+    ]
+    run_suite(tiny, 9, out=tmp_path / "other", budget=20, progress=True)
+    assert "Causal Ablation: does not fit into the time" in capsys.readouterr().err
+
+
+def test_every_experiment_states_its_cost():
+    speed = Speed(token=1e-3, read=1e-3, product=1.0, row=1e-3)
+    for experiment in EXPERIMENTS.values():
+        sizes = {
+            (n, quick): Sizes(n, len(layer_grid(n, quick=quick)), len(lens_points(n)), 256, True, quick)
+            for n in (12, 24, 48)
+            for quick in (False, True)
+        }
+        seconds = {key: experiment.cost(each).seconds(speed) for key, each in sizes.items()}
+        assert 0 < seconds[12, True] <= seconds[12, False]
+        assert seconds[48, False] <= 2.1 * seconds[24, False], "not with the square of the depth"
+        assert re.search(r"\d", experiment.cost(sizes[12, True]).told)
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_written_while_the_run_goes_on(tiny, stubs, tmp_path):
