@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,11 +23,14 @@ from scipy import stats
 from pretraining.batches import sequential_batches
 from pretraining.estimate import parameters_outside_embedding
 from pretraining.evaluate import tokens_for
-from pretraining.token_files import TokenStream
+from pretraining.token_files import TokenData, TokenStream
 from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.progress import bar
+
+if TYPE_CHECKING:
+    from reflowlens.dictionaries.dictionary import Dictionary
 
 
 def compare_losses(
@@ -68,30 +71,81 @@ def compare_losses(
     for name, model in models.items():
         data = tokens_for(model, folder, split, name)
     context = min(model.cfg.n_ctx for model in models.values())
+    units = _units(data, folder, split, context, max_tokens)
+    losses = {
+        name: token_losses(model, units.tokens, batch_size, context, name, progress) for name, model in models.items()
+    }
+    frame = _compared(losses, units, resamples, seed)
+    sizes = {name: (model.n_parameters, parameters_outside_embedding(model)) for name, model in models.items()}
+    for place, column in ((1, "parameters"), (2, "outside_embedding")):
+        frame.insert(place, column, [sizes[name][place - 1] for name in frame["model"]])
+    return frame
+
+
+def compare_replacements(
+    model: HookedModel,
+    dictionaries: Mapping[str, Dictionary],
+    folder: str | Path,
+    *,
+    split: str = "val",
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Loss of a model with each of some dictionaries in place of what they stand for, and its difference to the first.
+
+    Args:
+        model: which they belong to.
+        dictionaries: by name; what each misses is left out (``error=False`` of :meth:`Dictionary.spliced`).
+
+    Returns:
+        As :func:`compare_losses`, without the counts of parameters.
+
+    Raises:
+        ReflowlensError: a dictionary is none of this model, the model reads another tokenizer than the data's, or the
+            split is one block.
+
+    Example: ``compare_replacements(model, {"as it was": dictionary, "packed": packed.dictionary()}, "data/mix16k")``
+    """
+    context = model.cfg.n_ctx
+    data = tokens_for(model, folder, split)
+    units = _units(data, folder, split, context, max_tokens)
+    losses = {}
+    for name, dictionary in dictionaries.items():
+        with dictionary.spliced(model, error=False) as spliced:
+            losses[name] = token_losses(spliced, units.tokens, batch_size, context, name, progress)
+    return _compared(losses, units, resamples, seed)
+
+
+class _Units(NamedTuple):
+    """Tokens, and of each but the first the number of what it is resampled with."""
+
+    tokens: TokenStream
+    owner: NDArray[np.int64]
+    unit: str
+
+
+def _units(data: TokenData, folder: str | Path, split: str, context: int, max_tokens: int | None) -> _Units:
     tokens = data.tokens if max_tokens is None else data.tokens[: whole_number(max_tokens, "max_tokens", 2)]
     unit, owner = "document", document_of_targets(tokens, data.manifest.end_id)
     if owner[-1] == owner[0]:
         unit, owner = "block", np.arange(len(owner)) // context
-    n_units = int(owner[-1]) + 1
-    if n_units < 2:
+    if owner[-1] < 1:
         raise ReflowlensError(f"{folder} has one block of {context} tokens in {split!r}: an interval needs two")
-    counts = np.bincount(owner, minlength=n_units).astype(float)
+    return _Units(tokens, owner, unit)
+
+
+def _compared(losses: Mapping[str, NDArray[Any]], units: _Units, resamples: int, seed: int) -> pd.DataFrame:
+    n_units = int(units.owner[-1]) + 1
+    counts = np.bincount(units.owner, minlength=n_units).astype(float)
     rows, baseline = [], None
-    for name, model in models.items():
-        losses = token_losses(model, tokens, batch_size, context, name, progress)
-        own = np.bincount(owner, weights=losses, minlength=n_units)
+    for name, each in losses.items():
+        own = np.bincount(units.owner, weights=each, minlength=n_units)
         loss, low, high = mean_with_interval(own, counts, resamples, seed)
-        row = {
-            "model": name,
-            "parameters": model.n_parameters,
-            "outside_embedding": parameters_outside_embedding(model),
-            "tokens": len(losses),
-            "units": n_units,
-            "unit": unit,
-            "loss": loss,
-            "low": low,
-            "high": high,
-        }
+        row: dict[str, Any] = {"model": name, "tokens": len(each), "units": n_units, "unit": units.unit}
+        row |= {"loss": loss, "low": low, "high": high}
         if baseline is None:
             baseline = own
         else:

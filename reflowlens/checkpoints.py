@@ -1,7 +1,8 @@
 """Models on disk: a folder with ``model.safetensors`` and ``manifest.json``, or the safetensors file alone.
 
 The configuration travels in the safetensors header too, so that one file is a whole model; only an imported model's
-tokenizer lies beside it, as ``tokenizer.json``. Nothing is unpickled.
+tokenizer lies beside it, as ``tokenizer.json``. A packed file (:mod:`reflowlens.packing`), ``model.packed`` in a
+folder, carries its manifest too. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -31,17 +32,24 @@ from reflowlens.storage.opening import (
     shown,
     stated_config,
 )
+from reflowlens.storage.packed_file import is_packed, read_packed_file, recorded_in
 from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
 
 FORMAT = "reflowlens-1"
 WEIGHTS = "model.safetensors"
+PACKED = "model.packed"
 FLOATS = ("F32", "F16", "BF16", "F64")  # types of weights, as safetensors names them
 ASSETS = Path(__file__).parent / "assets" / "models"
 
 
 def list_models() -> list[str]:
     """Names of the packaged models, for :func:`load_model`."""
-    return sorted(folder.name for folder in ASSETS.glob("*") if (folder / WEIGHTS).is_file())
+    return sorted(folder.name for folder in ASSETS.glob("*") if weights_in(folder))
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights file in a checkpoint's folder, if there is one."""
+    return next((folder / name for name in (WEIGHTS, PACKED) if (folder / name).is_file()), None)
 
 
 def load_model(
@@ -68,8 +76,6 @@ def load_model(
 
     Example: ``load_model("reflow-nano")("The king").shape  # [1, 2, d_vocab]``
     """
-    from reflowlens.packing import is_packed, read_packed_model
-
     path = find_model(name_or_path)
     if is_packed(path):
         cfg, weights = read_packed_model(path)
@@ -85,10 +91,32 @@ def load_model(
         )
     _open_tokenizer(path, cfg)
     weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _check_finite(path, weights)
+    return model_from_weights(cfg, weights, device=device, dtype=dtype)
+
+
+def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
-    return model_from_weights(cfg, weights, device=device, dtype=dtype)
+
+
+def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Configuration and weights, in float32, of a packed model.
+
+    Raises:
+        ReflowlensError: the file is damaged, cut short, of another version, or does not fit its own configuration.
+    """
+
+    def configured(header: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, torch.Size]]:
+        cfg = ModelConfig.from_dict(dict(header["config"]))
+        if reason := impossible_size(cfg, dict.fromkeys(header["tensors"], (1 << 30,))):
+            raise ValueError(reason)
+        return cfg, parameter_shapes(cfg)
+
+    cfg, weights = read_packed_file(path, "model", configured)
+    _check_finite(path, weights)
+    return cfg, weights
 
 
 def is_as_written(path: Path) -> bool:
@@ -183,12 +211,14 @@ def all_parameters(model: HookedModel) -> dict[str, Tensor]:
 
 
 def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
-    """The JSON written beside the weights; empty for a single file.
+    """The JSON written beside the weights, of a packed file the one in it; empty for a single safetensors file.
 
     Raises:
         ReflowlensError: there is no such model, or the JSON is damaged.
     """
     path = find_model(name_or_path)
+    if is_packed(path):
+        return recorded_in(path)
     manifest = path.with_name(MANIFEST)
     if path.name != WEIGHTS or not manifest.is_file():
         return {}
@@ -209,8 +239,8 @@ def find_model(name_or_path: str | Path) -> Path:
     packaged = list_models()
     named = [ASSETS / str(name_or_path)] if str(name_or_path) in packaged else []
     for folder in (path, *sorted(path.glob("step_*"), reverse=True), *named):
-        if (folder / WEIGHTS).is_file():
-            return folder / WEIGHTS
+        if found := weights_in(folder):
+            return found
     if path.exists():
         raise ReflowlensError(f"{path} holds no {WEIGHTS}: expected a checkpoint folder")
     raise ReflowlensError(

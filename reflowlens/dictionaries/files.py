@@ -1,7 +1,8 @@
 """Dictionaries on disk: a folder with ``dictionary.safetensors`` and ``manifest.json``, or the safetensors file alone.
 
 The configuration travels in the safetensors header too, so that one file is a whole dictionary. A packed one, as those
-that come with reflowlens, is ``dictionary.safetensors.gz`` (:mod:`reflowlens.storage.quantised`). Nothing is unpickled.
+that come with reflowlens, is ``dictionary.safetensors.gz`` (:mod:`reflowlens.storage.quantised`) in a folder, or the
+one file that ``reflowlens pack`` writes, manifest included (:mod:`reflowlens.packing`). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from reflowlens.storage.opening import (
     shown,
     stated_config,
 )
+from reflowlens.storage.packed_file import is_packed, read_header, read_packed_file, recorded_in
 from reflowlens.storage.quantised import read_packed, write_packed
 
 FORMAT = "reflowlens-dictionary-1"
@@ -116,7 +118,7 @@ def load_dictionary(
 
     Args:
         name_or_folder: a packaged name (:func:`list_dictionaries`), a folder written by :func:`save_dictionary` or by
-            training, or the safetensors file alone.
+            training, the safetensors file alone, or a packed one (:func:`reflowlens.packing.pack_dictionary`).
         model: the model that it is for: checked to be the one that it was trained on. None: not checked here, but where
             the dictionary is used on a model.
         other_model: a model of other weights on purpose, which has the hook points and their widths.
@@ -132,8 +134,7 @@ def load_dictionary(
     Example: ``load_dictionary("reflow-nano-plt", model=model).layers[0].W_dec.shape  # [feature, 1, d_out]``
     """
     path = find_dictionary(name_or_folder)
-    metadata, weights = _read(path)
-    cfg = DictionaryConfig.from_dict(stated_config(path, metadata, FORMAT))
+    cfg, weights = _read(path)
     recorded = dictionary_manifest(path).get("weights_sha256") if verify else None
     if recorded is not None and recorded != file_hash(path):
         raise ReflowlensError(
@@ -155,8 +156,7 @@ def dictionary_of(
         ReflowlensError: they are not the parameters of this configuration, or not finite; the message names the file.
     """
     _check_size(path, cfg, sum(tensor.numel() for tensor in weights.values()))
-    with torch.device("meta"), float32_by_default():
-        dictionary = Dictionary(cfg)
+    dictionary = _unfilled(cfg)
     expected = {name: tensor.shape for name, tensor in dictionary.state_dict().items()}
     check_shapes(path, {name: tensor.shape for name, tensor in weights.items()}, expected)
     for name, tensor in weights.items():
@@ -169,12 +169,15 @@ def dictionary_of(
 
 
 def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
-    """What the JSON beside a dictionary's weights records; empty for a single file.
+    """What the JSON beside a dictionary's weights records, or a packed file in itself; empty for a single safetensors
+    file.
 
     Raises:
         ReflowlensError: there is no such dictionary, or the JSON is damaged.
     """
     path = find_dictionary(name_or_folder)
+    if is_packed(path):
+        return recorded_in(path)
     manifest = path.with_name(MANIFEST)
     if path.name not in (WEIGHTS, PACKED) or not manifest.is_file():
         return {}
@@ -212,14 +215,37 @@ def is_dictionary(folder: Path) -> bool:
     return _weights_in(folder) is not None
 
 
+def holds_dictionary(name_or_path: str | Path) -> bool:
+    """Whether a name, folder or file is a dictionary's rather than a model's; False as well where there is nothing."""
+    path = as_path(name_or_path)
+    if not path.is_file():
+        return is_dictionary(path) or (not path.exists() and str(name_or_path) in list_dictionaries())
+    if is_packed(path):
+        return read_header(path).get("kind") == "dictionary"
+    return path.name in (WEIGHTS, PACKED)
+
+
 def _weights_in(folder: Path) -> Path | None:
     """The weights file in a folder, if there is one."""
     return next((folder / name for name in (WEIGHTS, PACKED) if (folder / name).is_file()), None)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file, packed or not."""
-    return read_packed(path) if path.suffix == ".gz" else read_safetensors(path)
+def _read(path: Path) -> tuple[DictionaryConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a file, packed or not."""
+    if is_packed(path):
+        return read_packed_file(path, "dictionary", _configured)
+    metadata, weights = read_packed(path) if path.suffix == ".gz" else read_safetensors(path)
+    return DictionaryConfig.from_dict(stated_config(path, metadata, FORMAT)), weights
+
+
+def _configured(header: Mapping[str, Any]) -> tuple[DictionaryConfig, dict[str, torch.Size]]:
+    cfg = DictionaryConfig.from_dict(dict(header["config"]))
+    return cfg, {name: tensor.shape for name, tensor in _unfilled(cfg).state_dict().items()}
+
+
+def _unfilled(cfg: DictionaryConfig) -> Dictionary:
+    with torch.device("meta"), float32_by_default():
+        return Dictionary(cfg)
 
 
 def _check_size(path: Path, cfg: DictionaryConfig, held: int) -> None:

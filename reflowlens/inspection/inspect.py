@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from reflowlens.checkpoints import ASSETS, WEIGHTS, list_models
+from reflowlens.checkpoints import ASSETS, PACKED, WEIGHTS, list_models, weights_in
 from reflowlens.config import nearest
-from reflowlens.dictionaries.files import find_dictionary, is_dictionary, list_dictionaries
+from reflowlens.dictionaries.files import find_dictionary, holds_dictionary, is_dictionary, list_dictionaries
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
 from reflowlens.inspection.dictionaries import read_dictionary
@@ -30,6 +30,7 @@ from reflowlens.inspection.report import Inspection
 from reflowlens.inspection.tensors import comparison, differences_frame, of_weights
 from reflowlens.storage.folders import MANIFEST
 from reflowlens.storage.opening import as_path, file_hash, shown
+from reflowlens.storage.packed_file import read_header
 
 
 def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Inspection:
@@ -66,7 +67,7 @@ def inspect_path(path: str | Path, *, against: str | Path | None = None) -> Insp
 def _find(path: str | Path) -> Path:
     found = as_path(path)
     if not found.exists():
-        if (ASSETS / str(path) / WEIGHTS).is_file():
+        if str(path) in list_models():
             return ASSETS / str(path)
         if str(path) in list_dictionaries():
             return find_dictionary(path).parent
@@ -103,6 +104,9 @@ def _folder(folder: Path) -> Inspection:
         return Inspection(str(folder), "prepared data", read.facts, frames, problems=tuple(read.problems))
     if (folder / WEIGHTS).is_file() and "config" in manifest:
         return _checkpoint(folder, manifest)
+    if (weights := weights_in(folder)) and weights.name == PACKED:
+        inspection = _packed(weights)
+        return dataclasses.replace(inspection, frames={"files": _files_frame(folder), **inspection.frames})
     if (folder / "config.json").is_file():
         return _transformers_folder(folder)
     files = _files_frame(folder)
@@ -212,6 +216,8 @@ def _file(path: Path) -> Inspection:
     facts = {"bytes": path.stat().st_size}
     if kind == kinds.SAFETENSORS:
         return of_weights(path, kind, [path])
+    if kind == kinds.PACKED:
+        return _packed(path)
     if kind in kinds.PICKLES:
         return _pickle(path, kind)
     if kind == kinds.DAMAGED_ZIP:
@@ -225,6 +231,26 @@ def _file(path: Path) -> Inspection:
             frames = {"curve": read.frame}
             return Inspection(str(path), "training log", facts | read.facts, frames, problems=tuple(read.problems))
     return Inspection(str(path), kind, facts, notes=("not a format that holds tensors for reflowlens to read",))
+
+
+def _packed(path: Path) -> Inspection:
+    """A packed model or dictionary: what it is, how it was packed, and its manifest."""
+    try:
+        header = read_header(path)
+    except ReflowlensError as error:
+        return Inspection(str(path), kinds.PACKED, {"bytes": path.stat().st_size}, problems=(str(error),))
+    bits = {str(entry["bits"]) for entry in header.get("tensors", {}).values() if "bits" in entry}
+    packing = {"bits": " and ".join(sorted(bits)), **{name: header[name] for name in ("method", "compressor")}}
+    facts = {"bytes": path.stat().st_size, "packing": packing}
+    if holds_dictionary(path):
+        read = read_dictionary(path)
+        frames = {} if read.frame is None else {"layers": read.frame}
+        return Inspection(
+            str(path), "packed dictionary", {**facts, **read.facts}, frames, problems=tuple(read.problems)
+        )
+    inspection = of_weights(path, "packed model", [path])
+    manifest = header["manifest"] if isinstance(header["manifest"], dict) else {}
+    return dataclasses.replace(inspection, facts={**inspection.facts, **facts, **manifest_facts(manifest)})
 
 
 def _pickle(path: Path, kind: str) -> Inspection:

@@ -16,7 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from reflowlens.storage.packed_file import BEGINNING
+
 SAFETENSORS, JSON, JSON_LINES, EMPTY = "safetensors file", "JSON file", "JSON-lines file", "empty file"
+PACKED = "packed file"
 TORCH_ZIP, TORCH_OLD, TORCHSCRIPT = (
     "PyTorch checkpoint (pickle)",
     "old PyTorch checkpoint (pickle)",
@@ -26,6 +29,7 @@ PICKLE, DAMAGED_ZIP = "Python pickle", "damaged zip archive (PyTorch checkpoints
 PICKLES = (TORCH_ZIP, TORCH_OLD, TORCHSCRIPT, PICKLE)
 
 _MAGIC = {
+    BEGINNING: PACKED,
     b"GGUF": "GGUF model (llama.cpp)",
     b"\x89HDF\r\n\x1a\n": "HDF5 file",
     b"\x93NUMPY": "NumPy array",

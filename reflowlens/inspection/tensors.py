@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from reflowlens.checkpoints import FORMAT, WEIGHTS, impossible_size
+from reflowlens.checkpoints import FORMAT, WEIGHTS, impossible_size, weights_in
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import kinds
@@ -126,10 +126,11 @@ def differences_frame(path: Path, other: Path) -> pd.DataFrame:
 def _tensor_files(path: Path) -> list[Path]:
     """The model's own files: of a run, those of its newest checkpoint."""
     if path.is_file():
-        return [path] if kinds.recognise(path) == kinds.SAFETENSORS else []
+        return [path] if kinds.recognise(path) in (kinds.SAFETENSORS, kinds.PACKED) else []
     newest = sorted(step for step in path.glob("step_*") if (step / WEIGHTS).is_file())
     folder = newest[-1] if newest else path
-    return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
+    weights = weights_in(folder)
+    return [weights] if weights else sorted(folder.glob("*.safetensors"))
 
 
 def comparison(other: str, frame: pd.DataFrame) -> str:

@@ -1,4 +1,7 @@
-"""Statistics of the tensors in safetensors files, read a few million numbers at a time: a file is never held whole."""
+"""Statistics of the tensors in safetensors files, read a few million numbers at a time: a file is never held whole.
+
+A packed model is held whole: its tensors are compressed as one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ import torch
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.inspection.unpacked import Unpacked
 from reflowlens.storage.opening import open_safetensors
+from reflowlens.storage.packed_file import is_packed
 
 LARGEST_HEADER = 100_000_000  # bytes of a safetensors header, by the format
 CHUNK = 1 << 22  # numbers held at a time, as float64: 32 MiB
@@ -70,9 +75,10 @@ class Weights:
     def __enter__(self) -> Weights:
         for path in self.files:
             try:
-                file = self._stack.enter_context(open_safetensors(path))
+                file = Unpacked(path) if is_packed(path) else self._stack.enter_context(open_safetensors(path))
             except ReflowlensError as error:
-                self.problems.append(f"{path.name} cannot be read: {_diagnosis(path) or error.__cause__}")
+                reason = error if is_packed(path) else _diagnosis(path) or error.__cause__
+                self.problems.append(f"{path.name} cannot be read: {reason}")
                 continue
             self._open[path] = file
             self.metadata |= file.metadata() or {}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from reflowlens.errors import ReflowlensError
 
+Data = TypeVar("Data", bytes, bytearray)
+_PIECE = 4_096
 _HUFFMAN = (9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)  # codes by frequency, without a search for repetitions
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
@@ -53,31 +55,40 @@ def _huffman() -> Compressor:
 
 
 def _brotli() -> Compressor:
-    brotli = _installed("brotli")
+    brotli = _installed("brotli", "brotli")
 
     def decompress(data: bytes, limit: int) -> bytes:
-        return _bounded(brotli.decompress(data), limit)
+        unpacker, found = brotli.Decompressor(), bytearray()
+        for start in range(0, len(data), _PIECE):  # it knows no limit, so that it is given little at a time
+            found += unpacker.process(data[start : start + _PIECE])
+            _bounded(found, limit)
+        if not unpacker.is_finished():
+            raise ValueError("it is cut short")
+        return bytes(found)
 
     return Compressor(lambda data: brotli.compress(data, quality=11, lgwin=24), decompress)
 
 
 def _zstd() -> Compressor:
-    zstandard = _installed("zstandard")
+    zstandard = _installed("zstandard", "zstd")
 
     def decompress(data: bytes, limit: int) -> bytes:
+        if zstandard.frame_content_size(data) > limit:  # of which so much memory would be taken
+            raise ValueError(f"it unpacks to more than {limit:,} bytes")
         return _bounded(zstandard.ZstdDecompressor().decompress(data, max_output_size=limit), limit)
 
     return Compressor(lambda data: zstandard.ZstdCompressor(level=22).compress(data), decompress)
 
 
-def _installed(package: str) -> Any:
+def _installed(package: str, name: str) -> Any:
     import importlib
 
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ReflowlensError(
-            f"this compressor needs a package that is not installed: pip install {package}"
+            f"compressor {name!r} needs the package {package}, which is not installed: pip install 'reflowlens[pack]', "
+            "or take lzma or huffman"
         ) from error
 
 
@@ -88,7 +99,7 @@ def _whole(unpacker: Any, data: bytes, limit: int) -> bytes:
     return _bounded(found, limit)
 
 
-def _bounded(data: bytes, limit: int) -> bytes:
+def _bounded(data: Data, limit: int) -> Data:
     if len(data) > limit:
         raise ValueError(f"it unpacks to more than {limit:,} bytes")
     return data

@@ -1,7 +1,8 @@
-"""Packed models: what rounding does to a weight, what a file holds, and that nothing damaged is opened."""
+"""Packed models and dictionaries: what rounding does to a weight, what a file holds, and that no damage passes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import subprocess
@@ -14,10 +15,16 @@ from hypothesis import strategies as st
 
 import reflowlens as rl
 from reflowlens.calibration import input_grams
+from reflowlens.checkpoints import read_manifest
+from reflowlens.dictionaries.files import dictionary_manifest, holds_dictionary
+from reflowlens.dictionaries.packing import uses_of
 from reflowlens.errors import ReflowlensError
-from reflowlens.packing import MAGIC, pack_model
+from reflowlens.packing import pack_dictionary, pack_model
 from reflowlens.storage.compressors import compressor
+from reflowlens.storage.packed_file import MAGIC
+from reflowlens.storage.quantised import entropy, quantise
 from reflowlens.storage.rounding import rounded
+from tests.reflowlens.dictionaries.test_files import KINDS, inputs, random_dictionary
 from tests.reflowlens.models.test_bdh import random_bdh
 from tests.support.tiny import NAMES, random_model, random_tokens
 
@@ -97,61 +104,174 @@ def test_what_matrices_read_is_what_they_are_multiplied_with():
     torch.testing.assert_close(grams["blocks.1.mlp.W_in"], x.T @ x / len(x), rtol=1e-4, atol=1e-6)
     z = cache["blocks.0.attn.hook_z"].flatten(0, 1).flatten(1).double()
     torch.testing.assert_close(grams["blocks.0.attn.W_O"], z.T @ z / len(z), rtol=1e-4, atol=1e-6)
-    assert pack_model(model, 4, method="gptq", grams=grams).header["method"] == "gptq"
+    assert pack_model(model, 4, method="gptq", grams=grams).file.header["method"] == "gptq"
     with pytest.raises(ReflowlensError, match="no blocks of attention heads and MLPs"):
         input_grams(random_bdh(), [tokens])
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> bytes:
-    path = pack_model(random_model("gpt2"), 4).save(tmp_path_factory.mktemp("packed") / "m.packed")
+    path = pack_model(random_model("gpt2"), 4, manifest={"val_loss": 3.5}).save(
+        tmp_path_factory.mktemp("packed") / "m.packed"
+    )
     return path.read_bytes()
 
 
+START = len(MAGIC) + 32  # magic line, digest; then the header's length
+
+
+def signed(rest: bytes) -> bytes:
+    return MAGIC + hashlib.sha256(rest).digest() + rest
+
+
 def header_of(data: bytes) -> tuple[dict, int]:
-    (length,) = struct.unpack("<Q", data[len(MAGIC) : len(MAGIC) + 8])
-    start = len(MAGIC) + 8
-    return json.loads(data[start : start + length]), start + length
+    (length,) = struct.unpack_from("<Q", data, START)
+    return json.loads(data[START + 8 : START + 8 + length]), START + 8 + length
 
 
-def with_header(data: bytes, change) -> bytes:
+def with_header(data: bytes, change, payload: bytes | None = None) -> bytes:
+    """A file as somebody would write it who means to mislead: its digest fits."""
     header, end = header_of(data)
     change(header)
     new = json.dumps(header).encode()
-    return MAGIC + struct.pack("<Q", len(new)) + new + data[end:]
+    return signed(struct.pack("<Q", len(new)) + new + (data[end:] if payload is None else payload))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-7],
-    lambda data: data[: len(MAGIC) + 3],
-    lambda data: data[:40],
-    lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
-    lambda data: MAGIC + struct.pack("<Q", 1 << 60) + data[len(MAGIC) + 8 :],
-    lambda data: with_header(data, lambda header: header["config"].update(d_model=1 << 20)),
-    lambda data: with_header(data, lambda header: header["config"].update(n_layers=3)),
-    lambda data: with_header(data, lambda header: header["tensors"].popitem()),
-    lambda data: with_header(data, lambda header: header.update(compressor="pickle")),
-    lambda data: with_header(data, lambda header: header["tensors"]["embed.W_E"].pop("bits")),
+def refused(path, data: bytes, match: str | None = None) -> None:
+    path.write_bytes(data)
+    with pytest.raises(ReflowlensError, match=match) as caught:
+        rl.load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_change_of_any_byte_is_noticed(file, tmp_path):
+    """In the magic line, the digest, the header and the payload: a word of the configuration alters nothing else."""
+    _, end = header_of(file)
+    places = [*range(START + 40), *range(START + 40, end, 97), *range(end, len(file), len(file) // 40), len(file) - 1]
+    for place in places:
+        refused(tmp_path / "m.packed", file[:place] + bytes([file[place] ^ 1]) + file[place + 1 :])
+
+
+def test_a_file_that_is_cut_short_or_longer_is_refused(file, tmp_path):
+    _, end = header_of(file)
+    for length in (0, 10, len(MAGIC) - 1, len(MAGIC), START, START + 5, START + 100, end, end + 9, len(file) - 1):
+        refused(tmp_path / "m.packed", file[:length])
+    refused(tmp_path / "m.packed", file + b"\0", "it was changed or cut short")
+
+
+@pytest.mark.parametrize("version", [1, 3, 12])
+def test_another_version_is_told(file, tmp_path, version):
+    line = MAGIC.replace(b" 2\n", b" %d\n" % version)
+    assert line != MAGIC
+    expected = f"is a packed file of version {version}, and this reflowlens reads version 2: pack the original again"
+    refused(tmp_path / "m.packed", line + file[len(MAGIC) :], expected)
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda data: signed(struct.pack("<Q", 1 << 60) + data[START + 8 :]), "not a readable packed file"),
+    (lambda data: signed(struct.pack("<Q", 2) + b"[]"), "its header is no JSON object"),
+    (lambda data: with_header(data, lambda header: header["config"].update(d_model=1 << 20)), "n_heads|d_model"),
+    (lambda data: with_header(data, lambda header: header["config"].update(n_layers=3)), "its tensors are not"),
+    (lambda data: with_header(data, lambda header: header["tensors"].popitem()), "its tensors are not"),
+    (lambda data: with_header(data, lambda header: header.update(compressor="pickle")), "compressor must be one of"),
+    (lambda data: with_header(data, lambda header: header["tensors"]["embed.W_E"].pop("bits")), "not a readable"),
+    (lambda data: with_header(data, lambda header: header.update(kind="dictionary")), "load_dictionary opens it"),
+    (lambda data: with_header(data, lambda header: None, payload=b""), "it is cut short"),
+    (lambda data: with_header(data, lambda header: None, payload=compressor("lzma").compress(bytes(9))), "holds less"),
 ])  # fmt: skip
-def test_a_damaged_file_is_one_error(damage, file, tmp_path):
-    path = tmp_path / "m.packed"
-    path.write_bytes(damage(file))
-    with pytest.raises(ReflowlensError):
-        rl.load_model(path)
+def test_a_file_that_means_to_mislead_is_one_error(damage, message, file, tmp_path):
+    refused(tmp_path / "m.packed", damage(file), message)
 
 
-def test_a_bomb_is_not_unpacked(file, tmp_path):
+@pytest.mark.parametrize("name", ["lzma", "huffman", "brotli", "zstd"])
+def test_a_bomb_is_not_unpacked(name, file, tmp_path):
     """A payload that unpacks to more than its configuration has is not unpacked further."""
-    import hashlib
+    needs(name)
+    payload = compressor(name).compress(bytes(1 << 26))
+    bomb = with_header(file, lambda header: header.update(compressor=name), payload)
+    refused(tmp_path / "m.packed", bomb, "it unpacks to more than")
 
-    header, _ = header_of(file)
-    payload = compressor("lzma").compress(bytes(1 << 26))
-    header["sha256"] = hashlib.sha256(payload).hexdigest()
-    new = json.dumps(header).encode()
+
+def needs(name: str) -> None:
+    """brotli and zstd are no part of the standard library."""
+    if name in ("brotli", "zstd"):
+        pytest.importorskip({"zstd": "zstandard"}.get(name, name))
+
+
+@pytest.mark.parametrize("name", ["lzma", "huffman", "brotli", "zstd"])
+def test_compressors_lose_nothing_and_take_about_the_entropy(name):
+    needs(name)
+    codes = (matrix(1 << 17) * 4).round().clamp(-31, 31).to(torch.int8)
+    data, tool = codes.numpy().tobytes(), compressor(name)
+    packed = tool.compress(data)
+    assert tool.decompress(packed, len(data)) == data
+    assert tool.compress(data) == packed
+    bits = entropy(codes[None])
+    assert bits * 0.99 < 8 * len(packed) / len(data) < bits * 1.08
+    for damaged in (packed[: len(packed) // 2], packed[:-1], b""):
+        with pytest.raises(Exception):  # noqa: B017, PT011 (each library has errors of its own)
+            tool.decompress(damaged, len(data))
+
+
+@pytest.mark.parametrize(("name", "package"), [("brotli", "brotli"), ("zstd", "zstandard")])
+def test_a_missing_package_is_told_before_anything_is_packed(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"compressor '{name}' needs the package {package}, .*pip install 'reflowlens\[pack\]', or take lzma"
+    with pytest.raises(ReflowlensError, match=message):
+        pack_model(random_model("gpt2"), compressor_name=name)
+
+
+def test_the_manifest_travels_in_the_file(file, tmp_path):
     path = tmp_path / "m.packed"
-    path.write_bytes(MAGIC + struct.pack("<Q", len(new)) + new + payload)
-    with pytest.raises(ReflowlensError, match="it unpacks to more than"):
-        rl.load_model(path)
+    path.write_bytes(file)
+    assert read_manifest(path) == {"config": random_model("gpt2").cfg.to_dict(), "val_loss": 3.5}
+
+
+# -- dictionaries -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip", "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_packed_dictionary_is_opened_as_what_was_packed(kind, method, tmp_path):
+    dictionary = random_dictionary(KINDS[kind])
+    reads = [x.flatten(0, 1) for x in inputs(dictionary)]
+    packed = pack_dictionary(dictionary, 6, method=method, reads=reads, manifest={"tokens_seen": 7, "bits": 4})
+    opened = rl.load_dictionary(packed.save(tmp_path / "d.packed"))
+    assert opened.cfg == dictionary.cfg
+    assert (tmp_path / "d.packed").stat().st_size == packed.size
+    assert dictionary_manifest(tmp_path / "d.packed") == {"config": dictionary.cfg.to_dict(), "tokens_seen": 7}
+    for (name, ours), (_, theirs) in zip(dictionary.state_dict().items(), opened.state_dict().items(), strict=True):
+        assert (ours - theirs).norm() / ours.norm() < (0.08 if ours.ndim > 1 else 1e-3), name
+    for ours, theirs in zip(packed.dictionary()(inputs(opened)), opened(inputs(opened)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_packed_dictionary_is_no_model_and_the_other_way_round(file, tmp_path):
+    (tmp_path / "m.packed").write_bytes(file)
+    pack_dictionary(random_dictionary(), 4).save(tmp_path / "d.packed")
+    assert holds_dictionary(tmp_path / "d.packed")
+    assert not holds_dictionary(tmp_path / "m.packed")
+    with pytest.raises(ReflowlensError, match="holds a packed dictionary, and a model was asked for: load_dictionary"):
+        rl.load_model(tmp_path / "d.packed")
+    with pytest.raises(ReflowlensError, match="holds a packed model, and a dictionary was asked for: load_model"):
+        rl.load_dictionary(tmp_path / "m.packed")
+    with pytest.raises(ReflowlensError, match="a dictionary was packed"):
+        pack_dictionary(random_dictionary(), 4).model()
+
+
+def test_what_a_dictionary_reads_decides_where_packing_errs():
+    """As the folder of ``save_dictionary(bits=, reads=)``, number for number."""
+    dictionary = random_dictionary()
+    generator = torch.Generator().manual_seed(3)
+    reads = [torch.randn(500, 8, generator=generator) @ torch.randn(8, 32, generator=generator) for _ in range(2)]
+    packed = pack_dictionary(dictionary, 4.2, method="gptq", reads=reads).dictionary()
+    W = dictionary.layers[1].W_enc.detach()
+    expected = quantise(W, 4.2, uses_of(dictionary, reads)["layers.1.W_enc"]).values()
+    assert torch.equal(packed.layers[1].W_enc, expected)
+    with pytest.raises(ReflowlensError, match="give reads="):
+        pack_dictionary(dictionary, 4.2, method="gptq")
+    with pytest.raises(ReflowlensError, match="bits must be"):
+        pack_dictionary(dictionary, 4.2)
 
 
 @pytest.mark.parametrize(
