@@ -170,7 +170,7 @@ def test_another_version_is_told(file, tmp_path, version):
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda data: signed(struct.pack("<Q", 1 << 60) + data[START + 8 :]), "not a readable packed file"),
     (lambda data: signed(struct.pack("<Q", 2) + b"[]"), "its header is no JSON object"),
-    (lambda data: with_header(data, lambda header: header["config"].update(d_model=1 << 20)), "n_heads|d_model"),
+    (lambda data: with_header(data, lambda header: header["config"].update(d_model=1 << 20)), "it holds less than its"),
     (lambda data: with_header(data, lambda header: header["config"].update(n_layers=3)), "its tensors are not"),
     (lambda data: with_header(data, lambda header: header["tensors"].popitem()), "its tensors are not"),
     (lambda data: with_header(data, lambda header: header.update(compressor="pickle")), "compressor must be one of"),
