@@ -107,7 +107,7 @@ def _updates(inner: pd.DataFrame) -> pd.DataFrame:
 
 def _gains_of_tokens(gains: pd.DataFrame) -> go.Figure:
     """By what was seen and by frequency, the control of each bin beside it."""
-    own = gains[gains["by"] != "position"]
+    own = gains[(gains["by"] != "position") & gains["refiner"].isin(["ttt", "flow", "learning"])]
     control = own.drop(columns=["value", "low", "high"])
     control = control.rename(columns={"control": "value", "control_low": "low", "control_high": "high"})
     rows = pd.concat([own, control.assign(refiner=control["refiner"] + " (control)")], ignore_index=True)

@@ -36,8 +36,8 @@ DEFINITIONS = {
     "learning_gain": "loss at an inner rate of 0 − loss of the model: what learning from the text itself takes off, "
     "nats a token. sign_flipped, previous_state: the same where the inner learner steps the wrong way, or begins with "
     "what another text has left. Claim judged: above 0",
-    "own_text_gain": "loss begun with the state that another text has left − loss of the model: what only the text at "
-    "hand can have taught. Claim judged: above 0",
+    "own_text_gain": "the lower one of the losses at an inner rate of 0 and begun with the state that another text has "
+    "left − loss of the model: what only the text at hand can have taught. Claim judged: above 0",
     "inner_fit": "inner loss of a mini-batch before the step made from it − after, a mean over heads, texts and "
     "mini-batches but the first, whose step leads from W₁ to where all texts lead",
     "inner_generalisation": "the same of the mini-batch behind it, which the step has not seen. Claim judged: above 0 "
@@ -96,9 +96,10 @@ class Found:
         value, interval = means[AS_IS]
         controls = {name: means[name][0] for name in (WRONG_WAY, PREVIOUS)}
         self.findings["learning_gain"] = Finding(value, interval, controls, self.verdict(gains[AS_IS], interval))
-        own = {"own_text": learning[PREVIOUS] - learning[AS_IS]}
-        value, interval = self.means(own)["own_text"]
-        self.findings["own_text_gain"] = Finding(value, interval, {}, self.verdict(own["own_text"], interval))
+        over = {name: learning[name] - learning[AS_IS] for name in (NO_LEARNING, PREVIOUS)}
+        least = min(found := self.means(over), key=lambda name: found[name][0])
+        value, interval = found[least]
+        self.findings["own_text_gain"] = Finding(value, interval, {}, self.verdict(over[least], interval))
 
     def add_inner(self, by_control: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> None:
         for what in ("fit", "generalisation"):
