@@ -43,21 +43,25 @@ class Endpoint:
             ``"logits"``.
         layer: its block; the logits read behind the last.
         head: of heads and their inputs.
+        parallel: whether the MLP of its block reads what attention reads.
     """
 
     kind: str
     layer: int
     head: int | None = None
+    parallel: bool = False
 
     @property
     def stage(self) -> int:
         """Its half-block, which reads what was written in earlier ones.
 
-        2 l is the attention of block l, 2 l + 1 its MLP; the embedding comes before all of them, the logits after.
+        2 l is the attention of block l, 2 l + 1 its MLP, which where both are parallel is part of 2 l; the embedding
+        comes before all of them, the logits after.
         """
         if self.kind == "embed":
             return -1
-        return 2 * self.layer + {"mlp_out": 1, "mlp_in": 1, "logits": 2}.get(self.kind, 0)
+        behind = not self.parallel
+        return 2 * self.layer + {"mlp_out": behind, "mlp_in": behind, "logits": 2}.get(self.kind, 0)
 
     @property
     def point(self) -> str:
@@ -86,25 +90,31 @@ class Graph:
     n_layers: int
     n_heads: int
     n_key_value_heads: int
+    parallel: bool = False
 
     @classmethod
     def of(cls, model: HookedModel) -> Graph:
         """The graph of a model.
 
         Raises:
-            ReflowlensError: it does not consist of attention heads and MLPs.
+            ReflowlensError: it does not consist of attention heads and MLPs, or what heads write is no sum.
         """
         model = hooked_model(model)
         if model.sublayers != HEADS_AND_MLPS:
             raise ReflowlensError(f"a {type(model).__name__} has no graph of attention heads and MLPs")
-        return cls(model.cfg.n_layers, model.cfg.n_heads, model.cfg.kv_heads)
+        if model.cfg.has_post_norms:
+            raise ReflowlensError(
+                "what heads of this model write passes a norm together (ln1_post), so that no edge is one head's: "
+                "patch heads by rl.sweep, or hold the norms in rl.attribute(..., heads=True)"
+            )
+        return cls(model.cfg.n_layers, model.cfg.n_heads, model.cfg.kv_heads, model.cfg.parallel_attn_mlp)
 
     @cached_property
     def sender_places(self) -> dict[str, Endpoint]:
         places = {"embed": Endpoint("embed", 0)}
         for layer in range(self.n_layers):
             places |= {f"a{layer}.h{head}": Endpoint("head", layer, head) for head in range(self.n_heads)}
-            places[f"m{layer}"] = Endpoint("mlp_out", layer)
+            places[f"m{layer}"] = Endpoint("mlp_out", layer, parallel=self.parallel)
         return places
 
     @cached_property
@@ -114,7 +124,7 @@ class Graph:
         for layer in range(self.n_layers):
             for kind, n in heads.items():
                 places |= {f"a{layer}.h{head}<{kind}>": Endpoint(kind, layer, head) for head in range(n)}
-            places[f"m{layer}"] = Endpoint("mlp_in", layer)
+            places[f"m{layer}"] = Endpoint("mlp_in", layer, parallel=self.parallel)
         return places | {"logits": Endpoint("logits", self.n_layers - 1)}
 
     @cached_property

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from reflowlens.arguments import names_given
 from reflowlens.circuits.edges import EdgeScores, check_finite, sent_otherwise
-from reflowlens.circuits.graph import Edge, Graph
+from reflowlens.circuits.graph import Edge, Endpoint, Graph
 from reflowlens.circuits.runs import mask_of
 from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.errors import ReflowlensError
@@ -170,11 +170,11 @@ class _Pair:
         self.reader = Reader(self.model, check_metric(metric), self.prompts)
         self.changes = sent_otherwise(self.model, self.prompts)
         n_layers = self.graph.n_layers
-        names = [f"blocks.{layer}.hook_resid_{at}" for layer in range(n_layers) for at in ("pre", "mid")]
-        names.append(f"blocks.{n_layers - 1}.hook_resid_post")
-        _, cache = self.model.run_with_cache(self.prompts.tokens, names_filter=names, return_type=None)
-        self.streams = [cache[name] for name in names]  # what each half-block starts from, the readout last
-        self.baseline = self.reader.of_final(self.streams[-1])
+        names = {place.stage: place.stream for place in self.graph.receiver_places.values()}
+        _, cache = self.model.run_with_cache(self.prompts.tokens, names_filter=[*names.values()], return_type=None)
+        # What each half-block starts from, or where its halves are parallel each block; the readout last.
+        self.streams = {stage: cache[name] for stage, name in names.items()}
+        self.baseline = self.reader.of_final(self.streams[2 * n_layers])
 
     def packed(self, cells: Sequence[Sequence[Steer]]) -> PackedRuns:
         """The corrupted run under each cell's changes."""
@@ -192,17 +192,24 @@ class _Pair:
                 if place.stage == stage:
                     added = change if place.head is None else change.unsqueeze(2)
                     steers.append(Steer(place.point, added, head=place.head))
-            heads = [node.head for node in nodes if node.stage == stage]
-            if heads:
-                change = change + self._rewritten(stage, change, heads)
+            here = [node for node in nodes if node.stage == stage]
+            if here:
+                change = change + self._rewritten(stage, change, here)
         return steers
 
     def _rewritten(
-        self, stage: int, change: Float[Tensor, "prompt pos d_model"], heads: list[int | None]
+        self, stage: int, change: Float[Tensor, "prompt pos d_model"], nodes: list[Endpoint]
     ) -> Float[Tensor, "prompt pos d_model"]:
         """By how much a half-block's nodes write otherwise when their whole input changes."""
-        if stage % 2:
-            return self._mlp_rewritten(stage, change)
+        heads = [node.head for node in nodes if node.head is not None]
+        total = torch.zeros_like(change)
+        if heads:
+            total = total + self._heads_rewritten(stage, change, heads)
+        return total + self._mlp_rewritten(stage, change) if len(heads) < len(nodes) else total
+
+    def _heads_rewritten(
+        self, stage: int, change: Float[Tensor, "prompt pos d_model"], heads: list[int]
+    ) -> Float[Tensor, "prompt pos d_model"]:
         stream = self.streams[stage]
         z = self._mix(stage, self._queries_keys_values(stage, stream + change))
         z = z - self._mix(stage, self._queries_keys_values(stage, stream))
@@ -232,7 +239,7 @@ class _Pair:
                 written = self._written(stage, rearrange(changes, "prompt pos s d -> s prompt pos d"))
                 for edge, change in zip(itertools.product(some, receivers), written.flatten(0, 1), strict=True):
                     if edge in wanted:
-                        found[edge] = _behind(stage, self.graph.n_layers, change)
+                        found[edge] = _behind(stage, self.graph, change)
                 if len(found) * change_size > _NUMBERS_AT_ONCE:
                     yield found
                     found = {}
@@ -247,7 +254,10 @@ class _Pair:
             return changes.unsqueeze(1)
         if stage % 2:
             return self._mlp_rewritten(stage, changes).unsqueeze(1)
-        return self._heads_written(stage, changes)
+        of_heads = self._heads_written(stage, changes)
+        if not self.graph.parallel:
+            return of_heads
+        return torch.cat([of_heads, self._mlp_rewritten(stage, changes).unsqueeze(1)], dim=1)
 
     def _heads_written(
         self, stage: int, changes: Float[Tensor, "sender prompt pos d_model"]
@@ -274,20 +284,18 @@ class _Pair:
     def _queries_keys_values(
         self, stage: int, stream: Float[Tensor, "row pos d_model"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, turned where positions are rotary, and values."""
+        """Queries and keys as scores are products of them, and values."""
         block = self._block(stage)
         q, k, v = block.attn.queries_keys_values(stream, block.ln1)
-        if self.model.cfg.positional_embedding_type == "rotary":
-            positions = slice(0, stream.shape[1])
-            q, k = block.attn.rotary(q, positions), block.attn.rotary(k, positions)
-        return q, k, v
+        return *block.attn.placed(q, k, slice(0, stream.shape[1])), v
 
     def _mix(self, stage: int, inputs: Sequence[Tensor]) -> Float[Tensor, "row pos head d_head"]:
         q, k, v = inputs
         return self._block(stage).attn.mix(q, k, v, mask=None)
 
 
-def _behind(stage: int, n_layers: int, change: Float[Tensor, "prompt pos d_model"]) -> Steer:
-    """Add a change to the stream behind a half-block."""
-    layer = min(stage // 2, n_layers - 1)
-    return Steer("resid_mid" if stage % 2 == 0 and stage < 2 * n_layers else "resid_post", change, layer=layer)
+def _behind(stage: int, graph: Graph, change: Float[Tensor, "prompt pos d_model"]) -> Steer:
+    """Add a change to the stream behind a half-block, or a block whose halves are parallel."""
+    layer = min(stage // 2, graph.n_layers - 1)
+    middle = stage % 2 == 0 and stage < 2 * graph.n_layers and not graph.parallel
+    return Steer("resid_mid" if middle else "resid_post", change, layer=layer)

@@ -5,7 +5,8 @@ A sweep lets a patched run enter at the stage, and at the position, from which o
 
 How a pass divides is declared by the model (``stages`` of :class:`~reflowlens.models.architecture.Architecture`). A
 decoder's L blocks have two stages each. Stage 2 l is the attention half of block l, which starts from its resid_pre;
-stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. A level is one stage
+stage 2 l + 1 is its MLP half, which starts from its resid_mid; stage 2 L is the readout. Where attention and MLP are
+parallel a block is one stage (:class:`ParallelStages`). A level is one stage
 (:mod:`reflowlens.sweeps.level_stages`), and so is a block of which nothing is known
 (:mod:`reflowlens.sweeps.block_stages`); a pass may be one that cannot be divided
 (:mod:`reflowlens.sweeps.whole_stages`). A dictionary's features belong to the stage that they are read in
@@ -23,10 +24,12 @@ from torch import Tensor
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import plus
+from reflowlens.models.places import Places
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.spliced_stages import with_dictionaries
-from reflowlens.sweeps.suffixes import Layout, attend
+from reflowlens.sweeps.suffixes import Layout, PrefixKeysValues, attend
 from reflowlens.sweeps.whole_stages import WholeStages
 
 READOUT_SIGNAL = "unembed.hook_signal"
@@ -86,8 +89,9 @@ class Stages(Protocol):
 
 def stages_of(model: HookedModel) -> Stages:
     """The stages of a model's pass, as it declares them, and with the dictionaries that are spliced into it."""
+    halves = ParallelStages if model.cfg.parallel_attn_mlp else DecoderStages
     kinds: dict[str, type] = {
-        "halves": DecoderStages,
+        "halves": halves,
         "levels": LevelStages,
         "blocks": BlockStages,
         "whole": WholeStages,
@@ -157,12 +161,28 @@ class DecoderStages:
         block = self._block(int(layer))
         before, *written = (cache[needed] for needed in self.needed_for_entry(name))
         if point == "attn.hook_z":
-            return before + block.attn.output(patched.flatten(0, 1)).unflatten(0, patched.shape[:2])
-        if point == "attn.hook_result":
-            return before + (written[0] + (patched - cache[name]).sum(dim=-2))
-        if point == "mlp.hook_post":
-            return before + (written[0] + (patched - cache[name]) @ block.mlp.W_out)
+            out = block.attn.output(patched.flatten(0, 1)).unflatten(0, patched.shape[:2])
+            return before + block.after_attention(out)
+        if point in ("attn.hook_result", "mlp.hook_post"):
+            return before + self._rewritten(block, point, patched, cache[name], written[0])
         return before + patched
+
+    def _rewritten(
+        self,
+        block: Block,
+        point: str,
+        patched: Float[Tensor, "cell prompt pos *rest"],
+        unpatched: Float[Tensor, "prompt pos *rest"],
+        written: Float[Tensor, "prompt pos d_model"],
+    ) -> Float[Tensor, "cell prompt pos d_model"]:
+        """What attention or MLP adds of changed heads or neurons; where a norm comes behind, all of it anew."""
+        of_heads = point == "attn.hook_result"
+        if block.ln1_post is None or block.ln2_post is None:
+            change = patched - unpatched
+            return written + (change.sum(dim=-2) if of_heads else change @ block.mlp.W_out)
+        if of_heads:
+            return block.ln1_post(plus(patched.sum(dim=-2), block.attn.b_O))
+        return block.ln2_post(plus(patched @ block.mlp.W_out, block.mlp.b_out))
 
     def run(
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
@@ -174,6 +194,56 @@ class DecoderStages:
 
     def _block(self, layer: int) -> Block:
         return cast(Block, self.model.blocks[layer])
+
+
+class ParallelStages(DecoderStages):
+    """The pass of a decoder whose attention and MLP both read the stream in front of the block: a stage is a block."""
+
+    per_block = 1
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.streams = [name for name in self.streams if not name.endswith("hook_resid_mid")]
+        self.last_mixing = model.cfg.n_layers - 1
+
+    def stage(self, name: str) -> int | None:
+        stage = super().stage(name)
+        return stage if stage is None or name == READOUT_SIGNAL else stage // 2
+
+    def entry_stage(self, name: str) -> int | None:
+        if not name.startswith("blocks."):
+            return self.stage(name)
+        _, layer, point = name.split(".", 2)
+        return None if point not in _DETERMINES else int(layer) + (_DETERMINES[point] > 0)
+
+    def needed_for_entry(self, name: str) -> list[str]:
+        if not name.startswith("blocks."):
+            return super().needed_for_entry(name)
+        _, layer, point = name.split(".", 2)
+        half = {"hook_attn_out": "attn", "hook_mlp_out": "mlp"}.get(point, point.split(".")[0])
+        if half not in ("attn", "mlp"):
+            return []
+        return [f"blocks.{layer}.{needed}" for needed in ("hook_resid_post", f"hook_{half}_out")]
+
+    def entry(
+        self, name: str, patched: Float[Tensor, "cell prompt pos *rest"], cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "cell prompt pos d_model"]:
+        if not self.needed_for_entry(name) or not name.startswith("blocks."):
+            return super().entry(name, patched, cache)
+        after, written = (cache[needed] for needed in self.needed_for_entry(name))
+        _, layer, point = name.split(".", 2)
+        block = self._block(int(layer))
+        if point == "attn.hook_z":
+            patched = block.after_attention(block.attn.output(patched.flatten(0, 1)).unflatten(0, patched.shape[:2]))
+        elif point in ("attn.hook_result", "mlp.hook_post"):
+            patched = self._rewritten(block, point, patched, cache[name], written)
+        return after + (patched - written)
+
+    def run(
+        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
+    ) -> Float[Tensor, "1 token d_model"]:
+        past = PrefixKeysValues(layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
+        return self._block(stage)(resid, Places(layout.position[None]), past)
 
 
 # Points of a block that reach the rest of the pass only through the residual stream, and the stage, counted from the

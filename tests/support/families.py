@@ -28,7 +28,7 @@ _SIZES: dict[str, Any] = {
 _GROUPED = _SIZES | {"num_key_value_heads": 2}
 _GPT: dict[str, Any] = {"n_embd": 32, "n_head": 4, "n_layer": 3, "n_inner": 48, "n_positions": CONTEXT}
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-_WINDOWS = {"sliding_window": 5, "layer_types": [_LOCAL, _GLOBAL, _LOCAL]}
+_WINDOWS = {"sliding_window": 3, "layer_types": [_LOCAL, _GLOBAL, _LOCAL]}
 _TWO_BASES = {
     _LOCAL: {"rope_type": "default", "rope_theta": 100.0},
     _GLOBAL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
@@ -51,12 +51,12 @@ class Family:
 TABLE: dict[str, Family] = {
     "llama": Family("llama", _GROUPED),
     "llama_linear": Family("llama", _GROUPED | {"rope_parameters": _TWO_BASES[_GLOBAL]}),
-    "mistral_windowed": Family("mistral", _GROUPED | {"sliding_window": 5}),
+    "mistral_windowed": Family("mistral", _GROUPED | {"sliding_window": 3}),
     "qwen2_windowed": Family("qwen2", _GROUPED | {"use_sliding_window": True, **_WINDOWS}),
     "qwen3": Family("qwen3", _GROUPED | {"head_dim": 12}),
     "smollm3": Family("smollm3", _GROUPED | {"no_rope_layers": [1, 0, 1], "rope_theta": 100.0}),
     "olmo2": Family("olmo2", _GROUPED),
-    "phi3": Family("phi3", _GROUPED | {"sliding_window": 6, "partial_rotary_factor": 0.5}),
+    "phi3": Family("phi3", _GROUPED | {"sliding_window": 4, "partial_rotary_factor": 0.5}),
     "gemma": Family("gemma", _GROUPED | {"head_dim": 12}, shift=1.0),
     "gemma2": Family("gemma2", _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 20, **_WINDOWS}, shift=1.0),
     "gemma3": Family("gemma3_text", _GROUPED | {"head_dim": 8, "rope_parameters": _TWO_BASES, **_WINDOWS}, shift=1.0),
@@ -70,7 +70,7 @@ TABLE: dict[str, Family] = {
             "intermediate_size": 48,
             "max_position_embeddings": CONTEXT,
             "attention_types": [[["global", "local", "global"], 1]],
-            "window_size": 5,
+            "window_size": 3,
         },
     ),
     "gptj": Family("gptj", _GPT | {"rotary_dim": 4}),

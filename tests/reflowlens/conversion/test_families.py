@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import reflowlens as rl
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.conversion import export_hf
 from reflowlens.conversion.families import FAMILIES
 from reflowlens.conversion.layout import to_ours
+from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
 from reflowlens.storage.model_hash import model_hash
 from tests.support.families import NAMES, ours, quiet, theirs
 from tests.support.tiny import assert_close, random_tokens
 
 every_family = pytest.mark.parametrize("name", NAMES)
-TOKENS = random_tokens(ours("llama").cfg, batch=3, pos=20)  # longer than the windows
+TOKENS = random_tokens(ours("llama").cfg, batch=2, pos=12)  # longer than the windows
 
 
 def logits_of(hf: Any, tokens: Tensor) -> Tensor:
@@ -67,15 +70,15 @@ def test_cached_generation_and_texts_of_several_lengths(name: str) -> None:
     with torch.no_grad():
         whole = model(TOKENS)
         past = model.make_cache(len(TOKENS))
-        steps = [model(part, past_kv_cache=past) for part in TOKENS.split([1, 7, 1, 1, 9, 1], dim=1)]
+        steps = [model(part, past_kv_cache=past) for part in TOKENS.split([1, 5, 1, 1, 3, 1], dim=1)]
         assert_close(torch.cat(steps, dim=1), whole)
         texts = ["The film", "A longer text than", "x"]
         logits = model(texts)
         for row, text in enumerate(texts):
             assert_close(logits[row, : len(text)], model(text)[0])
-        segments = torch.tensor([[0] * 9 + [1] * 11])
+        segments = torch.tensor([[0] * 5 + [1] * 7])
         packed = model(TOKENS[:1], segments=segments)
-        assert_close(packed[:, 9:], model(TOKENS[:1, 9:]))
+        assert_close(packed[:, 5:], model(TOKENS[:1, 5:]))
     prompt, never = TOKENS[:, :6], list(range(256, model.cfg.d_vocab))  # no bytes
     generated = theirs(name).generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, suppress_tokens=never
@@ -101,3 +104,123 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
     assert again.cfg.to_dict() == model.cfg.to_dict()
     assert model_hash(again) == model_hash(model)
     assert again(TOKENS).equal(model(TOKENS))
+
+
+# ------------------------------------------------------------------------------------------------------ tools on each
+
+CLEAN, CORRUPTED = random_tokens(ours("llama").cfg, batch=2, pos=5, seed=1), random_tokens(ours("llama").cfg, 2, 5, 2)
+METRIC = rl.metrics.logit_diff(65, 66)
+POINTS = {"resid_pre": "hook_resid_pre", "attn_head_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
+POINTS |= {"attn_out": "hook_attn_out", "attn_head_k": "attn.hook_k", "resid_post": "hook_resid_post"}
+
+
+def difference(logits: Tensor) -> Tensor:
+    return logits[:, -1, 65] - logits[:, -1, 66]
+
+
+@every_family
+def test_sweeps_are_whole_passes_with_plain_hooks(name: str) -> None:
+    for grid in POINTS:
+        check_sweep(ours(name), grid)
+
+
+def check_sweep(model: HookedModel, grid: str) -> None:
+    _, clean = model.run_with_cache(CLEAN, names_filter=lambda point: point.endswith(POINTS[grid]))
+    found = rl.sweep(model, CLEAN, CORRUPTED, grid, METRIC)
+    cells = list(zip(found.index_df.itertuples(), found.values.flatten(0, -2), strict=True))
+    for cell, values in cells[::3]:
+        point = f"blocks.{cell.layer}.{POINTS[grid]}"
+        of_heads = hasattr(cell, "head")
+        where = (slice(None), slice(None), cell.head) if of_heads else (slice(None), cell.pos)
+
+        def patch(x: Tensor, hook: Any, where: Any = where, point: str = point) -> Tensor:
+            x = x.clone()
+            x[where] = clean[point][where]
+            return x
+
+        with torch.no_grad(), model.hooks([(point, patch)]):
+            assert_close(values, difference(model(CORRUPTED)))
+
+
+@every_family
+def test_gradient_sweeps_are_first_orders(name: str) -> None:
+    model, points = ours(name), [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
+    found = rl.sweep(model, CLEAN, CORRUPTED, "attn_head_out", METRIC, mode="gradient")
+    _, clean = model.run_with_cache(CLEAN, names_filter=points)
+    fired: list[Tensor] = []
+    with model.hooks([(point, lambda x, hook: fired.append(x)) for point in points]):
+        gradients = torch.autograd.grad(difference(model(CORRUPTED)).sum(), fired)
+    for layer, (point, before, gradient) in enumerate(zip(points, fired, gradients, strict=True)):
+        effect = ((clean[point] - before) * gradient).sum(dim=(1, 3)).T
+        assert_close(found.effect()[layer], effect)
+
+
+@every_family
+def test_the_stream_is_the_sum_of_what_is_written_and_logits_of_directions(name: str) -> None:
+    model = ours(name)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(TOKENS)
+        before_cap = logits
+        if model.cfg.output_logits_soft_cap is not None:
+            cap = model.cfg.output_logits_soft_cap
+            before_cap = cap * torch.atanh(logits.double() / cap).float()
+        parts, labels = cache.decompose_resid(return_labels=True)
+        assert_close(parts.sum(0), cache["resid_post", -1])
+        assert len(labels) == 7 + ("pos_embed" in labels)
+        found = cache.logit_attrs(parts, tokens=TOKENS[:, 0], has_batch_dim=True).sum(0)
+        norm, token = model.ln_final, TOKENS[:, 0]
+        constant = model.b_U[token] + (0 if norm.b is None else model.W_U[:, token].T @ norm.b)
+        expected = before_cap.gather(-1, token[:, None, None].expand(-1, TOKENS.shape[1], 1))[..., 0]
+        assert_close(found + constant[:, None], expected)
+        view = rl.signal_view(model)
+        assert_close(view.logits(view.readout(cache["resid_post", -1])), logits)
+        contributed = view.contributions(cache["resid_post", -1][:, -1], TOKENS[:, 0]).sum(-1)
+        assert_close(contributed + view.bias_of(token), expected[:, -1])
+        svd = rl.signal_view(model, "svd")
+        assert_close(svd.logits(svd.readout(cache["resid_post", -1])), logits)
+
+
+@every_family
+def test_edges(name: str) -> None:
+    """Exact edges against plain hooks; with all of them the model is whole. Norms behind heads have none."""
+    model = ours(name)
+    if model.cfg.has_post_norms:
+        with pytest.raises(ReflowlensError, match="heads of this model write passes a norm together"):
+            rl.edge_attribution(model, CLEAN, CORRUPTED, METRIC)
+        return
+    graph = rl.Graph.of(model)
+    whole = rl.faithfulness(model, CLEAN, CORRUPTED, graph.edges, METRIC, controls=0)
+    assert abs(whole.value - 1) < 1e-4
+    receivers = ["m1", "a1.h3<q>", "a2.h0<k>", "a2.h0<v>", "m2", "logits"]
+    edges = [("a0.h1", receiver) for receiver in receivers] + [("m0", "a1.h0<k>")]
+    edges += [("a1.h0", "m1")] * (not model.cfg.parallel_attn_mlp)
+    assert (("a1.h0", "m1") in graph.edges) != model.cfg.parallel_attn_mlp
+    exact = rl.exact_edges(model, CLEAN, CORRUPTED, METRIC, edges=edges)
+    estimated = rl.edge_attribution(model, CLEAN, CORRUPTED, METRIC, mode="gradient")
+    points = list(graph.sender_points)
+    caches = [model.run_with_cache(tokens, names_filter=points)[1] for tokens in (CLEAN, CORRUPTED)]
+    for sender, receiver in edges:
+        (wrote, read), s, r = graph.places((sender, receiver)), graph.sender(sender), graph.receiver(receiver)
+        change = caches[0][wrote.point] - caches[1][wrote.point]
+        change = change if wrote.head is None else change[:, :, wrote.head]
+        size = torch.zeros((), requires_grad=True)
+
+        def add(
+            x: Tensor, hook: Any, head: int | None = read.head, change: Tensor = change, by: Tensor = size
+        ) -> Tensor:
+            added = torch.zeros_like(x)
+            added[(..., slice(None)) if head is None else (slice(None), slice(None), head)] = change
+            return x + by * added
+
+        with model.hooks([(read.point, add)]):
+            slope = [torch.autograd.grad(each, size, retain_graph=True)[0] for each in difference(model(CORRUPTED))]
+        torch.testing.assert_close(estimated.values[s, r], torch.stack(slope), rtol=1e-4, atol=3e-6)
+        with torch.no_grad():
+            effect = -difference(model(CORRUPTED))
+            with model.hooks([(read.point, lambda x, hook, add=add: add(x, hook, by=torch.ones(())))]):
+                effect = effect + difference(model(CORRUPTED))
+        torch.testing.assert_close(exact.values[s, r], effect, rtol=1e-4, atol=3e-6)
+    later = [node for node, place in graph.sender_places.items() if place.stage > 0]
+    paths = rl.path_patch(model, CLEAN, CORRUPTED, "a0.h1", "logits", METRIC, through=later)
+    whole_head = rl.sweep(model, CLEAN, CORRUPTED, [rl.Patch("z", layer=0, head=1)], METRIC)
+    torch.testing.assert_close(paths.effect()[0], whole_head.effect()[0], rtol=1e-4, atol=3e-6)
