@@ -160,7 +160,10 @@ class Attention(nn.Module):
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.q_norm = self.k_norm = None
+        self.divisor = cfg.attn_scale or cfg.d_head**0.5  # of scores
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        self.rotary: Rotary | None = None
         if cfg.use_qk_norm:
             n_q, n_k = (cfg.n_heads, cfg.kv_heads) if cfg.qk_norm_over_heads else (1, 1)
             self.q_norm, self.k_norm = Norm(cfg, n_q * cfg.d_head), Norm(cfg, n_k * cfg.d_head)
@@ -255,7 +258,7 @@ class Attention(nn.Module):
             allowed = _causal(new, total, q.device) if mask is None else mask
             group = self.cfg.n_heads // self.cfg.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = capped(wide(q @ k.transpose(-1, -2)) / (scale or self.cfg.d_head**0.5), cap)
+            scores = capped(wide(q @ k.transpose(-1, -2)) / self.divisor, cap)
             scores = scores.masked_fill(~allowed, float("-inf"))
             pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
             z = weighted_sum(F.dropout(pattern.to(v.dtype), dropped), v)

@@ -83,6 +83,8 @@ class RefinedAttention(Attention):
     In the last blocks a head's output loses what lies along the position's own value (exclusive self-attention).
     """
 
+    rotary: Rotary
+
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__(cfg, layer)
         own = cast(TTTFlowConfig, cfg.ttt_flow)

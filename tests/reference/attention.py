@@ -75,4 +75,5 @@ def last_heads(
         for head in range(model.cfg.n_heads):
             for key in range(position + 1):
                 value = values[block][0, key, head // group] * pattern[head, position, key].detach()
-                yield (block, head, key), whole.edges(value @ W_O[head] @ gradient[0, position])
+                written = whole.behind("ln1_post", block, value @ W_O[head], at=position)
+                yield (block, head, key), whole.edges(written @ gradient[0, position])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.models.decoder import Decoder
 
 HELD = (".hook_scale", "hook_pattern", "hook_z", "ln2.hook_normalized", "hook_mlp_out", "mlp.hook_pre", "mlp.hook_post")
 POINTS_OF_LEVELS = ("resid_pre", "attn_scores", "attn_out", "x_sparse", "xy_sparse", "mlp_out")
@@ -65,13 +66,16 @@ class Frozen:
                 hooks.append((f"blocks.{block}.mlp.{inner}", self._read_neurons))
             if heads:
                 hooks.append((f"blocks.{block}.attn.hook_result", self._write_heads))
-            hooks += [(name, self._record) for name in streams_of(block)]
+            hooks += [(name, self._record) for name in streams_of(block) if name in model.hook_dict]
         hooks += self._own_hooks()
         self.heads: dict[int, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
         self.reads: dict[int, Tensor] = {}
         with torch.enable_grad():
-            self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
+            if isinstance(model, Decoder) and model.unembed.cap is not None:
+                hooks.append(("unembed.hook_logits_pre_cap", self._record))
+            logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0]
+            self.logits = self.streams.get("unembed.hook_logits_pre_cap", logits)[-1]
 
     def _own_hooks(self) -> list[tuple[str, Any]]:
         """Of an architecture."""
@@ -92,10 +96,8 @@ class Frozen:
         block = self.model.blocks[hook.layer()]
         z, scale = self.cache[f"blocks.{hook.layer()}.attn.hook_z"][0], getattr(block, "w_attn", torch.ones(()))
         leaf = torch.einsum("phe,hed->phd", z, block.attn.W_O).detach().requires_grad_()
-        written = (scale * leaf).detach()
-        self.heads[hook.layer()] = (scale * x[0] * written / written.norm(dim=-1, keepdim=True).clamp(min=1e-30)).sum(
-            -1
-        )
+        added, now = (self.behind("ln1_post", hook.layer(), scale * each) for each in (leaf.detach(), x[0]))
+        self.heads[hook.layer()] = (now * added / added.norm(dim=-1, keepdim=True).clamp(min=1e-30)).sum(-1)
         self.leaves["head", hook.layer()] = leaf
         return leaf[None]
 
@@ -120,7 +122,8 @@ class Frozen:
         if self.model.cfg.gated_mlp:
             value = self.model.blocks[block].mlp.act(self.cache[f"blocks.{block}.mlp.hook_pre"][0]).detach() * value
         after = self.cache[f"blocks.{block}.mlp.hook_post"][0]
-        self._units(block, value, after, self._strongest(after, self._writes(block)))
+        writes = self.behind("ln2_post", block, self._writes(block), divided=False)
+        self._units(block, value, after, self._strongest(after, writes))
 
     def _units(self, block: int, value: Tensor, after: Tensor, chosen: Tensor) -> None:
         self.units[block], self.chosen[block] = value, chosen
@@ -139,7 +142,7 @@ class Frozen:
     def _written(self, block: int) -> Tensor:
         if self.dictionary is None:
             mlp = self.model.blocks[block].mlp
-            out = self.leaves["unit", block] @ self._writes(block)
+            out = self.behind("ln2_post", block, self.leaves["unit", block] @ self._writes(block))
             return out if mlp.b_out is None else out + mlp.b_out
         layers, cfg = self.dictionary.each_layer(), self.dictionary.cfg
         layers[block].b_dec.requires_grad_(True)
@@ -150,6 +153,14 @@ class Frozen:
         if cfg.skip:
             out = out + self.reads[block] @ layers[block].W_skip.T
         return out
+
+    def behind(self, norm: str, block: int, x: Tensor, at: Any = slice(None), divided: bool = True) -> Tensor:
+        """What an RMSNorm behind attention or MLP, if there is one, makes of it, its divisor held."""
+        module = getattr(self.model.blocks[block], norm, None)
+        if module is None:
+            return x
+        scale = self.cache[f"blocks.{block}.{norm}.hook_scale"][0, at] if divided else torch.ones(1)
+        return x * module.w.detach() / (scale[:, None] if x.ndim > 2 else scale)
 
     def _strongest(self, after: Tensor, writes: Tensor) -> Tensor:
         size = after.abs() * writes.norm(dim=1)

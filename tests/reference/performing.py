@@ -62,7 +62,13 @@ class Performed:
             if heads:
                 hooks.append((f"blocks.{block}.attn.hook_z", self._set_heads))
         with torch.no_grad():
-            self.logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
+            if model.unembed.cap is not None:
+                hooks.append(("unembed.hook_logits_pre_cap", self._see_logits))
+            logits = model.run_with_hooks(tokens[None], fwd_hooks=hooks)
+            self.logits = (logits if model.unembed.cap is None else self.before_cap)[0, -1]
+
+    def _see_logits(self, x: Tensor, hook: Any) -> None:
+        self.before_cap = x
 
     def _hold(self, x: Tensor, hook: Any) -> Tensor:
         return self.cache[hook.name]
@@ -95,10 +101,18 @@ class Performed:
     def _set_heads(self, z: Tensor, hook: Any) -> Tensor:
         block, first = hook.layer(), self.cache[hook.name][0]
         W_O = self.model.blocks[block].attn.W_O
-        before, after = (torch.einsum("phe,hed->phd", each, W_O) for each in (first, z[0]))
+        before, after = (self._behind("ln1_post", block, torch.einsum("phe,hed->phd", x, W_O)) for x in (first, z[0]))
         self.heads[block] = (before * after).sum(-1) / before.norm(dim=-1)
         z = first.clone() if self.level == "direct" else z[0].clone()
         return self._set_units("head", block, z, first)[None]
+
+    def _behind(self, norm: str, block: int, x: Tensor) -> Tensor:
+        """What an RMSNorm behind attention or MLP, if there is one, makes of it, its divisor that of the prompt."""
+        module = getattr(self.model.blocks[block], norm, None)
+        if module is None:
+            return x
+        scale = self.cache[f"blocks.{block}.{norm}.hook_scale"][0]
+        return x * module.w / (scale[:, None] if x.ndim > 2 else scale)
 
     def _set_units(self, kind: str, block: int, answer: Tensor, first: Tensor) -> Tensor:
         for (of, layer, position, index), factor in self.factors.items():
@@ -138,12 +152,13 @@ class Performed:
 
     def _chosen(self, block: int) -> Tensor:
         after = self.cache[f"blocks.{block}.mlp.hook_post"][0]
-        size = after.abs() * self.model.blocks[block].mlp.W_out.norm(dim=1)
+        writes, norm = self.model.blocks[block].mlp.W_out, getattr(self.model.blocks[block], "ln2_post", None)
+        size = after.abs() * (writes if norm is None else writes * norm.w).norm(dim=1)
         return size >= size.sort(dim=1, descending=True).values[:, self.neurons - 1, None]
 
     def _neuron_error(self, block: int) -> Tensor:
         after = self.cache[f"blocks.{block}.mlp.hook_post"][0]
-        return (after * ~self._chosen(block)) @ self.model.blocks[block].mlp.W_out
+        return self._behind("ln2_post", block, (after * ~self._chosen(block)) @ self.model.blocks[block].mlp.W_out)
 
     def _read_neurons(self, x: Tensor, hook: Any) -> None:
         self.units[hook.layer()] = x[0].clone()

@@ -39,9 +39,21 @@ TTT_FLOW = ModelConfig(
         value_layers=2, exclusive_layers=3, rotary_channels=4, rotary_context=16,
     ),
 )  # fmt: skip
+_DECODER = CONFIGS["gpt2_new"].to_dict() | {"architecture": "decoder"}
+_BIASED = {"norm_bias": True, "mlp_bias": True, "attn_out_bias": True, "qkv_bias": True}
+_NORMS_BEHIND = {"use_normalization_before_and_after": True, "use_qk_norm": True, "n_key_value_heads": 2}
+OPTIONS = {
+    "parallel": {"parallel_attn_mlp": True, "normalization_type": "LN", "gated_mlp": False, "act_fn": "gelu"}
+    | {"rotary_dim": 4, **_BIASED},
+    "parallel_shared": {"parallel_attn_mlp": True, "parallel_shared_ln": True, "n_key_value_heads": 2},
+    "norms_behind": {"attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0, "window_size": 2, **_NORMS_BEHIND}
+    | {"attn_types": ("local", "global"), "embed_scale": 3.0, "attn_scale": 2.0, "rotary_base_local": 50.0},
+    "norms_behind_alone": {"use_normalization_after_only": True, "use_qk_norm": True, "qk_norm_over_heads": True},
+}
 MODELS = {name: CONFIGS[name] for name in NAMES} | {
     "tiny_transcoder_gpt": TINY_TRANSCODER,
     "bdh": BDH,
+    **{name: ModelConfig.from_dict(_DECODER | options) for name, options in OPTIONS.items()},
     "ttt_flow": TTT_FLOW,
 }
 N_TOKENS, NEURONS = 5, 8
@@ -81,11 +93,12 @@ NODES = {
     "directions, skip": Nodes("skip", directions=True),
     "directions, heads and cross-layer": Nodes("clt", options={"heads": True}, directions=True),
 }
+OF_OPTIONS = ("transcoders with skip", "neurons", "directions", "heads and neurons", "heads and cross-layer, jumprelu")
 OF_SIGNALS = [name for name in NODES if "signals" in name]
 CASES = [
     (model, nodes)
     for model in MODELS
-    for nodes in (("neurons", "directions") if model == "bdh" else NODES)
+    for nodes in (("neurons", "directions") if model == "bdh" else OF_OPTIONS if model in OPTIONS else NODES)
     if model in FACTORED or nodes not in OF_SIGNALS
 ]
 
@@ -116,17 +129,22 @@ def model_of(name: str) -> HookedModel:
 
 def measure(model_name: str, nodes_name: str) -> Measured:
     """The graph of a random prompt, node by node beside autograd."""
-    model, nodes = model_of(model_name), NODES[nodes_name]
+    return measure_model(model_of(model_name), nodes_name)
+
+
+def measure_model(model: HookedModel, nodes_name: str) -> Measured:
+    """The same of any model."""
+    nodes = NODES[nodes_name]
     tokens = random_tokens(model.cfg, 1, N_TOKENS)[0]
     dictionary = None if nodes.kind is None else dictionary_of(model, nodes.kind, nodes.activation)
     directions = directions_of(model) if nodes.directions else {}
     targets = list(directions.values()) or None
     graph = rl.attribute(model, tokens, dictionary, targets, neurons=NEURONS, progress=False, **nodes.options)
     kinds = set(graph.nodes["kind"])
-    if model_name == "bdh":
+    if model.cfg.architecture == "bdh":
         frozen: Frozen = FrozenBDH(model, tokens, NEURONS)
     else:
-        kind = FrozenTTTFlow if model_name == "ttt_flow" else Frozen
+        kind = FrozenTTTFlow if model.cfg.architecture == "ttt_flow" else Frozen
         frozen = kind(model, tokens, dictionary, NEURONS, signals="signal" in kinds, heads="head" in kinds)
     rows, found, worst = list(graph.nodes.itertuples()), graph.matrix.toarray(), []
     expected_targets = targets_of(rows, frozen, directions)

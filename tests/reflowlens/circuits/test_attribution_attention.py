@@ -18,7 +18,7 @@ from tests.reference.attention import last_heads, score_parts, watched
 from tests.reference.attribution import Frozen, FrozenBDH
 from tests.reflowlens.circuits.test_attribution import NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of
-from tests.support.exactness import directions_of, expected_row, model_of, targets_of
+from tests.support.exactness import OPTIONS, directions_of, expected_row, model_of, targets_of
 from tests.support.tiny import NAMES
 
 LAST = len(TOKENS) - 1
@@ -219,6 +219,7 @@ def test_a_notebook_shows_what_is_compared(tiny_models):
 
 
 HEADS = [(name, kind) for name in ("gpt2_biased", "llama_untied", "reflow_lite") for kind in NODES]
+HEADS += [(name, "skip") for name in OPTIONS]
 
 
 def check_split(parts: Any, graph: Any, expected: list[Any], sums: np.ndarray) -> None:
@@ -237,7 +238,7 @@ def check_split(parts: Any, graph: Any, expected: list[Any], sums: np.ndarray) -
 
 @pytest.mark.parametrize(("name", "kind"), HEADS)
 def test_edges_split_by_the_last_head_are_those_of_autograd_and_add_up(name, kind, tiny_models):
-    model = tiny_models[name]
+    model = model_of(name) if name in OPTIONS else tiny_models[name]
     graph = graph_of(model, kind)
     nodes, matrix = list(graph.nodes.itertuples()), graph.matrix.toarray()
     make = frozen_as(graph, model, kind)

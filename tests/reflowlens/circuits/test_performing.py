@@ -26,6 +26,7 @@ CASES: list[Any] = [(name, kind, {}) for name in NAMES for kind in NODES]
 CASES += [(name, "plt", {"signals": True}) for name in FACTORED] + [("reflow", "neurons", {"signals": False})]
 CASES += [(name, kind, {"heads": True}) for name in ("gpt2_biased", "reflow_lite") for kind in ("clt", "neurons")]
 CASES += [("bdh", "neurons", {})]
+CASES += [(name, kind, options) for name in OPTIONS for kind, options in (("neurons", {}), ("clt", {"heads": True}))]
 FREE = {"constrained": False, "free": True, "model": "model"}
 
 
@@ -63,7 +64,7 @@ def plain(model: HookedModel, graph: Any, factors: dict[str, float], level: str)
 
 @pytest.fixture(scope="module")
 def models(tiny_models: dict[str, HookedModel]) -> dict[str, HookedModel]:
-    return tiny_models | {"bdh": random_model(BDH)}
+    return tiny_models | {"bdh": random_model(BDH)} | {name: model_of(name) for name in OPTIONS}
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), CASES)

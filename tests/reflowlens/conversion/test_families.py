@@ -19,6 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.decoder import Decoder
 from reflowlens.storage.model_hash import model_hash
+from tests.support.exactness import measure_model
 from tests.support.families import NAMES, ours, quiet, theirs
 from tests.support.tiny import assert_close, random_tokens
 
@@ -224,3 +225,34 @@ def test_edges(name: str) -> None:
     paths = rl.path_patch(model, CLEAN, CORRUPTED, "a0.h1", "logits", METRIC, through=later)
     whole_head = rl.sweep(model, CLEAN, CORRUPTED, [rl.Patch("z", layer=0, head=1)], METRIC)
     torch.testing.assert_close(paths.effect()[0], whole_head.effect()[0], rtol=1e-4, atol=3e-6)
+
+
+@every_family
+@pytest.mark.parametrize("nodes", ["neurons", "heads and neurons"])
+def test_attribution_graphs(name: str, nodes: str) -> None:
+    """Under held patterns and norms every edge is autograd's, and edges add up to logits in front of a cap."""
+    worst = measure_model(ours(name), nodes)
+    assert worst.sums < 1e-4
+    assert worst.edges < 1e-5
+    assert worst.values < 1e-5
+
+
+@every_family
+def test_why_a_head_looks_where_it_does(name: str) -> None:
+    """Norms of queries and keys, turns, windows and scales: parts add up to the score in front of a cap."""
+    model, tokens = ours(name), TOKENS[0, :6]
+    graph = rl.attribute(model, tokens, neurons=8, progress=False)
+    _, cache = model.run_with_cache(tokens, names_filter=lambda point: point.endswith("hook_attn_scores"))
+    cap = model.cfg.attn_scores_soft_cap
+    for layer in range(3):
+        scores = cache[f"blocks.{layer}.attn.hook_attn_scores"][0, 3, 5]
+        hidden = scores == -torch.inf
+        scores = scores if cap is None else cap * (scores.double() / cap).atanh()
+        for key in (5, 4, 0):
+            if hidden[key]:
+                with pytest.raises(ReflowlensError, match="key 0 lies outside of the window of query 5"):
+                    graph.why_attended(layer, 3, 5, key)
+                continue
+            why = graph.why_attended(layer, 3, 5, key, top=7)
+            for total in (why.score, why.pairs["weight"].sum(), why.queries["weight"].sum(), why.keys["weight"].sum()):
+                assert abs(total - scores[key].item()) < 1e-4 * scores[~hidden].abs().max()

@@ -98,7 +98,7 @@ class Engine:
 
     def _of_units(self, number: int, units: Units, block: int) -> Float[Tensor, "target node"]:
         carried, constant = self.frozen.enter(number, units)
-        return self._row_values(number, carried, constant + units.constant, block)
+        return self._row_values(self.frozen.read_by(number), carried, constant + units.constant, block)
 
     def _of_end(self, part: slice) -> Float[Tensor, "target node"]:
         stream, n_blocks = self.frozen.enter_end(self.end.rows[part]), self.layout.n_blocks

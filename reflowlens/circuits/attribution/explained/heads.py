@@ -165,10 +165,12 @@ class Reader:
         """Block by block downwards, their gradients at ``resid_mid``, where heads write."""
         stream = at_positions(self.gradient, self.positions)
         for layer in reversed(range(self.n_blocks)):
-            if not self.inside or layer < self.n_blocks - 1:
-                stream = frozen.middle(layer, stream)
-            yield layer, stream
-            stream, _ = frozen.attention[layer].back(stream)
+            if self.inside and layer == self.n_blocks - 1:
+                yield layer, stream
+                stream, _ = frozen.attention[layer].back(stream)
+            else:
+                yield layer, frozen.middle(layer, stream)
+                stream, _ = frozen.through(layer, stream)
 
 
 def reader_of(traced: Traced, nodes: pd.DataFrame, target: str) -> Reader:
@@ -203,7 +205,8 @@ def _reader_of(traced: Traced, frozen: FrozenDecoder, number: int, target: str) 
     first = number - layout.first_unit[block]
     unit = engine.replacement.units[block][first : first + 1]
     gradient = frozen.norms[block].back(unit.rows, unit.position)
-    return Reader(gradient, int(unit.position), block + 1, True, unit.constant)
+    inside = not frozen.parallel
+    return Reader(gradient, int(unit.position), block + inside, inside, unit.constant)
 
 
 def _reader_of_direction(end: End, frozen: FrozenDecoder, number: int) -> Reader:
@@ -214,6 +217,7 @@ def _reader_of_direction(end: End, frozen: FrozenDecoder, number: int) -> Reader
     if group.at == "ln2.hook_normalized":
         gradient = frozen.norms[group.layer].back(gradient, position)
     before, inside = group.asked[i].passed
+    inside = inside and not frozen.parallel
     return Reader(gradient, int(position), before + inside, inside, gradient.new_zeros(1))
 
 
@@ -273,7 +277,8 @@ def _from_heads(
     n, n_heads = len(middle), len(heads)
     carried, constant = attention.back_from_heads(middle[-1].expand(n_heads, -1), heads, last.expand(n_heads))
     gradients = dense(carried)
-    constants = attention.pattern[:, n - 1, :n].T * constant  # a row of the pattern sums to 1
+    looked = attention.pattern[:, n - 1, :n]
+    constants = (looked / looked.sum(1, keepdim=True)).T * constant
     numbers = n_heads * (engine.layout.first_unit[layer] + 2 * n * engine.frozen.numbers_carried)
     size = max(1, min(_NUMBERS_AT_ONCE // numbers, n // 4))  # few, lest most be carried over positions behind their own
     for start in range(first_key, n, size):

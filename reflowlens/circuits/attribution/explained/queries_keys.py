@@ -16,6 +16,7 @@ from reflowlens.circuits.attribution.traced import Traced, check_unhooked
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.bdh import BDH, Level
 from reflowlens.models.components import Block
+from reflowlens.models.parts import Norm
 from reflowlens.models.refined_block import RefinedBlock
 from reflowlens.models.ttt_flow import TTTFlow
 
@@ -27,7 +28,8 @@ class HeadAt:
     """A head at the position of a query.
 
     Args:
-        scores: its own for the keys, before softmax, and ``pattern`` what attention they became.
+        scores: its own for the keys, before softmax and in front of a soft cap.
+        pattern: the attention that they became.
     """
 
     traced: Traced
@@ -67,21 +69,42 @@ class HeadAt:
 
 
 class DecoderHeadAt(HeadAt):
-    """Channels are those of q / √d_head and of k, turned as rotary positions turn them, the norm's divisor held."""
+    """Channels are those of q / √d_head and of k, turned as rotary positions turn them, the divisors of norms held."""
+
+    def key_position(self, key: Any) -> int:
+        place, window = super().key_position(key), cast(Block, self.traced.model.blocks[self.layer]).attn.window
+        if window is not None and self.query - place >= window:
+            raise ReflowlensError(
+                f"key {place} lies outside of the window of query {self.query}: heads of block {self.layer} look at "
+                f"{window} positions, the last their own"
+            )
+        return place
 
     def channels(self, side: Side, position: int) -> tuple[Float[Tensor, "channel d_model"], Float[Tensor, " channel"]]:
         attn = cast(Block, self.traced.model.blocks[self.layer]).attn
         cfg = attn.cfg
-        W, b, scale, head = attn.W_Q, attn.b_Q, cfg.d_head**-0.5, self.head
+        W, b, scale, head = attn.W_Q, attn.b_Q, 1 / attn.divisor, self.head
         if side == "key":
             W, b, scale, head = attn.W_K, attn.b_K, 1.0, self.head * cfg.kv_heads // cfg.n_heads
         turn = scale * torch.eye(cfg.d_head, dtype=W.dtype, device=W.device)  # a row what becomes of a channel
-        if cfg.positional_embedding_type == "rotary":
+        if attn.q_norm is not None:
+            turn = turn * self._normalised(side, head, position)
+        if attn.rotary is not None:
             turn = attn.rotary(turn[None, None], slice(position, position + 1))[0, 0]
         norm = cast(FrozenDecoder, self.traced.engine.frozen).attention[self.layer].norm
         rows = turn.T @ W[head].T
         gradient = norm.back(rows * norm.w, slice(position, position + 1))
         return gradient, dot(rows, norm.b) + dot(turn.T, None if b is None else b[head])
+
+    def _normalised(self, side: Side, head: int, position: int) -> Float[Tensor, "d_head 1"]:
+        """What a norm of queries or keys multiplies each channel by, its divisor held."""
+        attn, name = cast(Block, self.traced.model.blocks[self.layer]).attn, "q_norm" if side == "query" else "k_norm"
+        point = f"blocks.{self.layer}.attn.{name}.hook_scale"
+        _, cache = self.traced.model.run_with_cache(self.traced.tokens[None], names_filter=[point])
+        w = cast(Norm, getattr(attn, name)).w.detach()
+        if attn.cfg.qk_norm_over_heads:
+            return (w.unflatten(0, (-1, attn.cfg.d_head))[head] / cache[point][0, position])[:, None]
+        return (w / cache[point][0, position, head])[:, None]
 
 
 class RefinedHeadAt(HeadAt):
@@ -154,8 +177,19 @@ def head_at(traced: Traced, layer: Any, head: Any, query: Any) -> HeadAt:
     names = [f"blocks.{block}.{part}" for part in parts]
     _, cache = model.run_with_cache(traced.tokens[None], names_filter=names, stop_at_layer=block + 1)
     scores = cache[names[0]][0, number, place]
+    if is_decoder and model.cfg.attn_scores_soft_cap is not None:
+        scores = _before_cap(traced, block, number, place)
     where = traced, block, number, place, scores
     if is_decoder:
         kind = RefinedHeadAt if isinstance(model, TTTFlow) else DecoderHeadAt
         return kind(*where, cache[names[1]][0, number, place])
     return LevelHeadAt(*where, scores, cache[names[1]][0, :, number] > 0)
+
+
+def _before_cap(traced: Traced, block: int, head: int, query: int) -> Float[Tensor, " key"]:
+    """Scores in front of their soft cap, of which they are products of queries and keys."""
+    attn = cast(Block, traced.model.blocks[block]).attn
+    names = [f"blocks.{block}.attn.hook_rot_{of}" for of in "qk"]
+    _, cache = traced.model.run_with_cache(traced.tokens[None], names_filter=names, stop_at_layer=block + 1)
+    q, k = (cache[name][0] for name in names)
+    return k[:, head * k.shape[1] // q.shape[1]] @ q[query, head] / attn.divisor

@@ -131,6 +131,7 @@ def parts_of(model: ResidualModel, dictionary: Dictionary | None, neurons: int, 
         ReflowlensError: the architecture has no graphs, or none with a dictionary or heads.
     """
     if model.sublayers == HEADS_AND_MLPS and isinstance(model, Decoder):
+        _check_options(model, dictionary, heads)
         return DecoderParts(model, dictionary, neurons, heads)
     if isinstance(model, TTTFlow):
         return RefinedParts(model, dictionary, neurons, heads)
@@ -148,3 +149,17 @@ def parts_of(model: ResidualModel, dictionary: Dictionary | None, neurons: int, 
             f"heads of a {name} write nothing but by their neurons, which are nodes already: leave out heads="
         )
     return LevelParts(model, neurons)
+
+
+def _check_options(model: Decoder, dictionary: Dictionary | None, heads: bool) -> None:
+    cfg = model.cfg
+    if cfg.has_post_norms and (cfg.attn_out_bias or cfg.mlp_bias):
+        raise ReflowlensError(
+            "a norm behind attention or MLP divides their biases by another number at every position, and biases of a "
+            "graph are constants: attn_out_bias and mlp_bias with norms behind are not explained"
+        )
+    if heads and cfg.parallel_attn_mlp and dictionary is not None and dictionary.cfg.skip:
+        raise ReflowlensError(
+            "where attention and MLP are parallel, a transcoder with a skip and heads are not nodes of one graph: "
+            "leave out heads="
+        )

@@ -24,7 +24,13 @@ from reflowlens.circuits.attribution.linear.frozen_model import (
     ReadAsStream,
     at_positions,
 )
-from reflowlens.circuits.attribution.linear.replacement import Units, detached
+from reflowlens.circuits.attribution.linear.replacement import (
+    Units,
+    constant_behind,
+    detached,
+    divisor_behind,
+    head_writes,
+)
 from reflowlens.circuits.attribution.linear.ways import Ways, Within, dense
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
@@ -64,7 +70,10 @@ class FrozenNorm:
 class FrozenAttention:
     """Attention whose patterns are constants: from the values on a linear map.
 
+    A norm behind it is part of it: its weight of ``W_O``, its divisor at each query of ``pattern`` and ``z``.
+
     Args:
+        b_O: what is added whatever the heads find.
         z: what the heads found, before ``W_O``.
     """
 
@@ -161,15 +170,18 @@ class FrozenDecoder(ReadAsStream):
     def __init__(
         self, model: Decoder, cache: Mapping[str, Tensor], skips: Sequence[Tensor | None], heads: bool = False
     ) -> None:
-        self.skips, self.heads = skips, heads
+        self.skips, self.heads, self.parallel = skips, heads, model.cfg.parallel_attn_mlp
         self.attention: list[FrozenAttention] = []
         self.norms: list[FrozenNorm] = []  # of the MLPs
         for layer, block in enumerate(cast("list[Block]", list(model.blocks))):
             attn, name = block.attn, f"blocks.{layer}"
             norm = FrozenNorm.of(block.ln1, f"{name}.ln1", cache)
-            pattern = cache[f"{name}.attn.hook_pattern"][0]
-            weights = attn.W_V.detach(), attn.W_O.detach(), detached(attn.b_V), detached(attn.b_O)
-            self.attention.append(FrozenAttention(norm, pattern, *weights, cache[f"{name}.attn.hook_z"][0]))
+            pattern, z = cache[f"{name}.attn.hook_pattern"][0], cache[f"{name}.attn.hook_z"][0]
+            if (scale := divisor_behind(cache, f"{name}.ln1_post")) is not None:
+                pattern, z = pattern / scale, z / scale[:, None]
+            b_O = constant_behind(block.ln1_post, attn.b_O)
+            weights = attn.W_V.detach(), head_writes(block), detached(attn.b_V), b_O
+            self.attention.append(FrozenAttention(norm, pattern, *weights, z))
             self.norms.append(FrozenNorm.of(block.ln2, f"{name}.ln2", cache))
         self.final = FrozenNorm.of(model.ln_final, "ln_final", cache)
         self.d_model, width = model.cfg.d_model, model.cfg.n_heads * model.cfg.d_head
@@ -190,7 +202,13 @@ class FrozenDecoder(ReadAsStream):
         gradient = self.norms[layer].back(units.rows, units.position)
         if self.heads:
             return self._at(gradient, units.position), gradient.new_zeros(len(gradient))
+        if self.parallel:
+            return Ways.at(gradient, units.position), gradient.new_zeros(len(gradient))
         return self.attention[layer].back_from(gradient, units.position)
+
+    def read_by(self, stage: int) -> int:
+        is_heads = self._part(stage)[1]
+        return stage - 1 if self.parallel and self.heads and not is_heads else stage
 
     def enter_at(
         self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
@@ -199,9 +217,10 @@ class FrozenDecoder(ReadAsStream):
             rows = self.attention[layer].norm.back(rows, positions)
         if at == "ln2.hook_normalized":
             rows = self.norms[layer].back(rows, positions)
-        if at in MIDDLE and not self.heads:
+        inside = at in MIDDLE and not self.parallel
+        if inside and not self.heads:
             return EnteredAt(layer, *self.attention[layer].back_from(rows, positions))
-        stage = (1 + self.heads) * (layer + (at == "resid_post")) + (at in MIDDLE)
+        stage = (1 + self.heads) * (layer + (at == "resid_post")) + inside
         return EnteredAt(stage, self._at(rows, positions), rows.new_zeros(len(rows)))
 
     def enter_end(self, rows: Float[Tensor, "target d_model"]) -> Carried:
@@ -222,14 +241,25 @@ class FrozenDecoder(ReadAsStream):
         attention = self.attention[layer]
         if isinstance(carried, Ways) and self.skips[layer] is None and carried.stay_few(len(attention.W_O)):
             return PulledBack(attention.back_by_ways(carried), stream, attention.of_biases(stream))
-        below, constant = attention.back(self.middle(layer, stream))
+        below, constant = self.through(layer, stream)
         return PulledBack(below, stream, constant)
+
+    def through(
+        self, layer: int, stream: Float[Tensor, "pos target d_model"]
+    ) -> tuple[Float[Tensor, "pos target d_model"], Float[Tensor, " target"]]:
+        """From a block's output to its input, and what biases of attention add on the way."""
+        below, constant = self.attention[layer].back(self.middle(layer, stream))
+        skip = self.skips[layer]
+        if self.parallel and skip is not None:
+            below = below + self.norms[layer].back(stream @ skip)
+        return below, constant
 
     def ahead(
         self, vectors: Float[Tensor, "input d_model"], positions: Int[Tensor, " input"]
     ) -> Float[Tensor, "pos d_model input"] | None:
         n = len(self.final.scale)
-        if self.heads or len(vectors) > vectors.shape[1] or n * vectors.numel() > _MOST_AHEAD:
+        around = self.parallel and self.skips[0] is not None  # another way from the input than by attention
+        if self.heads or around or len(vectors) > vectors.shape[1] or n * vectors.numel() > _MOST_AHEAD:
             return None
         return self.attention[0].ahead(vectors, positions)
 
@@ -244,11 +274,15 @@ class FrozenDecoder(ReadAsStream):
     ) -> Float[Tensor, "*pos target d_model"]:
         """From a block's output to ``resid_mid``, by the way around the MLP and the skip of its replacement.
 
+        Where attention and MLP are parallel the skip does not begin there, but in front of the block.
+
         Args:
             positions: the one that all targets are at, where the stream is of that alone.
         """
         skip = self.skips[layer]
-        return stream if skip is None else stream + self.norms[layer].back(stream @ skip, positions)
+        if skip is None or self.parallel:
+            return stream
+        return stream + self.norms[layer].back(stream @ skip, positions)
 
     def _at(self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]) -> Carried:
         """Where heads are nodes, what reads one position is connected with nothing else."""

@@ -56,6 +56,10 @@ class FrozenModel(Protocol):
         """From where units of a stage read to the stage's input: gradients, and what biases add on the way."""
         ...
 
+    def read_by(self, stage: int) -> int:
+        """The stage in front of which units of a stage read the stream, at whose input :meth:`enter` ends."""
+        ...
+
     def enter_at(
         self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
     ) -> EnteredAt:
@@ -91,6 +95,9 @@ class ReadAsStream:
     """Inputs of every kind are added to what the first stage reads."""
 
     alone = True
+
+    def read_by(self, stage: int) -> int:
+        return stage
 
     def at_inputs(self, carried: Carried, kind: str) -> Float[Tensor, "pos target d_model"] | Within:
         return carried if isinstance(carried, Within) else dense(carried)

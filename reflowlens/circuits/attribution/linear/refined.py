@@ -145,6 +145,9 @@ class FrozenRefined:
             return frozen.unmixed(frozen.of_heads(rows, units.index, units.position)), none
         return self._from_middle(block, frozen.mlp_norm.back(rows, units.position), units.position), none
 
+    def read_by(self, stage: int) -> int:
+        return stage
+
     def enter_at(
         self, at: str, layer: int, rows: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]
     ) -> EnteredAt:

@@ -19,6 +19,7 @@ from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.components import Block, GatedMLP
 from reflowlens.models.decoder import Decoder
+from reflowlens.models.parts import Norm
 from reflowlens.models.refined_block import RefinedBlock
 from reflowlens.models.ttt_flow import TTTFlow
 
@@ -144,6 +145,7 @@ class Replacement:
 def points_of(model: Decoder | TTTFlow, dictionary: Dictionary | None, heads: bool) -> list[str]:
     """The hook points whose activations a replacement is made of."""
     parts = ["hook_mlp_out", "ln2.hook_normalized", *(["attn.hook_z"] if heads else [])]
+    parts += ["ln1_post.hook_scale", "ln2_post.hook_scale"] if model.cfg.has_post_norms else []
     if dictionary is None:
         parts += ["mlp.hook_pre", "mlp.hook_post"]
     return [f"blocks.{layer}.{part}" for layer in range(model.cfg.n_layers) for part in parts]
@@ -233,9 +235,10 @@ def of_neurons(
             rows, constant = gate[:, None] * rows, gate * constant
         constant = torch.as_tensor(constant).expand(len(index)).to(rows)
         units.append(Units(index, position, activation, value, rows, constant))
-        vectors = activation[:, None] * writes[index]
-        rest = after.masked_fill(chosen, 0.0) @ writes
-        written.append(Written({layer: vectors}, rest, detached(mlp.b_out)))
+        vectors, rest = activation[:, None] * writes[index], after.masked_fill(chosen, 0.0) @ writes
+        if (scale := divisor_behind(cache, f"{name}.ln2_post")) is not None:
+            vectors, rest = vectors / scale[position], rest / scale
+        written.append(Written({layer: vectors}, rest, constant_behind(getattr(block, "ln2_post", None), mlp.b_out)))
     return Replacement("neuron", units, written)
 
 
@@ -259,24 +262,45 @@ def heads_of(model: Decoder | TTTFlow, cache: Mapping[str, Tensor]) -> list[Head
     found = []
     for layer, block in enumerate(cast("list[Block | RefinedBlock]", list(model.blocks))):
         written = torch.einsum("phe,hed->phd", cache[f"blocks.{layer}.attn.hook_z"][0], head_writes(block))
+        if (scale := divisor_behind(cache, f"blocks.{layer}.ln1_post")) is not None:
+            written = written / scale[:, None]
         size = written.norm(dim=-1)
         position, index = (size > _ROUNDING * size.max()).nonzero().unbind(1)
         norm = size[position, index]
         rows = written[position, index] / norm[:, None]
-        found.append(Heads(Units(index, position, norm, norm, rows, torch.zeros_like(norm)), detached(block.attn.b_O)))
+        bias = constant_behind(getattr(block, "ln1_post", None), block.attn.b_O)
+        found.append(Heads(Units(index, position, norm, norm, rows, torch.zeros_like(norm)), bias))
     return found
 
 
 def neuron_writes(block: Block | RefinedBlock) -> Float[Tensor, "d_mlp d_model"]:
     """What each neuron of a block's MLP adds to the stream at an activation of 1."""
     W_out = block.mlp.W_out.detach()
-    return W_out * block.w_mlp.detach() if isinstance(block, RefinedBlock) else W_out
+    return W_out * block.w_mlp.detach() if isinstance(block, RefinedBlock) else _behind(block.ln2_post, W_out)
 
 
 def head_writes(block: Block | RefinedBlock) -> Float[Tensor, "head d_head d_model"]:
     """What each channel of a head of a block adds to the stream at 1."""
     W_O = block.attn.W_O.detach()
-    return W_O * block.w_attn.detach() if isinstance(block, RefinedBlock) else W_O
+    return W_O * block.w_attn.detach() if isinstance(block, RefinedBlock) else _behind(block.ln1_post, W_O)
+
+
+def _behind(norm: Norm | None, written: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What a norm makes of it before it is added to the stream, but for its divisor (:func:`divisor_behind`)."""
+    if norm is None:
+        return written
+    centred = written - written.mean(-1, keepdim=True) if norm.centered else written
+    return centred * norm.w.detach()
+
+
+def divisor_behind(cache: Mapping[str, Tensor], norm: str) -> Float[Tensor, "pos 1"] | None:
+    """By what a norm behind attention or MLP divides at each position; None where there is none."""
+    return cache[f"{norm}.hook_scale"][0] if f"{norm}.hook_scale" in cache else None
+
+
+def constant_behind(norm: Norm | None, bias: Tensor | None) -> Float[Tensor, " d_model"] | None:
+    """What is added whatever the prompt: the bias, or that of the norm behind."""
+    return detached(bias) if norm is None else detached(norm.b)
 
 
 def no_units(like: Float[Tensor, "pos d_model"]) -> Units:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from reflowlens.circuits.attribution.graph import AttributionGraph
 
 
+HELD = ("ln1.hook_scale", "attn.hook_pattern", "ln1_post.hook_scale", "ln2.hook_scale", "ln2_post.hook_scale")
+
+
 class DecoderPass(Pass):
     """Of features, neurons, heads, errors, and inputs, signals of recipes and readouts among them."""
 
@@ -41,9 +44,8 @@ class DecoderPass(Pass):
         for block in range(n_blocks):
             name = f"blocks.{block}"
             if self.is_frozen:
-                hooks += [
-                    (f"{name}.{point}", held) for point in ("ln1.hook_scale", "attn.hook_pattern", "ln2.hook_scale")
-                ]
+                points = [f"{name}.{point}" for point in HELD]
+                hooks += [(point, held) for point in points if point in self.traced.model.hook_dict]
             if block >= self.n_units:
                 continue  # read by directions, and by nothing else
             if self.replacement.heads:
@@ -88,9 +90,11 @@ class DecoderPass(Pass):
         units = self.replacement.heads[block].units
         W_O = head_writes(cast(Block, self.traced.model.blocks[block]))
         size = len(self.traced.tokens), len(W_O)
+        written = torch.einsum("ud,ued->ue", units.rows, W_O[units.index])
 
         def hook(z: Float[Tensor, "row pos head d_head"], hook: Any) -> Tensor:
-            along = torch.einsum("ud,ued->ue", units.rows, W_O[units.index])
+            # Of the unchanged run what is read is what was written: a norm behind heads divides by the same.
+            along = written * (units.value / (z[0, units.position, units.index] * written).sum(-1))[:, None]
             read = z.new_zeros(len(z), *size)
             read[:, units.position, units.index] = (z[:, units.position, units.index] * along).sum(-1)
             self.note("head", block, read)
