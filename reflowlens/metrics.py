@@ -71,11 +71,13 @@ class Reference:
         tokens: of the run that is patched, padded on the right.
         lengths: each prompt's own number of tokens.
         clean: the clean run's logits at the positions that the metric reads.
+        rows: which of the prompts that the metric was made for these are, and of how many; None: all of them.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     lengths: Sequence[int]
     clean: Logits | None = None
+    rows: tuple[range, int] | None = None
 
 
 Score: TypeAlias = "Callable[[Logits, Int[Tensor, ' row']], Float[Tensor, ' row']]"
@@ -92,6 +94,7 @@ class Metric:
             function of a module, or a partial of one, where the metric is to be pickled.
         normalised: whether the value is restated as the share of the way from the corrupted run to the clean one.
         reads_tokens: whether logits are compared with the prompts themselves.
+        rows: where it is measured on a part of the prompts that it was made for: which they are, and of how many.
     """
 
     name: str
@@ -99,6 +102,12 @@ class Metric:
     bind: Callable[[HookedModel, Reference], Score] = dataclasses.field(repr=False)
     normalised: bool = False
     reads_tokens: bool = False
+    rows: tuple[range, int] | None = None
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether it can be measured on a part of its prompts: those here can, others may hold something of each."""
+        return getattr(self.bind, "func", self.bind).__module__ == __name__
 
     def of_logits(
         self, model: HookedModel, logits: Float[Tensor, "prompt pos d_vocab"], prompts: TextInput | None = None
@@ -264,7 +273,8 @@ def _answers(target: Target | Prompts) -> Target:
 
 
 def _ids(model: HookedModel, target: Target, reference: Reference) -> Int[Tensor, " prompt"]:
-    ids = target_ids(model.to_single_token, target, len(reference.tokens), model.cfg.d_vocab)
+    rows, n_prompts = reference.rows or (range(len(reference.tokens)), len(reference.tokens))
+    ids = target_ids(model.to_single_token, target, n_prompts, model.cfg.d_vocab)[list(rows)]
     return ids.to(reference.tokens.device)
 
 

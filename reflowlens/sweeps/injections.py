@@ -19,6 +19,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Position, Steer
 from reflowlens.models.base import HookedModel
 from reflowlens.models.text import TextInput
+from reflowlens.prompts import Prompts
 from reflowlens.sweeps.packed import Packed, UnpatchedRun
 from reflowlens.sweeps.reading import attached_points
 from reflowlens.sweeps.suffixes import Layout
@@ -33,8 +34,10 @@ class Injections:
 
     Args:
         model: a hooked model to which nothing is attached.
-        where: the positions that a direction is added to: ``"last"``, each prompt's last; ``"all"``; or the text of a
-            token (``" film"``), from whose last occurrence on it is added.
+        prompts: texts or tokens; of :class:`reflowlens.Prompts` the clean ones.
+        where: the positions that a direction is added to: ``"last"``, each prompt's last; ``"all"``; a role of
+            :class:`reflowlens.Prompts`, or the text of a token (``" film"``), from whose last occurrence on it is
+            added.
 
     Raises:
         ReflowlensError: hooks are attached to the model, or a prompt lacks the token.
@@ -46,13 +49,14 @@ class Injections:
         torch.Size([3, 256])
     """
 
-    def __init__(self, model: HookedModel, prompts: TextInput, where: Where = "last") -> None:
+    def __init__(self, model: HookedModel, prompts: TextInput | Prompts, where: Where = "last") -> None:
         if attached_points(model):
             raise ReflowlensError(
                 "directions are added to the model as it is: leave rl.intervene and remove hooks first"
             )
         self.model = model
-        self.tokens, lengths = model.tokens_and_lengths(prompts)
+        self._table = prompts if isinstance(prompts, Prompts) else None
+        self.tokens, lengths = model.tokens_and_lengths(prompts.clean if isinstance(prompts, Prompts) else prompts)
         self.last = torch.tensor(lengths, device=self.tokens.device) - 1
         self.start = self._starts(where)
         self._unsteered = UnpatchedRun(model, self.tokens, stream_points(model) if model.stages == "whole" else ())
@@ -120,6 +124,8 @@ class Injections:
     def _starts(self, where: Where) -> Int[Tensor, " prompt"]:
         if where in ("last", "all"):
             return self.last if where == "last" else torch.zeros_like(self.last)
+        if self._table is not None and where.partition(":")[0] in self._table.frame:
+            return torch.tensor(self._table.positions(self.model, where), device=self.last.device)
         wanted = self.model.to_single_token(where)
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         found = torch.where((self.tokens == wanted) & (position <= self.last[:, None]), position, -1).amax(dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,29 @@ class PatchingResult(patching.PatchingResult):
         if found is None:
             raise ReflowlensError(f"no cell has {least} prompts")
         return found.unflatten(-1, self.values.shape[:-1])
+
+
+def joined(parts: Sequence[PatchingResult]) -> PatchingResult:
+    """The result of all prompts of results of parts of them, over the same grid but for the length of its positions."""
+    whole = max(parts, key=lambda part: len(part.index_df))
+    places = {row: number for number, row in enumerate(whole.index_df.itertuples(index=False, name=None))}
+    columns, lacking = [], []
+    for part in parts:
+        here = torch.tensor([places[row] for row in part.index_df.itertuples(index=False, name=None)])
+        n_prompts = part.values.shape[-1]
+        values = part.values.new_full((len(places), n_prompts), torch.nan)
+        missing = torch.ones(len(places), n_prompts, dtype=torch.bool, device=values.device)
+        values[here] = part.values.flatten(0, -2)
+        missing[here] = False if part.missing is None else part.missing.flatten(0, -2)
+        columns.append(values)
+        lacking.append(missing)
+    missing, shape = torch.cat(lacking, dim=1), whole.values.shape[:-1]
+    return dataclasses.replace(
+        whole,
+        values=torch.cat(columns, dim=1).unflatten(0, shape),
+        baseline=torch.cat([part.baseline for part in parts if part.baseline is not None]),
+        missing=missing.unflatten(0, shape) if bool(missing.any()) else None,
+    )
 
 
 def mean_over_prompts(

@@ -59,7 +59,7 @@ class Reader:
             self._check_comparable(metric)
             clean_read = read_positions(metric.position, clean_lengths, clean.shape[1]).to(tokens.device)
             clean_logits = self._logits(clean, clean_read)
-        self._score = metric.bind(model, Reference(tokens, lengths, clean_logits))
+        self._score = metric.bind(model, Reference(tokens, lengths, clean_logits, metric.rows))
         self.ends: tuple[Tensor, Tensor] | None = None
         if metric.normalised:
             if clean is None:

@@ -8,8 +8,10 @@ that the metric reads are formed. The numbers are those of one whole forward pas
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,13 +34,14 @@ from reflowlens.processes import processes
 from reflowlens.prompts import Prompts
 from reflowlens.sweeps.alignment import Positions
 from reflowlens.sweeps.grids import CellSpec
-from reflowlens.sweeps.patching_result import PatchingResult
+from reflowlens.sweeps.patching_result import PatchingResult, joined
 from reflowlens.sweeps.reading import Reader, attached_points
 from reflowlens.sweeps.results_file import ResultsFile
 from reflowlens.sweeps.runs import PackedRuns, WholeRuns
 from reflowlens.sweeps.setup import Setup, prepare_sweep
 
 Mode = Literal["exact", "gradient", "integrated"]
+PROMPTS_AT_ONCE = 128  # of a grid over more
 MODES: tuple[Mode, ...] = ("exact", "gradient", "integrated")
 
 
@@ -64,7 +67,8 @@ def sweep(
         clean: the prompts that patches take their activations from; None when no cell does. Of
             :class:`reflowlens.Prompts` both columns are used and ``corrupted`` is left out (what follows is then given
             by name): ``rl.sweep(model, prompts, cells="resid_pre", metric=rl.metrics.logit_diff(prompts))``. Without a
-            column ``corrupted`` the clean ones are run.
+            column ``corrupted`` the clean ones are run. A grid over more than 128 prompts runs 128 at a time, unless it
+            keeps ``results``.
         corrupted: the prompts that are run; as many tokens as ``clean``, unless ``positions`` aligns the two.
         cells: a grid's name (``"resid_pre"``, ``"attn_head_out"``, ..., :data:`reflowlens.sweeps.grids.GRIDS`),
             several names, or a list of interventions, of which a sublist makes one cell. ``Patch`` without a prompt
@@ -106,6 +110,10 @@ def sweep(
     metric = check_metric(metric)
     if results is not None and mode != "exact":
         raise ReflowlensError(f"results keeps the cells of an exact sweep: mode={mode!r} estimates them all at once")
+    is_long = isinstance(clean, Prompts) and len(clean) > PROMPTS_AT_ONCE
+    if is_long and results is None and _are_names(cells) and metric.takes_parts:
+        options: dict[str, Any] = {"mode": mode, "steps": steps, "memory": memory, "progress": progress}
+        return _in_parts(model, cast(Prompts, clean), corrupted, cells, metric, positions, options)
     setup = prepare_sweep(hooked, clean, corrupted, cells, positions)
     if mode == "exact":
         values, baseline = _exact(setup, metric, memory, results, progress)
@@ -123,6 +131,31 @@ def sweep(
         missing=missing.reshape(*table.shape, -1) if bool(missing.any()) else None,
         misaligned=setup.misaligned,
     )
+
+
+def _are_names(cells: CellSpec) -> bool:
+    return isinstance(cells, str) or (isinstance(cells, Sequence) and all(isinstance(cell, str) for cell in cells))
+
+
+def _in_parts(
+    model: Any,
+    prompts: Prompts,
+    corrupted: TextInput | None,
+    cells: CellSpec,
+    metric: Metric,
+    positions: Positions,
+    options: dict[str, Any],
+) -> PatchingResult:
+    """A grid over many prompts, some at a time: what is kept of the unpatched run does not grow with their number."""
+    n, parts = len(prompts), []
+    for start in range(0, n, PROMPTS_AT_ONCE):
+        rows = range(start, min(start + PROMPTS_AT_ONCE, n))
+        own = dataclasses.replace(metric, rows=(rows, n))
+        parts.append(sweep(model, prompts.select(rows), corrupted, cells, own, positions=positions, **options))
+    whole = joined(parts)
+    of_one_length = len({part.values.shape[:-1] for part in parts}) == 1 and not any(part.misaligned for part in parts)
+    has_positions = positions is None and "pos" in whole.axis_names
+    return dataclasses.replace(whole, misaligned=has_positions and not of_one_length)
 
 
 @torch.no_grad()

@@ -62,11 +62,14 @@ from analyses.statistics.pvalues import holm, paired_permutation_pvalue
 from analyses.statistics.verdicts import Verdict, verdict
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.circuits.attribution.graph import AttributionGraph
+from reflowlens.circuits.task import values_of
 from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.dictionaries.files import dictionary_manifest, list_dictionaries, load_dictionary
 from reflowlens.errors import ReflowlensError
+from reflowlens.metrics import target_rank
 from reflowlens.models.base import HookedModel
+from reflowlens.prompts import Prompts
 
 NEURONS = "neurons"
 MINIMUM_UNITS = 20
@@ -193,6 +196,7 @@ def circuit_tracing(
         "doses": dose_frame(forced, seed),
     }
     findings, notes = _findings(frames["prompts"], forced, seed)
+    notes = [*_expected(model, lexicon), *notes]
     return Result(
         name="circuit_tracing",
         title="Circuit Tracing",
@@ -213,6 +217,19 @@ def circuit_tracing(
         published=PUBLISHED,
         notes=notes,
     )
+
+
+def _expected(model: HookedModel, lexicon: Lexicon) -> list[str]:
+    """How often the model says what the factual prompts ask for: otherwise its graphs explain something else."""
+    known = [item for item in lexicon.factual if model.tokenizer.is_single_token(item.target)]
+    if len(known) < 2:
+        return []
+    prompts = Prompts.of([{"clean": item.prompt, "answer": item.target} for item in known])
+    first = (values_of(model, prompts, target_rank) == 1).double().cpu().numpy()
+    low, high = rate_interval(first)
+    aside = "" if first.mean() > 0.5 else ": what the graphs explain is mostly another token, not the fact"
+    share = f"{int(first.sum())} of {len(known)} factual prompts ({low:.3f} to {high:.3f})"
+    return [f"the likeliest token is the expected one after {share}{aside}"]
 
 
 def lifting_verdict(interval: tuple[float, float], random_direction: float, p: float, units: int) -> Verdict:

@@ -35,3 +35,13 @@ def test_hooks_and_prompts_without_the_token_are_errors(model):
         model("a cat")
         with pytest.raises(ReflowlensError, match="remove hooks"):
             Injections(model, ["a cat"])
+
+
+def test_a_direction_from_a_role_on(tiny_models):
+    model, prompts = tiny_models["gpt2"], rl.Prompts.of([{"clean": "abcd", "r": "b"}, {"clean": "xyz", "r": "z"}])
+    direction = torch.linspace(-1, 1, 32)
+    final = Injections(model, prompts, "r").final(1, torch.arange(2), direction.expand(2, -1))
+    for row, position in enumerate([slice(1, None), slice(2, None)]):
+        with rl.intervene(model, steer(model, 1, direction, 1.0, position)):
+            _, cache = model.run_with_cache(prompts.clean[row])
+        torch.testing.assert_close(final[row], cache["resid_post", 1][0, -1], rtol=1e-5, atol=1e-5)

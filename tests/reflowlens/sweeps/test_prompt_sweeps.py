@@ -255,3 +255,39 @@ def test_kl_compares_each_prompt_with_its_own_last_token(tiny_models: dict[str, 
     for row in range(3):
         clean, patched = (model(text[row])[0, -1].log_softmax(-1) for text in (PROMPTS.clean, PROMPTS.corrupted))
         torch.testing.assert_close(result.baseline[row], (clean.exp() * (clean - patched)).sum(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [None, "right", ["subject", "last"]])
+@pytest.mark.parametrize("mode", ["exact", "gradient"])
+def test_many_prompts_in_parts_are_the_same(
+    tiny_models: dict[str, HookedModel], monkeypatch: pytest.MonkeyPatch, positions: Any, mode: Any
+) -> None:
+    prompts = EVEN if positions is None else PROMPTS
+    options: dict[str, Any] = {"cells": ["resid_pre", "mlp_out"], "positions": positions, "mode": mode}
+    metric = rl.metrics.recovery(rl.metrics.logit_diff(prompts))
+    whole = rl.sweep(tiny_models["gpt2"], prompts, metric=metric, **options)
+    monkeypatch.setattr("reflowlens.sweeps.sweep.PROMPTS_AT_ONCE", 1)
+    parts = rl.sweep(tiny_models["gpt2"], prompts, metric=metric, **options)
+    torch.testing.assert_close(parts.values, whole.values, rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(parts.baseline, whole.baseline, rtol=1e-4, atol=1e-5)
+    assert parts.index_df.equals(whole.index_df)
+    assert parts.misaligned == whole.misaligned == (positions is None)
+    assert (parts.missing is None) == (whole.missing is None)
+    if whole.missing is not None:
+        assert (parts.missing == whole.missing).all()
+
+
+def test_a_metric_of_ones_own_sees_all_prompts_at_once(
+    tiny_models: dict[str, HookedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def bind(model: Any, reference: Any) -> Any:
+        seen.append(len(reference.tokens))
+        return lambda logits, prompts: logits.vocabulary().mean(dim=(1, 2))
+
+    monkeypatch.setattr("reflowlens.sweeps.sweep.PROMPTS_AT_ONCE", 1)
+    rl.sweep(
+        tiny_models["gpt2"], PROMPTS, cells="mlp_out", metric=rl.metrics.Metric("own", "last", bind), positions=["last"]
+    )
+    assert seen == [3]

@@ -24,7 +24,7 @@ def redrawn(traced: Traced, replacement: Replacement) -> AttributionGraph:
     own = traced.engine
     layout = layout_of(replacement, own.inputs, own.end, len(traced.tokens))
     engine = Engine(own.frozen, replacement, own.inputs, own.end, layout)
-    n_edges, _ = possible_edges(layout, replacement, own.inputs)
+    n_edges, _ = possible_edges(layout, replacement, own.inputs, own.frozen.alone)
     rows = SparseRows(layout.n_nodes, n_edges, layout.first_input[0], None)
     for batch in engine.batches():
         rows.add(batch.first, batch.values())
