@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from analyses.tasks.composition import composition_scores as composition_scores
     from analyses.tasks.function_vectors import function_vectors as function_vectors
     from analyses.tasks.head_ablation import head_ablation as head_ablation
+    from analyses.tasks.head_patterns import head_patterns as head_patterns
     from analyses.tasks.logit_attribution import direct_logit_attribution as direct_logit_attribution
     from analyses.tasks.performance import task_performance as task_performance
     from analyses.tasks.probes import Probes as Probes
@@ -69,6 +70,7 @@ _HOMES = {experiment.name: f"experiments.{experiment.name}" for experiment in EX
     "feature_dashboards": "features.dashboards",
     "function_vectors": "tasks.function_vectors",
     "head_ablation": "tasks.head_ablation",
+    "head_patterns": "tasks.head_patterns",
     "last_words": "tasks.comparisons",
     "linear_probes": "tasks.probes",
     "load_lexicon": "words",

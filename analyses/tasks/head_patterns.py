@@ -1,0 +1,305 @@
+"""Where heads attend: to the token before, to earlier copies of the token, to what followed these, to the first token.
+
+Of a query at position q, a kind of head attends to the keys k ≤ q
+
+``previous``   k = q − 1
+``duplicate``  k < q with the same token
+``induction``  those whose token before is the query's: what came next the last time (Olsson et al., 2022)
+``current``    k = q
+``first``      k = 0
+
+A head's *score* is the share of its attention that lies there, as TransformerLens's ``detect_head`` defines it; where
+no such key exists it counts as 0, so that ``where_possible``, the mean over all queries that have one, stands beside.
+
+Two controls. ``uniform`` is the score of attending to every key alike: texts differ in how many keys there are.
+``shuffled`` is the attention to the same places when the tokens there are shuffled: what a head that goes by positions
+alone has too. The *excess* of ``duplicate`` and ``induction``, which tokens tell, is that over ``shuffled``; of the
+others it is that over ``uniform``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from analyses.result.finding import Finding
+from analyses.result.model_identity import hash_of
+from analyses.result.result import Result
+from analyses.statistics.draws import derive_rng
+from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
+from analyses.statistics.pvalues import paired_permutation_pvalue
+from analyses.statistics.verdicts import verdict
+from analyses.tasks.answered import shown
+from reflowlens.arguments import number_of_runs, whole_number
+from reflowlens.errors import ReflowlensError
+from reflowlens.figures.heatmap import heatmap
+from reflowlens.interventions.passes import is_intervened
+from reflowlens.models.base import HookedModel
+from reflowlens.models.unwrapping import hooked_model
+from reflowlens.progress import bar
+from reflowlens.prompts import Prompts
+from reflowlens.scoring.batches import by_length
+
+KINDS = ("previous", "duplicate", "induction", "current", "first")
+_BY_TOKENS = ("duplicate", "induction")
+_MINIMUM = 10  # sequences in a half, below which no verdict is given
+_LONGEST = 128  # tokens of a text: attention is a square of them
+
+
+def head_patterns(
+    model: HookedModel,
+    texts: Sequence[str] | Prompts | None = None,
+    *,
+    sequences: int = 40,
+    length: int = 25,
+    longest: int = _LONGEST,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool | None = None,
+) -> Result:
+    """Score every head as previous-token, duplicate-token, induction, current-token and first-token head.
+
+    On random tokens that are repeated once, where only attention by tokens finds the first copy, and on texts. What a
+    head does on random tokens it need not do on text, and the other way round.
+
+    Args:
+        model: with attention that sums to 1; what is attached to it acts.
+        texts: some, or prompts, whose clean texts are read; None: random tokens alone.
+        sequences: of random tokens.
+        length: of their first half, whose tokens are all different.
+        longest: tokens of a text that are read, from its beginning.
+        seed: of the random tokens, the shuffling and the resamples.
+        quick: a quarter of the sequences and texts.
+
+    Returns:
+        A Result. Frame ``heads``: a row a source (``"random"``, ``"text"``), kind, layer and head, with ``score``,
+        ``where_possible``, ``uniform``, ``shuffled`` and ``excess``, means over sequences, and ``score_low``,
+        ``score_high``, ``excess_low``, ``excess_high``. Metrics such as ``induction_random``: the excess of the head
+        that is strongest on one half of the sequences, measured on the other half; verdicts ask whether it is above 0.
+        Figures: a source and kind each, layer × head.
+
+    Raises:
+        ReflowlensError: the attention of this model is no distribution over keys, or there are fewer than four
+            sequences or texts.
+
+    Example: ``head_patterns(model).frames["heads"].query("kind == 'induction'").nlargest(5, "score")``
+    """
+    hooked = hooked_model(model)
+    if not all(name in hooked.hook_dict for name in _points(hooked)):
+        raise ReflowlensError(
+            f"the attention of a {type(hooked).__name__} is no distribution over keys: shares of it say nothing of "
+            "where heads attend"
+        )
+    longest = min(whole_number(longest, "longest", 2), hooked.cfg.n_ctx)
+    rows = {"random": _repeated(hooked, number_of_runs(sequences, "sequences", 4), length, seed)}
+    if texts is not None:
+        listed = texts.clean if isinstance(texts, Prompts) else list(texts)
+        begin = hooked.text_start()
+        read = [(begin + hooked.tokenizer.encode(text))[:longest] for text in listed]
+        rows["text"] = [row for row in read if len(row) > 1]
+    frames, findings, figures = [], {}, {}
+    for source, some in rows.items():
+        some = some[:: 4 if quick and len(some) >= 16 else 1]
+        if len(some) < 4:
+            raise ReflowlensError(f"scores have intervals over sequences, and need four at least, got {len(some)}")
+        measured = _measure(hooked, some, _shuffled(hooked, some, source, seed), shown(progress), source)
+        frame = _frame(measured, source, seed)
+        frames.append(frame)
+        findings |= {f"{kind}_{source}": _finding(measured, kind, seed) for kind in KINDS}
+        figures |= {f"{kind}_{source}": _figure(frame, kind, source) for kind in KINDS}
+    return Result(
+        "head_patterns",
+        "Patterns of heads",
+        {
+            "sequences": {source: len(some) for source, some in rows.items()},
+            "length": length,
+            "longest": longest,
+            "seed": seed,
+            "quick": quick,
+            "model_hash": hash_of(hooked),
+        },
+        findings=findings,
+        frames={"heads": pd.concat(frames, ignore_index=True)},
+        figures=figures,
+        notes=[] if texts is not None else ["random tokens alone: give texts to see what heads do there"],
+    )
+
+
+def pattern_of(kind: str, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row query key"]:
+    """The keys that a kind of head attends to.
+
+    >>> pattern_of("induction", torch.tensor([[5, 6, 5]]))[0].nonzero().tolist()
+    [[2, 1]]
+    """
+    n = tokens.shape[1]
+    query, key = torch.arange(n)[:, None], torch.arange(n)
+    if kind == "duplicate":
+        return (tokens[:, :, None] == tokens[:, None]) & (key < query)
+    if kind == "induction":
+        follows = torch.zeros(len(tokens), n, n, dtype=torch.bool)
+        follows[:, :, 1:] = pattern_of("duplicate", tokens)[:, :, :-1]
+        return follows
+    place = {"previous": key == query - 1, "current": key == query, "first": (key == 0) & (query >= 0)}[kind]
+    return place.expand(len(tokens), -1, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Shares of attention by kind, of all sequences' queries that have a key, and of attending to all keys alike."""
+
+    score: Mapping[str, Float[np.ndarray, "sequence layer head"]]
+    where_possible: Mapping[str, Float[np.ndarray, "layer head"]]
+    shuffled: Mapping[str, Float[np.ndarray, "sequence layer head"]]
+    uniform: Mapping[str, Float[np.ndarray, " sequence"]]
+
+    def excess(self, kind: str) -> Float[np.ndarray, "sequence layer head"]:
+        """Over the control that is the kind's own."""
+        beside = self.shuffled[kind] if kind in _BY_TOKENS else self.uniform[kind][:, None, None]
+        return self.score[kind] - beside
+
+
+def _measure(
+    model: HookedModel,
+    rows: Sequence[Sequence[int]],
+    shuffled: Sequence[Sequence[int]],
+    progress: bool,
+    desc: str,
+) -> Measured:
+    """Both runs of each sequence, its own and the shuffled one, at the places that its own tokens name."""
+    shape = len(rows), model.cfg.n_layers, model.cfg.n_heads
+    found = [{kind: np.zeros(shape) for kind in KINDS} for _ in range(2)]
+    possible, uniform = ({kind: np.zeros(len(rows)) for kind in KINDS} for _ in range(2))
+
+    @torch.no_grad()
+    def run(chosen: list[int]) -> None:
+        lengths = torch.tensor([len(rows[i]) for i in chosen])
+        own, other = (_padded([some[i] for i in chosen]) for some in (rows, shuffled))
+        is_query = torch.arange(own.shape[1]) < lengths[:, None]
+        places = {kind: pattern_of(kind, own) & is_query[:, :, None] for kind in KINDS}
+        for kind, place in places.items():
+            counts = place.sum(dim=2)
+            possible[kind][chosen] = (counts > 0).sum(dim=1).numpy()
+            alike = counts / torch.arange(1, own.shape[1] + 1)
+            uniform[kind][chosen] = (alike.sum(dim=1) / lengths).numpy()
+        stacked = torch.stack([places[kind] for kind in KINDS]).to(model.cfg.device)
+        for scores, tokens in zip(found, (own, other), strict=True):
+            hooks = [
+                (name, partial(_share, stacked, scores, chosen, layer)) for layer, name in enumerate(_points(model))
+            ]
+            with model.hooks(hooks):
+                model(tokens.to(model.cfg.device), return_type=None, stop_at_layer=model.cfg.n_layers)
+
+    with bar(show=progress, total=len(rows), unit="sequence", desc=f"attention, {desc}") as shown_bar:
+        lengths = [len(row) for row in rows]
+        device = next(model.parameters()).device
+        for chosen, _ in by_length(lengths, run, device, alike=is_intervened(model)):
+            shown_bar.update(len(chosen))
+    sums, of_shuffled = found
+    n = np.array([len(row) for row in rows])[:, None, None]
+    return Measured(
+        {kind: x / n for kind, x in sums.items()},
+        {kind: x.sum(axis=0) / (possible[kind].sum() or np.nan) for kind, x in sums.items()},
+        {kind: x / n for kind, x in of_shuffled.items()},
+        uniform,
+    )
+
+
+def _share(
+    places: Bool[Tensor, "kind row query key"],
+    scores: Mapping[str, NDArray[np.float64]],
+    chosen: Sequence[int],
+    layer: int,
+    pattern: Float[Tensor, "row head query key"],
+    hook: HookPoint,
+) -> None:
+    for kind, place in zip(KINDS, places, strict=True):
+        share = torch.einsum("rhqk,rqk->rh", pattern.float(), place.float())
+        scores[kind][list(chosen), layer] = share.cpu().numpy()
+
+
+def _frame(measured: Measured, source: str, seed: int) -> pd.DataFrame:
+    parts = []
+    for kind in KINDS:
+        score, excess = measured.score[kind], measured.excess(kind)
+        layer, head = np.indices(score.shape[1:])
+        columns: dict[str, Any] = {"source": source, "kind": kind, "layer": layer, "head": head}
+        for name, values in {"score": score, "excess": excess}.items():
+            low, high = bootstrap_band(values, seed=seed)
+            columns |= {name: values.mean(axis=0), f"{name}_low": low, f"{name}_high": high}
+        columns |= {
+            "where_possible": measured.where_possible[kind],
+            "uniform": np.full(layer.shape, measured.uniform[kind].mean()),
+            "shuffled": measured.shuffled[kind].mean(axis=0),
+        }
+        parts.append(pd.DataFrame({name: np.ravel(x) if np.ndim(x) else x for name, x in columns.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _finding(measured: Measured, kind: str, seed: int) -> Finding:
+    """The head that is strongest on every other sequence, measured on those between."""
+    excess = measured.excess(kind)
+    layer, head = np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:])
+    values = excess[1::2, layer, head]
+    interval = bootstrap_interval(values, seed=seed)
+    p = paired_permutation_pvalue(values, seed=seed)
+    beside = "the same places in shuffled tokens" if kind in _BY_TOKENS else "uniform attention"
+    return Finding(
+        values.mean(),
+        interval,
+        {
+            "uniform": float(measured.uniform[kind][1::2].mean()),
+            "shuffled": float(measured.shuffled[kind][1::2, layer, head].mean()),
+            "mean_head": float(excess[1::2].mean()),
+        },
+        verdict(interval, 0.0, p, minimum_units=_MINIMUM, units=len(values)),
+        f"share of attention at the places of the kind, less that of {beside}, of the head that is strongest on half "
+        f"of the sequences (layer {layer}, head {head}), on the other half. uniform, shuffled: shares; mean_head: the "
+        "excess of all heads",
+    )
+
+
+def _figure(frame: pd.DataFrame, kind: str, source: str) -> Any:
+    rows = frame[frame["kind"] == kind]
+    return heatmap(
+        rows,
+        "head",
+        "layer",
+        "score",
+        z_range=(0, 1),
+        hover=["score_low", "score_high", "where_possible", "uniform", "shuffled"],
+        title=f"Attention to the {kind} token, {'random tokens, repeated' if source == 'random' else 'text'}",
+    )
+
+
+def _repeated(model: HookedModel, sequences: int, length: int, seed: int) -> list[list[int]]:
+    """Random tokens, all different, twice in a row; behind the model's beginning token, if it reads texts so."""
+    begin = model.text_start()
+    n = min(whole_number(length, "length", 2), (model.cfg.n_ctx - len(begin)) // 2, model.tokenizer.n_vocab)
+    rng = derive_rng(seed, "repeated_tokens")
+    halves = [rng.choice(model.tokenizer.n_vocab, n, replace=False).tolist() for _ in range(sequences)]
+    return [begin + half + half for half in halves]
+
+
+def _shuffled(model: HookedModel, rows: Sequence[Sequence[int]], source: str, seed: int) -> list[list[int]]:
+    """The same tokens in another order: of a text all but its beginning, of repeated tokens the second half."""
+    rng, begin = derive_rng(seed, "shuffled_tokens", source), len(model.text_start())
+    starts = [begin + (len(row) - begin) // 2 if source == "random" else begin for row in rows]
+    return [[*row[:start], *rng.permutation(row[start:]).tolist()] for row, start in zip(rows, starts, strict=True)]
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row pos"]:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def _points(model: HookedModel) -> list[str]:
+    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
