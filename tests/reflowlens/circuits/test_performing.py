@@ -19,6 +19,7 @@ from reflowlens.models.bdh import BDH as BDHModel
 from tests.reference.performing import Performed, PerformedBDH
 from tests.reflowlens.circuits.test_attribution import BDH, NODES, TOKENS, graph_of
 from tests.support.dictionaries import dictionary_of
+from tests.support.exactness import OPTIONS, model_of
 from tests.support.tiny import FACTORED, NAMES, random_model
 
 LEVELS = ("direct", "constrained", "free", "model")
