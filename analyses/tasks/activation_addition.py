@@ -40,6 +40,7 @@ from analyses.tasks.answered import (
     layers_given,
     numbers,
     performance_findings,
+    priced,
     shown,
     some_prompts,
     task_params,
@@ -127,8 +128,10 @@ def activation_addition(
     streams = residual_stack(hooked, texts)[::2]  # before each block, and the last
     vectors = {layer: _difference(streams[layer], labels) for layer in at_layers}
     costs = NeutralTexts(hooked, list(neutral) if neutral is not None else load_lexicon().neutral_texts)
+    per_layer = len(factors) * (len(choosing) + len(costs.texts))
+    passes = len(at_layers) * per_layer + (2 * draws + 1) * len(judging) + (2 * _COSTED + 1) * len(costs.texts)
     rows = []
-    steps = bar(at_layers, show=shown(progress), unit="layer", desc=f"{len(factors)} strengths a layer")
+    steps = bar(at_layers, show=shown(progress), unit="layer", desc=priced("activation addition", passes))
     for layer in steps:
         effects = found_on.effects(layer, torch.stack([factor * vectors[layer] for factor in factors])).mean(dim=1)
         for factor, effect in zip(factors, numbers(effects), strict=True):
@@ -159,7 +162,6 @@ def activation_addition(
     notes = [f"layer {layer} and strength {strength:g} are chosen on {len(choosing)} prompts, judged on {len(judging)}"]
     if not len(affordable):
         notes.append(f"no layer and strength costs less than {max_loss_rise:g} nats: the cheapest is taken")
-    passes = len(grid) * (len(choosing) + len(costs.texts)) + (2 * draws + 1) * len(judging)
     frames = {
         "grid": grid,
         "prompts": _prompt_frame(chosen, judging, own, controls),

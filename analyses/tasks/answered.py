@@ -199,6 +199,11 @@ def shown(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
+def priced(what: str, passes: float) -> str:
+    """What a bar calls the work, with what it costs."""
+    return f"{what}, about {round(passes):,} passes over a prompt"
+
+
 def layers_given(model: HookedModel, layers: Sequence[int] | None, ends: bool = False) -> list[int]:
     """Layers as they are given, in order; by default every one, or at most `_MOST_LAYERS` at equal distances.
 

@@ -34,6 +34,7 @@ from analyses.tasks.answered import (
     numbers,
     performance_findings,
     performance_note,
+    priced,
     shown,
     some_prompts,
     task_params,
@@ -121,9 +122,13 @@ def causal_tracing(
     cells = [(kind, layer, role) for kind in (STATES, *sublayers) for layer in at_layers for role in ROLES]
     spread = real_number(noise, "noise") * embedding_spread(answered, subjects)
     others = other_tokens(answered, first, last, seed)
+    restored = sum(1 - layer / hooked.cfg.n_layers for _, layer, _ in cells)
+    passes = len(chosen) * (2 + samples * (3 + restored))
     parts, control = [], []
     batches = list(answered.batches(max(1, _ROWS // samples)))
-    steps = bar(total=len(batches) * len(cells), show=shown(progress), unit="cell", desc="causal tracing")
+    steps = bar(
+        total=len(batches) * len(cells), show=shown(progress), unit="cell", desc=priced("causal tracing", passes)
+    )
     for batch in batches:
         rows, n_positions = torch.tensor(batch.rows), batch.tokens.shape[1]
         marked = roles[rows, :, :n_positions]
@@ -146,7 +151,6 @@ def causal_tracing(
     notes = performance_note(findings, answered.wrong is not None)
     own, told = _findings(named, numbers(clean), total, beside, numbers(effects), seed)
     trace = _trace(named, numbers(effects), seed)
-    passes = len(chosen) * (2 + samples * (2 + sum(1 - span / hooked.cfg.n_layers for _, span, _ in cells)))
     return Result(
         name="causal_tracing",
         title="Causal Tracing",

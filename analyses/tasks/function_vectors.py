@@ -36,6 +36,7 @@ from analyses.tasks.answered import (
     Scores,
     layers_given,
     numbers,
+    priced,
     shown,
     task_params,
 )
@@ -116,6 +117,8 @@ def function_vectors(
     draws = max(20, number_of_runs(draws, "draws", 2) // (2 if quick else 1))
     contexts = max(len(found_on), _CONTEXTS) // (2 if quick else 1)
     asked = np.resize(derive_rng(seed, "function_vectors", "asked").permutation(len(found_on)), contexts).tolist()
+    at_layers = layers_given(hooked, layers)
+    passes = 4 * contexts + (4 + draws) * len(held_out) + len(at_layers) * len(found_on)
     right, wrong = (found_on.in_context(asked, found_on, n_shown, seed, shuffled) for shuffled in (False, True))
     (z, written), (_, misleading) = mean_head_outputs(right), mean_head_outputs(wrong)
     cells = [
@@ -131,7 +134,7 @@ def function_vectors(
     vector = written[best].sum(dim=0)
     choosing, judging = Alone.of(found_on), Alone.of(held_out)
     rows = []
-    for layer in bar(layers_given(hooked, layers), show=show, unit="layer", desc="function vector"):
+    for layer in bar(at_layers, show=show, unit="layer", desc=priced("function vector", passes)):
         scores = choosing.with_vectors(layer, vector[None])
         rows.append((layer, -float(scores.loss.mean()), float(scores.correct.mean())))
     by_layer = pd.DataFrame(rows, columns=["layer", "log_p", "accuracy"])
@@ -166,7 +169,6 @@ def function_vectors(
         ),
         "draws": pd.DataFrame({"accuracy": correct[2:].mean(axis=1), "log_p": log_p[2:].mean(axis=1)}),
     }
-    passes = 4 * contexts + 2 * len(held_out) + len(by_layer) * len(found_on) + (2 + draws) * len(held_out)
     return Result(
         name="function_vectors",
         title="Function Vectors",

@@ -41,6 +41,7 @@ from analyses.tasks.answered import (
     numbers,
     performance_findings,
     performance_note,
+    priced,
     shown,
     some_prompts,
     task_params,
@@ -125,8 +126,9 @@ def head_ablation(
     replaced = Replacements(answered, by, seed)
     generator = derive_generator(seed, "head_ablation", "random_direction")
     changes: list[list[Complex[Tensor, "cell prompt"]]] = [[] for _ in range(hooked.cfg.n_layers)]
+    passes = _passes(hooked, len(chosen))
     steps = [(batch, layer) for batch in batches for layer in range(hooked.cfg.n_layers)]
-    for batch, layer in bar(steps, show=shown(progress), unit="layer", desc=f"ablation by {by}"):
+    for batch, layer in bar(steps, show=shown(progress), unit="layer", desc=priced(f"ablation by {by}", passes)):
         cells, metric = _cells(replaced, batch, layer, generator), Metric(_BOTH, "last", partial(_both, batch))
         found = sweep(hooked, None, batch.texts, cells, metric, memory=memory, progress=False)
         changes[layer].append((found.values - found.baseline).cpu())
@@ -142,7 +144,7 @@ def head_ablation(
     return Result(
         name="head_ablation",
         title="Ablation of Heads and MLPs",
-        params=task_params(hooked, chosen, seed, quick, by=by, passes=_passes(hooked, len(chosen))),
+        params=task_params(hooked, chosen, seed, quick, by=by, passes=passes),
         findings=findings | own,
         frames={"components": frame, "effects": _long(named, ablated)},
         figures=_figures(frame, by),
