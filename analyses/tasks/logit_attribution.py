@@ -49,6 +49,7 @@ from reflowlens.models.unwrapping import hooked_model
 from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
 
+SMALLEST = 0.05  # contribution that is counted, as a share of the logit difference
 _LARGEST_ERROR = 1e-3  # of a sum, relative to its parts' sizes: beyond it a part is missing
 _SHOWN = 20
 OWN_DEFINITIONS = {
@@ -56,8 +57,8 @@ OWN_DEFINITIONS = {
     "from_heads": "what all heads contribute together",
     "from_mlps": "what all MLPs contribute together, their output biases included",
     "from_biases": "what biases of attention, of the final norm and of the readout contribute together",
-    "components_beyond_control": "how many heads and MLPs contribute more or less than to the differences of other "
-    f"prompts' answers, family-wise p < {SIGNIFICANCE}",
+    "components_beyond_control": "how many heads and MLPs contribute a twentieth of logit_diff or more, and otherwise "
+    f"than to the differences of other prompts' answers, family-wise p < {SIGNIFICANCE}",
     "sum_error": "largest difference between a prompt's logit difference and the sum of its contributions, as a share "
     "of the largest sum of their sizes",
 }
@@ -82,7 +83,8 @@ def direct_logit_attribution(
     Args:
         model: a hooked model whose blocks are heads and MLPs.
         prompts: with columns ``clean`` and ``answer``; ``wrong_answer`` and ``group`` are used where they are.
-        draws: of the control, in each of which every prompt is asked for the answers of another whose answers differ.
+        draws: of the control, in each of which every prompt is asked for the answers of another, other tokens than its
+            own.
         quick: a third of the prompts and of the draws.
 
     Returns:
@@ -132,7 +134,8 @@ def direct_logit_attribution(
     frame = _component_frame(named, own, null, seed)
     findings |= _part_findings(named, own, null, seed)
     writers = frame["kind"].isin(["head", "mlp"])
-    findings["components_beyond_control"] = Finding(float((frame["p"][writers] < SIGNIFICANCE).sum()))
+    matters = frame["mean"].abs() >= SMALLEST * np.abs(uncapped.mean())
+    findings["components_beyond_control"] = Finding(float((writers & matters & (frame["p"] < SIGNIFICANCE)).sum()))
     findings["sum_error"] = Finding(error)
     frames = {
         "components": frame,
@@ -159,11 +162,13 @@ class _Pairs:
         direction: [pair, d_model].
         offset: what biases of the final norm and of the readout add to each, [pair].
         number: which pair each prompt has, [prompt].
+        tokens: which tokens each pair is of, whichever of them is the answer, [pair].
     """
 
     direction: Float[Tensor, "pair d_model"]
     offset: Float[Tensor, " pair"]
     number: NDArray[np.int64]
+    tokens: NDArray[np.int64]
     notes: list[str]
 
     @classmethod
@@ -171,12 +176,13 @@ class _Pairs:
         ids = answered.answer[:, None] if answered.wrong is None else torch.stack([answered.answer, answered.wrong], 1)
         distinct, number = ids.unique(dim=0, return_inverse=True)
         notes = []
-        if len(distinct) == 1:
+        if len(distinct.sort(dim=1).values.unique(dim=0)) == 1:
             generator = torch.Generator().manual_seed(int(distinct.sum()))
             n_vocab = answered.model.tokenizer.n_vocab
             others = torch.randint(n_vocab, (50, ids.shape[1]), generator=generator).to(distinct)
             distinct = torch.cat([distinct, others])
-            notes.append("all prompts have the same answers: the control is of random tokens of the vocabulary")
+            notes.append("all prompts are about the same tokens: the control is of random tokens of the vocabulary")
+        tokens = distinct.sort(dim=1).values.unique(dim=0, return_inverse=True)[1]
         model, norm = answered.model, answered.model.ln_final
         rows, bias = model.unembedding_rows(distinct), model.b_U[distinct]
         if answered.wrong is None:
@@ -187,14 +193,15 @@ class _Pairs:
             rows, bias = rows[:, 0] - rows[:, 1], bias[:, 0] - bias[:, 1]
         rows = rows.float()
         offset = bias if norm.b is None else bias + rows @ norm.b.float()
-        return cls((rows * norm.w).detach(), offset.detach(), number.cpu().numpy(), notes)
+        asked, same = number.cpu().numpy(), tokens.cpu().numpy()
+        return cls((rows * norm.w).detach(), offset.detach(), asked, same, notes)
 
     def shuffled(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Another prompt's pair for each prompt, never its own."""
-        n_prompts, n_pairs = len(self.number), len(self.direction)
-        pool = self.number if len(set(self.number)) > 1 else np.arange(n_pairs)
-        drawn = rng.choice(pool, n_prompts)
-        while (same := drawn == self.number).any():
+        """For each prompt another's pair, of other tokens: its own the other way round says nothing new."""
+        own = self.tokens[self.number]
+        pool = self.number if len(set(own)) > 1 else np.flatnonzero(self.tokens != own[0])
+        drawn = rng.choice(pool, len(own))
+        while (same := self.tokens[drawn] == own).any():
             drawn[same] = rng.choice(pool, same.sum())
         return drawn
 

@@ -66,7 +66,7 @@ def test_where_nothing_reads_the_feeling_nothing_is_steered():
     assert result.intervals["effect"] == pytest.approx((0, 0), abs=1e-4)
 
 
-def test_levels_are_steered_too_and_what_cannot_be_is_refused():
+def test_levels_and_refined_streams_are_steered_too_and_bad_input_is_refused():
     sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_mlp": 48, "d_vocab": 256, "n_ctx": 32}
     bdh = build_model(
         ModelConfig(architecture="bdh", d_head=24, tie_word_embeddings=False, tokenizer_name="bytes", **sizes)
@@ -75,8 +75,15 @@ def test_levels_are_steered_too_and_what_cannot_be_is_refused():
     assert activation_addition(bdh.eval(), POSITIVE, NEGATIVE, PROMPTS, **options).metrics["layer"] in (0, 1)
     own = TTTFlowConfig(ttt_heads=2, ttt_chunk=4, flow_width=6, value_layers=2, exclusive_layers=2, rotary_channels=4)
     refined = build_model(ModelConfig(architecture="ttt_flow", d_head=8, ttt_flow=own, tokenizer_name="bytes", **sizes))
-    with pytest.raises(ReflowlensError, match="starts from tokens"):
-        activation_addition(refined, POSITIVE, NEGATIVE, PROMPTS, **options)
+    result = activation_addition(refined.eval(), POSITIVE, NEGATIVE, PROMPTS, layers=[1], strengths=[2], **options)
+    row = result.frames["prompts"].iloc[0]
+    with torch.no_grad():
+        ends = [refined.run_with_cache(text)[1]["resid_pre", 1][0, -1] for text in (*POSITIVE, *NEGATIVE)]
+        steer = rl.Steer("resid_pre", torch.stack(ends[:3]).mean(0) - torch.stack(ends[3:]).mean(0), 2.0, layer=1)
+        before, after = (logits[0, -1] for logits in (refined(row["text"]), rl.run(refined, row["text"], steer)))
+    a, b = map(refined.to_single_token, "ab")
+    expected = float((after[a] - after[b]) - (before[a] - before[b]))
+    assert row["effect"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     with pytest.raises(ReflowlensError, match="positive must be two texts"):
         activation_addition(bdh, ["good"], NEGATIVE, PROMPTS)
     with pytest.raises(ReflowlensError, match="layers must be from 0 to 2"):

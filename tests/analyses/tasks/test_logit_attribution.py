@@ -93,9 +93,12 @@ def test_where_no_head_writes_it_nothing_is_found_and_the_failure_at_the_task_is
 
 
 def test_answers_that_are_all_the_same_are_held_against_random_tokens():
-    frame = copying_prompts().frame.assign(answer="a", wrong_answer="b")
+    frame = copying_prompts().frame
+    turned = np.arange(len(frame)) % 2 == 0  # the same two tokens the other way round are the same question
+    frame = frame.assign(answer=np.where(turned, "a", "b"), wrong_answer=np.where(turned, "b", "a"))
     result = direct_logit_attribution(copying_model(), Prompts(frame), draws=20, progress=False)
     assert "random tokens" in " ".join(result.notes)
+    assert abs(result.controls["from_heads"]["shuffled_answers"]) < 5
 
 
 def test_what_has_no_heads_and_mlps_is_refused():
