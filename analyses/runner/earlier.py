@@ -27,7 +27,8 @@ NOT_TRIED = (INTERRUPTED, NOT_STARTED, LEFT_OUT)
 class SuiteRun:
     """What a run left behind. `results`, `errors` and `seconds` are by the experiments' names; `cached` are the results
     that an earlier run had computed, whose `seconds` are those of then. `made_of`: of a result, what it depends on: the
-    model's hash and `analyses.result.kept.result_key`; "" where that is not known."""
+    model's hash and `analyses.result.kept.result_key`; "" where that is not known. `refused`: those of the errors that
+    say what an experiment needs and this model, or its tokenizer, lacks."""
 
     folder: Path
     results: dict[str, Result] = field(default_factory=dict)
@@ -35,11 +36,18 @@ class SuiteRun:
     seconds: dict[str, float] = field(default_factory=dict)
     cached: set[str] = field(default_factory=set)
     made_of: dict[str, str] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
 
     @property
     def report(self) -> Path:
         """The HTML file."""
         return self.folder / "report.html"
+
+    @property
+    def failed(self) -> bool:
+        """Whether an experiment broke, or none has a result for all refused."""
+        tried = [name for name, why in self.errors.items() if why != LEFT_OUT]
+        return any(name not in self.refused or not self.results for name in tried)
 
     @property
     def interrupted(self) -> bool:

@@ -295,6 +295,7 @@ def _run_one(
     `model_hash`: "" of a model that is not what its hash says.
     """
     folder, started = run.folder / experiment.name, time.perf_counter()
+    result = None
     try:
         result, cached = run_experiment(experiment, model, options, model_hash if cache else "", again=again)
         result.save(folder, spreadsheet=spreadsheet)
@@ -305,6 +306,8 @@ def _run_one(
             run.cached.add(experiment.name)
     except Exception as error:
         run.errors[experiment.name] = failure_message(error)
+        if result is None and isinstance(error, ReflowlensError):
+            run.refused.add(experiment.name)
         with suppress(OSError), replacing(folder / ERROR_FILE) as path:  # on a full disk the message has to do
             path.write_text(traceback.format_exc(), encoding="utf-8")
     run.seconds[experiment.name] = time.perf_counter() - started

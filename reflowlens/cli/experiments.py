@@ -25,7 +25,8 @@ def _add_run(commands: Commands) -> None:
         "Times: all experiments with reflow-nano take a minute and a half on two idle CPU cores, five on busy ones; "
         "--compare as long for every model, and for every view again. What each will take is said first, from timed "
         "passes of the model, then a line per experiment with the time left, on stderr. Ctrl-C keeps what is done, and "
-        "the same command with --out FOLDER goes on from there."
+        "the same command with --out FOLDER goes on from there. An experiment that needs what the model lacks is named "
+        "with the reason in the report; the status is 0 where others have results and none broke."
     )
     parser.add_argument(
         "model",
@@ -84,7 +85,6 @@ def _seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    from analyses.runner.earlier import LEFT_OUT
     from analyses.runner.suite import run_suite
     from reflowlens.checkpoints import load_model, read_manifest
 
@@ -116,8 +116,7 @@ def run(options: argparse.Namespace) -> int:
         before = ", ".join(name for name in done.results if name in done.cached)
         print(f"computed before: {before} (--again computes them anew)", file=sys.stderr)
     print(done.report)
-    failed = any(error != LEFT_OUT for error in done.errors.values())
-    return 130 if done.interrupted else int(failed)
+    return 130 if done.interrupted else int(done.failed)
 
 
 def _compare(options: argparse.Namespace, model: str, selection: list[int]) -> int:

@@ -174,6 +174,19 @@ def test_a_failing_experiment_does_not_stop_the_others(tiny, stubs, tmp_path):
     assert "KeyError: &#x27;layer&#x27;" in page
 
 
+def test_a_refusal_is_no_failure_where_others_have_results(tiny, stubs, tmp_path):
+    def lacks(model, **options):
+        raise ReflowlensError("needs heads")
+
+    stubs["semantic_algebra"] = lacks
+    run = run_suite(tiny, [5, 7], out=tmp_path / "a")
+    assert (run.refused, run.failed) == ({"semantic_algebra"}, False)
+    assert run_suite(tiny, [5], out=tmp_path / "b").failed
+    stubs["causal_ablation"] = lambda model, **options: 1 / 0
+    broken = run_suite(tiny, [5, 7, 9], out=tmp_path / "c")
+    assert (broken.refused, broken.failed) == ({"semantic_algebra"}, True)
+
+
 def test_a_success_clears_the_error_of_an_earlier_run(tiny, stubs, tmp_path):
     working = stubs["layer_evolution"]
     stubs["layer_evolution"] = lambda model, **options: 1 / 0
