@@ -291,3 +291,15 @@ def test_a_metric_of_ones_own_sees_all_prompts_at_once(
         tiny_models["gpt2"], PROMPTS, cells="mlp_out", metric=rl.metrics.Metric("own", "last", bind), positions=["last"]
     )
     assert seen == [3]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_every_architecture_by_role(model: HookedModel, hooked: bool) -> None:
+    """Also whole pass by whole pass, where something is attached."""
+    options: dict[str, Any] = {"cells": "resid_pre", "positions": ["subject", "last"]}
+    with model.hooks([("hook_embed", lambda activation, hook: activation)] if hooked else []):
+        together = rl.sweep(model, PROMPTS, metric=rl.metrics.logit_diff(PROMPTS), **options)
+    for row in range(3):
+        one = PROMPTS.select([row])
+        alone = rl.sweep(model, one, metric=rl.metrics.logit_diff(one), **options)
+        torch.testing.assert_close(together.values[..., row], alone.values[..., 0], rtol=1e-4, atol=1e-5)
