@@ -167,13 +167,12 @@ def logit_diff(correct: Target | Prompts, wrong: Target | None = None, *, positi
     Raises:
         ReflowlensError: the prompts have no such column, or the wrong token is missing or given twice.
     """
-    if isinstance(correct, Prompts):
-        if wrong is not None:
-            raise ReflowlensError("logit_diff takes the wrong answers of the prompts: leave wrong out")
-        correct, wrong = correct.answers, correct.wrong_answers
-    if wrong is None:
+    if isinstance(correct, Prompts) and wrong is not None:
+        raise ReflowlensError("logit_diff takes the wrong answers of the prompts: leave wrong out")
+    other = correct.wrong_answers if isinstance(correct, Prompts) else wrong
+    if other is None:
         raise ReflowlensError("logit_diff compares two tokens: give the wrong one too")
-    return Metric("logit_diff", position, partial(_logit_diff, correct, wrong))
+    return Metric("logit_diff", position, partial(_logit_diff, _answers(correct), other))
 
 
 def _logit_diff(correct: Target, wrong: Target, model: HookedModel, reference: Reference) -> Score:

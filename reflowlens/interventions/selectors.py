@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -118,6 +118,7 @@ def _at(
         raise ReflowlensError(f"{name!r} has no positions, but position={position!r} was given")
     if is_each(position):
         return _of_each(position, prompt, model.cfg.n_ctx)
+    position = cast("int | slice | Sequence[int] | str", position)
     if prompt.cached and isinstance(position, str):
         here = _in_this_pass(model, position, prompt)
         columns = here.any(dim=0).nonzero()[:, 0]

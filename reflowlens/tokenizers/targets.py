@@ -12,7 +12,7 @@ from torch import Tensor
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 
-Target: TypeAlias = "str | int | Sequence[str] | Sequence[int] | Int[Tensor, ' prompt']"
+Target: TypeAlias = "str | int | Sequence[str | int] | Int[Tensor, ' prompt']"
 
 
 def target_ids(

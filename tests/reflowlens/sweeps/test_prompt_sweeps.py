@@ -303,3 +303,10 @@ def test_every_architecture_by_role(model: HookedModel, hooked: bool) -> None:
         one = PROMPTS.select([row])
         alone = rl.sweep(model, one, metric=rl.metrics.logit_diff(one), **options)
         torch.testing.assert_close(together.values[..., row], alone.values[..., 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_logit_difference_is_of_two_tokens() -> None:
+    with pytest.raises(rl.ReflowlensError, match="leave wrong out"):
+        rl.metrics.logit_diff(PROMPTS, " a")
+    with pytest.raises(rl.ReflowlensError, match="two tokens: give the wrong one too"):
+        rl.metrics.logit_diff(" a")
