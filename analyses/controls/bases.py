@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import Alternative, holm, predictive_pvalue
@@ -136,18 +137,21 @@ def basis_verdicts(
     units: Mapping[str, int],
     *,
     minimum_units: int,
+    experiment: str,
 ) -> tuple[dict[str, Finding], list[str]]:
     """Judge the claim, for each metric, that the trained basis is privileged: it says more than a random rotation.
 
     Supported if p of the metric as one more draw from the rotations, Holm-adjusted over these metrics, is below 0.05
-    and the metric's interval is clear of the rotations' mean, on the side that ``alternatives`` names; underpowered
-    with fewer than ``minimum_units`` units of replication.
+    and the metric's interval is clear of the rotations' mean, and of the other controls that its claim names
+    (`analyses.claims`), by the smallest effect that matters, on the side that ``alternatives`` names; underpowered with
+    fewer than ``minimum_units`` units of replication.
 
     Args:
         findings: with intervals.
         values: metric -> its value in every basis.
         alternatives: the metrics that are judged -> "greater" or "less", whichever a privileged basis would be.
         units: metric -> how many units its interval was taken over.
+        experiment: whose claims these are.
 
     Returns:
         The findings, those of ``alternatives`` with their verdicts, and notes that tell the p-values.
@@ -160,9 +164,8 @@ def basis_verdicts(
         interval = findings[metric].interval
         assert interval is not None  # every metric that is judged is one over units
         low, high = sorted(sign * end for end in interval)
-        judgement = verdict(
-            (low, high), sign * float(np.mean(null)), adjusted, minimum_units=minimum_units, units=units[metric]
-        )
+        bound = bound_of(experiment, metric, findings[metric].controls, sign)
+        judgement = verdict((low, high), bound, adjusted, minimum_units=minimum_units, units=units[metric])
         judged[metric] = replace(findings[metric], verdict=judgement)
         notes.append(
             f"{metric}: as one more rotation of the basis p = {p:.2g}, Holm-adjusted {adjusted:.2g}; "

@@ -1,7 +1,7 @@
 """What a report says for people: a plain sentence a metric and figure, what decides each verdict, and a glossary.
 
-`templates/explanations.json` holds the English texts and, for each metric that is judged, the controls that its verdict
-function reads; the catalogue (`analyses.report.messages`) holds their translations.
+`templates/explanations.json` holds the English texts, the catalogue (`analyses.report.messages`) their translations;
+what a verdict asks for is what `analyses.claims` says.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from analyses.claims import Claim, claim_of
 from analyses.report.messages import NAMES, recognise, translate
 from analyses.result.result import Result
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`says`: what the metric would mean if its claim were true. `decides`: the controls that the verdict reads."""
+    """`says`: what the metric would mean if its claim were true. `claim`: what its verdict asks for."""
 
     says: str
-    decides: tuple[str, ...] = ()
+    claim: Claim | None = None
 
 
 def explanation(experiment: str, metric: str) -> Explanation | None:
     """Of a metric, in the language of now; None for one that nobody has explained, such as your own.
 
-    >>> explanation("semantic_algebra", "accuracy_at_1").decides
+    >>> explanation("semantic_algebra", "accuracy_at_1").claim.beats
     ('c_alone', 'a_plus_c', 'shuffled_recipe', 'untrained')
     """
     known = _texts()["experiments"].get(experiment, {}).get("metrics", {})
@@ -38,8 +39,7 @@ def explanation(experiment: str, metric: str) -> Explanation | None:
     if metric not in known and pattern is None:
         return None
     entry = known.get(metric) or known[pattern]
-    says, decides = entry["says"], entry.get("decides", ())
-    return Explanation(translate(says), tuple(decides))
+    return Explanation(translate(entry["says"]), claim_of(experiment, metric))
 
 
 def figure_explanation(experiment: str, figure: str) -> str:
@@ -49,18 +49,20 @@ def figure_explanation(experiment: str, figure: str) -> str:
 
 
 def reading(result: Result, metric: str) -> list[str]:
-    """The sentences about a metric: what it would mean, and which controls decide its verdict and which do not."""
+    """The sentences about a metric: what it would mean, which controls decide its verdict and by how much they must be
+    beaten, and which do not."""
     explained = explanation(result.name, metric)
     if explained is None:
         return []
     sentences, finding = [explained.says], result.findings.get(metric)
     if finding is None or finding.verdict is None:
         return sentences
-    controls = finding.controls
-    deciding = [name for name in controls if name in explained.decides]
-    others = [name for name in controls if name not in explained.decides]
+    controls, beats = finding.controls, explained.claim.beats if explained.claim else ()
+    deciding = [name for name in controls if name in beats]
+    others = [name for name in controls if name not in beats]
     if deciding:
         sentences.append(translate("The controls that decide: {controls}.", controls=_listed(deciding)))
+        sentences += _smallest_effect(explained.claim)
     else:
         sentences.append(translate("No control decides; the sentence above says what does."))
     if others:
@@ -79,8 +81,18 @@ def reading(result: Result, metric: str) -> list[str]:
 
 def deciding(result: Result, metric: str) -> frozenset[str]:
     """The controls that the verdict of a metric reads; none where there is no verdict."""
-    explained = explanation(result.name, metric)
-    return frozenset(explained.decides if explained and metric in result.verdicts else ())
+    claim = claim_of(result.name, metric)
+    return frozenset(claim.beats if claim and metric in result.verdicts else ())
+
+
+def _smallest_effect(claim: Claim | None) -> list[str]:
+    """By how much the controls that decide must be beaten, as a sentence."""
+    if claim is None or not claim.smallest:
+        return []
+    text = "The whole interval must lie beyond each of them by {amount}, the smallest effect that matters."
+    if claim.relative:
+        text = "The whole interval must lie beyond each of them by {amount} of it, the smallest effect that matters."
+    return [translate(text, amount=claim.amount)]
 
 
 def glossary() -> dict[str, str]:

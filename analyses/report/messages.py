@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from analyses.report.wording import of_axes
 from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ FIGURE_TEXTS = ("figures", "axes")
 NAMES = ("metrics", "series")
 _FIELD = re.compile(r"\{(\w+)\}")
 _language: ContextVar[str] = ContextVar("language", default="en")
+_without_signals: ContextVar[bool] = ContextVar("without_signals", default=False)
 
 
 @contextmanager
@@ -42,6 +44,21 @@ def in_language(language: str) -> Iterator[None]:
         yield
     finally:
         _language.reset(token)
+
+
+@contextmanager
+def without_signals(applies: bool = True) -> Iterator[None]:
+    """Within the block texts are about a model that has no signals (`analyses.report.wording`), if that applies."""
+    token = _without_signals.set(applies)
+    try:
+        yield
+    finally:
+        _without_signals.reset(token)
+
+
+def is_without_signals() -> bool:
+    """Whether texts are about a model that has no signals now."""
+    return _without_signals.get()
 
 
 def check_language(language: str) -> None:
@@ -62,7 +79,7 @@ def translate(text: str, **fields: object) -> str:
     ...     translate("{count} experiments", count=3)
     '3 项实验'
     """
-    shown = _exact(language(), ()).get(text, text)
+    shown = _exact(_wording(), ()).get(text, text)
     return shown.format(**fields) if fields else shown
 
 
@@ -93,6 +110,29 @@ def read_catalogue(language: str) -> dict[str, dict[str, str]]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+class _Wording(NamedTuple):
+    """A language, and whether it is spoken of a model without signals."""
+
+    language: str
+    without_signals: bool
+
+    def catalogue(self) -> dict[str, dict[str, str]]:
+        """As `read_catalogue`; of a model without signals English has one too: all texts that have a translation."""
+        if not self.without_signals:
+            return read_catalogue(self.language)
+        known = read_catalogue("zh").items()
+        if self.language == "en":
+            known = {section: {text: text for text in entries} for section, entries in known}.items()
+        return {
+            section: {text: of_axes(shown, self.language) for text, shown in entries.items()}
+            for section, entries in known
+        }
+
+
+def _wording() -> _Wording:
+    return _Wording(language(), _without_signals.get())
+
+
 def translate_figure(figure: go.Figure) -> go.Figure:
     """A copy with its titles (of axes and colour scales too), annotations, legend and categories translated.
 
@@ -102,7 +142,7 @@ def translate_figure(figure: go.Figure) -> go.Figure:
     import plotly.graph_objects as go
 
     copy = go.Figure(figure)
-    if language() == "en":
+    if _wording() == ("en", False):
         return copy
     titles = [copy.layout.title, *copy.layout.annotations]
     titles += [axis.title for axis in (*copy.select_xaxes(), *copy.select_yaxes())]
@@ -153,26 +193,26 @@ def _marked_up(text: str, *sections: str) -> str:
 
 
 def _find(text: str, sections: tuple[str, ...]) -> str | None:
-    exact = _exact(language(), sections)
+    exact = _exact(_wording(), sections)
     if text in exact:
         return exact[text]
-    for pattern, translation in _patterns(language(), sections):
+    for pattern, translation in _patterns(_wording(), sections):
         if match := pattern.fullmatch(text):
             return translation.format(**{name: exact.get(value, value) for name, value in match.groupdict().items()})
     return None
 
 
 @cache
-def _exact(language: str, sections: tuple[str, ...]) -> dict[str, str]:
+def _exact(wording: _Wording, sections: tuple[str, ...]) -> dict[str, str]:
     """The entries of some sections, of all if none is named."""
-    catalogue = read_catalogue(language)
+    catalogue = wording.catalogue()
     return {text: shown for section in sections or catalogue for text, shown in catalogue.get(section, {}).items()}
 
 
 @cache
-def _patterns(language: str, sections: tuple[str, ...]) -> list[tuple[re.Pattern[str], str]]:
+def _patterns(wording: _Wording, sections: tuple[str, ...]) -> list[tuple[re.Pattern[str], str]]:
     """Those with fields, the most literal first."""
-    exact = _exact(language, sections)
+    exact = _exact(wording, sections)
     with_fields = sorted((text for text in exact if _FIELD.search(text)), key=lambda t: -len(_FIELD.sub("", t)))
     return [(_pattern(text), exact[text]) for text in with_fields]
 

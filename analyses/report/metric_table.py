@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from analyses.claims import claim_of
 from analyses.report.explanations import deciding, glossed
 from analyses.report.messages import NAMES, recognise, translate
 from analyses.result.finding import Finding
@@ -117,7 +118,7 @@ def _row(result: Result, metric: str) -> str:
         for i, (name, control) in enumerate(finding.controls.items())
     )
     published = "" if finding.published is None else number(finding.published)
-    verdict = verdict_chip(finding.verdict) if finding.verdict else ""
+    verdict = verdict_chip(finding.verdict) + _demand(result.name, metric) if finding.verdict else ""
     order = f' data-order="{[*_SIGNS].index(finding.verdict)}"' if finding.verdict else ""
     name = escape(recognise(words(metric), *NAMES))
     return (
@@ -128,6 +129,14 @@ def _row(result: Result, metric: str) -> str:
         f'<td class="number published">{published}</td>'
         f'<td class="judged"{order}>{verdict}</td></tr>'
     )
+
+
+def _demand(experiment: str, metric: str) -> str:
+    """The smallest effect that matters, below a verdict."""
+    claim = claim_of(experiment, metric)
+    if claim is None or not claim.smallest:
+        return ""
+    return f' <span class="interval">{translate("by {amount} at least", amount=claim.amount)}</span>'
 
 
 def _drawing(finding: Finding) -> str:

@@ -21,7 +21,17 @@ from analyses.experiments.crystallisation_boundary import BOUNDARY
 from analyses.registry import EXPERIMENTS, Experiment
 from analyses.report.explanations import figure_explanation, glossary, glossed, reading
 from analyses.report.figure_code import figure_code
-from analyses.report.messages import NAMES, in_language, language, plain, recognise, translate, translate_figure
+from analyses.report.messages import (
+    NAMES,
+    in_language,
+    is_without_signals,
+    language,
+    plain,
+    recognise,
+    translate,
+    translate_figure,
+    without_signals,
+)
 from analyses.report.metric_table import (
     anchor,
     definition_id,
@@ -64,7 +74,8 @@ def write_report(
     Example: `write_report([layer_evolution(model)], {}, {"name": "reflow-nano"}, "out/report.html")`
     """
     path = Path(path)
-    with in_language(lang):
+    views = {result.params["view"] for result in results if "view" in result.params}
+    with in_language(lang), without_signals(views == {"identity"}):
         page = _page(results, errors, model_card, path.parent)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
@@ -101,6 +112,7 @@ def _lead(results: Sequence[Result], errors: Mapping[str, str]) -> str:
         translate("1 experiment") if count == 1 else translate("{count} experiments", count=count),
         translate("{count} without a result", count=len(errors)) if errors else "",
         translate("{seconds} s", seconds=f"{seconds:.0f}") if seconds >= 1 else "",
+        translate("read along the axes of the residual stream") if is_without_signals() else "",
         datetime.now().strftime(translate("%d %B %Y, %H:%M")),
     ]
     return " · ".join(part for part in parts if part)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from analyses.claims import bound_of
 from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
@@ -168,22 +169,26 @@ def basis_geometry(
     )
 
 
-def concentrated_verdict(value: float, gaussian: Sequence[float], p: float) -> Verdict:
+def concentrated_verdict(value: float, controls: Mapping[str, float], p: float) -> Verdict:
     """Claim: the matrix uses fewer directions than a Gaussian one, that is, its effective rank is smaller.
 
     Supported if p of the effective rank as that of one more Gaussian matrix, Holm-adjusted over B and E, is below 0.05
-    and it lies below their mean. There is one matrix and nothing to resample, so that the value is its own interval.
+    and it lies 5% below that of Gaussian matrices and of the untrained model's. There is one matrix and nothing to
+    resample, so that the value is its own interval.
     """
-    return verdict((-value, -value), -float(np.mean(gaussian)), p, minimum_units=1, units=1)
+    bound = bound_of("basis_geometry", "effective_rank", controls, sign=-1)
+    return verdict((-value, -value), bound, p, minimum_units=1, units=1)
 
 
-def aligned_verdict(interval: tuple[float, float], random: float, p: float, texts: int) -> Verdict:
+def aligned_verdict(interval: tuple[float, float], controls: Mapping[str, float], p: float, texts: int) -> Verdict:
     """Claim: residuals vary along the strongest directions of the basis, more than along as many random ones.
 
     Supported if p of the share as that of one more random subspace, Holm-adjusted over layers where it is that of one
-    layer, is below 0.05 and the interval over texts lies above the random share; underpowered with fewer than 20 texts.
+    layer, is below 0.05 and the interval over texts lies above the random share and the untrained model's by 0.05;
+    underpowered with fewer than 20 texts.
     """
-    return verdict(interval, random, p, minimum_units=MINIMUM_UNITS, units=texts)
+    bound = bound_of("basis_geometry", "alignment_mean", controls)
+    return verdict(interval, bound, p, minimum_units=MINIMUM_UNITS, units=texts)
 
 
 def _basis_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
@@ -233,7 +238,7 @@ def _spectrum_findings(spectra: Mapping[str, Spectrum]) -> tuple[dict[str, Findi
                 ranks[name + suffix] = gaussian
     raw = [predictive_pvalue(findings[metric].value, gaussian, "less") for metric, gaussian in ranks.items()]
     for (metric, gaussian), p, adjusted in zip(ranks.items(), raw, holm(raw).tolist(), strict=True):
-        judged = concentrated_verdict(findings[metric].value, gaussian, adjusted)
+        judged = concentrated_verdict(findings[metric].value, findings[metric].controls, adjusted)
         findings[metric] = dataclasses.replace(findings[metric], verdict=judged)
         notes.append(
             f"{metric}: as that of one more Gaussian matrix p = {p:.2g}, Holm-adjusted {adjusted:.2g}; Gaussian "
@@ -263,7 +268,12 @@ def _coherence_findings(
     if largest.own < ORTHOGONAL:  # to the rotations it would be less by their rounding
         return findings, ["no verdict on coherence_mean: the signals of this basis are orthogonal by making"]
     return basis_verdicts(
-        findings, values, {"coherence_mean": "less"}, {"coherence_mean": len(own)}, minimum_units=MINIMUM_UNITS
+        findings,
+        values,
+        {"coherence_mean": "less"},
+        {"coherence_mean": len(own)},
+        minimum_units=MINIMUM_UNITS,
+        experiment="basis_geometry",
     )
 
 
@@ -289,7 +299,7 @@ def _alignment_findings(alignments: Mapping[str, Alignment], seed: int) -> tuple
         }
         if "untrained" in alignments:
             controls["untrained"] = float(alignments["untrained"].captured[layers].mean())
-        judged = aligned_verdict(interval, controls["random_direction"], p, len(own))
+        judged = aligned_verdict(interval, controls, p, len(own))
         findings[metric] = Finding(own.mean(), interval, controls, judged)
         notes.append(f"{metric}: against random subspaces p = {p:.2g}")
     return findings, notes

@@ -182,7 +182,9 @@ def _findings(bases: Bases[Measured], seed: int) -> tuple[dict[str, Finding], li
         controls = {name: float(each.mean()) for name, each in beside[metric].items()} | means[metric].controls()
         findings[metric] = Finding(means[metric].own, bootstrap_interval(per_prompt.own, seed=seed), controls)
     units = dict.fromkeys(means, len(native.worst))
-    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
+    return basis_verdicts(
+        findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS, experiment="causal_ablation"
+    )
 
 
 def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d_model"], target: str | None) -> int:

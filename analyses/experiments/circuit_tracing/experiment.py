@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from analyses.claims import bound_of
 from analyses.controls.nulls import untrained_model
 from analyses.experiments.circuit_tracing.figures import tracing_figures
 from analyses.experiments.circuit_tracing.forcing import (
@@ -236,20 +237,22 @@ def lifting_verdict(interval: tuple[float, float], random_direction: float, p: f
     """Claim: features are such that one alone, forced, makes the model say a token of its own (published: two features,
     at doses of 100 and 200), that is, more of them do than of Gaussian directions that write as strongly.
 
-    Supported if the interval of lifting_share lies above the share of random directions and the sign-flip test of the
-    difference over units, Holm-adjusted over the three bounds of the dose, has p < 0.05; underpowered with fewer than
-    20 units.
+    Supported if the interval of lifting_share lies above the share of random directions by 0.05 and the sign-flip test
+    of the difference over units, Holm-adjusted over the three bounds of the dose, has p < 0.05; underpowered with fewer
+    than 20 units.
     """
-    return verdict(interval, random_direction, p, minimum_units=MINIMUM_UNITS, units=units)
+    bound = bound_of("circuit_tracing", "lifting_share_1", {"random_direction": random_direction})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_UNITS, units=units)
 
 
 def replacement_verdict(interval: tuple[float, float], best: float, p: float, units: int) -> Verdict:
     """Claim: a dictionary explains its model better than as many neurons, and than random features as large, do.
 
-    Supported if the interval of replacement lies above the better of the two, and the sign-flip test over prompts has
-    p < 0.05 against both; underpowered with fewer than 20 prompts.
+    Supported if the interval of replacement lies above the better of the two by 0.05, and the sign-flip test over
+    prompts has p < 0.05 against both; underpowered with fewer than 20 prompts.
     """
-    return verdict(interval, best, p, minimum_units=MINIMUM_UNITS, units=units)
+    bound = bound_of("circuit_tracing", "replacement", {"neurons": best})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_UNITS, units=units)
 
 
 def packaged_dictionary(model: HookedModel) -> str | None:

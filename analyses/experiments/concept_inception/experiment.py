@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from analyses.claims import bound_of
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.concept_inception.figures import inception_figures
 from analyses.experiments.concept_inception.frames import by_concept, layers_frame, long_clause, no_return
@@ -151,22 +152,24 @@ def closing_verdict(interval: tuple[float, float], untrained: float, units: int)
     """Claim: an intervention can come too late (published: after layers 12 to 18 of 36), that is, most concepts have a
     point of no return.
 
-    Supported if the whole interval of closed_share lies above 0.5 and above the untrained model's, in which nothing is
-    decided that could be too late to change; underpowered with fewer than 20 concepts or if it contains 0.5.
+    Supported if the whole interval of closed_share lies above 0.5 and above the untrained model's by 0.05, in which
+    nothing is decided that could be too late to change; underpowered with fewer than 20 concepts or if it contains 0.5.
     """
     low, high = interval
     if units < MINIMUM_CONCEPTS or low <= 0.5 <= high:
         return "underpowered"
-    return "supported" if low > max(0.5, untrained) else "not supported"
+    bound = bound_of("concept_inception", "closed_share", {"untrained": untrained})
+    return "supported" if low > bound else "not supported"
 
 
 def delay_verdict(interval: tuple[float, float], untrained: float, p: float, units: int) -> Verdict:
     """Claim: behind a long clause the prediction stays open longer.
 
-    Supported if the interval of long_clause_delay lies above 0 and above the untrained model's, and the sign-flip test
-    of their difference over concepts has p < 0.05; underpowered with fewer than 20 concepts.
+    Supported if the interval of long_clause_delay lies above 0 and above the untrained model's by 0.05, and the
+    sign-flip test of their difference over concepts has p < 0.05; underpowered with fewer than 20 concepts.
     """
-    return verdict(interval, max(0.0, untrained), p, minimum_units=MINIMUM_CONCEPTS, units=units)
+    bound = bound_of("concept_inception", "long_clause_delay", {"untrained": untrained})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_CONCEPTS, units=units)
 
 
 def _usable_concepts(

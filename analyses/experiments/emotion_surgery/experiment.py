@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from analyses.claims import bound_of
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.emotion_surgery.carriers import Carriers, SteeredTexts, affordable_strength
 from analyses.experiments.emotion_surgery.figures import emotion_figures
@@ -202,13 +203,13 @@ def emotion_surgery(
 def flip_verdict(interval: tuple[float, float], controls: dict[str, float], p: float, units: int) -> Verdict:
     """Claim: the recipe of a feeling turns continuations at little cost.
 
-    Supported if the interval of best_flip_rate over carriers lies above both shuffled_labels and random_direction and
-    its permutation p against the best flip rate of each shuffle is below 0.05; underpowered with fewer than 20
+    Supported if the interval of best_flip_rate over carriers lies above both shuffled_labels and random_direction by
+    0.05 and its permutation p against the best flip rate of each shuffle is below 0.05; underpowered with fewer than 20
     carriers. The untrained model has no part in it: its words are so nearly alike that the least push turns some,
     whichever way (its log_odds_shift is the better comparison).
     """
-    control = max(controls["shuffled_labels"], controls["random_direction"])
-    return verdict(interval, control, p, minimum_units=MINIMUM_PROMPTS, units=units)
+    bound = bound_of("emotion_surgery", "best_flip_rate", controls)
+    return verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=units)
 
 
 def boundary_verdict(interval: tuple[float, float], fall: tuple[float, float], units: int) -> Verdict:

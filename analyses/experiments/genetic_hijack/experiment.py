@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.claims import bound_of
 from analyses.controls.bases import check_rotations
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.genetic_hijack.edits import (
@@ -198,23 +199,28 @@ def genetic_hijack(
     )
 
 
-def shift_verdict(interval: tuple[float, float], control: float, p: float, units: int) -> Verdict:
+def shift_verdict(
+    metric: str, interval: tuple[float, float], controls: Mapping[str, float], p: float, units: int
+) -> Verdict:
     """Claim: shifting the recipes of what a text is about turns its sentiment, in the text written (sentiment_shift) or
     in the next word (log_odds_shift).
 
-    Supported if the interval over carriers lies above the mean of random directions and the Holm-adjusted p of the
-    shift as one more draw from theirs is below 0.05; underpowered with fewer than 20 carriers.
+    Supported if the interval over carriers lies above the mean of random directions by 0.05 of a rating, or by 0.1 nats
+    and so above the untrained model's, and the Holm-adjusted p of the shift as one more draw from those of random
+    directions is below 0.05; underpowered with fewer than 20 carriers.
     """
-    return verdict(interval, control, p, minimum_units=MINIMUM_CARRIERS, units=units)
+    bound = bound_of("genetic_hijack", metric, controls)
+    return verdict(interval, bound, p, minimum_units=MINIMUM_CARRIERS, units=units)
 
 
 def signal_verdict(interval: tuple[float, float], rotated: float, p: float, units: int) -> Verdict:
     """Claim: one signal of the trained basis carries sentiment (silence_effect, graft_effect).
 
-    Supported if the interval over carriers lies above the mean of the rotated bases and the Holm-adjusted p of the
-    effect as one more draw from them is below 0.05; underpowered with fewer than 20 carriers.
+    Supported if the interval over carriers lies above the mean of the rotated bases by 0.05 nats and the Holm-adjusted
+    p of the effect as one more draw from them is below 0.05; underpowered with fewer than 20 carriers.
     """
-    return verdict(interval, rotated, p, minimum_units=MINIMUM_CARRIERS, units=units)
+    bound = bound_of("genetic_hijack", "silence_effect", {"rotated_basis": rotated})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_CARRIERS, units=units)
 
 
 def _lacks(model: HookedModel, text: str, tokens: list[int]) -> bool:
@@ -352,7 +358,7 @@ def _judged(
         if "rotated_basis" in controls:
             claim = signal_verdict(interval, controls["rotated_basis"], p, units)
         else:
-            claim = shift_verdict(interval, controls["random_direction"], p, units)
+            claim = shift_verdict(metric, interval, controls, p, units)
         judged[metric] = replace(findings[metric], verdict=claim)
         notes.append(f"{metric}: p = {raw:.2g}, Holm-adjusted {p:.2g}; {units} carriers")
     return judged, notes

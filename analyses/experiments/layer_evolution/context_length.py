@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 import torch
 from numpy.typing import NDArray
 
+from analyses.claims import bound_of
 from analyses.measures.lens import depths_of, lens_points, readers, residual_stack, top_tokens
 from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_rng
@@ -56,17 +57,17 @@ def delay_finding(frame: pd.DataFrame, seed: int) -> tuple[Finding, str]:
     """``crystallisation_delay`` of a frame ``context``, and a note.
 
     Claim: a long clause settles predictions later, more than as many words in no order do. Supported if the interval of
-    the delay lies above those of ``shuffled_clause`` and ``untrained``, and the sign-flip tests of its difference from
-    either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger 1982);
-    underpowered with fewer than 20 prompts (`analyses.statistics.verdict`).
+    the delay lies above those of ``shuffled_clause`` and ``untrained`` by 0.05, and the sign-flip tests of its
+    difference from either over prompts have p < 0.05 (both must hold, so that the larger p needs no correction; Berger
+    1982); underpowered with fewer than 20 prompts (`analyses.statistics.verdict`).
     """
     values = delays(frame)
     own = values["model"]
     interval = bootstrap_interval(own, seed=seed)
     pvalues = {name: paired_permutation_pvalue(own - values[name], seed=seed) for name in CONTROLS}
     controls = {name: float(values[name].mean()) for name in CONTROLS}
-    highest, p = max(controls.values()), max(pvalues.values())
-    judged = verdict(interval, highest, p, minimum_units=MINIMUM_PROMPTS, units=len(own))
+    bound, p = bound_of("layer_evolution", DELAY, controls), max(pvalues.values())
+    judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(own))
     told = ", ".join(f"{p:.2g} against {name}" for name, p in pvalues.items())
     return Finding(own.mean(), interval, controls, judged), f"{DELAY}: sign-flip p = {told}; {len(own)} prompts"
 

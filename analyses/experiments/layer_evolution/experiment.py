@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analyses.claims import bound_of
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.layer_evolution.context_length import (
     DEFINITION,
@@ -151,14 +152,15 @@ def layer_evolution(
 def crystallisation_verdict(shares: Sequence[float], interval: tuple[float, float], untrained: float) -> Verdict:
     """Claim: predictions are decided by half depth (published: layer 18 of 36 at the latest).
 
-    Supported if the whole interval of the mean share lies at or below 0.5 and above the untrained model's, which is
-    early for want of any change: a model that changes even less has decided nothing. Underpowered with fewer than 20
-    prompts, or if the interval contains 0.5.
+    Supported if the whole interval of the mean share lies at or below 0.5 and above the untrained model's by 0.05,
+    which is early for want of any change: a model that changes even less has decided nothing. Underpowered with fewer
+    than 20 prompts, or if the interval contains 0.5.
     """
     low, high = interval
     if len(shares) < MINIMUM_PROMPTS or low < 0.5 < high:
         return "underpowered"
-    return "supported" if untrained < low and high <= 0.5 else "not supported"
+    bound = bound_of("layer_evolution", "crystallisation_share", {"untrained": untrained})
+    return "supported" if bound < low and high <= 0.5 else "not supported"
 
 
 def _usable_prompts(model: HookedModel, lexicon: Lexicon, quick: bool) -> tuple[list[FactualPrompt], list[str]]:

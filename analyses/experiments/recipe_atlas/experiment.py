@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.controls.bases import (
     INVARIANT,
     QUICK_ROTATIONS,
@@ -236,11 +237,11 @@ def valid_pairs_verdict(interval: tuple[float, float], controls: dict[str, float
     """Claim: the words with the most similar recipes are related, that is, they share a category.
 
     Supported if the share exceeds that under permuted categories with p < 0.05 and its interval over pairs lies above
-    what every null shows: permuted categories, frequency-matched words and recipes with nothing in them; underpowered
-    below 20 pairs.
+    what every null shows, by 0.1: permuted categories, frequency-matched words and recipes with nothing in them;
+    underpowered below 20 pairs.
     """
-    highest = max(value for name, value in controls.items() if name != "E")
-    return verdict(interval, highest, p, minimum_units=MINIMUM_UNITS, units=pairs)
+    bound = bound_of("recipe_atlas", "valid_top_pairs", controls)
+    return verdict(interval, bound, p, minimum_units=MINIMUM_UNITS, units=pairs)
 
 
 def _metric(pair: tuple[str, str]) -> str:
@@ -314,5 +315,10 @@ def _purity(
     beside = {name: value for name, value in controls.items() if np.isfinite(value)}
     finding = Finding(means.own, bootstrap_interval(own, seed=seed), beside)
     return basis_verdicts(
-        {metric: finding}, {metric: means}, {metric: "greater"}, {metric: len(own)}, minimum_units=MINIMUM_UNITS
+        {metric: finding},
+        {metric: means},
+        {metric: "greater"},
+        {metric: len(own)},
+        minimum_units=MINIMUM_UNITS,
+        experiment="recipe_atlas",
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from analyses.claims import bound_of
 from analyses.experiments.semantic_algebra.figures import algebra_figures
 from analyses.experiments.semantic_algebra.frames import (
     MEASURES,
@@ -130,22 +131,22 @@ def semantic_algebra(
 def carries_analogies(hits: Hits, interval: tuple[float, float], nulls: dict[str, Hits]) -> Verdict:
     """Claim: the space carries analogies, that is, it answers more questions than any of its `NULLS` does.
 
-    Supported if the interval of accuracy@1 lies above the best null's accuracy and the paired test against every null
-    has p < 0.05 (the largest p decides, so that none needs adjusting); underpowered below 30 questions.
+    Supported if the interval of accuracy@1 lies above the best null's accuracy by 0.05 and the paired test against
+    every null has p < 0.05 (the largest p decides, so that none needs adjusting); underpowered below 30 questions.
     """
     p = max(paired_hits_pvalue(hits, null) for null in nulls.values())
-    best = max(float(null.mean()) for null in nulls.values())
-    return verdict(interval, best, p, minimum_units=MINIMUM_FOR_VERDICT, units=len(hits))
+    bound = bound_of("semantic_algebra", "accuracy_at_1", {name: float(null.mean()) for name, null in nulls.items()})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_FOR_VERDICT, units=len(hits))
 
 
 def better_than(hits: Hits, other: Hits, interval: tuple[float, float]) -> Verdict:
     """Claim: one space is better than another, that is, its accuracy@1 minus the other's, paired, is above 0.
 
-    Supported if the interval of the difference lies above 0 and the paired test has p < 0.05; underpowered below 30
+    Supported if the interval of the difference lies above 0.05 and the paired test has p < 0.05; underpowered below 30
     questions.
     """
-    p = paired_hits_pvalue(hits, other)
-    return verdict(interval, 0.0, p, minimum_units=MINIMUM_FOR_VERDICT, units=len(hits))
+    p, bound = paired_hits_pvalue(hits, other), bound_of("semantic_algebra", "recipe_minus_E", {})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_FOR_VERDICT, units=len(hits))
 
 
 def _given(analogies: Sequence[Analogy] | str | Path | None, lexicon: Lexicon) -> Sequence[Analogy]:

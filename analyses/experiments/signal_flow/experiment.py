@@ -231,7 +231,7 @@ def _leading_findings(flows: Bases[Flow], n_signals: int, k: int, seed: int) -> 
         for metric, found in values.items()
     }
     units = dict.fromkeys(means, len(flows.own.share))
-    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS)
+    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS, experiment="signal_flow")
 
 
 def _attention_share(readings: dict[str, Reading], seed: int) -> tuple[dict[str, Finding], list[str]]:

@@ -162,7 +162,9 @@ def _findings(
         "support_share": len(trained.support),
     }
     findings = {m: Finding(found.own, intervals.get(m), controls[m]) for m, found in values.items()}
-    return basis_verdicts(findings, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS)
+    return basis_verdicts(
+        findings, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS, experiment="sparsity_profile"
+    )
 
 
 def _intervals(profile: Profile, active: Bool[Tensor, "token S"], seed: int) -> dict[str, Interval]:

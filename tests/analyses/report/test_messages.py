@@ -24,6 +24,7 @@ from analyses.report.messages import (
     recognise,
     translate,
     translate_figure,
+    without_signals,
 )
 from analyses.report.metric_table import COLUMNS, words
 from analyses.runner import suite
@@ -167,6 +168,18 @@ def test_every_text_of_a_quick_run_has_a_translation(number, language, tmp_path)
 
 
 # -- translating ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_text_of_a_model_without_signals_speaks_of_signals(language):
+    for section, entries in read_catalogue("zh").items():
+        for text, translation in entries.items():
+            with in_language(language), without_signals():
+                shown = translate(text) if section != "notes" else recognise(text, section)
+            assert not re.search(r"(?<![\w{])(?:[Ss]ignals?|[Rr]ecipes?)(?![\w}])|信号|配方", shown), shown
+            assert set(re.findall(r"{\w+}", shown)) == set(re.findall(r"{\w+}", translation))
+    with in_language(language):
+        assert translate("Signal Flow") == ("Signal Flow" if language == "en" else "信号流")
 
 
 def test_english_is_as_it_is_written():

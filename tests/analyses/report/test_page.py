@@ -358,11 +358,33 @@ def test_a_metric_says_what_it_would_mean_and_which_controls_decide(written):
     text = visible(Page(re.sub(r"</?abbr[^>]*>", "", html)))
     assert "the rotated basis cannot decide, for turning the signals changes no cosine" in text
     assert "The controls that decide: c alone, untrained." in text
+    assert "The whole interval must lie beyond each of them by 0.05, the smallest effect that matters." in text
+    assert text.count("by 0.05 at least") == 2, "at a glance and in all metrics"
     assert "Shown beside it, without a part in the verdict: rotated basis." in text
     assert "The interval covers rotated basis; that takes nothing from “supported”" in text
     assert len(re.findall(r"<li class=decides>", html)) == 4, "two of them, at a glance and in all metrics"
     assert visible(Page(written([algebra(intervals={})]))).count("The interval covers") == 0
     assert "cannot decide" not in visible(Page(written([algebra(name="my_experiment")])))
+
+
+def test_of_a_model_without_signals_the_report_speaks_of_axes(written, tmp_path):
+    found = {
+        "title": "Sparsity Profile",
+        "metrics": {"active_signals": 28.0},
+        "controls": {"active_signals": {"shuffled_recipe": 30.0}},
+        "definitions": {"active_signals": "active signals of a token, mean over the vocabulary; active where a signal"},
+        "figures": {"signals": go.Figure(layout_title="How many signals are active for a token")},
+    }
+    results = [Result("sparsity_profile", params={"view": "identity"}, **found)]
+    for lang, said in (("en", "axes of the residual stream"), ("zh", "残差流的轴")):
+        page = write_report(results, {}, {"name": "m"}, tmp_path / f"{lang}.html", lang=lang).read_text("utf-8")
+        text = visible(Page(re.sub(r"</?abbr[^>]*>", "", page)))
+        text = re.sub(r"\w+\.figures\S+|active where a signal", "", text)  # identifiers, and a text of one's own
+        assert text.count(said) > 3
+        assert not re.findall(r"\b(?:[Ss]ignals?|[Rr]ecipes?)\b(?!_)|信号|配方", text)
+    native = [Result("sparsity_profile", params={"view": "native"}, **found)]
+    for some in (native, [*native, *results]):
+        assert "How many signals does a token use?" in visible(Page(written(some)))
 
 
 def test_each_control_of_a_metric_has_a_mark_of_its_own(written):

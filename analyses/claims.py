@@ -1,0 +1,146 @@
+"""What every verdict asks for, decided beforehand: the controls that a metric must beat, and by how much.
+
+An interval that clears its control by a hair says that an effect is there, not that it matters: of 49,152 tokens the
+mean is known to three digits. A metric is therefore held against each named control plus (or, where less is claimed,
+minus) the *smallest effect that matters*, and the whole interval has to lie beyond (a minimum-effect test, Murphy and
+Myors 1999). A control that its interval covers is never beaten, however small the p.
+
+Controls that stand beside a metric and are not named here have no part in its verdict; `why` says why not, where one
+could expect it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the verdict on one metric asks for.
+
+    Args:
+        beats: the controls that it must exceed, or fall below.
+        smallest: by how much at least, in units of the metric; with ``relative`` as a share of the control's size.
+        beyond: a fixed value that it must exceed, or fall below, as well.
+        why: why an obvious control is not among them.
+    """
+
+    beats: tuple[str, ...]
+    smallest: float
+    relative: bool = False
+    beyond: float | None = None
+    why: str = ""
+
+    def bound(self, controls: Mapping[str, float], sign: int = 1) -> float:
+        """What ``sign`` times the lower end of the interval must exceed: the hardest of the controls that there are.
+
+        >>> Claim(("untrained", "rotated_basis"), 0.05).bound({"untrained": 0.3, "rotated_basis": 0.2, "varimax": 0.9})
+        0.35
+        """
+        there = [controls[name] for name in self.beats if name in controls]
+        bounds = [sign * value + self.smallest * (abs(value) if self.relative else 1.0) for value in there]
+        bounds += [] if self.beyond is None else [sign * self.beyond]
+        return float(np.max(bounds)) if bounds else -np.inf
+
+    @property
+    def amount(self) -> str:
+        """The smallest effect that matters, for people."""
+        return f"{self.smallest:.0%}" if self.relative else f"{self.smallest:g}"
+
+
+_NULLS = ("shuffled_recipe", "gaussian", "untrained", "label_permutation")
+_TURNED = ("rotated_basis", "untrained")
+_DENSE = (*_TURNED, "gaussian")
+_ALIKE = "the untrained model reads all words alike, so that nothing could be above it"
+CLAIMS: dict[str, dict[str, Claim]] = {
+    "recipe_atlas": {
+        "valid_top_pairs": Claim((*_NULLS, "random_words"), 0.1),
+        "codebook_purity": Claim((*_TURNED, "label_permutation"), 0.02),
+    },
+    "sparsity_profile": {
+        "active_share": Claim(_DENSE, 0.1, relative=True),
+        "usage_gini": Claim(("rotated_basis",), 0.1, relative=True, why="independent entries use all signals evenly"),
+        "hoyer": Claim(_DENSE, 0.1, relative=True),
+        "participation": Claim(_DENSE, 0.1, relative=True),
+        "signal_kurtosis": Claim(_DENSE, 0.1, relative=True),
+        "support_share": Claim(_DENSE, 0.1, relative=True),
+    },
+    "basis_geometry": {
+        "effective_rank": Claim(("gaussian", "untrained"), 0.05, relative=True),
+        "effective_rank_E": Claim(("gaussian", "untrained"), 0.05, relative=True),
+        "coherence_mean": Claim(
+            ("rotated_basis",), 0.1, relative=True, why="an untrained basis is orthogonal by making"
+        ),
+        "alignment_*": Claim(("random_direction", "untrained"), 0.05),
+    },
+    "semantic_galaxy": {
+        "silhouette*": Claim(_NULLS, 0.01),
+        "knn_accuracy": Claim(_NULLS, 0.05),
+    },
+    "semantic_algebra": {
+        "accuracy_at_1": Claim(("c_alone", "a_plus_c", "shuffled_recipe", "untrained"), 0.05),
+        "accuracy_at_1_E": Claim(("c_alone", "a_plus_c", "shuffled_recipe", "untrained"), 0.05),
+        "recipe_minus_E": Claim((), 0.0, beyond=0.05),
+    },
+    "typo_resilience": {
+        "final_cosine_*": Claim(("unrelated_word", "unrelated_misspelling"), 0.05, why=_ALIKE),
+        "final_kl": Claim(("unrelated_word", "unrelated_misspelling"), 0.1, why=_ALIKE),
+        "recovered_share": Claim(("unrelated_word", "unrelated_misspelling"), 0.05, why=_ALIKE),
+    },
+    "layer_evolution": {
+        "crystallisation_share": Claim(("untrained",), 0.05),
+        "crystallisation_delay": Claim(("shuffled_clause", "untrained"), 0.05),
+    },
+    "signal_flow": {
+        "leading_share": Claim(_TURNED, 0.05),
+        "neighbour_overlap": Claim(_TURNED, 0.05),
+        "leading_since": Claim(_TURNED, 0.05),
+    },
+    "causal_ablation": {
+        "remaining_after_one": Claim(_TURNED, 0.05),
+        "knockout_area": Claim(_TURNED, 0.05),
+        "sufficient_share": Claim(_TURNED, 0.05),
+    },
+    "emotion_surgery": {
+        "best_flip_rate": Claim(
+            ("shuffled_labels", "random_direction"), 0.05, why="of the untrained model the least push turns some words"
+        ),
+    },
+    "concept_inception": {
+        "closed_share": Claim(("untrained",), 0.05, beyond=0.5),
+        "long_clause_delay": Claim(("untrained",), 0.05, beyond=0.0),
+    },
+    "genetic_hijack": {
+        "sentiment_shift": Claim(("random_direction",), 0.05),
+        "log_odds_shift": Claim(("random_direction", "untrained"), 0.1),
+        "silence_effect": Claim(("rotated_basis",), 0.05),
+        "graft_effect": Claim(("rotated_basis",), 0.05),
+    },
+    "circuit_tracing": {
+        "lifting_share_*": Claim(("random_direction",), 0.05),
+        "replacement": Claim(("neurons", "random_features"), 0.05),
+    },
+}
+"""Experiment -> metric, or a pattern of several, -> what its verdict asks for."""
+
+
+def claim_of(experiment: str, metric: str) -> Claim | None:
+    """What the verdict on a metric asks for; None for one that is not in the table, such as your own.
+
+    >>> claim_of("circuit_tracing", "lifting_share_5").beats
+    ('random_direction',)
+    """
+    known = CLAIMS.get(experiment, {})
+    pattern = next((name for name in known if fnmatchcase(metric, name)), None)
+    return known.get(metric) or (known[pattern] if pattern else None)
+
+
+def bound_of(experiment: str, metric: str, controls: Mapping[str, float], sign: int = 1) -> float:
+    """What the interval of a metric of an experiment must lie beyond (`Claim.bound`)."""
+    claim = claim_of(experiment, metric)
+    assert claim is not None, f"{experiment} judges {metric} without a claim"
+    return claim.bound(controls, sign)
