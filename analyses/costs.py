@@ -147,7 +147,9 @@ def concept_inception(sizes: Sizes) -> Work:
 
 def genetic_hijack(sizes: Sizes) -> Work:
     carriers = len(_lexicon().sentiment.prompts) // (2 if sizes.quick else 1)
-    written, texts = 17 + 4 * (1 if sizes.quick else 3), len(_lexicon().neutral_texts)
+    is_thrifty = sizes.quick and sizes.n_layers > sizes.layers
+    written = 7 + (5 if is_thrifty else 10) + 4 * (1 if sizes.quick else 3)
+    texts = len(_lexicon().neutral_texts) // (3 if is_thrifty else 1)
     told = f"{written} edits × {carriers} texts written, 56 edits × {carriers} carriers"
     return Work(
         told,

@@ -1,6 +1,6 @@
 """The parts of pages that are read from the code when the site is built, so that they cannot fall behind it.
 
-A page asks for one by a comment: ``<!-- metrics -->``, ``<!-- verdicts -->``,
+A page asks for one by a comment: ``<!-- metrics -->``, ``<!-- claims -->``, ``<!-- verdicts -->``,
 ``<!-- messages -->``.
 MkDocs calls :func:`on_page_markdown` (``hooks`` in mkdocs.yml).
 """
@@ -112,6 +112,21 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def claims_table() -> str:
+    """What every verdict asks for: the controls to beat, and the smallest effect that matters."""
+    from analyses.claims import CLAIMS
+    from analyses.registry import EXPERIMENTS
+
+    lines = ["| | metric | must beat | by at least | |", "|---|---|---|---|---|"]
+    for experiment in EXPERIMENTS.values():
+        for metric, claim in CLAIMS[experiment.name].items():
+            beaten = [f"`{name}`" for name in claim.beats] + ([] if claim.beyond is None else [f"{claim.beyond:g}"])
+            amount = f"{claim.amount} of it" if claim.relative else claim.amount
+            cells = [str(experiment.number), f"`{metric}`", ", ".join(beaten), amount if claim.smallest else ""]
+            lines.append(f"| {' | '.join(cells)} | {_cell(claim.why)} |")
+    return "\n".join(lines)
+
+
 def verdict_rules() -> str:
     """The docstrings of the functions that judge, by module: the rule as it stands beside the claim."""
     lines = []
@@ -145,6 +160,7 @@ def _cell(text: str) -> str:
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "metrics": metrics_table,
+    "claims": claims_table,
     "verdicts": verdict_rules,
     "messages": messages_table,
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -15,13 +17,33 @@ from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import VIEWS, SignalView, signal_view
 
+_shared: ContextVar[dict[tuple[str, int, int], HookedModel] | None] = ContextVar("_shared", default=None)
+
 
 def untrained_model(model: HookedModel, seed: int, number: int = 1) -> HookedModel:
     """The architecture of a model at initialisation: the control ``untrained``, one for all experiments of a seed.
 
     ``number``: which one, where several are held against the model.
     """
-    return build_model(model.cfg, seed=derive_seed(seed, "untrained", number), device=model.cfg.device)
+    key = (repr(model.cfg), seed, number)
+    shared = _shared.get()
+    if shared is not None and key in shared:
+        return shared[key]
+    untrained = build_model(model.cfg, seed=derive_seed(seed, "untrained", number), device=model.cfg.device)
+    if shared is not None:
+        shared.clear()  # one at a time: it is as large as the model
+        shared[key] = untrained
+    return untrained
+
+
+@contextmanager
+def shared_untrained() -> Iterator[None]:
+    """Within the block `untrained_model` makes a model once and gives it again: to be left as it is."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def untrained_view(view: SignalView, seed: int) -> SignalView:

@@ -38,8 +38,8 @@ def explanation(experiment: str, metric: str) -> Explanation | None:
     pattern = max((name for name in known if fnmatchcase(metric, name)), key=len, default=None)
     if metric not in known and pattern is None:
         return None
-    entry = known.get(metric) or known[pattern]
-    return Explanation(translate(entry["says"]), claim_of(experiment, metric))
+    says = (known.get(metric) or known[pattern])["says"]
+    return Explanation(translate(says), claim_of(experiment, metric))
 
 
 def figure_explanation(experiment: str, figure: str) -> str:

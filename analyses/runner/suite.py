@@ -104,6 +104,7 @@ def run_suite(
 
     Example: `run_suite(model, [5, 7], quick=True).results["layer_evolution"].metrics`
     """
+    from analyses.controls.nulls import shared_untrained
     from analyses.result.kept import may_be_kept
     from analyses.result.model_identity import known_hash
     from analyses.words.lexicon import read_questions_words
@@ -119,7 +120,7 @@ def run_suite(
     folder, identity = make_folder(out, name), model_hash(model)
     options = {"seed": seed, "quick": quick, "analogies": analogies}
     show = sys.stderr.isatty() if progress is None else progress
-    with sole_writer(folder, "writing results into"):
+    with sole_writer(folder, "writing results into"), shared_untrained():
         run, earlier = SuiteRun(folder), read_earlier(folder, selected, identity)
         known = identity if may_be_kept(model) else ""
         forms = [options, options | {"quick": True}] if budget is not None else [options]

@@ -120,11 +120,12 @@ def causal_ablation(
     bar = tqdm(rotated, total=rotations, desc="causal ablation", disable=not progress)
     fresh = residual_stack(untrained.model, prompts)[-1]
 
-    def measured(view: SignalView, name: str) -> tuple[Measured, float]:
-        return measure_knockout(view, final, derive_seed(own, name)), _least_without_one(view, detail, target_id)
+    def measured(view: SignalView, name: str, *, matched: bool = False) -> tuple[Measured, float]:
+        knockout = measure_knockout(view, final, derive_seed(own, name), matched=matched)
+        return knockout, _least_without_one(view, detail, target_id)
 
     in_bases = Bases(  # a rotated recipe is in memory while it is measured
-        own=measured(chosen, "model"),
+        own=measured(chosen, "model", matched=True),
         rotated={name: measured(other, name) for name, other in bar},
         varimax=measured(varimax_view(chosen, seed=seed), "varimax"),
     )

@@ -50,8 +50,13 @@ class Measured(NamedTuple):
         }
 
 
-def measure_knockout(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int) -> Measured:
-    """Knock out signals at the readout of the streams that prompts end in, one alone and many in order."""
+def measure_knockout(
+    view: SignalView, final: Float[Tensor, "prompt d_model"], seed: int, *, matched: bool = False
+) -> Measured:
+    """Knock out signals at the readout of the streams that prompts end in, one alone and many in order.
+
+    ``matched``: also in the order of the signals that move all logits as much.
+    """
     a = view.readout(final).float()
     targets = view.logits(a).argmax(dim=-1)
     alone = SingleAblations(view, a, 0.0)
@@ -66,7 +71,7 @@ def measure_knockout(view: SignalView, final: Float[Tensor, "prompt d_model"], s
     counts = curve_counts(view.n_signals)
     orders = {
         "contribution": by_contribution,
-        "matched": matched_order(by_contribution, norms),
+        **({"matched": matched_order(by_contribution, norms)} if matched else {}),
         "random": random_order(tuple(left.shape), seed),
     }
     curves = {name: ProgressiveAblations(view, a, 0.0, order, counts) for name, order in orders.items()}

@@ -39,6 +39,7 @@ from analyses.experiments.genetic_hijack.edits import (
 from analyses.experiments.genetic_hijack.figures import hijack_figures
 from analyses.experiments.genetic_hijack.frames import Run, carriers_frame, edits_frame, signals_frame
 from analyses.experiments.genetic_hijack.measure import Probe
+from analyses.measures.depth import ORDINARY
 from analyses.measures.sentiment import Poles, sentiment_poles
 from analyses.result.finding import Finding
 from analyses.result.params import run_params
@@ -106,7 +107,8 @@ def genetic_hijack(
         max_ratio: of the perplexity; see the definition of ``beta``.
         rotations: random rotations in the ``rotated_basis`` null; at least 2.
         new_tokens: length of a continuation.
-        quick: half of the carriers, and the largest β alone.
+        quick: half of the carriers, and the largest β alone; of a model deeper than 12 blocks also a third of the
+            neutral texts, and texts written under half as many random directions.
 
     Returns:
         A Result with frames ``edits`` (a row an edit and control), ``carriers`` (a row an edit and carrier: text,
@@ -128,6 +130,8 @@ def genetic_hijack(
     carriers = [text for text in lexicon.sentiment.prompts if not _lacks(model, text, ids)][:: 2 if quick else 1]
     neutral = [text for text in lexicon.neutral_texts if _lacks(model, text, ids)]
     betas = sorted(betas)[-1 if quick else 0 :]
+    is_thrifty = quick and model.cfg.n_layers > ORDINARY
+    neutral, written_draws = (neutral[::3], WRITTEN_DRAWS // 2) if is_thrifty else (neutral, WRITTEN_DRAWS)
     _check(carriers, neutral, betas, rotations)
     common, own = run_params(chosen, lexicon, seed, quick), derive_seed(seed, "genetic_hijack")
     probe = Probe(model, carriers, heldout, neutral, edited=edited, new_tokens=new_tokens, seed=seed)
@@ -146,7 +150,7 @@ def genetic_hijack(
         runs += [*shifted("edit", beta), *shifted("random_direction", beta, directions[0])]
         bar.update()
     beta, random_beta = (_affordable(runs, series, betas, max_ratio) for series in ("edit", "random_direction"))
-    for direction in directions[1:WRITTEN_DRAWS]:
+    for direction in directions[1:written_draws]:
         runs += shifted("random_direction", beta, direction)
     bar.update()
     for (name, series), edits in _other_edits(chosen, heldout, shift.direction, own).items():

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from analyses.controls.bases import as_one_basis, by_metric, in_bases, rotated_views
+from analyses.controls.nulls import shared_untrained, untrained_model
+from reflowlens.checkpoints import model_hash
 from reflowlens.errors import ReflowlensError
 from reflowlens.signals import signal_view
 from tests.support.tiny import assert_close, random_model
@@ -62,3 +64,13 @@ def test_names_and_series_and_controls_of_numbers_by_basis():
 def test_one_rotation_has_no_spread():
     with pytest.raises(ReflowlensError, match="rotations must be at least 2"):
         in_bases(lambda each: 0.0, signal_view(random_model("reflow")), {}, rotations=1, seed=0, experiment="here")
+
+
+def test_a_run_makes_the_untrained_model_once():
+    model = random_model("reflow")
+    with shared_untrained():
+        first = untrained_model(model, 0)
+        assert untrained_model(model, 0) is first
+        other = untrained_model(model, 1)
+        assert model_hash(other) != model_hash(first) == model_hash(untrained_model(model, 0))
+    assert untrained_model(model, 0) is not untrained_model(model, 0)

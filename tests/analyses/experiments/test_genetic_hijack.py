@@ -150,10 +150,16 @@ def test_the_recipe_of_top_k_cannot_be_edited_through_another_view():
 
 
 def test_the_verdicts_follow_their_rules():
-    for rule in (shift_verdict, signal_verdict):
-        assert rule((0.3, 0.5), 0.2, 0.01, 20) == "supported"
-        assert rule((0.1, 0.5), 0.2, 0.01, 20) == rule((0.3, 0.5), 0.2, 0.2, 20) == "not supported"
-        assert rule((0.3, 0.5), 0.2, 0.01, 19) == "underpowered"
+    def shifted(interval, control, p, units):
+        return shift_verdict("log_odds_shift", interval, {"random_direction": control, "untrained": 0.0}, p, units)
+
+    for rule in (shifted, signal_verdict):
+        assert rule((0.31, 0.5), 0.2, 0.01, 20) == "supported"
+        assert rule((0.1, 0.5), 0.2, 0.01, 20) == rule((0.31, 0.5), 0.2, 0.2, 20) == "not supported"
+        assert rule((0.31, 0.5), 0.2, 0.01, 19) == "underpowered"
+        assert rule((0.21, 0.5), 0.2, 0.01, 20) == "not supported", "by less than what matters"
+    controls = {"random_direction": 0.0, "untrained": 0.4}
+    assert shift_verdict("log_odds_shift", (0.31, 0.5), controls, 0.01, 20) == "not supported"
 
 
 # -- edits ------------------------------------------------------------------------------------------------------------

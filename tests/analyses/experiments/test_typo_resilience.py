@@ -180,7 +180,9 @@ def test_a_tokenizer_without_words_is_an_error():
         ("final_cosine_readout", (0.5, 0.6), 0.55, 0.01, 30, "not supported"),
         ("final_cosine_readout", (0.5, 0.6), 0.4, 0.2, 30, "not supported"),
         ("final_cosine_readout", (0.5, 0.6), 0.4, 0.01, 19, "underpowered"),
-        ("final_kl", (0.5, 0.6), 0.7, 0.01, 30, "supported"),
+        ("final_cosine_readout", (0.5, 0.6), 0.47, 0.01, 30, "not supported"),  # by less than what matters
+        ("final_kl", (0.5, 0.6), 0.75, 0.01, 30, "supported"),
+        ("final_kl", (0.5, 0.6), 0.65, 0.01, 30, "not supported"),
         ("final_kl", (0.5, 0.6), 0.4, 0.01, 30, "not supported"),
     ],
 )
