@@ -116,7 +116,9 @@ CLAIMS: dict[str, dict[str, Claim]] = {
     },
     "genetic_hijack": {
         "sentiment_shift": Claim(("random_direction",), 0.05),
-        "log_odds_shift": Claim(("random_direction", "untrained"), 0.1),
+        "log_odds_shift": Claim(
+            ("random_direction",), 0.1, why="what is shifted is read along in any tied model, an untrained one too"
+        ),
         "silence_effect": Claim(("rotated_basis",), 0.05),
         "graft_effect": Claim(("rotated_basis",), 0.05),
     },

@@ -209,9 +209,9 @@ def shift_verdict(
     """Claim: shifting the recipes of what a text is about turns its sentiment, in the text written (sentiment_shift) or
     in the next word (log_odds_shift).
 
-    Supported if the interval over carriers lies above the mean of random directions by 0.05 of a rating, or by 0.1 nats
-    and so above the untrained model's, and the Holm-adjusted p of the shift as one more draw from those of random
-    directions is below 0.05; underpowered with fewer than 20 carriers.
+    Supported if the interval over carriers lies above the mean of random directions by 0.05 of a rating, or by 0.1
+    nats, and the Holm-adjusted p of the shift as one more draw from theirs is below 0.05; underpowered with fewer than
+    20 carriers.
     """
     bound = bound_of("genetic_hijack", metric, controls)
     return verdict(interval, bound, p, minimum_units=MINIMUM_CARRIERS, units=units)
