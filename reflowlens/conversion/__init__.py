@@ -2,7 +2,7 @@
 
 from reflowlens.conversion import export_hf, import_hf, import_nanogpt
 export_hf(model, "reflow-nano-hf")          # AutoModelForCausalLM and AutoTokenizer open it
-model = import_hf("SmolLM2-135M")           # GPT-2, Llama, Mistral, Qwen2
+model = import_hf("SmolLM2-135M")           # one of sixteen families (reflowlens.conversion.families)
 model = import_nanogpt("out/ckpt.pt")       # GPT-2, GPT-2-New, reFlow
 """
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoModelForCausalLM
 
+import analyses
 import reflowlens as rl
+from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.checkpoints import load_model, save_model
-from reflowlens.conversion import export_hf
+from reflowlens.conversion import export_hf, import_hf
 from reflowlens.conversion.families import FAMILIES
 from reflowlens.conversion.layout import to_ours
 from reflowlens.errors import ReflowlensError
@@ -105,6 +110,21 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
     assert again.cfg.to_dict() == model.cfg.to_dict()
     assert model_hash(again) == model_hash(model)
     assert again(TOKENS).equal(model(TOKENS))
+
+
+@every_family
+def test_points_are_those_of_transformer_lens(name: str) -> None:
+    """What its bridge around their model caches under our names, norms behind and parallel blocks among it."""
+    model, hf = ours(name), copy.deepcopy(theirs(name))
+    _, cache = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config).run_with_cache(TOKENS)
+    _, found = model.run_with_cache(TOKENS, names_filter=lambda point: True)
+    streams = [f"hook_{at}" for at in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")]
+    inside = ["attn.hook_q", "attn.hook_k", "attn.hook_z", "attn.hook_pattern", "mlp.hook_pre", "mlp.hook_post"]
+    points = ["hook_embed", *(f"blocks.1.{point}" for point in (*streams, *inside))]
+    assert [point for point in points if point in found] == [point for point in points if point in cache]
+    for point in points:
+        if point in found:
+            assert_close(found[point], cache[point], what=point)
 
 
 # ------------------------------------------------------------------------------------------------------ tools on each
@@ -256,3 +276,77 @@ def test_why_a_head_looks_where_it_does(name: str) -> None:
             why = graph.why_attended(layer, 3, 5, key, top=7)
             for total in (why.score, why.pairs["weight"].sum(), why.queries["weight"].sum(), why.keys["weight"].sum()):
                 assert abs(total - scores[key].item()) < 1e-4 * scores[~hidden].abs().max()
+
+
+@every_family
+def test_sizes_and_a_training_step(name: str) -> None:
+    """As many parameters as theirs; a copy is trained, in which a norm that two readers share is one, too."""
+    model = ours(name)
+    rows = 2 * model.cfg.d_model * (name == "opt")  # of positions that no token has
+    assert model.n_parameters == sum(parameter.numel() for parameter in theirs(name).parameters()) - rows
+    trained = copy.deepcopy(model).train()
+    optimiser = torch.optim.SGD(trained.parameters(), lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = trained(TOKENS, return_type="loss")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    with torch.no_grad():
+        assert abs(model(TOKENS, return_type="loss").item() - losses[0]) < 1e-5 * losses[0]
+    assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gptj", "gpt_neo"])
+def test_experiments_run(name: str) -> None:
+    lexicon = Lexicon("test", factual=tuple(FactualPrompt(f"{letter}bcdefgh", letter.lower()) for letter in "ABCDE"))
+    result = analyses.layer_evolution(ours(name), "Abcdefgh", "i", lexicon=lexicon)
+    assert 0 < result.metrics["target_probability"] < 1
+
+
+def test_operations_of_windows_and_tables_of_layers_that_turn() -> None:
+    cfg = ours("gemma3").cfg
+    seen = [sum(min(p + 1, 3 if local else 10) for p in range(10)) / 10 for local in (True, False, True)]
+    assert Decoder.forward_flops(cfg, 10, 1)["attention_mixing"] == pytest.approx(4 * 4 * 8 * sum(seen))
+    for name, layers in (("smollm3", 2), ("gemma3", 3)):
+        tables = [attn for block in ours(name).blocks if (attn := block.attn.rotary) is not None]
+        assert len(tables) == layers
+        held = sum(4 * table.numel() for rotary in tables for table in (rotary.cos, rotary.sin))
+        assert Decoder.table_bytes(ours(name).cfg) == held
+
+
+# -------------------------------------------------------------------------------------------------- what cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        (
+            "opt",
+            {"do_layer_norm_before": False},
+            "do_layer_norm_before is False, and a OPTForCausalLM can be read with",
+        ),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, and a OPTForCausalLM can be read with 32"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (
+            "olmo2",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "scaling 'yarn' cannot",
+        ),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ("qwen3", {"model_type": "qwen3_moe", "num_experts": 8}, r"Qwen3ForCausalLM \(a mixture of experts\): "),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(
+    name: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with quiet():
+        theirs(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    with pytest.raises(ReflowlensError, match=message) as error:
+        import_hf(tmp_path, tokenizer="bytes")
+    assert "\n" not in str(error.value)
