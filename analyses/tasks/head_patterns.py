@@ -53,6 +53,7 @@ from reflowlens.scoring.batches import by_length
 KINDS = ("previous", "duplicate", "induction", "current", "first")
 _BY_TOKENS = ("duplicate", "induction")
 _MINIMUM = 10  # sequences in a half, below which no verdict is given
+_SMALLEST = 0.05  # a share of attention below which no head is called one of a kind, however sure it is
 _LONGEST = 128  # tokens of a text: attention is a square of them
 
 
@@ -85,7 +86,7 @@ def head_patterns(
         A Result. Frame ``heads``: a row a source (``"random"``, ``"text"``), kind, layer and head, with ``score``,
         ``where_possible``, ``uniform``, ``shuffled`` and ``excess``, means over sequences, and ``score_low``,
         ``score_high``, ``excess_low``, ``excess_high``. Metrics such as ``induction_random``: the excess of the head
-        that is strongest on one half of the sequences, measured on the other half; verdicts ask whether it is above 0.
+        that is strongest on one half of the sequences, measured on the other half; verdicts ask for 0.05 at least.
         Figures: a source and kind each, layer × head.
 
     Raises:
@@ -251,7 +252,7 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
     layer, head = np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:])
     values = excess[1::2, layer, head]
     interval = bootstrap_interval(values, seed=seed)
-    p = paired_permutation_pvalue(values, seed=seed)
+    p = paired_permutation_pvalue(values - _SMALLEST, seed=seed)
     beside = "the same places in shuffled tokens" if kind in _BY_TOKENS else "uniform attention"
     return Finding(
         values.mean(),
@@ -261,7 +262,7 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
             "shuffled": float(measured.shuffled[kind][1::2, layer, head].mean()),
             "mean_head": float(excess[1::2].mean()),
         },
-        verdict(interval, 0.0, p, minimum_units=_MINIMUM, units=len(values)),
+        verdict(interval, _SMALLEST, p, minimum_units=_MINIMUM, units=len(values)),
         f"share of attention at the places of the kind, less that of {beside}, of the head that is strongest on half "
         f"of the sequences (layer {layer}, head {head}), on the other half. uniform, shuffled: shares; mean_head: the "
         "excess of all heads",

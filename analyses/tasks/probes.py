@@ -26,7 +26,7 @@ from torch import Tensor
 
 from analyses.result.finding import Finding
 from analyses.result.result import Result
-from analyses.statistics.draws import derive_seed
+from analyses.statistics.draws import derive_rng, derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
@@ -43,6 +43,7 @@ from reflowlens.prompts import At, Prompts
 EMBEDDING = -1  # the layer in front of the first
 Kind = Literal["logistic", "ridge"]
 _QUICK_LAYERS = 6
+_CONTROLS = 3  # control tasks, whose mean is taken
 _COORDINATE = "x"  # begins the names of a direction's columns
 
 
@@ -103,7 +104,7 @@ def linear_probes(
 
     Each example is held out once, in one of ``folds`` parts of its own groups; features are scaled to mean 0 and
     variance 1 on the others. An accuracy is a mean over groups, and its interval is over them: exact where groups are
-    single examples, otherwise bootstrap.
+    single examples, otherwise bootstrap. The control task's is the mean of three draws of labels.
 
     Args:
         model: what is attached to it acts.
@@ -184,11 +185,11 @@ class _Fit:
 
 @dataclass(frozen=True, eq=False)
 class _Probed:
-    """A layer's probes: which examples they tell when held out, of the labels and of the control task."""
+    """A layer's probes: which examples they tell when held out, and in how many of the control tasks."""
 
     layer: int
     correct: NDArray[np.bool_]
-    control: NDArray[np.bool_]
+    control: Float[np.ndarray, " n"]
     directions: list[dict[str, Any]]
 
 
@@ -243,7 +244,10 @@ def _read(
 ) -> list[_Probed]:
     """The probes of a model's layers, as many of these at once as the memory holds."""
     size = max(1, int(memory / (4 * model.cfg.d_model * len(places))))
-    control, found = places.control_labels(seed), []
+    found: list[_Probed] = []
+    tasks = [places.control_labels(derive_seed(seed, draw)) for draw in range(_CONTROLS)]
+    # Held out example by example: of a kind that was seen in the fit, a label is known by heart.
+    parts = derive_rng(seed, "control_folds").permutation(len(places)) % (fold.max() + 1)
     for start in range(0, len(layers), size):
         some = layers[start : start + size]
         points = [_point(layer) for layer in some]
@@ -251,7 +255,7 @@ def _read(
         for layer, point in bar(list(zip(some, points, strict=True)), show=progress, unit="layer", desc="probing"):
             x = activations.pop(point)
             right = held_out(x, places.label, fold, fit) == places.label
-            by_heart = held_out(x, control, fold, fit) == control
+            by_heart = np.mean([held_out(x, labels, parts, fit) == labels for labels in tasks], axis=0)
             found.append(_Probed(layer, right, by_heart, _directions(layer, x, places, fit)))
     return found
 
