@@ -112,7 +112,8 @@ def run(
     """
     if isinstance(prompt, Prompts):
         listed = [interventions] if isinstance(interventions, Intervention) else interventions
-        interventions = [at_role(hooked_model(model), prompt, part) for part in listed]
+        if isinstance(listed, Iterable) and not isinstance(listed, str):
+            interventions = [at_role(hooked_model(model), prompt, part) for part in listed]
         prompt = prompt.clean
     with intervene(model, interventions) as hooked:
         return hooked(prompt, **kwargs)

@@ -30,7 +30,7 @@ class Setup:
 
     Args:
         missing: prompts that lack what a cell intervenes on, a position behind their end: it says nothing of them.
-        misaligned: whether cells are positions from the left of prompts of several lengths, without being asked to.
+        misaligned: whether a cell is at positions from the left of prompts of several lengths, without being asked to.
     """
 
     model: HookedModel
@@ -65,7 +65,8 @@ def prepare_sweep(
         clean_run = ActivationCache(dict(cache), model, tokens=prompts.clean, lengths=list(prompts.clean_lengths))
         bound = [tuple(_bound(part, clean_run) for part in cell) for cell in asked]
         cells = dataclasses.replace(cells, cells=bound)
-    misaligned = positions is None and "pos" in cells.axis_names and len(set(prompts.lengths)) > 1
+    from_left = any(_counts_from_left(part.position) for cell in asked for part in cell)
+    misaligned = positions is None and prompts.is_padded and from_left
     return Setup(model, prompts, cells, asked, _missing(model, prompts, asked), misaligned)
 
 
@@ -94,6 +95,14 @@ def _missing(model: HookedModel, prompts: RunPrompts, cells: Sequence[Cell]) -> 
             for name in hook_names(model, part):
                 everywhere[i] |= ~reached(part, name)
     return everywhere
+
+
+def _counts_from_left(position: Any) -> bool:
+    """Whether a selector names a position behind the first by its number from the left, the same in all prompts."""
+    if position is None or isinstance(position, str) or is_each(position):
+        return False
+    ends = (position.start, position.stop) if isinstance(position, slice) else position
+    return any(end is not None and end > 0 for end in ([ends] if isinstance(ends, int) else ends))
 
 
 def _is_unbound(part: Any) -> bool:

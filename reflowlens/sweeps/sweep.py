@@ -153,9 +153,8 @@ def _in_parts(
         own = dataclasses.replace(metric, rows=(rows, n))
         parts.append(sweep(model, prompts.select(rows), corrupted, cells, own, positions=positions, **options))
     whole = joined(parts)
-    of_one_length = len({part.values.shape[:-1] for part in parts}) == 1 and not any(part.misaligned for part in parts)
-    has_positions = positions is None and "pos" in whole.axis_names
-    return dataclasses.replace(whole, misaligned=has_positions and not of_one_length)
+    differ = any(part.misaligned for part in parts) or len({part.values.shape[:-1] for part in parts}) > 1
+    return dataclasses.replace(whole, misaligned=positions is None and differ)
 
 
 @torch.no_grad()

@@ -183,6 +183,20 @@ def test_a_mean_over_misaligned_positions_warns_once_and_only_then(tiny_models: 
         rl.screen(tiny_models["gpt2"], EVEN, cells="resid_pre", metric=metric, top=1, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("position", "expected"),
+    [(2, True), ([0, 2], True), (slice(1, None), True), (slice(0, -1), False), (0, False), (-1, False), ("last", False),
+     ([[2], [3]], False), (None, False)],
+)  # fmt: skip
+def test_a_mean_over_cells_of_ones_own_warns_where_they_count_from_the_left(
+    tiny_models: dict[str, HookedModel], position: Any, expected: bool
+) -> None:
+    cells = [rl.Scale("mlp_out", 0.5, layer=0, position=position)]
+    options: dict[str, Any] = {"cells": cells, "metric": rl.metrics.logit_diff(EVEN)}
+    assert rl.sweep(tiny_models["gpt2"], EVEN, **options).misaligned == expected
+    assert not rl.sweep(tiny_models["gpt2"], EVEN, positions="left", **options).misaligned
+
+
 def test_screening_by_role_performs_what_it_estimates(tiny_models: dict[str, HookedModel]) -> None:
     options: dict[str, Any] = {"cells": "resid_pre", "metric": rl.metrics.logit_diff(PROMPTS), "positions": "right"}
     found = rl.screen(tiny_models["gpt2"], PROMPTS, exhaustive=True, progress=False, **options)
