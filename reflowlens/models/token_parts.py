@@ -32,8 +32,9 @@ class Bigram(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
+        """W_up orthogonal: were it 0 as the table is, the gradient of either would be 0 for ever."""
         self.W_pairs.zero_()
-        self.W_up.zero_()
+        nn.init.orthogonal_(self.W_up, generator=generator)
         self.scale.fill_(_BIGRAM_SCALE)
 
     def slots(

@@ -125,6 +125,19 @@ def test_fresh_refiners_add_next_to_nothing():
     assert 1e-4 < size < 0.0067
 
 
+def test_every_parameter_of_a_fresh_model_learns():
+    """Many begin at 0, and none where what it is multiplied with does too."""
+    model = build_model(CFG)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.stack([text(12, 2 * step), text(12, 2 * step + 1)]), "loss").backward()
+        optimizer.step()
+    still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not still
+
+
 @pytest.mark.parametrize("changed", [0, 4, 9])
 def test_nothing_is_seen_of_the_future(changed):
     model, tokens = filled(), text(12)
