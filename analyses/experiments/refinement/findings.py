@@ -97,7 +97,8 @@ class Found:
         controls = {name: means[name][0] for name in (WRONG_WAY, PREVIOUS)}
         self.findings["learning_gain"] = Finding(value, interval, controls, self.verdict(gains[AS_IS], interval))
         over = {name: learning[name] - learning[AS_IS] for name in (NO_LEARNING, PREVIOUS)}
-        least = min(found := self.means(over), key=lambda name: found[name][0])
+        found = self.means(over)
+        least = min(over, key=lambda name: found[name][0])
         value, interval = found[least]
         self.findings["own_text_gain"] = Finding(value, interval, {}, self.verdict(over[least], interval))
 
@@ -112,15 +113,19 @@ class Found:
                 least = max(0.0, controls[SHUFFLED])
                 judged = verdict(interval, least, p, minimum_units=MINIMUM_TEXTS, units=len(own))
             self.findings[f"inner_{what}"] = Finding(float(own.mean()), interval, controls, judged)
-        own, shuffled = by_control[AS_IS], by_control[SHUFFLED]
-        for metric, what, others in (("update_cosine", "cosine", "cosine_other"), ("update_rank", "rank", None)):
-            known = own[what][np.isfinite(own[what])]
-            controls = {SHUFFLED: float(np.nanmean(shuffled[what]))} if len(known) else {}
-            if others is not None and np.isfinite(own[others]).any():
-                controls["other_text"] = float(np.nanmean(own[others]))
-            interval = bootstrap_interval(known, seed=self.seed) if len(known) > 1 else None
-            if len(known):
-                self.findings[metric] = Finding(float(known.mean()), interval, controls)
+        known = {
+            (control, what): by_control[control][what][np.isfinite(by_control[control][what])]
+            for control in (AS_IS, SHUFFLED)
+            for what in ("cosine", "cosine_other", "rank")
+        }
+        means = {key: float(values.mean()) for key, values in known.items() if len(values)}
+        beside = {"cosine": {SHUFFLED: (SHUFFLED, "cosine"), "other_text": (AS_IS, "cosine_other")}}
+        beside["rank"] = {SHUFFLED: (SHUFFLED, "rank")}
+        for what, others in beside.items():
+            if len(values := known[AS_IS, what]):
+                interval = bootstrap_interval(values, seed=self.seed) if len(values) > 1 else None
+                controls = {name: means[key] for name, key in others.items() if key in means}
+                self.findings[f"update_{what}"] = Finding(means[AS_IS, what], interval, controls)
 
     def add_steps(self, losses: Mapping[str, Losses]) -> pd.DataFrame:
         """The frame of steps: `kind`, `size`, and the loss less that of a step of 1."""
@@ -134,18 +139,17 @@ class Found:
         return frame
 
     def add_velocity(self, velocity: pd.DataFrame) -> None:
-        table: pd.DataFrame = velocity.set_index(["measure", "input"])
+        table: dict[Any, Any] = velocity.set_index(["measure", "input"]).to_dict("index")
         for metric, measure in VELOCITY.items():
-            own = table.loc[measure]
-            interval = tuple(own.loc[AS_IS, ["low", "high"]])
-            controls = {name: own.loc[name, "value"] for name in ELSEWHERE}
+            own = table[measure, AS_IS]
+            controls = {name: table[measure, name]["value"] for name in ELSEWHERE}
             if measure == "directions":
-                controls["latent"] = table.loc[("input_directions", AS_IS), "value"]
-            known = all(map(np.isfinite, interval))
-            self.findings[metric] = Finding(own.loc[AS_IS, "value"], interval if known else None, controls)
+                controls["latent"] = table["input_directions", AS_IS]["value"]
+            interval = (own["low"], own["high"]) if np.isfinite(own["low"]) else None
+            self.findings[metric] = Finding(own["value"], interval, controls)
 
     def add_untying(self, untying: pd.DataFrame) -> None:
-        shares: dict[str, Any] = untying.set_index("part").to_dict("index")
+        shares: dict[Any, Any] = untying.set_index("part").to_dict("index")
         affine = shares[AFFINE]
         if np.isfinite(affine["share"]):
             controls = {part: shares[part]["share"] for part in (LINEAR, VELOCITY_ALONE, ROTATED_LINEAR)}
@@ -153,9 +157,9 @@ class Found:
             self.findings["untying_share"] = Finding(affine["share"], ends, controls)
 
     def add_planted(self, planted: pd.DataFrame) -> None:
-        gain = planted.query(f"control == '{AS_IS}' and at == 'known'").set_index("text")
-        mapped = gain.loc["mapped"]
-        controls = {"random": gain.loc["random", "value"]}
+        known = planted.query(f"control == '{AS_IS}' and at == 'known'")
+        gain: dict[Any, Any] = known.set_index("text").to_dict("index")
+        mapped, controls = gain["mapped"], {"random": gain["random"]["value"]}
         self.findings["planted_gain"] = Finding(mapped["value"], (mapped["low"], mapped["high"]), controls)
 
     def add_retrained(self, effects: pd.DataFrame, packed: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def untying_losses(model: HookedModel, texts: Texts, points: Points, seed: int) 
         }
         found[NO_FLOW] = losses(model, x, targets)
         for part, matrix in matrices.items():
-            found[part] = model.read_final(x, (matrix,)).losses(targets).double().cpu().numpy()
+            found[part] = cast(TTTFlow, model).read_final(x, (matrix,)).losses(targets).double().cpu().numpy()
         for part, own in found.items():
             out[part][rows, : tokens.shape[1]] = own
     return out

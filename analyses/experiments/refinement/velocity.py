@@ -171,5 +171,5 @@ def _by_text(
 ) -> dict[int, tuple[float, Interval]]:
     """The mean of every column, numbered from 1, over texts drawn whole."""
     number = np.unique(text, return_inverse=True)[1]
-    sums = {column: np.bincount(number, own) for column, own in enumerate(values.T, start=1)}
+    sums = {column: np.bincount(number, own).astype(np.float64) for column, own in enumerate(values.T, start=1)}
     return mean_by_document(sums, np.bincount(number), seed)
