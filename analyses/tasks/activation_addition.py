@@ -57,7 +57,7 @@ from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
 from reflowlens.sweeps.injections import Injections, Where, rms, steer
 
-STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _COSTED = 5  # draws of a control whose cost is measured
 OWN_DEFINITIONS = {
     "effect": "how much the vector raises logit_diff on the half of the prompts that layer and strength were not "

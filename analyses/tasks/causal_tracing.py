@@ -288,8 +288,9 @@ def _findings(
         counted = allowed & (~np.isnan(effects[found_on])).any(axis=0) & (~np.isnan(effects[held_out])).any(axis=0)
         candidates = np.flatnonzero(counted)
         peak = candidates[np.argmax(np.nanmean(effects[found_on][:, candidates], axis=0))]
-        values, rest = effects[held_out][:, peak], np.setdiff1d(candidates, peak)
-        own, elsewhere = values[~np.isnan(values)], np.nanmean(effects[held_out][:, rest], axis=1)[~np.isnan(values)]
+        judged_on, rest = held_out[~np.isnan(effects[held_out, peak])], np.setdiff1d(candidates, peak)
+        own, others = effects[judged_on, peak], effects[judged_on][:, rest]
+        elsewhere = np.nansum(others, axis=1) / np.maximum((~np.isnan(others)).sum(axis=1), 1)
         if len(own) < 2:
             told.append(f"{kind}_peak is absent: fewer than two prompts held out have a {named['role'][peak]}")
             continue
