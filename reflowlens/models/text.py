@@ -246,6 +246,8 @@ class TextModel(HookedRootModule):
         Example: ``model.to_str_tokens("The king")  # ["The", " king"]``
         """
         if isinstance(input, Sequence) and not isinstance(input, str) and any(isinstance(text, str) for text in input):
+            if strange := [text for text in input if not isinstance(text, str)]:
+                raise ReflowlensError(f"to_str_tokens takes texts, or ids, not both: got {strange[0]!r} among texts")
             return [self.to_str_tokens(text, prepend_bos) for text in cast("Sequence[str]", input)]
         ids = self.to_tokens(input, prepend_bos) if isinstance(input, str) else self._as_ids(input)
         return self.tokenizer.to_str_tokens(ids.reshape(-1).tolist())

@@ -164,7 +164,7 @@ def score(
         >>> import reflowlens as rl
         >>> model = rl.load_model("reflow-nano")
         >>> rl.score(model, [" king", " of"], given="The").texts["logprob"].round(2).tolist()
-        [-7.51, -6.99]
+        [-8.63, -8.96]
     """
     hooked, texts = hooked_model(model), read_once(texts)
     rows = rows_of(hooked, texts, given, bos, split_special_tokens)

@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "to_single_token": (MODEL.to_single_token, [*but(NO_INTEGERS, "a", "2"), 5, "", "ab"]),
     "to_single_str_token": (MODEL.to_single_str_token, [*NO_INTEGERS, -1, 256]),
     "to_string": (MODEL.to_string, [*but(NO_INTEGERS, [], [1], *IDS), [1.5], [-1], [2**70]]),
-    "to_str_tokens": (MODEL.to_str_tokens, [*but(NO_INTEGERS, "a", "2", [], [1], *IDS), ["a"], [-1]]),
+    "to_str_tokens": (MODEL.to_str_tokens, [*but(NO_INTEGERS, "a", "2", [], [1], *IDS), ["a", 2], [-1]]),
     "tokens_to_residual_directions": (
         MODEL.tokens_to_residual_directions,
         [*but(NO_INTEGERS, "a", "2", [], [1], *IDS), "ab", -1, 288, torch.tensor([1.0])],
