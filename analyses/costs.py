@@ -164,7 +164,7 @@ def circuit_tracing(sizes: Sizes) -> Work:
     prompts, units, ends = (6, 24, 2) if sizes.quick else (20, 60, 4)
     runs = 3 * units * 9 * ends + 50 * prompts
     told = f"graphs of {prompts} prompts, {runs} runs with units forced or removed"
-    return Work(told, tokens=runs * 4 + 400 * prompts, reads=2 * runs, beside=3)
+    return Work(told, tokens=runs * 4 + 6000 * prompts, reads=2 * runs, beside=3)
 
 
 _TEXT = 40  # tokens of a neutral text

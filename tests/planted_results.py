@@ -358,7 +358,8 @@ HIJACK = Case(
         # A swap of the poles turns the log odds, and without the planted signal there are none.
         Expected("swap_log_odds_change / log odds", -2, 2e-5, _of_unedited("swap_log_odds_change")),
         Expected("silence_effect / log odds", 1, 0.01, _of_unedited("silence_effect")),
-        *(verdict(name, "supported") for name in ("log_odds_shift", "silence_effect")),
+        verdict("log_odds_shift", "not supported"),  # 0.006 nats: there for certain, and less than what matters
+        verdict("silence_effect", "supported"),
     ),
 )
 
