@@ -14,7 +14,7 @@ _ENGLISH = (
     (r"\bSignal identity\b", "Identity of the axes"),
     (r"\bsignal kurtosis\b", "kurtosis of an axis"),
     (r" Recipe times basis is its embedding\.", " R is the embedding itself."),
-    (r"\b(?:single )?trained signals?\b", lambda found: found[0].replace("trained ", "")),
+    (r"\b(single )?trained (signals?)\b", r"\1\2"),
     (r"\bsignal basis\b", "embedding"),
     (r"\bSignal ({\w+})", r"Axis \1"),
     (r"\b(a|A) recipe\b", r"\1n embedding"),
