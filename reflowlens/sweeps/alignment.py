@@ -46,7 +46,7 @@ def position_axis(model: HookedModel, prompts: RunPrompts, positions: Positions)
             own end; or roles: columns of the prompts, ``"last"``, and indices.
 
     Raises:
-        ReflowlensError: it is none of these, or a prompt has no such position.
+        ReflowlensError: it is none of these, one is named twice, or a prompt has no such position.
     """
     if positions is None or (isinstance(positions, str) and positions == "left"):
         return from_left(prompts.tokens.shape[1])
@@ -60,6 +60,8 @@ def position_axis(model: HookedModel, prompts: RunPrompts, positions: Positions)
             "positions are 'left', 'right', or a list of roles (columns of rl.Prompts, 'last', indices), "
             f"got {positions!r}"
         )
+    if twice := [role for role in roles if roles.count(role) > 1]:
+        raise ReflowlensError(f"positions name {twice[0]!r} twice")
     return PositionAxis("role", roles, [_at(model, prompts, role) for role in roles])
 
 

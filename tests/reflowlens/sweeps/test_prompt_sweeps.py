@@ -237,6 +237,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a grid without positions": ({"cells": "attn_head_out", "positions": ["last"]}, "no axis of positions"),
     "no such role": ({"cells": "resid_pre", "positions": ["object"]}, "no column 'object'"),
     "no such positions": ({"cells": "resid_pre", "positions": "middle"}, "positions are 'left', 'right', or a list"),
+    "a role twice": ({"cells": "resid_pre", "positions": ["last", "last"]}, "positions name 'last' twice"),
     "too far": ({"cells": "resid_pre", "positions": [-6]}, "row 1: there is no position -6"),
     "all logits": (
         {"cells": "resid_pre", "positions": ["last"], "metric": rl.metrics.kl(position="all")},
