@@ -90,6 +90,8 @@ def both_texts(clean: TextInput | Prompts, corrupted: TextInput | None) -> tuple
     Raises:
         ReflowlensError: corrupted prompts are missing, or given twice.
     """
+    if isinstance(corrupted, Prompts):
+        raise ReflowlensError("rl.Prompts stand where clean prompts do: give them as clean, and leave corrupted out")
     if isinstance(clean, Prompts):
         if corrupted is not None:
             raise ReflowlensError("prompts of a table bring their corrupted ones along: leave corrupted out")

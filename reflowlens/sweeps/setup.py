@@ -73,7 +73,7 @@ def prepare_sweep(
 def _run_prompts(model: HookedModel, clean: TextInput | Prompts | None, corrupted: TextInput | None) -> RunPrompts:
     if isinstance(clean, Prompts) and corrupted is None and "corrupted" not in clean.frame:
         return RunPrompts.of(model, clean)
-    if clean is None and corrupted is not None:
+    if clean is None and corrupted is not None and not isinstance(corrupted, Prompts):
         return RunPrompts.of(model, corrupted)
     return RunPrompts.pair(model, cast(Any, clean), corrupted, uneven=True)
 

@@ -256,6 +256,12 @@ def test_what_does_not_fit_is_named(tiny_models: dict[str, HookedModel], argumen
         rl.sweep(tiny_models["gpt2"], PROMPTS, **{"metric": M, **arguments})
 
 
+def test_prompts_stand_where_clean_ones_do(tiny_models: dict[str, HookedModel]) -> None:
+    for clean in (None, PROMPTS.clean):
+        with pytest.raises(rl.ReflowlensError, match="give them as clean"):
+            rl.sweep(tiny_models["gpt2"], clean, PROMPTS, [rl.Ablate("mlp_out", layer=0)], M)  # type: ignore[arg-type]
+
+
 def test_roles_need_a_table(tiny_models: dict[str, HookedModel]) -> None:
     texts = EVEN.clean, EVEN.corrupted
     with pytest.raises(rl.ReflowlensError, match=r"column of rl\.Prompts"):
