@@ -84,7 +84,7 @@ class Screening:
     Args:
         frame: one row a cell, the largest absolute estimate first: its coordinates, ``estimate`` and ``exact``, both
             the mean over prompts of the metric's change against the corrupted run, over those that have the cell's
-            position; ``exact`` is NaN where the intervention was not performed.
+            position (cells that none has are left out); ``exact`` is NaN where the intervention was not performed.
         agreement: of the cells that were performed; ``top_found`` is known only if they all were.
         baseline: the metric of the corrupted run.
     """
