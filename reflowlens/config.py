@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from reflowlens.decoder_options import OPTIONS, DecoderOptions, RotaryScaling, is_integer, is_positive
+from reflowlens.decoder_options import OPTIONS, DecoderOptions, is_integer, is_positive
+from reflowlens.decoder_options import RotaryScaling as RotaryScaling
 from reflowlens.errors import ReflowlensError
 from reflowlens.ttt_flow_config import TTTFlowConfig
 

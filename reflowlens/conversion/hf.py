@@ -21,7 +21,7 @@ from transformer_lens import FactoredMatrix
 
 from reflowlens.checkpoints import WEIGHTS, all_parameters, model_from_weights
 from reflowlens.config import LARGEST, ModelConfig
-from reflowlens.conversion.families import FAMILIES, Family
+from reflowlens.conversion.families import FAMILIES, GPT2, LLAMA, Family
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, check_type, same, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
@@ -141,7 +141,7 @@ def import_hf(
     name = read_tokenizer(folder, fields, tokenizer)
     check_tokenizer_fits(name, cfg.d_vocab, str(folder))
     cfg = dataclasses.replace(cfg, tokenizer_name=name, model_name=_model_name(folder.resolve()))
-    if family not in FAMILIES[:2]:  # others than the two that an export falls back on
+    if family not in (LLAMA, GPT2):  # others than the two that an export falls back on
         cfg = dataclasses.replace(cfg, original_architecture=family.class_name)
     return model_from_weights(cfg, weights, dtype=dtype or weights["embed.W_E"].dtype)
 
@@ -151,11 +151,12 @@ def _family_of(cfg: ModelConfig) -> Family:
     first = [family for family in FAMILIES if family.class_name == cfg.original_architecture]
     family = next((family for family in (*first, *FAMILIES) if family.fits(cfg)), None)
     if family is None:
+        others = [family.class_name for family in FAMILIES if family not in (LLAMA, GPT2)]
         raise ReflowlensError(
             f"this {cfg.architecture!r} model is neither a LlamaForCausalLM (RMSNorm, rotary positions, gated "
             "MLP, d_model a multiple of n_heads) nor a GPT2LMHeadModel (LayerNorm, learned positions, plain MLP, heads "
             "that make up d_model), both with a readout without bias, nor one of "
-            f"{', '.join(family.class_name for family in FAMILIES[2:])}: transformers has no class for it"
+            f"{', '.join(others)}: transformers has no class for it"
         )
     return family
 

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from reflowlens.config import ModelConfig, RotaryScaling
+from reflowlens.config import ModelConfig
+from reflowlens.decoder_options import RotaryScaling
 from reflowlens.models.loss import capped
 from reflowlens.models.numerics import all_finite, weighted_sum, wide
 from reflowlens.models.parts import Norm, bias, is_hooked, plus

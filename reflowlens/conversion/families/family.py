@@ -20,9 +20,11 @@ from reflowlens.errors import ReflowlensError
 _BIASES = ("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias")
 _BY_HEAD = " by head"
 # What a transformers folder says nothing about, or says elsewhere.
-_UNSTATED = ("tokenizer_name", "model_name", "initializer_range", "scale_residual_init", "basis_init", "dropout")
-_UNSTATED += ("device", "weights_dtype", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
-_UNSTATED += ("original_architecture", "original_n_ctx")
+_UNSTATED = (
+    *("tokenizer_name", "model_name", "original_architecture", "original_n_ctx", "device", "weights_dtype"),
+    *("initializer_range", "scale_residual_init", "basis_init", "dropout"),
+    *("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -315,5 +315,7 @@ OPT = Family(
 )
 
 # In the order in which a model that says nothing of its origin finds its class on export.
-FAMILIES = (LLAMA, GPT2, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, PHI3)
-FAMILIES += (GEMMA, GEMMA2, GEMMA3, GPT_NEO, GPTJ, GPT_NEOX, PHI, OPT)
+FAMILIES = (
+    *(LLAMA, MISTRAL, QWEN2, GPT2, QWEN3, SMOLLM3, OLMO2, PHI3),
+    *(GEMMA, GEMMA2, GEMMA3, GPT_NEO, GPTJ, GPT_NEOX, PHI, OPT),
+)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from reflowlens.config import ModelConfig, RotaryScaling
+from reflowlens.config import ModelConfig
+from reflowlens.decoder_options import RotaryScaling
 from reflowlens.errors import ReflowlensError
 
 ACTIVATIONS = {

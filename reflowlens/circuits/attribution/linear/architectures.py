@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -83,7 +83,8 @@ class DecoderParts:
         return dataclasses.replace(found, heads=heads_of(self.model, cache)) if self.heads else found
 
     def frozen(self, cache: Mapping[str, Tensor], replacement: Replacement) -> FrozenModel:
-        return FrozenDecoder(self.model, cache, [written.skip for written in replacement.written], self.heads)
+        skips = [written.skip for written in replacement.written]
+        return FrozenDecoder(cast(Decoder, self.model), cache, skips, self.heads)
 
 
 @dataclass(frozen=True)
