@@ -33,7 +33,7 @@ def put(head, new, x, hook):
 
 
 @pytest.mark.parametrize("by", WAYS)
-@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied", "gpt_neo"])
+@pytest.mark.parametrize("name", ["reflow", "gpt2_biased", "llama_untied", "gemma2", "gpt_neox"])
 @torch.no_grad()
 def test_effects_are_those_of_plain_hooks_on_each_prompt_alone(name, by):
     model = random_model(name).eval() if name in CONFIGS else ours(name)
