@@ -139,7 +139,7 @@ def activation_addition(
             rows.append((layer, factor, effect, float(damage.loss.mean()), float(damage.kl.mean())))
     grid = pd.DataFrame(rows, columns=["layer", "strength", "effect", "loss_rise", "kl"])
     affordable = grid[grid["loss_rise"] <= real_number(max_loss_rise, "max_loss_rise")]
-    best = grid.loc[affordable["effect"].idxmax() if len(affordable) else grid["loss_rise"].idxmin()]
+    best = (affordable.nlargest(1, "effect") if len(affordable) else grid.nsmallest(1, "loss_rise")).iloc[0]
     layer, strength = int(best["layer"]), float(best["strength"])
     grid["chosen"] = (grid["layer"] == layer) & (grid["strength"] == strength)
     vector = strength * vectors[layer]
@@ -234,7 +234,8 @@ def _shuffled(
     seed: int,
 ) -> Float[Tensor, "draw d_model"]:
     """Of labels in other orders, neither the right one nor its opposite; as long as the vector."""
-    rng, found = derive_rng(seed, "activation_addition", "shuffled_labels"), []
+    rng = derive_rng(seed, "activation_addition", "shuffled_labels")
+    found: list[Tensor] = []
     while len(found) < draws:
         drawn = rng.permutation(labels)
         if (drawn != labels).any() and (drawn == labels).any():

@@ -133,16 +133,15 @@ def causal_tracing(
         rows, n_positions = torch.tensor(batch.rows), batch.tokens.shape[1]
         marked = roles[rows, :, :n_positions]
         traced = Traced.of(batch, subjects[rows, :n_positions], sublayers, spread, samples, measured, seed)
-        effects, corrupted = [], traced.corrupted()
+        gains, noisy = [], traced.corrupted()
         for kind, layer, role in cells:
             at = marked[:, ROLES.index(role)]
             span = [layer] if kind == STATES else window_of(layer, width, hooked.cfg.n_layers)
-            gain = traced.restored(kind, span, at) - corrupted
-            effects.append(torch.where(at.any(dim=1), gain, torch.nan))
+            gains.append(torch.where(at.any(dim=1), traced.restored(kind, span, at) - noisy, torch.nan))
             steps.update()
         elsewhere = Traced.of(batch, others[rows, :n_positions], [], spread, samples, measured, seed).corrupted()
         control.append(elsewhere)
-        parts.append((value_of(batch, batch.final(), measured), corrupted, torch.stack(effects, dim=1)))
+        parts.append((value_of(batch, batch.final(), measured), noisy, torch.stack(gains, dim=1)))
     steps.close()
     clean, corrupted, effects = (torch.cat(each) for each in zip(*parts, strict=True))
     total, beside = numbers(clean - corrupted), numbers(clean - torch.cat(control))
@@ -214,7 +213,7 @@ def subject_tokens(answered: Answered, first: Sequence[int], last: Sequence[int]
 
 def embedding_spread(answered: Answered, subjects: Bool[Tensor, "prompt pos"]) -> float:
     """Standard deviation of the entries of the embeddings of all subjects' tokens."""
-    options = {"names_filter": "hook_embed", "stop_at_layer": 1, "return_cache_object": False}
+    options: dict[str, Any] = {"names_filter": "hook_embed", "stop_at_layer": 1, "return_cache_object": False}
     parts = []
     for batch in answered.batches():
         _, cache = answered.model.run_with_cache(batch.tokens, **options)

@@ -155,7 +155,7 @@ class Circuits:
     def scores(self, mode: str, layer: int) -> Float[Tensor, "head later_layer later_head"]:
         """Of the heads of a layer with all later ones."""
         later = self.reading(mode)
-        found = scores_of(self.ov[layer : layer + 1], later[layer + 1 :], broadcast_dims=True)
+        found = scores_of(self.ov[(slice(layer, layer + 1),)], later[(slice(layer + 1, None),)], broadcast_dims=True)
         return found[0]
 
 

@@ -127,7 +127,7 @@ def function_vectors(
     show = shown(progress)
     metric = target_prob(wrong.answer.cpu())
     patched = sweep(hooked, None, wrong.texts, cells, metric, memory=memory, progress=show)
-    effects = numbers((patched.values - patched.baseline).T)  # [prompt, head]
+    effects = numbers(patched.effect().T)  # [prompt, head]
     order = np.argsort(-effects.mean(axis=0), kind="stable")
     best, others = order[:n_heads], order[n_heads:]
     written, misleading = written.flatten(0, 1), misleading.flatten(0, 1)
@@ -138,7 +138,7 @@ def function_vectors(
         scores = choosing.with_vectors(layer, vector[None])
         rows.append((layer, -float(scores.loss.mean()), float(scores.correct.mean())))
     by_layer = pd.DataFrame(rows, columns=["layer", "log_p", "accuracy"])
-    layer = int(by_layer["layer"][by_layer["log_p"].idxmax()])
+    layer = int(by_layer.nlargest(1, "log_p")["layer"].iloc[0])
     rng, pool = derive_rng(seed, "function_vectors", "random_heads"), others if len(others) >= len(best) else order
     random = [written[rng.choice(pool, len(best), replace=False)].sum(dim=0) for _ in range(draws)]
     injected = judging.with_vectors(layer, torch.stack([vector, misleading[best].sum(dim=0), *random]))

@@ -47,6 +47,7 @@ from analyses.tasks.answered import (
     task_params,
 )
 from analyses.tasks.writers import (
+    block_of,
     check_heads_and_mlps,
     component_names,
     divisor_behind,
@@ -131,7 +132,7 @@ def head_ablation(
     for batch, layer in bar(steps, show=shown(progress), unit="layer", desc=priced(f"ablation by {by}", passes)):
         cells, metric = _cells(replaced, batch, layer, generator), Metric(_BOTH, "last", partial(_both, batch))
         found = sweep(hooked, None, batch.texts, cells, metric, memory=memory, progress=False)
-        changes[layer].append((found.values - found.baseline).cpu())
+        changes[layer].append(found.effect().cpu())
     change = torch.stack([torch.cat(parts, dim=1) for parts in changes])  # [layer, cell, prompt]
     ablated, random = (change[:, start::2].flatten(0, 1) for start in (1, 2))
     scores = answered.unchanged()
@@ -191,7 +192,8 @@ class Replacements:
     def _means_of(self, layer: int) -> list[Float[Tensor, "from_end *rest"]]:
         """Means over all prompts by position from the right."""
         if layer not in self._means:
-            totals, count = [], torch.zeros(self.answered.tokens.shape[1], device=self.answered.tokens.device)
+            totals: list[Tensor] = []
+            count = torch.zeros(self.answered.tokens.shape[1], device=self.answered.tokens.device)
             for batch in self.answered.batches():
                 width = batch.tokens.shape[1]
                 position = batch.last[:, None] - torch.arange(width, device=count.device)
@@ -211,7 +213,7 @@ def outputs(batch: Answered, layer: int) -> list[Tensor]:
     """``z`` [prompt, pos, head, d_head] and ``mlp_out`` [prompt, pos, d_model] of a layer, and the divisor of the norm
     behind attention, [prompt, pos, 1], where there is one."""
     names = [f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_mlp_out"]
-    names += divisor_behind(batch.model.blocks[layer], layer)
+    names += divisor_behind(block_of(batch.model, layer), layer)
     _, cache = batch.model.run_with_cache(
         batch.tokens, stop_at_layer=layer + 1, names_filter=names, return_cache_object=False
     )
@@ -232,7 +234,7 @@ def _cells(replaced: Replacements, batch: Answered, layer: int, generator: torch
     """Ablating nothing, then each head and the MLP of a layer, each with its random direction behind it."""
     (z, mlp, *scale), (new_z, new_mlp, *_) = replaced.of(batch, layer)
     cells: list[list[Intervention]] = [[Replace("z", z, layer=layer)]]
-    changes = written_by_heads(batch.model.blocks[layer], new_z - z, scale[0] if scale else None).unbind(dim=2)
+    changes = written_by_heads(block_of(batch.model, layer), new_z - z, scale[0] if scale else None).unbind(dim=2)
     for head, change in enumerate(changes):
         cells.append([Replace("z", new_z[:, :, head : head + 1], layer=layer, head=head)])
         cells.append([Steer("attn_out", _as_long(change, generator), layer=layer)])

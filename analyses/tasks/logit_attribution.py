@@ -126,7 +126,7 @@ def direct_logit_attribution(
     findings = performance_findings(scores, seed)
     notes = performance_note(findings, answered.wrong is not None) + pairs.notes
     difference = numbers(scores.logit_diff)
-    if np.abs(difference - uncapped).max() > 1e-3 * np.abs(uncapped).max():
+    if parts[0].is_capped:
         notes.append(
             f"the readout caps logits: contributions sum to the difference before the cap, {uncapped.mean():.4g} on "
             f"average, which it makes {difference.mean():.4g}"
@@ -215,6 +215,7 @@ class _Part:
     shuffled: NDArray[np.float64]
     logit_diff: NDArray[np.float64]
     scores: Scores
+    is_capped: bool
 
 
 @torch.no_grad()
@@ -232,10 +233,17 @@ def _contributions(
     found = torch.stack([torch.einsum("mbd,bd->mb", direction[pair], part) for part in parts], dim=2)
     found[..., -1] += offset[pair]
     both = batch.answer[:, None] if batch.wrong is None else torch.stack([batch.answer, batch.wrong], dim=1)
-    readout = batch.read(writers.final)._replace(cap=None)
+    capped = batch.read(writers.final)
+    readout = capped._replace(cap=None)
     logits = readout.logits_of(both[:, None])[:, 0].float()
     other = readout.logits()[:, 0, : batch.model.tokenizer.n_vocab].mean(1) if batch.wrong is None else logits[:, 1]
-    return _Part(numbers(found[0]), numbers(found[1:]), numbers(logits[:, 0] - other), batch.scores(writers.final))
+    return _Part(
+        numbers(found[0]),
+        numbers(found[1:]),
+        numbers(logits[:, 0] - other),
+        batch.scores(writers.final),
+        capped.cap is not None,
+    )
 
 
 def _component_frame(

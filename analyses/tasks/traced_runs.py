@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,7 +56,7 @@ class Traced:
         model = answered.model
         streams = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.cfg.n_layers)]
         outputs = [f"blocks.{layer}.hook_{part}_out" for layer in range(model.cfg.n_layers) for part in sublayers]
-        options = {"return_type": None, "return_cache_object": False}
+        options: dict[str, Any] = {"return_type": None, "return_cache_object": False}
         _, clean = model.run_with_cache(answered.tokens, names_filter=[*streams, *outputs], **options)
         noise = noise_of(answered, noised, samples, seed) * scale
         tokens = answered.tokens.repeat_interleave(samples, dim=0)
@@ -71,7 +71,8 @@ class Traced:
             kind: ``"state"``, the stream that a layer reads, or a sublayer, of which several layers can be restored.
         """
         start, marked = layers[0], at.repeat_interleave(self.samples, dim=0)
-        stream, hooks = self.noisy[start], []
+        stream = self.noisy[start]
+        hooks: list[tuple[str, Callable[..., Tensor]]] = []
         if kind == STATES:
             stream = torch.where(marked[..., None], self._rows(f"blocks.{start}.hook_resid_pre"), stream)
         else:
@@ -86,7 +87,7 @@ class Traced:
     def _rows(self, name: str) -> Float[Tensor, "row pos d_model"]:
         return self.clean[name].repeat_interleave(self.samples, dim=0)
 
-    def _read(self, stream: Tensor, start: int, hooks: list[tuple[str, Callable[..., Tensor]]]) -> Tensor:
+    def _read(self, stream: Tensor, start: int, hooks: Sequence[tuple[str, Callable[..., Tensor]]]) -> Tensor:
         model = self.answered.model
         with model.hooks(hooks):
             final = model(stream, start_at_layer=start, stop_at_layer=model.cfg.n_layers)

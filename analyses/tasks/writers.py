@@ -73,6 +73,11 @@ def written_by_heads(
     return held(block.ln1_post, written, None if scale is None else scale.unsqueeze(-2))
 
 
+def block_of(model: HookedModel, layer: int) -> Block:
+    """A block of a model that is made of heads and MLPs."""
+    return cast(Block, model.blocks[layer])
+
+
 def divisor_behind(block: Block, layer: int) -> list[str]:
     """The point of the divisor of the norm behind attention, where there is one."""
     return [] if block.ln1_post is None else [f"blocks.{layer}.ln1_post.hook_scale"]
@@ -92,7 +97,7 @@ def heads_of(
     model: HookedModel, layer: int, at_end: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "prompt head d_model"], Float[Tensor, " d_model"] | Float[Tensor, "prompt d_model"]]:
     """What the heads of a layer add to the stream, and what attention's biases do, of `at_last_tokens`."""
-    block = cast("list[Block]", list(model.blocks))[layer]
+    block = block_of(model, layer)
     divisor = at_end.get(f"blocks.{layer}.ln1_post.hook_scale")
     heads = written_by_heads(block, at_end[f"blocks.{layer}.attn.hook_z"], divisor)
     biases = plus(torch.zeros_like(heads[0, 0]), block.attn.b_O)
