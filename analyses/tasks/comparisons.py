@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 from scipy import stats
 
 from analyses.result.finding import Finding
@@ -233,9 +233,9 @@ def _rates(frame: pd.DataFrame, column: str, others: Mapping[str, str]) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _chosen(choices: pd.DataFrame, score: str) -> ArrayLike:
+def _chosen(choices: pd.DataFrame, score: str) -> NDArray[np.bool_]:
     """Whether the choice with the largest score is the right one, by item."""
-    return choices.loc[choices.groupby("item")[score].idxmax(), "right"].to_numpy()
+    return choices.loc[choices.groupby("item")[score].idxmax(), "right"].to_numpy(dtype=bool)
 
 
 def _check_several(items: Any, what: str) -> None:

@@ -108,7 +108,9 @@ def head_patterns(
         begin = hooked.text_start()
         read = [(begin + hooked.tokenizer.encode(text))[:longest] for text in listed]
         rows["text"] = [row for row in read if len(row) > 1]
-    frames, findings, figures = [], {}, {}
+    frames: list[pd.DataFrame] = []
+    findings: dict[str, Finding] = {}
+    figures: dict[str, Any] = {}
     for source, some in rows.items():
         some = some[:: 4 if quick and len(some) >= 16 else 1]
         if len(some) < 4:

@@ -78,8 +78,8 @@ class Probes(Result):
             raise ReflowlensError(
                 f"no direction of layer {layer!r} for {label!r}: layers are {layers}, labels {', '.join(classes)}"
             )
-        coordinates = [name for name in frame if name.startswith(_COORDINATE)]
-        return torch.tensor(rows.iloc[0][coordinates].to_numpy(dtype=np.float32))
+        coordinates = [name for name in map(str, frame) if name.startswith(_COORDINATE)]
+        return torch.tensor(rows[coordinates].iloc[0].to_numpy(dtype=np.float32))
 
 
 def linear_probes(
@@ -396,4 +396,5 @@ def _point(layer: int) -> str:
 
 
 def _told(at: At) -> Any:
-    return at if isinstance(at, str) else int(at) if integer(at) is not None else [int(p) for p in at]  # type: ignore[union-attr]
+    one = None if isinstance(at, str) else integer(at)
+    return at if isinstance(at, str) else [int(p) for p in at] if one is None else one  # type: ignore[union-attr]

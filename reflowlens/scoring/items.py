@@ -21,7 +21,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.scoring.score import Scores, score
 
-_PLAIN = {"split_special_tokens": True}
+_PLAIN: dict[str, Any] = {"split_special_tokens": True}
 NORMALISATIONS = ("none", "per_token", "per_byte", "unconditional")
 
 
@@ -90,10 +90,11 @@ def score_choices(
 
     Example: ``score_choices(model, [{"question": "The sky is", "choices": ["blue", "loud"], "answer": 0}])``
     """
-    kinds = {"question": str, "choices": list, "answer": (int, str)}
+    kinds: dict[str, type | tuple[type, ...]] = {"question": str, "choices": list, "answer": (int, str)}
     model, frame = hooked_model(model), frame_of(questions, "questions", kinds)
     begins = _reads_behind(model, bos)
-    rows = [row for item, each in enumerate(frame.to_dict("records")) for row in _choices(item, each, separator)]
+    each = zip(frame["question"], frame["choices"], frame["answer"], frame["group"], strict=True)
+    rows = [row for item, columns in enumerate(each) for row in _choices(item, *columns, separator=separator)]
     table = pd.DataFrame(rows)
     texts = table["text"].tolist()
     found = score(model, texts, given=table["question"].tolist(), bos=begins, **_PLAIN, **options).texts
@@ -104,7 +105,7 @@ def score_choices(
         tokens=found["tokens"], bytes=found["bytes"], logprob=found["logprob"], logprob_without=alone
     )
     for name in NORMALISATIONS[:3]:
-        units = {"none": 1, "per_token": table["tokens"], "per_byte": table["bytes"]}[name]
+        units: Any = {"none": 1, "per_token": table["tokens"], "per_byte": table["bytes"]}[name]
         table[f"score_{name}"], table[f"score_without_{name}"] = table["logprob"] / units, alone / units
     return table.assign(score_unconditional=table["logprob"] - alone)
 
@@ -197,9 +198,10 @@ def _check_same_beginnings(model: HookedModel, frame: pd.DataFrame) -> None:
             )
 
 
-def _choices(item: int, row: Mapping[str, Any], separator: str) -> list[dict[str, Any]]:
+def _choices(
+    item: int, question: str, choices: list[Any], answer: str | int, group: str, *, separator: str
+) -> list[dict[str, Any]]:
     """What a question offers, a row a choice, and the text that is scored of each."""
-    question, choices, answer = row["question"], row["choices"], row["answer"]
     right = choices.index(answer) if isinstance(answer, str) and answer in choices else answer
     if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise ReflowlensError(f"questions, row {item}: two texts to choose from are needed at least, got {choices!r}")
@@ -211,7 +213,7 @@ def _choices(item: int, row: Mapping[str, Any], separator: str) -> list[dict[str
     return [
         {
             "item": item,
-            "group": row["group"],
+            "group": group,
             "question": question,
             "choice": choice,
             "right": i == right,

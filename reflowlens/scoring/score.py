@@ -111,7 +111,9 @@ class Scores:
         from reflowlens.notebook.html import table, titled
 
         shown = self.texts.head(20)
-        return titled(repr(self), "", table(list(shown), [tuple(row) for row in shown.itertuples(index=False)]))
+        return titled(
+            repr(self), "", table([str(name) for name in shown], [tuple(row) for row in shown.itertuples(index=False)])
+        )
 
 
 @guarded(reading, "batch, memory, or the window that is read at once")
