@@ -102,7 +102,7 @@ def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights, in float32, of a packed model.
+    """Configuration and weights of a packed model.
 
     Raises:
         ReflowlensError: the file is damaged, cut short, of another version, or does not fit its own configuration.

@@ -33,6 +33,7 @@ from reflowlens.storage.rounding import Method, Rounded, check_rounding, rounded
 if TYPE_CHECKING:
     import pandas as pd
 
+_WHOLE = 16  # bits of a weight that is not rounded
 _SMALL = 4_096  # numbers, up to which a tensor stays in 16 bits
 _SUMMED_OVER = ("attn.W_O", "neurons.W_out")  # [head, d_head, d_model]: heads are inputs
 
@@ -106,8 +107,8 @@ def pack_model(
 
     Args:
         model: a hooked model, compiled or not.
-        bits: of a weight of a matrix.
-        table_bits: of a weight of the tables at both ends; default: 8.
+        bits: of a weight of a matrix; 16: all weights in float16, none rounded further.
+        table_bits: of a weight of the tables at both ends; default: 8, or 16 with ``bits=16``.
         method: :func:`reflowlens.storage.rounding.rounded`'s.
         grams: for ``"gptq"``, by the names of matrices (:func:`reflowlens.calibration.input_grams`).
         compressor_name: ``lzma``, ``huffman``, or with their packages ``brotli``, ``zstd``.
@@ -120,20 +121,22 @@ def pack_model(
     Example: ``pack_model(rl.load_model("reflow-nano"), 6).save("reflow-nano.packed")``
     """
     model = hooked_model(model)
-    for each in (bits, table_bits or 8):
-        check_rounding(each, method)
+    table_bits = table_bits or (_WHOLE if bits == _WHOLE else 8)
+    for each in (bits, table_bits):
+        if each != _WHOLE:
+            check_rounding(each, method)
     compressor(compressor_name)  # told before the work is done
     tensors: dict[str, Rounded | Tensor] = {}
     stored: dict[str, dict[str, Any]] = {}
     weights = all_parameters(model)
     for name, W in weights.items():
         _check_finite(name, W, "model")
-        if W.ndim < 2 or W.numel() <= _SMALL:
+        is_table = name.startswith(ENDS) and not name.endswith(("W_up", "W_U"))
+        own, merged = table_bits if is_table else bits, name.endswith(_SUMMED_OVER)
+        if W.ndim < 2 or W.numel() <= _SMALL or own == _WHOLE:
             tensors[name] = _in_16_bits(W)
             stored[name] = entry_of(tensors[name])
             continue
-        is_table = name.startswith(ENDS) and not name.endswith(("W_up", "W_U"))
-        own, merged = (table_bits or 8) if is_table else bits, name.endswith(_SUMMED_OVER)
         matrix = W.flatten(0, 1) if merged else W
         tensors[name] = rounded(matrix, own, method, is_table=is_table, gram=(grams or {}).get(name))
         stored[name] = entry_of(tensors[name], own, merged)

@@ -35,8 +35,8 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--bits",
         type=float,
-        help="of a weight of a block's matrix, 2 to 8 (default: 6), or of a dictionary's (default: 4; of gptq on "
-        "average, fractions allowed)",
+        help="of a weight of a block's matrix, 2 to 8 (default: 6), or 16 to keep all weights in float16; of a "
+        "dictionary's (default: 4; of gptq on average, fractions allowed)",
     )
     parser.add_argument(
         "--embedding-bits", type=int, help="of a weight of the tables at both ends of a model (default: 8)"

@@ -3,8 +3,8 @@
     magic line with the version, SHA-256 of all that follows, length of the header, JSON header, payload
 
 The header has the configuration, the manifest, and what each tensor is stored as; the payload is, compressed as one,
-the steps and 16-bit tensors and then the codes, tensor after tensor. What a file unpacks to is known from its
-configuration, and no more than that is unpacked. A change of any byte is noticed.
+the upper bytes of steps and 16-bit tensors, their lower bytes, and then the codes, tensor after tensor. What a file
+unpacks to is known from its configuration, and no more than that is unpacked. A change of any byte is noticed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
@@ -62,7 +63,7 @@ class PackedFile:
             new.write_bytes(MAGIC + hashlib.sha256(rest).digest() + rest)
 
     def weights(self, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """The tensors, in float32.
+        """The tensors: what was rounded in float32, others in their 16 bits.
 
         Args:
             shapes: those that the configuration asks for.
@@ -116,7 +117,7 @@ def recorded_in(path: Path) -> dict[str, Any]:
 def read_packed_file(
     path: Path, kind: str, configured: Callable[[Mapping[str, Any]], tuple[Config, Mapping[str, torch.Size]]]
 ) -> tuple[Config, dict[str, Tensor]]:
-    """Configuration and tensors, in float32, of a packed file whose every byte is as it was written.
+    """Configuration and tensors of a packed file whose every byte is as it was written.
 
     Args:
         kind: what it should hold, ``"model"`` or ``"dictionary"``.
@@ -190,16 +191,22 @@ def entry_of(tensor: Rounded | Tensor, bits: float | None = None, merged: bool =
 
 
 def raw_bytes(tensors: Mapping[str, Rounded | Tensor]) -> bytes:
-    """Steps and 16-bit tensors, then codes: like lies with like."""
-    wide = [tensor.step if isinstance(tensor, Rounded) else tensor for tensor in tensors.values()]
-    codes = [tensor.codes for tensor in tensors.values() if isinstance(tensor, Rounded)]
-    return b"".join(part.contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in (*wide, *codes))
+    """Steps and 16-bit tensors, upper bytes (sign and exponent, of few values) first; then codes: like with like."""
+    wide = _bytes([tensor.step if isinstance(tensor, Rounded) else tensor for tensor in tensors.values()])
+    codes = _bytes([tensor.codes for tensor in tensors.values() if isinstance(tensor, Rounded)])
+    return torch.cat([wide[1::2], wide[0::2], codes]).numpy().tobytes()
+
+
+def _bytes(tensors: list[Tensor]) -> UInt8[Tensor, " byte"]:
+    return torch.cat(
+        [torch.empty(0, dtype=torch.uint8), *(each.contiguous().flatten().view(torch.uint8) for each in tensors)]
+    )
 
 
 def unrounded(tensors: Mapping[str, Rounded | Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors in float32 and their own shapes."""
+    """The tensors in their own shapes: what was rounded in float32, others in their 16 bits."""
     return {
-        name: (tensor.values() if isinstance(tensor, Rounded) else tensor.float()).view(shapes[name])
+        name: (tensor.values() if isinstance(tensor, Rounded) else tensor).view(shapes[name])
         for name, tensor in tensors.items()
     }
 
@@ -218,11 +225,17 @@ def _bytes_of(shape: torch.Size, entry: Mapping[str, Any]) -> int:
 
 
 def _tensors(raw: bytes, shapes: Mapping[str, torch.Size], stored: Mapping[str, Any]) -> dict[str, Rounded | Tensor]:
-    data, at = torch.frombuffer(bytearray(raw), dtype=torch.uint8), 0
+    data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    counts = {
+        name: _n_rows(shapes[name], entry) if "bits" in entry else shapes[name].numel()
+        for name, entry in stored.items()
+    }
+    n = sum(counts.values())
+    halves = torch.stack([data[n : 2 * n], data[:n]], dim=1).flatten()
     wide: dict[str, Tensor] = {}
-    for name, entry in stored.items():
-        n = _n_rows(shapes[name], entry) if "bits" in entry else shapes[name].numel()
-        wide[name], at = data[at : at + 2 * n].clone().view(_DTYPES[entry["dtype"]]), at + 2 * n
+    for (name, entry), part in zip(stored.items(), halves.split([2 * c for c in counts.values()]), strict=True):
+        wide[name] = part.view(_DTYPES[entry["dtype"]])
+    at = 2 * n
     tensors: dict[str, Rounded | Tensor] = {}
     for name, entry in stored.items():
         if "bits" not in entry:

@@ -7,14 +7,18 @@ import torch
 
 import reflowlens as rl
 from analyses import load_lexicon
-from reflowlens.checkpoints import ASSETS, WEIGHTS, read_manifest
+from reflowlens.checkpoints import ASSETS, WEIGHTS, read_manifest, weights_in
+from reflowlens.config import ModelConfig
 from reflowlens.storage.opening import file_hash
 
 
 @pytest.mark.parametrize("name", rl.list_models())
 def test_the_manifest_describes_the_weights(name):
-    manifest = read_manifest(name)
-    assert file_hash(ASSETS / name / WEIGHTS) == manifest["weights_sha256"]
+    manifest, weights = read_manifest(name), weights_in(ASSETS / name)
+    assert weights is not None
+    if weights.name == WEIGHTS:  # a packed file has its own
+        assert file_hash(weights) == manifest["weights_sha256"]
+    assert ModelConfig.from_dict(manifest["config"]) == rl.load_model(name).cfg
     training = manifest["training"]
     assert manifest["tokens_seen"] == manifest["step"] * training["run"]["batch_size"] * training["data"]["context"]
     assert (ASSETS / name / "README.md").read_text(encoding="utf8").startswith(f"# {name}")
@@ -53,3 +57,19 @@ def test_bdh_nano_and_its_control_are_as_large():
     bdh, relu = (rl.load_model(name) for name in ("bdh-nano", "relu-nano"))
     assert bdh.n_parameters == 2_039_808
     assert abs(relu.n_parameters / bdh.n_parameters - 1) < 1e-3
+
+
+def test_ttt_flow_nano_is_one_small_file_whose_inner_learner_and_flow_help():
+    """On a text of no corpus, with a stretch that comes twice: each refiner's gate closed costs loss."""
+    assert weights_in(ASSETS / "ttt-flow-nano").stat().st_size < 1_600_000
+    model = rl.load_model("ttt-flow-nano")
+    assert model.n_parameters == 1_923_428
+    text = "The river is wide here, and the old town lies on its left bank. In winter the ferry does not run. " * 3
+    with torch.no_grad():
+        loss = float(model(text, "loss"))
+        assert loss < 3.5  # the logarithm of its 1,024 tokens is 6.9
+        for gate in (model.ttt.gate, model.flow.gate):
+            kept = gate.clone()
+            gate.fill_(-100.0)
+            assert float(model(text, "loss")) > loss
+            gate.copy_(kept)

@@ -73,6 +73,16 @@ def test_a_packed_model_is_opened_as_what_was_packed(name, compressor_name, tmp_
         assert error < (0.05 if ours.numel() > 4096 else 1e-3), key
 
 
+@pytest.mark.parametrize("compressor_name", ["lzma", "huffman"])
+def test_16_bits_keep_what_float16_holds_in_less(compressor_name, tmp_path):
+    model = rl.load_model("relu-nano")
+    packed = pack_model(model, 16, compressor_name=compressor_name)
+    opened = rl.load_model(packed.save(tmp_path / "m.packed"))
+    assert rl.model_hash(opened) == rl.model_hash(model)
+    assert packed.size < 0.87 * 2 * model.n_parameters
+    assert (packed.table()["bits"] == 16).all()
+
+
 def test_another_process_opens_the_same_function(tmp_path):
     model = random_model("reflow")
     path = pack_model(model, 5).save(tmp_path / "m.packed")
