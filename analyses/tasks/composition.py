@@ -11,7 +11,7 @@ singular values, and the directions in which A writes and B reads are drawn anew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 from transformer_lens import FactoredMatrix
-from transformer_lens.utilities.matrix import composition_scores as scores_of
 
 from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
@@ -45,6 +44,7 @@ from reflowlens.progress import bar
 
 MODES = ("Q", "K", "V")
 _STRONGEST = 50
+_TINY = torch.finfo(torch.float32).tiny
 _AT_ONCE = 2**24  # numbers of a [draw, row, column] block
 
 
@@ -152,21 +152,28 @@ class Circuits:
         """What the later head reads the stream with."""
         return {"Q": lambda: self.qk, "K": lambda: self.qk.T, "V": lambda: self.ov}[mode]()
 
-    def scores(self, mode: str, layer: int) -> Float[Tensor, "head later_layer later_head"]:
-        """Of the heads of a layer with all later ones."""
-        later = self.reading(mode)
-        found = scores_of(self.ov[(slice(layer, layer + 1),)], later[(slice(layer + 1, None),)], broadcast_dims=True)
-        return found[0]
+    def scores(self, mode: str) -> Iterator[Float[Tensor, "head later"]]:
+        """Of the heads of each layer but the last with all heads of later layers, layer by layer.
+
+        ‖A B M‖ = ‖R B M‖ where A = Q R, and so of the later head's last factor: products are of small matrices.
+        """
+        reading = self.reading(mode)
+        writes = torch.linalg.qr(self.ov.A).R @ self.ov.B  # [layer, head, rank, d_model]
+        reads = reading.A @ torch.linalg.qr(reading.B.mT).R.mT  # [layer, head, d_model, rank]
+        writes, reads = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_TINY) for x in (writes, reads))
+        for layer, heads in enumerate(writes[:-1]):
+            later = reads[layer + 1 :].flatten(0, 1)
+            yield torch.stack([(head @ later).norm(dim=(-2, -1)) for head in heads])
 
 
 def _pairs(circuits: Circuits, mode: str, overlaps: Float[Tensor, "draw rank rank"]) -> pd.DataFrame:
     """A row a pair of heads, the earlier layer's first."""
-    n_layers, n_heads = circuits.ov.A.shape[:2]
+    n_heads = circuits.ov.A.shape[1]
     rank, draws = overlaps.shape[1], len(overlaps)
     earlier, reading = (spectrum(matrix)[..., :rank] for matrix in (circuits.ov, circuits.reading(mode)))
     rows, above = [], []
-    for layer in range(n_layers - 1):
-        scores = numbers(circuits.scores(mode, layer)).reshape(n_heads, -1)
+    for layer, found in enumerate(circuits.scores(mode)):
+        scores = numbers(found)
         later = reading[layer + 1 :].flatten(0, 1)
         drawn = numbers(torch.einsum("hi,mij,kj->mhk", earlier[layer], overlaps, later).clamp(min=0).sqrt())
         mean, sd = drawn.mean(axis=0), drawn.std(axis=0, ddof=1)
@@ -212,7 +219,7 @@ def spectrum(matrix: FactoredMatrix) -> Float[Tensor, "layer head rank"]:
     # The singular values of A B are those of the small matrix R_A R_Bᵀ of both factors' QR.
     left, right = torch.linalg.qr(matrix.A).R, torch.linalg.qr(matrix.B.mT).R
     squares = torch.linalg.svdvals(left @ right.mT).square()
-    return squares / squares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(squares.dtype).tiny)
+    return squares / squares.sum(dim=-1, keepdim=True).clamp(min=_TINY)
 
 
 def tail(squares: NDArray[np.float64], drawn: NDArray[np.float64]) -> NDArray[np.float64]:
