@@ -67,6 +67,7 @@ def _checked(function: Function) -> Function:
                 f"cache.{name} is of streams that are sums of what heads and MLPs write, and blocks of a "
                 f"{type(cache.model).__name__} scale theirs and read earlier streams: read its hook points"
             )
+        _check_options(name, given, cache)
         extra = given.pop("kwargs", {})
         try:
             return function(**given, **extra)
@@ -87,6 +88,21 @@ def _checked(function: Function) -> Function:
             raise ReflowlensError(f"cache.{name}({shown}) cannot be computed: {error or 'a wrong type'}") from error
 
     return call  # type: ignore[return-value] # called as the function is
+
+
+def _check_options(name: str, given: dict[str, Any], cache: Any) -> None:
+    """TransformerLens's functions take it that heads and neurons are added as they are, and MLPs read behind heads."""
+    cfg = None if cache.model is None else cache.model.cfg
+    if cfg is not None and name in _PARTS and name != "decompose_resid" and cfg.has_post_norms:
+        raise ReflowlensError(
+            f"cache.{name} is of heads and neurons that are added to the stream as they are, and in this model they "
+            "pass a norm together (ln1_post, ln2_post): use decompose_resid, or rl.attribute(..., heads=True)"
+        )
+    if cfg is not None and cfg.parallel_attn_mlp and given.get("mlp_input") and name != "apply_ln_to_stack":
+        raise ReflowlensError(
+            f"mlp_input=True asks cache.{name} for what an MLP reads behind attention, and here both read resid_pre: "
+            "leave it out"
+        )
 
 
 def _layer(layer: Any, cache: Any) -> int:

@@ -45,6 +45,8 @@ class Decoder(StackedWeights, ResidualModel):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__(cfg)
+        if cfg.has_post_norms:  # which W_out's rows pass before they are added
+            self.units = {"mlp.hook_post": None}  # type: ignore[misc] # of this model
         self.build_embedding(cfg)
         self.hook_embed = HookPoint()
         block = ParallelBlock if cfg.parallel_attn_mlp else Block

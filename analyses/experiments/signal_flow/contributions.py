@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from analyses.measures.lens import lens_log_probabilities, residual_stack
+from analyses.tasks.writers import divisor_behind, written_by_heads
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
@@ -107,16 +108,18 @@ def component_outputs(model: HookedModel, input: TextInput) -> Components:
     heads = [f"blocks.{layer}.attn.hook_z" for layer in layers]
     outputs = {part: [f"blocks.{layer}.hook_{part}_out" for layer in layers] for part in ("attn", "mlp")}
     embedding, scale = "blocks.0.hook_resid_pre", "ln_final.hook_scale"
+    blocks = cast("list[Block]", list(model.blocks))
+    divisors = [next(iter(divisor_behind(block, layer)), None) for layer, block in enumerate(blocks)]
     _, cache = model.run_with_cache(
         tokens,
         return_type=None,
-        names_filter=[embedding, scale, *heads, *outputs["attn"], *outputs["mlp"]],
+        names_filter=[embedding, scale, *heads, *outputs["attn"], *outputs["mlp"], *filter(None, divisors)],
         return_cache_object=False,
     )
     rows, last = torch.arange(len(lengths), device=tokens.device), torch.tensor(lengths, device=tokens.device) - 1
     results = [
-        torch.einsum("phe,hed->hpd", cache[name][rows, last], block.attn.W_O)
-        for name, block in zip(heads, cast("list[Block]", model.blocks), strict=True)
+        written_by_heads(block, cache[name][rows, last], divisor and cache[divisor][rows, last]).transpose(0, 1)
+        for name, block, divisor in zip(heads, blocks, divisors, strict=True)
     ]
     return Components(
         cache[embedding][rows, last],

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import analyses
 import reflowlens as rl
+from analyses.experiments.signal_flow.contributions import component_outputs
 from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.conversion import export_hf, import_hf
@@ -193,6 +194,12 @@ def test_the_stream_is_the_sum_of_what_is_written_and_logits_of_directions(name:
         constant = model.b_U[token] + (0 if norm.b is None else model.W_U[:, token].T @ norm.b)
         expected = before_cap.gather(-1, token[:, None, None].expand(-1, TOKENS.shape[1], 1))[..., 0]
         assert_close(found + constant[:, None], expected)
+        if model.cfg.has_post_norms:
+            with pytest.raises(ReflowlensError, match="stack_head_results is of heads and neurons that are added"):
+                cache.stack_head_results(layer=-1)
+        elif model.cfg.parallel_attn_mlp:
+            with pytest.raises(ReflowlensError, match="here both read resid_pre: leave it out"):
+                cache.decompose_resid(layer=1, mlp_input=True)
         view = rl.signal_view(model)
         assert_close(view.logits(view.readout(cache["resid_post", -1])), logits)
         contributed = view.contributions(cache["resid_post", -1][:, -1], TOKENS[:, 0]).sum(-1)
@@ -297,6 +304,15 @@ def test_sizes_and_a_training_step(name: str) -> None:
     with torch.no_grad():
         assert abs(model(TOKENS, return_type="loss").item() - losses[0]) < 1e-5 * losses[0]
     assert all(parameter.grad is not None for parameter in trained.parameters())
+
+
+@every_family
+def test_heads_add_up_to_what_attention_adds(name: str) -> None:
+    """Behind norms too, whose divisors are held; biases apart."""
+    parts = component_outputs(ours(name), TOKENS)
+    biases = [block.attn.b_O for block in ours(name).blocks]
+    for layer, bias in enumerate(biases):
+        assert_close(parts.heads[layer].sum(0) + (0 if bias is None else bias), parts.attention[layer])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gptj", "gpt_neo"])
