@@ -252,8 +252,8 @@ def read_contributions(view: SignalView, input: TextInput, target: int | None = 
 def model_logits(
     model: HookedModel, stack: Float[Tensor, "point prompt d_model"], targets: Int[Tensor, " prompt"]
 ) -> Float[Tensor, "point prompt"]:
-    """The targets' logits when the model's own last norm and unembedding read each point of the stack."""
-    logits = [model(resid[:, None], start_at_layer=model.cfg.n_layers)[:, 0] for resid in stack]
+    """The targets' logits, in front of a cap, when the model's own last norm and unembedding read each point."""
+    logits = [model.read_final(resid[:, None])._replace(cap=None).logits()[:, 0] for resid in stack]
     return torch.stack([each.gather(1, targets[:, None])[:, 0] for each in logits])
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import analyses
 import reflowlens as rl
-from analyses.experiments.signal_flow.contributions import component_outputs
+from analyses.experiments.signal_flow.contributions import component_outputs, read_contributions
 from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.conversion import export_hf, import_hf
@@ -311,6 +311,9 @@ def test_heads_add_up_to_what_attention_adds(name: str) -> None:
     """Behind norms too, whose divisors are held; biases apart."""
     parts = component_outputs(ours(name), TOKENS)
     biases = [block.attn.b_O for block in ours(name).blocks]
+    reading = read_contributions(rl.signal_view(ours(name)), TOKENS)
+    assert reading.sum_error() < 1e-5
+    assert reading.split_error() < 1e-5
     for layer, bias in enumerate(biases):
         assert_close(parts.heads[layer].sum(0) + (0 if bias is None else bias), parts.attention[layer])
 
