@@ -19,6 +19,7 @@ from reflowlens.scoring import windows
 from reflowlens.scoring.batches import by_length
 from tests.reflowlens.models.test_bdh import random_bdh
 from tests.reflowlens.models.test_ttt_flow import filled
+from tests.support import families
 from tests.support.dictionaries import dictionary_of
 from tests.support.tiny import NAMES, random_model, tiny_config
 
@@ -41,8 +42,13 @@ CASES += [("reflow", attached) for attached in OF_REFLOW]
 CASES += [("ttt_flow", attached) for attached in ATTACHED]
 
 
+CASES += [(family, "nothing") for family in families.NAMES if family not in NAMES]
+
+
 def model_of(name: str) -> HookedModel:
-    return {"bdh": random_bdh, "ttt_flow": filled}[name]() if name in ("bdh", "ttt_flow") else random_model(name)
+    if name in NAMES:
+        return random_model(name)
+    return random_bdh() if name == "bdh" else filled() if name == "ttt_flow" else families.ours(name)
 
 
 def alone(model: HookedModel, text: str) -> torch.Tensor:
