@@ -72,8 +72,8 @@ def test_the_quick_form_runs(path: Path, runs: dict[Path, Future[NotebookNode]])
 # -- what is committed ------------------------------------------------------------------------------------------------
 
 
-def test_the_nine_notebooks_are_there() -> None:
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06", "07", "08", "09"]
+def test_the_eleven_notebooks_are_there() -> None:
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11"]
 
 
 @each
