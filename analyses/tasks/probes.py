@@ -10,9 +10,8 @@ steer by the probe's direction, or attribute to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,31 +19,35 @@ import plotly.graph_objects as go
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from analyses.result.finding import Finding
 from analyses.result.result import Result
-from analyses.statistics.draws import derive_rng, derive_seed
+from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
 from analyses.tasks.answered import MINIMUM_PROMPTS, shown, some_prompts, task_params
-from analyses.tasks.probed import Places, activations_at
+from analyses.tasks.fitted_probes import (
+    COORDINATE,
+    EMBEDDING,
+    Fit,
+    Kind,
+    ProbedLayer,
+    folds_of,
+    held_out,
+    point_of,
+    probe_layers,
+)
+from analyses.tasks.probed import Places
 from reflowlens.arguments import integer, is_one_of, number_of_runs, real_number, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.builders import line_with_band
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.progress import bar
 from reflowlens.prompts import At, Prompts
 
-EMBEDDING = -1  # the layer in front of the first
-Kind = Literal["logistic", "ridge"]
 _QUICK_LAYERS = 6
-_CONTROLS = 3  # control tasks, whose mean is taken
-_COORDINATE = "x"  # begins the names of a direction's columns
 
 
 class Probes(Result):
@@ -78,7 +81,7 @@ class Probes(Result):
             raise ReflowlensError(
                 f"no direction of layer {layer!r} for {label!r}: layers are {layers}, labels {', '.join(classes)}"
             )
-        coordinates = [name for name in map(str, frame) if name.startswith(_COORDINATE)]
+        coordinates = [name for name in map(str, frame) if name.startswith(COORDINATE)]
         return torch.tensor(rows[coordinates].iloc[0].to_numpy(dtype=np.float32))
 
 
@@ -146,10 +149,11 @@ def linear_probes(
     places = Places.of(hooked, chosen, label, at, together, most, own)
     fold = folds_of(places, folds, own)
     wanted = _layers(hooked, layers, quick)
-    fit = _Fit(kind, l2)
+    fit = Fit(kind, l2)
     models = {"trained": hooked} | ({} if untrained is None else {"untrained": hooked_model(untrained)})
     read = {
-        name: _read(one, places, wanted, fold, fit, memory, own, shown(progress), name) for name, one in models.items()
+        name: probe_layers(one, places, wanted, fold, fit, memory, own, shown(progress), name)
+        for name, one in models.items()
     }
     majority = held_out(np.zeros((len(places), 1), np.float32), places.label, fold, None) == places.label
     table = pd.concat([_layer_frame(name, one, places, majority, seed) for name, one in read.items()])
@@ -172,125 +176,18 @@ def linear_probes(
     )
 
 
-@dataclass(frozen=True)
-class _Fit:
-    kind: Kind
-    l2: float
-
-    def __call__(self, x: Float[np.ndarray, "n feature"], y: NDArray[np.int64]) -> Any:
-        if self.kind == "ridge":
-            return RidgeClassifier(alpha=self.l2).fit(x, y)
-        return LogisticRegression(C=1 / self.l2, max_iter=1000).fit(x, y)
-
-
-@dataclass(frozen=True, eq=False)
-class _Probed:
-    """A layer's probes: which examples they tell when held out, and in how many of the control tasks."""
-
-    layer: int
-    correct: NDArray[np.bool_]
-    control: Float[np.ndarray, " n"]
-    directions: list[dict[str, Any]]
-
-
-def folds_of(places: Places, folds: int, seed: int) -> NDArray[np.int64]:
-    """Which part each example is held out in: groups stay together, and classes are spread over the parts.
-
-    Raises:
-        ReflowlensError: there are fewer groups than parts, or of a class.
-    """
-    for i, name in enumerate(places.classes):
-        groups = len(np.unique(places.group[places.label == i]))
-        if groups < folds:
-            raise ReflowlensError(
-                f"{folds} folds need as many groups of each label that can be held out, and {name!r} has {groups}: "
-                "fewer folds, more prompts, or another column in together="
-            )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
-    fold = np.zeros(len(places), dtype=np.int64)
-    for number, (_, test) in enumerate(splitter.split(places.label, places.label, places.group)):
-        fold[test] = number
-    return fold
-
-
-def held_out(
-    x: Float[np.ndarray, "n feature"],
-    y: NDArray[np.int64],
-    fold: NDArray[np.int64],
-    fit: Callable[[Float[np.ndarray, "n feature"], NDArray[np.int64]], Any] | None,
-) -> NDArray[np.int64]:
-    """What is predicted of each example by a fit to the other folds; the most frequent class, if there is no fit."""
-    predicted = np.empty_like(y)
-    for number in np.unique(fold):
-        test = fold == number
-        if fit is None or len(np.unique(y[~test])) < 2:
-            predicted[test] = np.bincount(y[~test]).argmax()
-        else:
-            mean, scale = _standard(x[~test])
-            predicted[test] = fit((x[~test] - mean) / scale, y[~test]).predict((x[test] - mean) / scale)
-    return predicted
-
-
-def _read(
-    model: HookedModel,
-    places: Places,
-    layers: Sequence[int],
-    fold: NDArray[np.int64],
-    fit: _Fit,
-    memory: float,
-    seed: int,
-    progress: bool,
-    name: str,
-) -> list[_Probed]:
-    """The probes of a model's layers, as many of these at once as the memory holds."""
-    size = max(1, int(memory / (4 * model.cfg.d_model * len(places))))
-    found: list[_Probed] = []
-    tasks = [places.control_labels(derive_seed(seed, draw)) for draw in range(_CONTROLS)]
-    # Held out example by example: of a kind that was seen in the fit, a label is known by heart.
-    parts = derive_rng(seed, "control_folds").permutation(len(places)) % (fold.max() + 1)
-    for start in range(0, len(layers), size):
-        some = layers[start : start + size]
-        points = [_point(layer) for layer in some]
-        activations = activations_at(model, places, points, progress=progress, desc=f"reading, {name}")
-        for layer, point in bar(list(zip(some, points, strict=True)), show=progress, unit="layer", desc="probing"):
-            x = activations.pop(point)
-            right = held_out(x, places.label, fold, fit) == places.label
-            by_heart = np.mean([held_out(x, labels, parts, fit) == labels for labels in tasks], axis=0)
-            found.append(_Probed(layer, right, by_heart, _directions(layer, x, places, fit)))
-    return found
-
-
-def _directions(layer: int, x: Float[np.ndarray, "n feature"], places: Places, fit: _Fit) -> list[dict[str, Any]]:
-    """Of a probe of all examples: a row a class."""
-    mean, scale = _standard(x)
-    coefficients = np.atleast_2d(fit((x - mean) / scale, places.label).coef_) / scale
-    per_class = coefficients if len(coefficients) > 1 else np.concatenate([-coefficients, coefficients])
-    rows = []
-    for i, vector in enumerate(per_class - per_class.mean(axis=0)):
-        unit = vector / max(float(np.linalg.norm(vector)), np.finfo(np.float32).tiny)
-        along, own = x @ unit, places.label == i
-        row = {"layer": layer, "label": places.classes[i], "separation": along[own].mean() - along[~own].mean()}
-        rows.append(row | {f"{_COORDINATE}{j}": value for j, value in enumerate(unit.tolist())})
-    return rows
-
-
-def _standard(x: Float[np.ndarray, "n feature"]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    scale = x.std(axis=0)
-    return x.mean(axis=0), np.where(scale > 0, scale, 1)
-
-
 def _by_group(values: NDArray[Any], places: Places) -> NDArray[np.float64]:
     """Means over the examples of each group."""
     return np.bincount(places.group, weights=values) / np.bincount(places.group)
 
 
 def _layer_frame(
-    name: str, read: Sequence[_Probed], places: Places, majority: NDArray[np.bool_], seed: int
+    name: str, read: Sequence[ProbedLayer], places: Places, majority: NDArray[np.bool_], seed: int
 ) -> pd.DataFrame:
     rows = []
     for one in read:
         right, control = _by_group(one.correct, places), _by_group(one.control, places)
-        row: dict[str, Any] = {"model": name, "layer": one.layer, "point": _point(one.layer)}
+        row: dict[str, Any] = {"model": name, "layer": one.layer, "point": point_of(one.layer)}
         intervals = {
             "accuracy": (right.mean(), rate_interval(right, seed=seed)),
             "control_task": (control.mean(), rate_interval(control, seed=seed)),
@@ -303,7 +200,7 @@ def _layer_frame(
 
 
 def _findings(
-    read: dict[str, list[_Probed]],
+    read: dict[str, list[ProbedLayer]],
     places: Places,
     majority: NDArray[np.bool_],
     fold: NDArray[np.int64],
@@ -340,7 +237,7 @@ def _findings(
     }
 
 
-def _chosen(read: Sequence[_Probed], fold: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
+def _chosen(read: Sequence[ProbedLayer], fold: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
     """Of each fold what the layer tells that is best on the others."""
     correct, control = (np.stack([getattr(one, name) for one in read]) for name in ("correct", "control"))
     layer = np.array([correct[:, fold != number].mean(axis=1).argmax() for number in range(fold.max() + 1)])[fold]
@@ -389,10 +286,6 @@ def _layers(model: HookedModel, layers: Sequence[int] | None, quick: bool) -> li
         if integer(layer) is None or not EMBEDDING <= layer < n:
             raise ReflowlensError(f"layers are blocks, 0 to {n - 1}, or {EMBEDDING} for the embedding, got {layer!r}")
     return sorted({int(layer) for layer in layers})
-
-
-def _point(layer: int) -> str:
-    return "blocks.0.hook_resid_pre" if layer == EMBEDDING else f"blocks.{layer}.hook_resid_post"
 
 
 def _told(at: At) -> Any:

@@ -11,8 +11,9 @@ import torch
 
 import reflowlens as rl
 from analyses.result.result import Result
+from analyses.tasks.fitted_probes import folds_of, held_out
 from analyses.tasks.probed import Places, activations_at
-from analyses.tasks.probes import Probes, folds_of, held_out, linear_probes
+from analyses.tasks.probes import Probes, linear_probes
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from tests.reflowlens.models.test_bdh import random_bdh
@@ -179,7 +180,7 @@ def test_memory_bounds_the_layers_of_a_pass(monkeypatch):
         asked.append(len(points))
         return activations_at(model, places, points, **options)
 
-    monkeypatch.setattr("analyses.tasks.probes.activations_at", watched)
+    monkeypatch.setattr("analyses.tasks.fitted_probes.activations_at", watched)
     model, prompts = carrying_model(), labelled()
     few = linear_probes(model, prompts, "label", kind="ridge", memory=4 * 32 * 48 * 3)
     assert asked == [3, 1]
