@@ -138,6 +138,18 @@ def test_a_configuration_survives_json(cfg: ModelConfig) -> None:
         ("rotary_scaling", {"factor": 4.0}, ("low_freq_factor",)),
         ("rotary_scaling", SCALING | {"factor": 0}, ("positive number",)),
         ("rotary_scaling", SCALING | {"low_freq_factor": 8.0}, ("high_freq_factor=4.0",)),
+        ("attn_scale", 0.0, ("None or a positive number",)),
+        ("window_size", 0, ("positive integer",)),
+        ("attn_types", ["local"], ("window_size",)),
+        ("attn_types", ("near",), ("'global' and 'local'",)),
+        ("rotary_dim", 3, ("even number from 2 to d_head=8",)),
+        ("rotary_layers", (1,), ("True and False",)),
+        ("rotary_linear_factor", 0, ("positive number",)),
+        ("rotary_base_local", 10.0, ("window_size",)),
+        ("parallel_shared_ln", True, ("parallel_attn_mlp=True",)),
+        ("qk_norm_over_heads", True, ("use_qk_norm=True",)),
+        ("embed_scale", 2.0, ("not factored",)),
+        ("output_logits_soft_cap", 30.0, ("not factored",)),
     ],
 )
 def test_errors_name_the_field_and_what_is_allowed(field: str, value: Any, also: tuple[str, ...]) -> None:
