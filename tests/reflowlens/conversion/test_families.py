@@ -209,6 +209,7 @@ def test_the_stream_is_the_sum_of_what_is_written_and_logits_of_directions(name:
 
 
 @every_family
+@pytest.mark.filterwarnings("ignore:the model does not do this task")
 def test_edges(name: str) -> None:
     """Exact edges against plain hooks; with all of them the model is whole. Norms behind heads have none."""
     model = ours(name)
