@@ -240,7 +240,7 @@ def _config(
 def by_arm(found: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds of the held-out loss of each arm's complete runs, in nats a token."""
     losses = found[found.complete].groupby("arm", sort=False).val_loss
-    return losses.agg(seeds="count", mean="mean", sd="std")
+    return pd.DataFrame({"seeds": losses.count(), "mean": losses.mean(), "sd": losses.std()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

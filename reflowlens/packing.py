@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -174,7 +174,7 @@ def pack_dictionary(
     compressor(compressor_name)
     if method == "gptq" and reads is None:
         raise ReflowlensError('method "gptq" packs a dictionary by what its layers read: give reads=')
-    check_rounding(8 if method == "gptq" else bits, method)
+    check_rounding(8 if method == "gptq" else cast(int, bits), method)
     uses = uses_of(dictionary, reads) if reads is not None and method == "gptq" else {}
     tensors: dict[str, Rounded | Tensor] = {}
     weights = {name: tensor.detach().cpu() for name, tensor in dictionary.state_dict().items()}

@@ -127,9 +127,8 @@ class RefinedAttention(Attention):
         self, x: Float[Tensor, "batch pos head d_head"], positions: Positions
     ) -> Float[Tensor, "batch pos head d_head"]:
         """The first channels of each head by their position, the others as they are."""
-        rotary = cast(Rotary, self.rotary)
-        n = rotary.cos.shape[-1]
-        return torch.cat([rotary(x[..., :n], positions), x[..., n:]], dim=-1)
+        n = self.rotary.cos.shape[-1]
+        return torch.cat([self.rotary(x[..., :n], positions), x[..., n:]], dim=-1)
 
 
 def _slowed(base: float, n_ctx: int, own: TTTFlowConfig) -> float:

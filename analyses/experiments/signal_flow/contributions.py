@@ -23,7 +23,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Block
-from reflowlens.models.parts import plus
+from reflowlens.models.parts import Norm, plus
 from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
 
@@ -118,8 +118,8 @@ def component_outputs(model: HookedModel, input: TextInput) -> Components:
     )
     rows, last = torch.arange(len(lengths), device=tokens.device), torch.tensor(lengths, device=tokens.device) - 1
     results = [
-        written_by_heads(block, cache[name][rows, last], divisor and cache[divisor][rows, last]).transpose(0, 1)
-        for name, block, divisor in zip(heads, blocks, divisors, strict=True)
+        written_by_heads(block, cache[name][rows, last], None if at is None else cache[at][rows, last]).transpose(0, 1)
+        for name, block, at in zip(heads, blocks, divisors, strict=True)
     ]
     return Components(
         cache[embedding][rows, last],
@@ -137,10 +137,10 @@ def frozen_readout(
 
     B (w ⊙ x / scale), with x centred first where the norm is a LayerNorm: linear, so that parts add up.
     """
-    wide = x.to(view.basis.dtype)
-    if view.norm.centered:
+    wide, norm = x.to(view.basis.dtype), cast(Norm, view.norm)
+    if norm.centered:
         wide = wide - wide.mean(dim=-1, keepdim=True)
-    return (wide / scale * view.norm.w) @ view.basis.T
+    return (wide / scale * norm.w) @ view.basis.T
 
 
 class Split(NamedTuple):
@@ -176,12 +176,12 @@ def split_contributions(view: SignalView, components: Components, targets: Int[T
 
     Example: ``split_contributions(view, component_outputs(model, prompts), targets).mlp.sum(-1)`` [layer, prompt]
     """
-    rows = view.recipe[targets]
+    rows, norm = view.recipe[targets], cast(Norm, view.norm)
 
     def contributions(x: Tensor) -> Tensor:
         return frozen_readout(view, x, components.scale) * rows
 
-    bias = plus(torch.zeros_like(view.norm.w), view.norm.b).to(view.basis.dtype) @ view.basis.T
+    bias = plus(torch.zeros_like(norm.w), norm.b).to(view.basis.dtype) @ view.basis.T
     return Split(
         contributions(components.embedding),
         contributions(components.attention),
