@@ -26,6 +26,8 @@ _CONTROLS = 3  # control tasks, whose mean is taken
 
 @dataclass(frozen=True)
 class Fit:
+    """How a probe is fitted: called with features and labels, it gives scikit-learn's classifier."""
+
     kind: Kind
     l2: float
 

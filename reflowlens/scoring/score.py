@@ -46,8 +46,8 @@ class Scores:
     Example: ``rl.score(model, ["The king", "The queen"]).texts["logprob"]``
     """
 
-    logprobs: list[Float[np.ndarray, " token"]]
-    likeliest: list[Bool[np.ndarray, " token"]]
+    logprobs: list[Float[np.ndarray, " _token"]]
+    likeliest: list[Bool[np.ndarray, " _token"]]
     _rows: list[Row] = field(repr=False)
     _prompts: list[str] = field(repr=False)
     _model: HookedModel = field(repr=False)
