@@ -226,12 +226,7 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
     100
     """
     path = find_config(name)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
-    except OSError as error:
-        raise ReflowlensError(f"cannot read {path}: {error.strerror or error}") from error
+    tables = read_toml(path)
     for table, fields in tables.items():
         if table not in _TABLES:
             raise ReflowlensError(f"{path}: unknown table [{table}]{nearest(table, list(_TABLES))}")
@@ -254,6 +249,20 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
         run=section("run", RunConfig, tables["run"]),
         overrides=overrides,
     )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ReflowlensError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ReflowlensError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def list_configs() -> list[str]:

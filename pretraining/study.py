@@ -34,10 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import tomllib
 
 from pretraining.command import add_study_arguments, run_study, start
-from pretraining.config import TrainConfig, load_config
+from pretraining.config import TrainConfig, load_config, read_toml
 from pretraining.train import train
 from reflowlens.arguments import whole_number
 from reflowlens.config import nearest
@@ -182,12 +181,7 @@ def _find(name: str | Path) -> Path:
 
 
 def _tables(path: Path) -> dict[str, Any]:
-    try:
-        stated = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ReflowlensError(f"{path} is not valid TOML: {error}") from error
-    except OSError as error:
-        raise ReflowlensError(f"cannot read {path}: {error.strerror or error}") from error
+    stated = read_toml(path)
     for field, value in stated.items():
         if field not in _FIELDS:
             raise ReflowlensError(f"{path}: unknown field {field!r}{nearest(field, list(_FIELDS))}")
