@@ -88,7 +88,7 @@ def rounded(
     return Rounded(from_rows(codes, W.shape, is_table), step, is_table)
 
 
-def check_rounding(bits: int, method: Method) -> None:
+def check_rounding(bits: float, method: Method) -> None:
     """Raise unless they are what :func:`rounded` takes.
 
     Raises:
