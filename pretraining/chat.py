@@ -15,7 +15,7 @@ from reflowlens.checkpoints import read_manifest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers.base import Tokenizer
-from reflowlens.tokenizers.chat import chat_text, chat_tokens
+from reflowlens.tokenizers.chat import chat_text, chat_tokens, turn_ends
 
 _OF_TOKENIZER = "tokenizer"  # what a manifest records where the tokenizer's own template was used
 
@@ -51,6 +51,10 @@ class ChatFormat(Protocol):
 
     def prompt_tokens(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         """What the assistant's answer continues."""
+        ...
+
+    def ends(self, tokenizer: Tokenizer) -> set[int]:
+        """The tokens that end an answer."""
         ...
 
     def record(self) -> Any:
@@ -111,6 +115,9 @@ class ChatTemplate:
         parts = self.parts([*messages, Message("assistant", "")])[:-1]
         return tokenise(parts, tokenizer).tokens.tolist()
 
+    def ends(self, tokenizer: Tokenizer) -> set[int]:
+        return {end_token(tokenizer)}
+
     def record(self) -> dict[str, str]:
         return asdict(self)
 
@@ -142,6 +149,9 @@ class TokenizerFormat:
 
     def prompt_tokens(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
         return chat_tokens(tokenizer, [message._asdict() for message in messages])
+
+    def ends(self, tokenizer: Tokenizer) -> set[int]:
+        return turn_ends(tokenizer)
 
     def record(self) -> str:
         return _OF_TOKENIZER
@@ -210,9 +220,10 @@ def chat(
 
     Example: ``chat(rl.load_model("out/sft"), recorded_template("out/sft"), ["What is a star?"], temperature=0)``
     """
-    end = end_token(model.tokenizer)
+    ends = template.ends(model.tokenizer)
     before = [] if system is None else [Message("system", system)]
     prompts = [template.prompt_tokens([*before, Message("user", question)], model.tokenizer) for question in questions]
-    rows = model.generate(prompts, max_new_tokens, stop_token=end, return_type="tokens", **settings)
-    answers = [takewhile(end.__ne__, row[len(n) :].tolist()) for row, n in zip(rows, prompts, strict=True)]
+    rows = model.generate(prompts, max_new_tokens, eos_token_id=ends, return_type="tokens", **settings)
+    written = (row[len(n) :].tolist() for row, n in zip(rows, prompts, strict=True))
+    answers = [takewhile(lambda token: token not in ends, tokens) for tokens in written]
     return [model.tokenizer.decode(answer).strip() for answer in answers]

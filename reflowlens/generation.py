@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def generate(
     top_p: float | None = None,
     do_sample: bool = True,
     stop_at_eos: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
     stop_token: str | int | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
     seed: int = 0,
@@ -61,7 +61,7 @@ def generate(
         top_k: sample among the k most probable tokens.
         top_p: sample among the smallest set of most probable tokens whose probabilities sum to at least p.
         do_sample: False takes the most probable token, whatever the temperature.
-        stop_at_eos: end a row after the document-end token.
+        stop_at_eos: end a row after the document-end token, or another that ends what an imported model writes.
         eos_token_id: end it after this token, or one of these, in place of the tokenizer's document end.
         stop_token: end a row after this token too.
         attention_mask: 1 at the own tokens of rows of ids and 0 at padding, in front of them or behind: each row
@@ -215,11 +215,12 @@ def _own_tokens(model: HookedModel, input: TextInput, attention_mask: Tensor) ->
 
 
 def _stop_ids(
-    model: HookedModel, stop_at_eos: bool, eos: int | Sequence[int] | None, stop_token: str | int | None
+    model: HookedModel, stop_at_eos: bool, eos: int | Iterable[int] | None, stop_token: str | int | None
 ) -> Int[Tensor, " stop"]:
-    ends: list[Any] = [eos] if not isinstance(eos, Sequence) else list(eos)
+    one = eos is None or isinstance(eos, str) or integer(eos) is not None
+    ends: list[Any] = [eos] if one else list(cast("Iterable[Any]", eos))
     given = {"stop_token": [stop_token], "eos_token_id": ends}
-    ids = [model.tokenizer.eot_token] if stop_at_eos and eos is None else []
+    ids = list(model.tokenizer.end_tokens) if stop_at_eos and eos is None else []
     for name, tokens in given.items():
         for token in tokens:
             stop = model.to_single_token(token) if isinstance(token, str) else integer(token)

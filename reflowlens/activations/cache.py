@@ -96,19 +96,17 @@ class ActivationCache(transformer_lens.ActivationCache):
             ) from error
 
     def _pattern(self, name: str) -> Float[Tensor, "*batch head pos key_pos"] | None:
-        """An attention pattern that was not cached, from the queries, keys and values that were; None without them."""
+        """An attention pattern that was not cached, from the queries and keys that were; None without them."""
         model, prefix = self._hooked_model(), name.removesuffix("hook_pattern")
         turned = "rot_" if f"{prefix}hook_rot_q" in model.hook_dict else ""
-        kept = [self.cache_dict.get(f"{prefix}hook_{point}") for point in (f"{turned}q", f"{turned}k", "v")]
+        kept = [self.cache_dict.get(f"{prefix}hook_{turned}{which}") for which in "qk"]
         normalised = model.cfg.use_qk_norm and not turned  # after what is kept
         if not self.patterns_follow or normalised or any(x is None for x in kept):
             return None
-        q, k, v = (cast(Tensor, x) if self.has_batch_dim else cast(Tensor, x)[None] for x in kept)
-        attn = cast(Attention, model.get_submodule(prefix[:-1]))
-        found: list[Tensor] = []
-        with model.hooks([(name, lambda pattern, hook: found.append(pattern))]), torch.no_grad():
-            attn.mix(q, k, v, mask=None)
-        return found[0] if self.has_batch_dim else found[0][0]
+        q, k = (cast(Tensor, x) if self.has_batch_dim else cast(Tensor, x)[None] for x in kept)
+        with torch.no_grad():
+            pattern = cast(Attention, model.get_submodule(prefix[:-1])).pattern_of(q, k)
+        return pattern if self.has_batch_dim else pattern[0]
 
     # -- signals ------------------------------------------------------------------------------------------------------
 

@@ -75,13 +75,14 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     tokenizer = model.tokenizer
     begin = next((i for i in (tokenizer.bos_token, tokenizer.named_bos) if i is not None), tokenizer.eot_token)
     ends = {"bos_token_id": begin, "eos_token_id": tokenizer.eot_token}
+    several = {"eos_token_id": list(tokenizer.end_tokens)} if len(tokenizer.end_tokens) > 1 else {}
     # transformers 5 says dtype, transformers 4 and llama.cpp torch_dtype.
     types = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
 
     def write(folder: Path) -> None:
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         _write_json(folder / CONFIG, {**family.hf_config(cfg), **ends, "pad_token_id": None, **types})
-        _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ends})
+        _write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ends, **several})
         write_tokenizer(folder, tokenizer, cfg.n_ctx)
 
     return write_folder(folder, write)

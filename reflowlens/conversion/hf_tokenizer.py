@@ -93,6 +93,7 @@ def _packaged_name(tokenizer: FileTokenizer) -> str | None:
         and split.get("use_regex", True)
         and tokenizer.bos_token is None
         and tokenizer.chat_template is None
+        and len(tokenizer.end_tokens) < 2
     )
     if not plain:
         return None

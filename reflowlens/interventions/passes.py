@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selectors import Prompt
 from reflowlens.models.base import HookedModel
+from reflowlens.models.checked_pass import checked_mask
 from reflowlens.models.pass_context import giving_lengths, growing_rows
 from reflowlens.models.past import read_before
 from reflowlens.models.text import read_once
@@ -140,12 +143,31 @@ def check_lengths_known(model: HookedModel, lengths: Sequence[int]) -> None:
         )
 
 
+def _lengths_from_the_left(
+    input: Any, tokens: Int[Tensor, "batch pos"], lengths: list[int], kwargs: Mapping[str, Any]
+) -> list[int]:
+    """The number of each row's own tokens, as padding on the right leaves them, where selectors count positions."""
+    mask, on_left = kwargs.get("attention_mask"), kwargs.get("padding_side") == "left"
+    if mask is not None:
+        own = checked_mask(mask, tokens.shape)
+        on_left, lengths = not bool(own[:, 0].all()), own.sum(dim=1).tolist()
+    elif isinstance(input, Tensor | np.ndarray):
+        on_left = False
+    if on_left and len(set(lengths)) > 1:
+        raise ReflowlensError(
+            "inside rl.intervene positions count from the beginning of a row: give the texts themselves, or rows that "
+            "are padded on the right with their attention_mask"
+        )
+    return lengths
+
+
 def _prompt(model: HookedModel, input: Any, kwargs: dict[str, Any], lengths: Sequence[int] | None) -> Prompt:
     past, growing = kwargs.get("past_kv_cache"), growing_rows()
     offset = read_before(past)
     tokens, own = None, list[int]()
     if kwargs.get("start_at_layer") is None:
         tokens, own = model.tokens_and_lengths(input, offset=offset)
+        own = _lengths_from_the_left(input, tokens, own, kwargs)
     shape = (*getattr(input, "shape", ()), 0, 0)[:2] if tokens is None else tokens.shape  # the model refuses no stream
     if lengths is not None and isinstance(input, Tensor):
         if len(lengths) != shape[0] or not all(1 <= length <= shape[1] for length in lengths):

@@ -250,18 +250,12 @@ class Attention(nn.Module):
         dropped = self.cfg.dropout if self.training else 0.0
         q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
         new, total = q.shape[2], k.shape[2]
-        if self.window is not None and total > self.window:
-            near = _causal(new, total, q.device).triu(total - new - self.window + 1)
-            mask = near if mask is None else mask & near
+        mask = self._near(new, total, mask, q.device)
         scale, cap = self.cfg.attn_scale, self.cfg.attn_scores_soft_cap
         hidden = new > 1 or mask is not None  # whether there are keys that a query must not see
         if is_hooked(self.hook_attn_scores, self.hook_pattern) or cap is not None or (hidden and not all_finite(k, v)):
-            allowed = _causal(new, total, q.device) if mask is None else mask
-            group = self.cfg.n_heads // self.cfg.kv_heads
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-            scores = capped(wide(q @ k.transpose(-1, -2)) / self.divisor, cap)
-            scores = scores.masked_fill(~allowed, float("-inf"))
-            pattern = self.hook_pattern(self.hook_attn_scores(scores).softmax(dim=-1))
+            pattern = self.hook_pattern(self.hook_attn_scores(self._scores(q, k, mask)).softmax(dim=-1))
+            v = v.repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, dim=1)
             z = weighted_sum(F.dropout(pattern.to(v.dtype), dropped), v)
         else:
             if mask is None and new not in (1, total):
@@ -278,6 +272,34 @@ class Attention(nn.Module):
                 enable_gqa=grouped,
             )
         return rearrange(z, "batch head pos d_head -> batch pos head d_head")
+
+    def pattern_of(
+        self, q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]
+    ) -> Float[Tensor, "batch head pos pos"]:
+        """The pattern of queries and keys of whole texts, whatever is attached to the model."""
+        q, k = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k))
+        return self._scores(q, k, self._near(q.shape[2], k.shape[2], None, q.device)).softmax(dim=-1)
+
+    def _near(
+        self, new: int, total: int, mask: Bool[Tensor, "batch 1 query_pos key_pos"] | None, device: torch.device
+    ) -> Tensor | None:
+        """Which keys a query may see, by the layer's window too; None: all up to its own position."""
+        if self.window is None or total <= self.window:
+            return mask
+        near = _causal(new, total, device).triu(total - new - self.window + 1)
+        return near if mask is None else mask & near
+
+    def _scores(
+        self,
+        q: Float[Tensor, "batch head query_pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        mask: Tensor | None,
+    ) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """Scaled and capped products, -inf where a key may not be seen."""
+        allowed = _causal(q.shape[2], k.shape[2], q.device) if mask is None else mask
+        k = k.repeat_interleave(self.cfg.n_heads // self.cfg.kv_heads, dim=1)
+        scores = capped(wide(q @ k.transpose(-1, -2)) / self.divisor, self.cfg.attn_scores_soft_cap)
+        return scores.masked_fill(~allowed, float("-inf"))
 
 
 def _causal(new: int, total: int, device: torch.device) -> Tensor:

@@ -112,6 +112,7 @@ def as_segments(
     else:
         if not isinstance(input, Tensor):
             input = model.tokens_and_lengths(input, padding_side=padding_side, offset=read_before(past))[0]
+        input = input[None] if input.ndim == 1 else input
         own = checked_mask(attention_mask, input.shape[:2]).to(input.device)
     if own.all():
         return input, None
@@ -126,6 +127,8 @@ def checked_mask(mask: Any, shape: torch.Size) -> Bool[Tensor, "batch pos"]:
     Raises:
         ReflowlensError: it is none, of another shape, or leaves a gap within a text.
     """
+    if isinstance(mask, Tensor) and mask.ndim == 1 and shape[:1] == (1,):
+        mask = mask[None]  # of the one row that ids [pos] are
     if not isinstance(mask, Tensor) or mask.shape != shape:
         got = list(mask.shape) if isinstance(mask, Tensor) else repr(mask)
         raise ReflowlensError(f"attention_mask must be a tensor [batch, pos] = {list(shape)}, got {got}")

@@ -141,6 +141,8 @@ class TextModel(HookedRootModule):
         Raises:
             ReflowlensError: as in :meth:`to_tokens`.
         """
+        if not is_one_of(padding_side, ("left", "right")):
+            raise ReflowlensError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         if isinstance(input, np.ndarray) and input.dtype.kind in "iu":
             input = torch.from_numpy(input.astype(np.int64))
         if isinstance(input, Tensor):

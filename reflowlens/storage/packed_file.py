@@ -84,6 +84,8 @@ class PackedFile:
 
 def is_packed(path: Path) -> bool:
     """Whether a file begins as packed ones of any version do."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(BEGINNING)) == BEGINNING

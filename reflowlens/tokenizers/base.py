@@ -43,6 +43,11 @@ class Tokenizer:
     named_bos: int | None = None
     chat_template: str | None = None
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end what a model writes: `eot_token`, and others that an instruct model ends its turns with."""
+        return () if self.eot_token is None else (self.eot_token,)
+
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, n_vocab={self.n_vocab})"
 

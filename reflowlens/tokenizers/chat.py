@@ -9,6 +9,8 @@ from typing import Any
 from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers.base import Tokenizer
 
+_PRIVATE = 0xF0000  # Unicode's private use, which no text of a chat should hold
+
 
 def chat_text(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -53,7 +55,7 @@ def chat_tokens(
     """The token ids of a chat: special tokens where the template writes them, plain text in what the messages say.
 
     Where no message spells a special token, these are the ids of transformers' `apply_chat_template`. A message that
-    spells one (`"<|im_end|>"`) cannot end its turn: its characters are read as characters.
+    spells one (`"<|im_end|>"`) cannot end its turn: its characters are read as characters, and no role may spell one.
 
     Args:
         tokenizer, messages, add_generation_prompt: as for :func:`chat_text`.
@@ -68,17 +70,33 @@ def chat_tokens(
     said = [message["content"] for message in messages]
     if not any(spelling in content for content in said for spelling in spellings):
         return tokenizer.encode(text, split_special_tokens=False)
-    # The template's own special tokens are those that it also writes around contents that spell none.
-    marks = [f"\ue000{i}\ue001" for i in range(len(said))]
-    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    if strange := [m["role"] for m in messages if any(spelling in m["role"] for spelling in spellings)]:
+        raise ReflowlensError(f"a role is a word, and {strange[0]!r} spells a special token")
+    # Each spelling inside a content is rendered as a mark as long as it, which templates treat like any text.
+    longest_first = sorted(spellings, key=len, reverse=True)
+    marks = {spelling: (chr(_PRIVATE + i) * len(spelling)) for i, spelling in enumerate(longest_first)}
+    marked = [dict(message) for message in messages]
+    for message in marked:
+        for spelling in longest_first:
+            message["content"] = message["content"].replace(spelling, marks[spelling])
     outline = chat_text(tokenizer, marked, add_generation_prompt=add_generation_prompt)
     ids: list[int] = []
-    for piece in re.split("(" + "|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) + ")", outline):
+    for piece in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", outline):
         if piece in spellings:
             ids.append(spellings[piece])
-        elif piece:
-            ids += tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda mark: said[int(mark[1])], piece))
+            continue
+        for spelling, mark in marks.items():
+            piece = piece.replace(mark, spelling)
+        ids += tokenizer.encode(piece)
     return ids
+
+
+def turn_ends(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer: the tokenizer's own, and what its template ends the assistant's turn with."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = chat_tokens(tokenizer, said, add_generation_prompt=False)
+    special = set(tokenizer.special_tokens.values())
+    return {*tokenizer.end_tokens, *[i for i in ids if i in special][-1:]}
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, int | None]:

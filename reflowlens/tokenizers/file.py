@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE, GENERATION_CONFIG = "chat_template.jinja", "generation_config.json"
 OPENED: dict[str, FileTokenizer] = {}  # by name, which is a hash of the contents
 _SPACE = "▁"  # SentencePiece writes a space so
 
@@ -55,6 +55,7 @@ def open_tokenizer(path: str | Path, end_of_text: str | int | None = None) -> Fi
             end_of_text,
             begin=_spelling(config.get("bos_token")),
             chat_template=_chat_template(path.with_name(CHAT_TEMPLATE), config),
+            ends=_ends(path.with_name(GENERATION_CONFIG)),
         )
     except OSError as error:
         raise ReflowlensError(f"no tokenizer file {str(path)!r}: {error.strerror}") from error
@@ -78,6 +79,12 @@ def write_tokenizer_config(folder: Path, begin: str | None, end: str | None, **m
 def _config(path: Path) -> dict[str, Any]:
     """The fields of a `tokenizer_config.json`; none without the file."""
     return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
+
+
+def _ends(path: Path) -> list[int]:
+    """The ids that a `generation_config.json` has generation stop at."""
+    ends = _config(path).get("eos_token_id")
+    return [] if ends is None else [int(i) for i in (ends if isinstance(ends, list) else [ends])]
 
 
 def _spelling(token: Any) -> str | None:
@@ -104,6 +111,7 @@ class FileTokenizer(Tokenizer):
         fallback: another, or its id, if there is no such token.
         begin: the token that begins a text, if a model wants one.
         chat_template: how a chat is written.
+        ends: ids that end what the model writes, beside the token that ends a document.
     """
 
     def __init__(
@@ -114,6 +122,7 @@ class FileTokenizer(Tokenizer):
         *,
         begin: str | None = None,
         chat_template: str | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
         import tokenizers
 
@@ -133,6 +142,8 @@ class FileTokenizer(Tokenizer):
         # What a model without a beginning of its own or a template is named by stays what it was.
         more = [begin] if self.named_bos not in (self.bos_token, self.eot_token) else []
         more += [chat_template] if chat_template is not None else []
+        self._ends = tuple(dict.fromkeys(i for i in ends if i != self.eot_token and 0 <= i < self.n_vocab))
+        more += [f"ends {self._ends}"] if self._ends else []
         digest = hashlib.sha256("\0".join(map(str, [text, self.end_of_text, *more])).encode()).hexdigest()
         self.name = f"{FILE_TOKENIZER}{digest[:12]}"
         added = self._library.get_added_tokens_decoder()
@@ -154,6 +165,9 @@ class FileTokenizer(Tokenizer):
         begin = None if self.named_bos is None else self._library.id_to_token(self.named_bos)
         (folder / TOKENIZER).write_text(self.json, encoding="utf8")
         write_tokenizer_config(folder, begin, self.end_of_text)
+        if self._ends:
+            ends = json.dumps({"eos_token_id": list(self.end_tokens)}, indent=2)
+            (folder / GENERATION_CONFIG).write_text(f"{ends}\n", encoding="utf8")
         if self.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf8")
 
@@ -171,6 +185,10 @@ class FileTokenizer(Tokenizer):
     @property
     def special_tokens(self) -> dict[str, int]:
         return self._special
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        return (*super().end_tokens, *self._ends)
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
         import numpy as np

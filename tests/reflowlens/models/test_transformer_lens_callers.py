@@ -180,3 +180,47 @@ def test_what_a_configuration_tells(model: HookedModel) -> None:
     assert model.cfg.default_prepend_bos is False
     assert_close(model.unembed.b_U, model.b_U)
     assert ("unembed.b_U" in model.state_dict()) is model.cfg.unembed_bias
+
+
+@pytest.mark.parametrize("position", ["last", -1, 0])
+def test_padding_and_interventions(model: HookedModel, position: int | str) -> None:
+    """Positions count in each row's own tokens, or it is an error that they would not."""
+    tokens, lengths = model.tokens_and_lengths(TEXTS)
+    mask = torch.arange(tokens.shape[1])[None] < torch.tensor(lengths)[:, None]
+    zeroed = rl.Ablate("resid_pre", layer=0, position=position)
+    with rl.intervene(model, [zeroed]):
+        logits = model(tokens, attention_mask=mask)
+        with pytest.raises(ReflowlensError, match="positions count from the beginning of a row"):
+            model(TEXTS, padding_side="left")
+        with pytest.raises(ReflowlensError, match="positions count from the beginning of a row"):
+            model(model.to_tokens(TEXTS, padding_side="left"), attention_mask=mask.flip(1))
+    for row, text, n in zip(logits, TEXTS, lengths, strict=True):
+        assert_close(row[:n], rl.run(model, text, zeroed)[0])
+
+
+def test_patterns_are_those_of_the_pass_whatever_is_attached_since(model: HookedModel) -> None:
+    tokens = random_tokens(model.cfg, batch=1, pos=6)
+    _, clean = model.run_with_cache(tokens)
+    _, full = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("pattern"))
+    name = "blocks.0.attn.hook_pattern"
+    with model.hooks([(name, lambda pattern, hook: pattern * 0.5)]):
+        assert_close(clean["pattern", 0], full["pattern", 0])
+        model(tokens)
+    with model.hooks([(name, lambda pattern, hook: clean[hook.name])]):
+        assert_close(model(tokens), model(tokens))
+
+
+def test_one_row_has_a_mask_of_one_axis(model: HookedModel) -> None:
+    tokens = random_tokens(model.cfg, batch=1, pos=6)[0]
+    assert_close(model(tokens, attention_mask=torch.ones(6, dtype=torch.long)), model(tokens))
+    with pytest.raises(ReflowlensError, match="padding_side must be"):
+        model.to_tokens("a", padding_side="middle")
+
+
+def test_ends_as_text_are_one_token(model: HookedModel) -> None:
+    end = int(model.generate("The king", 1, temperature=0, stop_at_eos=False, return_type="tokens")[0, -1])
+    if end < 128:  # a byte that is a text
+        row = model.generate("The king", 5, temperature=0, eos_token_id=chr(end), return_type="tokens")[0]
+        assert row.tolist()[8:] == [end]
+    with pytest.raises(ReflowlensError, match="not a single token"):
+        model.generate("The king", 5, eos_token_id="ab")

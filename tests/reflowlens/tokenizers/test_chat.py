@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -17,7 +18,7 @@ from reflowlens.conversion.hf_tokenizer import write_tokenizer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.tokenizers.by_name import get_tokenizer
-from reflowlens.tokenizers.chat import chat_text
+from reflowlens.tokenizers.chat import chat_text, chat_tokens, turn_ends
 from reflowlens.tokenizers.file import FileTokenizer, open_tokenizer
 from reflowlens.tokenizers.ranks import gpt2_byte_symbols
 from tests.support.tiny import random_model, tiny_config
@@ -220,3 +221,33 @@ def test_an_imported_instruct_model_answers(tmp_path: Path, model: HookedModel) 
     asked = model.to_chat_tokens([CHAT[0], {"role": "user", "content": "Why?"}])
     row = model.generate(asked, 4, temperature=0, return_type="tokens")[0, asked.shape[1] :].tolist()
     assert answer == model.tokenizer.decode(row[: row.index(2)] if 2 in row else row).strip()
+
+
+def test_contents_are_treated_by_the_template_whatever_they_spell(tokenizer: FileTokenizer) -> None:
+    said = [{"role": "user", "content": f"  what is {END} ?\n"}, {"role": "assistant", "content": " it ends "}]
+    ids = chat_tokens(tokenizer, said, add_generation_prompt=False)
+    assert tokenizer.decode(ids) == f"{START}user\nwhat is {END} ?{END}\n{START}assistant\nit ends{END}\n"
+    assert [i for i in ids if i < 3] == [1, 2, 1, 2]
+    with pytest.raises(ReflowlensError, match="spells a special token"):
+        chat_tokens(tokenizer, [{"role": f"user{END}", "content": f"a{END}"}])
+
+
+def test_turns_end_where_the_folder_says(folder: Path, tmp_path: Path) -> None:
+    """As instruct models whose turns end with another token than their documents do."""
+    write(folder, eos_token=PAD)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    tokenizer = open_tokenizer(folder)
+    assert (tokenizer.eot_token, tokenizer.end_tokens) == (0, (0, 2))
+    model = random_model(
+        tiny_config("llama_untied", tokenizer_name=tokenizer.name, d_vocab=tokenizer.n_vocab, n_ctx=64)
+    )
+    with torch.no_grad():
+        model.unembed.b_U = torch.nn.Parameter(torch.zeros(tokenizer.n_vocab))
+        model.unembed.b_U[2] = 1e4
+    assert model.generate("a", 5, temperature=0, return_type="tokens")[0].tolist() == [67, 2]
+    assert chat(model, TokenizerFormat(), ["Why?"], 4, temperature=0) == [""]
+    save_model(tmp_path / "ours", random_model(model.cfg))
+    assert load_model(tmp_path / "ours").tokenizer.end_tokens == (0, 2)
+    (folder / "generation_config.json").unlink()
+    assert open_tokenizer(folder).end_tokens == (0,)
+    assert turn_ends(open_tokenizer(folder)) == {0, 2}
