@@ -13,7 +13,7 @@ prompt that reads otherwise is the column of the same name behind ``corrupted_``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -257,6 +257,8 @@ class Prompts:
         if isinstance(at, str) and at != "last":
             return self._of_role(model, at, text, [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)])
         one = -1 if isinstance(at, str) else integer(at)
+        if one is None and (isinstance(at, str) or not isinstance(at, Iterable) or getattr(at, "ndim", 1) != 1):
+            raise ReflowlensError(f"a position is 'last', an integer, a list of them or a role, got {at!r}")
         asked = [one] * len(self) if one is not None else list(at)  # type: ignore[arg-type] # a sequence
         if len(asked) != len(self):
             raise ReflowlensError(f"{len(asked)} positions are given for {len(self)} prompts")
@@ -314,7 +316,9 @@ def _check(column: str, row: int, value: Any) -> None:
             raise ReflowlensError(
                 f"row {row}, column {column!r}: the text or the id of a token was expected, got {value!r}"
             )
-    elif value is None or value is pd.NA or value != value or value == "":
+    elif isinstance(value, str) and value == "all":
+        raise ReflowlensError(f"row {row}, column {column!r}: 'all' is what results call all prompts, not a group")
+    elif not isinstance(value, Hashable) or pd.isna(value) or value == "":  # type: ignore[call-overload] # a scalar
         raise ReflowlensError(f"row {row}, column {column!r}: the name of a group was expected, got {value!r}")
 
 

@@ -118,7 +118,7 @@ def activation_addition(
     hooked = hooked_model(model)
     texts = [*_several(positive, "positive"), *_several(negative, "negative")]
     labels = np.arange(len(texts)) < len(texts) - len(list(negative))
-    chosen = some_prompts(prompts, quick)
+    chosen = some_prompts(prompts, quick, seed)
     answered = Answered.of(hooked, chosen, least=4)
     at_layers = layers_given(hooked, layers, ends=True)
     factors = [real_number(strength, "strengths") for strength in strengths]

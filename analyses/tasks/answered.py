@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
@@ -189,9 +190,18 @@ def task_params(model: HookedModel, prompts: Prompts, seed: int, quick: bool, **
     return {"prompts": len(prompts), "seed": seed, "quick": quick, "model_hash": hash_of(model), **others}
 
 
-def some_prompts(prompts: Prompts, quick: bool) -> Prompts:
-    """Every third prompt for a quick look, where that leaves six."""
-    return prompts.select(range(0, len(prompts), 3)) if quick and len(prompts) >= 18 else prompts
+def some_prompts(prompts: Prompts, quick: bool, seed: int) -> Prompts:
+    """A third of the prompts for a quick look, where that leaves six: drawn at random, of each group about a third.
+
+    Not every third row, for rows often stand in the order of their templates.
+    """
+    if not quick or len(prompts) < 18:
+        return prompts
+    order = derive_rng(seed, "quick").permutation(len(prompts))
+    if "group" in prompts.frame:
+        group = pd.factorize(prompts.frame["group"].astype(str))[0]
+        order = order[np.argsort(group[order], kind="stable")]
+    return prompts.select(np.sort(order[::3]))
 
 
 def shown(progress: bool | None) -> bool:

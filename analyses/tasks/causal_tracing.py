@@ -112,7 +112,7 @@ def causal_tracing(
         raise ReflowlensError(
             f"causal tracing goes on from a block, and a pass of a {type(hooked).__name__} starts from tokens"
         )
-    chosen = some_prompts(prompts, quick)
+    chosen = some_prompts(prompts, quick, seed)
     answered = Answered.of(hooked, chosen, least=4)
     samples = max(2, number_of_runs(samples, "samples", 1) // (3 if quick else 1))
     first, last = chosen.positions(hooked, f"{subject}:first"), chosen.positions(hooked, subject)

@@ -121,7 +121,7 @@ def head_ablation(
         raise ReflowlensError(f"by must be 'zero', 'mean' or 'resample', got {by!r}")
     hooked = hooked_model(model)
     check_heads_and_mlps(hooked, "ablation of heads and MLPs")
-    chosen = some_prompts(prompts, quick)
+    chosen = some_prompts(prompts, quick, seed)
     answered = Answered.of(hooked, chosen, least=4)
     named, batches = component_names(hooked), list(answered.batches())
     replaced = Replacements(answered, by, seed)

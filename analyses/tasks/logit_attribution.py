@@ -102,7 +102,7 @@ def direct_logit_attribution(
     hooked = hooked_model(model)
     check_heads_and_mlps(hooked, "direct logit attribution")
     hooked.check_reads_last_stream("contributions of heads and MLPs")
-    chosen = some_prompts(prompts, quick)
+    chosen = some_prompts(prompts, quick, seed)
     answered = Answered.of(hooked, chosen)
     draws = max(20, number_of_runs(draws, "draws", 2) // (3 if quick else 1))
     pairs = _Pairs.of(answered)

@@ -2,22 +2,26 @@
 
 On prompts with an answer: whether the answer is above the wrong one, whether it is the likeliest token, and by how much
 the logit difference is larger than after the corrupted prompt. Each stands beside what would look the same without the
-task: chance, the corrupted prompts, and the same pair of answers after another prompt of the set, which knows which
-answers are frequent and nothing of this prompt.
+task: chance, the corrupted prompts, and the same pair of answers after another prompt of the set that asks for another
+answer, which knows which answers are frequent and nothing of this prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from torch import Tensor
 
 from analyses.result.finding import Finding
 from analyses.result.result import Result
+from analyses.statistics.draws import derive_rng
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
@@ -37,9 +41,10 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.prompts import Prompts
 
+_DRAWS = 10
 OWN_DEFINITIONS = {
-    "accuracy": DEFINITIONS["accuracy"] + ". other_prompt: the same answers after another prompt; corrupted: after the "
-    "corrupted one",
+    "accuracy": DEFINITIONS["accuracy"] + ". other_prompt: the same answers after another prompt that has another "
+    "answer, mean over draws; corrupted: after the corrupted one",
     "top1": "share of prompts whose answer is the likeliest token; controls as of accuracy",
     "gap": "logit_diff after the clean prompt less that after the corrupted one. Mean over prompts",
 }
@@ -62,31 +67,38 @@ def task_performance(
     Returns:
         A Result with metrics ``accuracy`` and ``top1`` with exact intervals, ``logit_diff`` and ``gap`` with bootstrap
         intervals, of which ``accuracy`` and ``gap`` have verdicts: supported where the interval lies above chance and
-        what the same answers get after another prompt (above 0), underpowered below 20 prompts. Where ``accuracy`` is
-        not above chance a note says that nothing found on these prompts is about the task. Frames ``prompts``, a row a
-        prompt, and ``groups``, a row a group, ``all`` first; figures ``groups`` and ``margins``.
+        what the same answers get after prompts with other answers (above 0), underpowered below 20 prompts. Where all
+        prompts have the same answers that control is left out. Where ``accuracy`` is not above chance a note says that
+        nothing found on these prompts is about the task. Frames ``prompts``, a row a prompt, and ``groups``, a row a
+        group, ``all`` first; figures ``groups`` and ``margins``.
 
     Raises:
         ReflowlensError: there are no answers, fewer than two prompts, or an answer is not a single token.
 
     Example: ``task_performance(model, rl.Prompts.read("capitals.jsonl")).metrics["accuracy"]``
     """
-    hooked, chosen = hooked_model(model), some_prompts(prompts, quick)
+    hooked, chosen = hooked_model(model), some_prompts(prompts, quick, seed)
     clean = Answered.of(hooked, chosen)
-    wrong = None if clean.wrong is None else clean.wrong.roll(1)
-    runs = {"clean": clean, "other_prompt": dataclasses.replace(clean, answer=clean.answer.roll(1), wrong=wrong)}
+    streams = _final_streams(clean)
+    runs = {"clean": _read(clean, streams)}
+    if (others := _others(clean, seed)) is not None:
+        several = [_read(clean, streams[drawn]) for drawn in torch.from_numpy(others).to(streams.device)]
+        runs["other_prompt"] = _Read(
+            _joined([one.scores for one in several]), np.concatenate([r.top1 for r in several])
+        )
     if "corrupted" in chosen.frame:
         texts = chosen.frame.assign(clean=chosen.corrupted).drop(columns="corrupted")
-        runs["corrupted"] = Answered.of(hooked, Prompts.of(texts))
-    scores = {name: run.unchanged() for name, run in runs.items()}
+        corrupted = Answered.of(hooked, Prompts.of(texts))
+        runs["corrupted"] = _read(corrupted, _final_streams(corrupted))
+    scores = {name: run.scores for name, run in runs.items()}
     frame = _prompt_frame(chosen, scores)
     findings = performance_findings(scores["clean"], seed)
     findings["accuracy"] = _rate(scores, "correct", seed, chance=0.0 if clean.wrong is None else 0.5)
-    frame["top1"] = top1 = _is_likeliest(runs["clean"])
+    frame["top1"] = top1 = runs["clean"].top1
     findings["top1"] = Finding(
         top1.mean(),
         rate_interval(top1, seed=seed),
-        {name: _is_likeliest(run).mean() for name, run in runs.items() if name != "clean"},
+        {name: run.top1.mean() for name, run in runs.items() if name != "clean"},
     )
     if "corrupted" in scores:
         findings["gap"] = _gap(frame["gap"].to_numpy(), seed)
@@ -113,7 +125,7 @@ def _rate(scores: dict[str, Scores], name: str, seed: int, chance: float) -> Fin
     values = {run: numbers(getattr(of_run, name)) for run, of_run in scores.items()}
     own = values.pop("clean")
     controls = {"chance": chance} | {run: float(of_run.mean()) for run, of_run in values.items()}
-    interval, bound = rate_interval(own, seed=seed), max(chance, controls["other_prompt"])
+    interval, bound = rate_interval(own, seed=seed), max(chance, controls.get("other_prompt", chance))
     p = binomtest(int(own.sum()), len(own), min(bound, 1.0), alternative="greater").pvalue
     told = verdict(interval, bound, float(p), minimum_units=MINIMUM_PROMPTS, units=len(own))
     return Finding(own.mean(), interval, controls, told)
@@ -125,9 +137,46 @@ def _gap(gap: NDArray[np.float64], seed: int) -> Finding:
     return Finding(gap.mean(), interval, {"no_effect": 0.0}, told)
 
 
-def _is_likeliest(run: Answered) -> NDArray[np.float64]:
-    """Whether each prompt's answer is above every other token, 0 or 1."""
-    return numbers(dataclasses.replace(run, wrong=None).unchanged().correct)
+class _Read(NamedTuple):
+    """Scores of prompts, and whether the answer of each is above every other token, 0 or 1."""
+
+    scores: Scores
+    top1: NDArray[np.float64]
+
+
+def _read(answered: Answered, streams: Float[Tensor, "prompt d_model"]) -> _Read:
+    """What each prompt's answers get off the streams of its row, which may be other prompts'."""
+    scores, top1 = [], []
+    for batch in answered.batches():
+        logits = batch.read(streams[list(batch.rows)]).logits()[:, 0]
+        scores.append(batch.of_logits(logits))
+        top1.append(dataclasses.replace(batch, wrong=None).of_logits(logits).correct)
+    return _Read(_joined(scores), numbers(torch.cat(top1)))
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _final_streams(answered: Answered) -> Float[Tensor, "prompt d_model"]:
+    return torch.cat([batch.final() for batch in answered.batches()])
+
+
+def _others(answered: Answered, seed: int) -> Int[np.ndarray, "draw prompt"] | None:
+    """For each prompt, in each draw, another with another answer, or where all have one, with another wrong answer.
+
+    None where all have the same: behind every prompt the answers are then its own.
+    """
+    asked = answered.answer
+    if answered.wrong is not None and len(asked.unique()) < 2:
+        asked = answered.wrong
+    kind, count = (each.cpu().numpy() for each in asked.unique(return_inverse=True, return_counts=True)[1:])
+    if len(count) < 2:
+        return None
+    order, size = np.argsort(kind, kind="stable"), count[kind]
+    first = (np.cumsum(count) - count)[kind]  # of the prompt's own kind, in that order
+    drawn = derive_rng(seed, "task_performance").integers(len(kind) - size, size=(_DRAWS, len(kind)))
+    return order[drawn + np.where(drawn >= first, size, 0)]
 
 
 def _prompt_frame(prompts: Prompts, scores: dict[str, Scores]) -> pd.DataFrame:

@@ -139,7 +139,7 @@ def linear_probes(
 
     Example: ``linear_probes(model, prompts, "tense", together="subject").frames["layers"]``
     """
-    hooked, chosen = hooked_model(model), some_prompts(prompts, quick)
+    hooked, chosen = hooked_model(model), some_prompts(prompts, quick, seed)
     if not is_one_of(kind, ("logistic", "ridge")):
         raise ReflowlensError(f"kind must be 'logistic' or 'ridge', got {kind!r}")
     folds, most = whole_number(folds, "folds", 2), number_of_runs(most, "most", 2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reflowlens as rl
+from analyses.tasks.answered import some_prompts
 from analyses.tasks.performance import task_performance
 from tests.support.planted_tasks import copying_model, copying_prompts
 
@@ -61,3 +62,37 @@ def test_without_wrong_answers_the_answer_has_to_be_the_likeliest(tiny_models: d
     assert "gap" not in result.metrics
     with pytest.raises(rl.ReflowlensError, match="no column 'answer'"):
         task_performance(tiny_models["gpt2"], rl.Prompts.of([{"clean": "a"}, {"clean": "b"}]))
+
+
+def two_answers(n: int = 12) -> list[dict[str, str]]:
+    texts = [f"it {'ab'[i % 2]} no {i}" for i in range(2 * n)]
+    return [{"clean": text, "answer": "xy"[i >= n], "wrong_answer": "yx"[i >= n]} for i, text in enumerate(texts)]
+
+
+def test_the_control_is_of_prompts_with_another_answer_in_whatever_order_they_stand() -> None:
+    model, prompts = copying_model(), copying_prompts()
+    for frame in (prompts.frame, prompts.frame.sort_values("answer")):
+        result = task_performance(model, rl.Prompts.of(frame))
+        assert result.controls["accuracy"]["other_prompt"] < 0.75
+        assert result.controls["top1"]["other_prompt"] == 0  # which copies the other prompt's answer
+        assert result.verdicts["accuracy"] == "supported"
+
+
+def test_prompts_with_one_pair_of_answers_are_judged_against_chance(tiny_models: dict[str, Any]) -> None:
+    rows = [row | {"answer": "x", "wrong_answer": "y"} for row in two_answers()]
+    result = task_performance(tiny_models["gpt2"], rl.Prompts.of(rows))
+    assert result.controls["accuracy"] == {"chance": 0.5}
+    assert "top1" not in result.controls
+
+
+def test_a_quick_look_is_of_every_group_and_of_no_fixed_rows() -> None:
+    rows = [{"clean": f"text {i}", "group": "abc"[i % 3]} for i in range(36)]
+    looks = [some_prompts(rl.Prompts.of(rows), True, seed) for seed in (0, 1)]
+    assert [look.groups.count(group) for look in looks for group in "abc"] == [4] * 6
+    assert looks[0].clean != looks[1].clean
+    assert some_prompts(rl.Prompts.of(rows), True, 0).clean == looks[0].clean
+
+
+def test_no_group_is_called_all() -> None:
+    with pytest.raises(rl.ReflowlensError, match="row 1, column 'group': 'all' is what results call all prompts"):
+        rl.Prompts.of([{"clean": "a", "group": "x"}, {"clean": "b", "group": "all"}])
