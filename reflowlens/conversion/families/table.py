@@ -6,10 +6,11 @@ from typing import Any
 
 from reflowlens.conversion.families.family import Family
 from reflowlens.conversion.families.traits import (
-    CAPS,
+    ATTENTION_CAP,
     GPT2_CONTEXT,
     GPT_NEO_WINDOWS,
     GPTJ_ROTARY,
+    LOGITS_CAP,
     PARALLEL,
     QUERY_SCALAR,
     SCALED_EMBEDDING,
@@ -132,19 +133,20 @@ GEMMA = Family(
     model_type="gemma",
     traits=(_HEADS, rotary(), _ATTENTION_BIAS, SCALED_EMBEDDING, gemma_activation("hidden_act", "hidden_activation")),
 )
-_GEMMA_TRAITS = (_HEADS, _ATTENTION_BIAS, SCALED_EMBEDDING, WINDOWS_BY_LAYER, QUERY_SCALAR, CAPS)
+_GEMMA_TRAITS = (_HEADS, _ATTENTION_BIAS, SCALED_EMBEDDING, WINDOWS_BY_LAYER, QUERY_SCALAR, LOGITS_CAP)
 GEMMA2 = Family(
     **_GEMMA_2,
     class_name="Gemma2ForCausalLM",
     model_type="gemma2",
     fixed={"use_normalization_before_and_after": True},
-    traits=(*_GEMMA_TRAITS, rotary(), gemma_activation("hidden_activation")),
+    traits=(*_GEMMA_TRAITS, ATTENTION_CAP, rotary(), gemma_activation("hidden_activation")),
 )
 GEMMA3 = Family(
     **_GEMMA_2 | {"parts": _GEMMA_2["parts"] | _QK_NORMS},
     class_name="Gemma3ForCausalLM",
     model_type="gemma3_text",
     fixed={"use_normalization_before_and_after": True, "use_qk_norm": True},
+    # Its configuration has attn_logit_softcapping as well, which transformers does not apply.
     traits=(*_GEMMA_TRAITS, TWO_BASES, gemma_activation("hidden_activation")),
 )
 

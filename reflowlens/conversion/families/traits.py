@@ -163,7 +163,8 @@ WINDOW = Trait(
     lambda hf, ours: _window_fields(hf.sliding_window, ["local"]),
     lambda cfg: {"sliding_window": None if "global" in _types(cfg) else cfg.window_size},
 )
-WINDOWS_BY_LAYER = Trait(_by_layer, _layer_types)
+# Gemma makes the mask of local layers even where it has none, and that takes a number: the context hides nothing.
+WINDOWS_BY_LAYER = Trait(_by_layer, lambda cfg: _layer_types(cfg) | {"sliding_window": cfg.window_size or cfg.n_ctx})
 SWITCHED_WINDOWS = Trait(_by_layer, lambda cfg: _layer_types(cfg) | {"use_sliding_window": cfg.window_size is not None})
 GPT_NEO_WINDOWS = Trait(
     lambda hf, ours: _window_fields(hf.window_size, list(hf.attention_layers)),
@@ -206,15 +207,13 @@ def _query_scalar(cfg: ModelConfig) -> dict[str, Any]:
 
 
 QUERY_SCALAR = Trait(_attention_scale, _query_scalar)
-CAPS = Trait(
-    lambda hf, ours: {
-        "attn_scores_soft_cap": hf.attn_logit_softcapping,
-        "output_logits_soft_cap": hf.final_logit_softcapping,
-    },
-    lambda cfg: {
-        "attn_logit_softcapping": cfg.attn_scores_soft_cap,
-        "final_logit_softcapping": cfg.output_logits_soft_cap,
-    },
+ATTENTION_CAP = Trait(
+    lambda hf, ours: {"attn_scores_soft_cap": hf.attn_logit_softcapping},
+    lambda cfg: {"attn_logit_softcapping": cfg.attn_scores_soft_cap},
+)
+LOGITS_CAP = Trait(
+    lambda hf, ours: {"output_logits_soft_cap": hf.final_logit_softcapping},
+    lambda cfg: {"final_logit_softcapping": cfg.output_logits_soft_cap},
 )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +103,47 @@ def test_back_to_the_class_that_it_came_from(name: str, tmp_path: Path) -> None:
     assert type(again) is type(hf)
     with torch.no_grad():
         assert_close(logits_of(again, TOKENS), logits_of(hf, TOKENS))
+
+
+def folder_with(name: str, fields: dict[str, Any], folder: Path) -> Path:
+    """The model as transformers saves it, further fields in its configuration."""
+    with quiet():
+        theirs(name).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "caps"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 0.5}, (0.5, 30.0)),
+        ("gemma3", {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}, (None, 2.0)),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, (50.0, 30.0)),
+        ("gemma3", {"layer_types": ["full_attention"] * 3}, (None, None)),
+    ],
+)
+def test_caps_and_windows_of_gemma(
+    name: str, fields: dict[str, Any], caps: tuple[float | None, ...], tmp_path: Path
+) -> None:
+    """As transformers computes it, which leaves Gemma 3's cap on scores out; it exports and reads back as the same."""
+    folder = folder_with(name, fields, tmp_path / "hf")
+    model = import_hf(folder, tokenizer="bytes")
+    assert (model.cfg.attn_scores_soft_cap, model.cfg.output_logits_soft_cap) == caps
+    exported = export_hf(model, tmp_path / "exported")
+    again = import_hf(exported, tokenizer="bytes")
+    assert again.cfg.to_dict() == model.cfg.to_dict() | {"model_name": "exported"}
+    assert again(TOKENS).equal(model(TOKENS))
+    with quiet(), torch.no_grad():
+        for each in (folder, exported):
+            hf = AutoModelForCausalLM.from_pretrained(each, attn_implementation="eager").eval()
+            assert_close(model(TOKENS), logits_of(hf, TOKENS))
+
+
+def test_a_cap_on_scores_is_not_exported_as_gemma_3(tmp_path: Path) -> None:
+    capped = Decoder(dataclasses.replace(ours("gemma3").cfg, attn_scores_soft_cap=0.5))
+    with pytest.raises(ReflowlensError, match="transformers has no class for it"):
+        export_hf(capped, tmp_path / "hf")
 
 
 @every_family
@@ -363,10 +406,6 @@ def test_operations_of_windows_and_tables_of_layers_that_turn() -> None:
 def test_what_cannot_be_read_is_refused_by_name(
     name: str, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with quiet():
-        theirs(name).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ReflowlensError, match=message) as error:
-        import_hf(tmp_path, tokenizer="bytes")
+        import_hf(folder_with(name, fields, tmp_path), tokenizer="bytes")
     assert "\n" not in str(error.value)
