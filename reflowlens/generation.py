@@ -38,7 +38,7 @@ def generate(
     stop_at_eos: bool = True,
     eos_token_id: int | Iterable[int] | None = None,
     stop_token: str | int | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Tensor | None = None,
     seed: int = 0,
     use_past_kv_cache: bool = True,
     return_type: Literal["text", "tokens"] = "text",
@@ -64,8 +64,8 @@ def generate(
         stop_at_eos: end a row after the document-end token, or another that ends what an imported model writes.
         eos_token_id: end it after this token, or one of these, in place of the tokenizer's document end.
         stop_token: end a row after this token too.
-        attention_mask: 1 at the own tokens of rows of ids and 0 at padding, in front of them or behind: each row
-            continues its own tokens, and the result is padded on the right.
+        attention_mask: [batch, pos], 1 at the own tokens of rows of ids and 0 at padding, in front of them or behind:
+            each row continues its own tokens, and the result is padded on the right.
         seed: row i draws from a generator seeded with ``seed + i``.
         use_past_kv_cache: keep keys and values, or the recurrent state, of the text that was read. False reads the
             whole text again at every step, for checking; an intervention at ``"last"`` then acts on the newest token

@@ -88,11 +88,11 @@ def checked_pass(
 def as_segments(
     model: HookedModel,
     input: TextInput | Float[Tensor, "batch pos d_model"],
-    segments: Int[Tensor, "batch pos"] | None,
+    segments: Tensor | None,
     attention_mask: Tensor | None,
     padding_side: PaddingSide,
     past: ReadPositions | None,
-) -> tuple[Any, Int[Tensor, "batch pos"] | None]:
+) -> tuple[Any, Tensor | None]:
     """The input, and as segments what an attention mask or padding on the left says of it.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
@@ -185,7 +185,7 @@ class ResidualModel(HookedModel):
         stop_at_layer: int | None = None,
         past_kv_cache: ReadPositions | None = None,
         segments: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+        attention_mask: Tensor | None = None,
         padding_side: PaddingSide = "right",
         loss_per_token: bool = False,
     ) -> Any:
@@ -206,8 +206,8 @@ class ResidualModel(HookedModel):
             segments: ids [batch, pos] of texts packed into one row. A run of equal ids is one text, read as if alone:
                 attention stays within it and its positions start at 0. Its last token is left out of the default
                 targets, as is padding, which negative ids mark.
-            attention_mask: 1 where a token is a text's own and 0 where it is padding, in front of it or behind it: a
-                text is read as if alone.
+            attention_mask: [batch, pos], 1 where a token is a text's own and 0 where it is padding, in front of it or
+                behind it: a text is read as if alone.
             padding_side: the side on which texts of several lengths are padded, ``"right"`` or ``"left"``.
             loss_per_token: the loss of each position [batch, pos - 1], as in TransformerLens, 0 where none counts,
                 instead of their mean.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Num
 from torch import Tensor
 
 from reflowlens.arguments import is_one_of, whole_number
@@ -42,12 +42,12 @@ class Rounded(NamedTuple):
         return entropy(self.codes.flatten()[None])
 
 
-def as_rows(W: Float[Tensor, "*shape"], is_table: bool) -> Float[Tensor, "row column"]:
+def as_rows(W: Num[Tensor, "*shape"], is_table: bool) -> Num[Tensor, "row column"]:
     """A tensor as the matrix whose rows share a step."""
     return W.flatten(1) if is_table else W.mT.flatten(0, -2)
 
 
-def from_rows(rows: Float[Tensor, "row column"], shape: torch.Size, is_table: bool) -> Float[Tensor, "*shape"]:
+def from_rows(rows: Num[Tensor, "row column"], shape: torch.Size, is_table: bool) -> Num[Tensor, "*shape"]:
     """The inverse of :func:`as_rows`."""
     return rows.view(shape) if is_table else rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous()
 
