@@ -220,7 +220,7 @@ def _stop_ids(
     one = eos is None or isinstance(eos, str) or integer(eos) is not None
     ends: list[Any] = [eos] if one else list(cast("Iterable[Any]", eos))
     given = {"stop_token": [stop_token], "eos_token_id": ends}
-    ids = list(model.tokenizer.end_tokens) if stop_at_eos and eos is None else []
+    ids: list[int | None] = [*model.tokenizer.end_tokens] if stop_at_eos and eos is None else []
     for name, tokens in given.items():
         for token in tokens:
             stop = model.to_single_token(token) if isinstance(token, str) else integer(token)
