@@ -72,7 +72,8 @@ class Prompts:
             raise ReflowlensError(f"prompts need a column 'clean', the text of each{_listed(names, 'clean')}")
         frame = frame.reset_index(drop=True)
         for name in COLUMNS:
-            for row, value in enumerate(frame[name]) if name in names else ():
+            rows = list(enumerate(frame[name])) if name in names else []
+            for row, value in sorted(rows, key=lambda each: not _is_missing(each[1])):  # which made integers floats
                 _check(name, row, value)
         object.__setattr__(self, "frame", frame)
 
@@ -270,6 +271,9 @@ class Prompts:
             raise ReflowlensError(f"a role's token is its 'first' or its 'last', got {at!r}")
         own = f"corrupted_{role}"
         role = own if text == "corrupted" and own in self.frame else role
+        for row, value in enumerate(self.column(role)):
+            if _is_missing(value):
+                raise ReflowlensError(f"row {row}, column {role!r}: a text or a position was expected, got {value!r}")
         found = []
         for row, (value, ids) in enumerate(zip(self.column(role), rows, strict=True)):
             if isinstance(value, str):
@@ -318,8 +322,12 @@ def _check(column: str, row: int, value: Any) -> None:
             )
     elif isinstance(value, str) and value == "all":
         raise ReflowlensError(f"row {row}, column {column!r}: 'all' is what results call all prompts, not a group")
-    elif not isinstance(value, Hashable) or pd.isna(value) or value == "":  # type: ignore[call-overload] # a scalar
+    elif not isinstance(value, Hashable) or _is_missing(value) or value == "":
         raise ReflowlensError(f"row {row}, column {column!r}: the name of a group was expected, got {value!r}")
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

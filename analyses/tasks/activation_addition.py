@@ -8,19 +8,22 @@ was chosen, is always good.
 
 Two controls at the chosen layer and strength, of the same length as the vector: ``random_direction``, and
 ``shuffled_labels``, the difference of means of the same texts when it is drawn by lot which of them are positive. The
-second has what any difference of such texts has, and not what they were chosen for.
+second has what any difference of such texts has, and not what they were chosen for. Few texts can be labelled in few
+ways: each counts once, and where these are so few that no p could be below 0.05, nothing can be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,7 +34,7 @@ from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_rng
 from analyses.statistics.intervals import bootstrap_interval
 from analyses.statistics.pvalues import permutation_pvalue
-from analyses.statistics.verdicts import verdict
+from analyses.statistics.verdicts import SIGNIFICANCE, verdict
 from analyses.tasks.answered import (
     DEFINITIONS,
     MINIMUM_PROMPTS,
@@ -74,12 +77,12 @@ OWN_DEFINITIONS = {
 @torch.no_grad()
 def activation_addition(
     model: HookedModel,
-    positive: Sequence[str],
-    negative: Sequence[str],
+    positive: Iterable[str],
+    negative: Iterable[str],
     prompts: Prompts,
     *,
-    layers: Sequence[int] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    layers: int | Sequence[int] | None = None,
+    strengths: float | Sequence[float] = STRENGTHS,
     where: Where = "all",
     max_loss_rise: float = 0.1,
     neutral: Sequence[str] | None = None,
@@ -101,7 +104,7 @@ def activation_addition(
             token on.
         max_loss_rise: a layer and strength that raise the loss of neutral texts by more nats are not chosen.
         neutral: texts for the cost; default the lexicon's.
-        draws: of each control.
+        draws: of each control; fewer of ``shuffled_labels`` where the texts cannot be labelled in as many other ways.
         quick: a third of the prompts and half of the draws.
 
     Returns:
@@ -116,12 +119,13 @@ def activation_addition(
     Example: ``activation_addition(model, happy, sad, prompts).metrics["effect"]``
     """
     hooked = hooked_model(model)
-    texts = [*_several(positive, "positive"), *_several(negative, "negative")]
-    labels = np.arange(len(texts)) < len(texts) - len(list(negative))
+    positives, negatives = _several(positive, "positive"), _several(negative, "negative")
+    texts = positives + negatives
+    labels = np.arange(len(texts)) < len(positives)
     chosen = some_prompts(prompts, quick, seed)
     answered = Answered.of(hooked, chosen, least=4)
     at_layers = layers_given(hooked, layers, ends=True)
-    factors = [real_number(strength, "strengths") for strength in strengths]
+    factors = _factors(strengths)
     draws = max(20, number_of_runs(draws, "draws", 2) // (2 if quick else 1))
     choosing, judging = halves(answered, seed)
     found_on, held_out = (Steered.of(half, where) for half in (choosing, judging))
@@ -129,7 +133,10 @@ def activation_addition(
     vectors = {layer: _difference(streams[layer], labels) for layer in at_layers}
     costs = NeutralTexts(hooked, list(neutral) if neutral is not None else load_lexicon().neutral_texts)
     per_layer = len(factors) * (len(choosing) + len(costs.texts))
-    passes = len(at_layers) * per_layer + (2 * draws + 1) * len(judging) + (2 * _COSTED + 1) * len(costs.texts)
+    shuffled = _other_labels(labels, draws, seed)
+    passes = (
+        len(at_layers) * per_layer + (draws + len(shuffled) + 1) * len(judging) + (2 * _COSTED + 1) * len(costs.texts)
+    )
     rows = []
     steps = bar(at_layers, show=shown(progress), unit="layer", desc=priced("activation addition", passes))
     for layer in steps:
@@ -145,7 +152,7 @@ def activation_addition(
     vector = strength * vectors[layer]
     series = {
         "random_direction": _random(vector, draws, seed),
-        "shuffled_labels": _shuffled(streams[layer], labels, vector, draws, seed),
+        "shuffled_labels": _of_labels(streams[layer], shuffled, vector),
     }
     own = numbers(held_out.effects(layer, vector[None])[0])
     controls = {name: numbers(held_out.effects(layer, several)) for name, several in series.items()}
@@ -160,6 +167,8 @@ def activation_addition(
         "relative_strength": Finding(float(added / stream)),
     }
     notes = [f"layer {layer} and strength {strength:g} are chosen on {len(choosing)} prompts, judged on {len(judging)}"]
+    if len(shuffled) < draws:
+        notes.append(f"the texts can be labelled in {len(shuffled)} other ways, all of which are the control")
     if not len(affordable):
         notes.append(f"no layer and strength costs less than {max_loss_rise:g} nats: the cheapest is taken")
     frames = {
@@ -226,21 +235,28 @@ def _random(vector: Float[Tensor, " d_model"], draws: int, seed: int) -> Float[T
     return F.normalize(drawn, dim=-1) * vector.norm()
 
 
-def _shuffled(
-    streams: Float[Tensor, "text d_model"],
-    labels: NDArray[np.bool_],
-    vector: Float[Tensor, " d_model"],
-    draws: int,
-    seed: int,
-) -> Float[Tensor, "draw d_model"]:
-    """Of labels in other orders, neither the right one nor its opposite; as long as the vector."""
+def _other_labels(labels: NDArray[np.bool_], draws: int, seed: int) -> Bool[np.ndarray, "draw text"]:
+    """Labels in other orders, each once, neither the right one nor its opposite: all, or as many as draws."""
+    n, n_positive = len(labels), int(labels.sum())
+    left_out = {labels.tobytes(), (~labels).tobytes()}
+    if math.comb(n, n_positive) <= draws + 2:
+        every = np.array([np.isin(np.arange(n), chosen) for chosen in combinations(range(n), n_positive)])
+        return np.stack([each for each in every if each.tobytes() not in left_out])[:draws]
     rng = derive_rng(seed, "activation_addition", "shuffled_labels")
-    found: list[Tensor] = []
+    found: list[NDArray[np.bool_]] = []
     while len(found) < draws:
         drawn = rng.permutation(labels)
-        if (drawn != labels).any() and (drawn == labels).any():
-            found.append(_difference(streams, drawn))
-    return F.normalize(torch.stack(found), dim=-1) * vector.norm()
+        if drawn.tobytes() not in left_out:
+            left_out.add(drawn.tobytes())
+            found.append(drawn)
+    return np.stack(found)
+
+
+def _of_labels(
+    streams: Float[Tensor, "text d_model"], labels: Bool[np.ndarray, "draw text"], vector: Float[Tensor, " d_model"]
+) -> Float[Tensor, "draw d_model"]:
+    """The difference of means under each labels, as long as the vector."""
+    return F.normalize(torch.stack([_difference(streams, each) for each in labels]), dim=-1) * vector.norm()
 
 
 def _damage(costs: NeutralTexts, layer: int, vector: Float[Tensor, " d_model"]) -> Damage:
@@ -259,6 +275,8 @@ def _findings(
     interval = bootstrap_interval(own, seed=seed)
     p = max(permutation_pvalue(own.mean(), each.mean(axis=1)) for each in controls.values())
     judged = verdict(interval, max(0.0, *means.values()), p, minimum_units=MINIMUM_PROMPTS, units=len(own))
+    if any(1 / (1 + len(each)) >= SIGNIFICANCE for each in controls.values()):  # whatever is measured
+        judged = "underpowered"
     findings = {"effect": Finding(own.mean(), interval, means, judged)}
     for metric, field in (("loss_rise", "loss"), ("kl", "kl")):
         values = numbers(getattr(damage, field))
@@ -278,8 +296,16 @@ def _prompt_frame(
     return pd.DataFrame({"prompt": list(judging.rows), "text": judging.texts, "effect": own, **means})
 
 
-def _several(texts: Sequence[str], name: str) -> list[str]:
-    found = [texts] if isinstance(texts, str) else list(texts)
+def _factors(strengths: Any) -> list[float]:
+    several = isinstance(strengths, Iterable) and not isinstance(strengths, str) and getattr(strengths, "ndim", 1)
+    found = [real_number(strength, "strengths") for strength in (strengths if several else [strengths])]
+    if not found:
+        raise ReflowlensError("strengths must be a number or several, got none")
+    return found
+
+
+def _several(texts: Iterable[str], name: str) -> list[str]:
+    found = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
     if len(found) < 2 or not all(isinstance(text, str) and text for text in found):
         raise ReflowlensError(f"{name} must be two texts or more, got {texts!r}")
     return found

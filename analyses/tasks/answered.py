@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -214,8 +214,8 @@ def priced(what: str, passes: float) -> str:
     return f"{what}, about {round(passes):,} passes over a prompt"
 
 
-def layers_given(model: HookedModel, layers: Sequence[int] | None, ends: bool = False) -> list[int]:
-    """Layers as they are given, in order; by default every one, or at most `_MOST_LAYERS` at equal distances.
+def layers_given(model: HookedModel, layers: int | Sequence[int] | None, ends: bool = False) -> list[int]:
+    """A layer or several, in order; by default every one, or at most `_MOST_LAYERS` at equal distances.
 
     Args:
         ends: whether ``n_layers``, the end of the model, is one.
@@ -226,9 +226,10 @@ def layers_given(model: HookedModel, layers: Sequence[int] | None, ends: bool = 
     n_layers = model.cfg.n_layers
     if layers is None:
         return sorted({round(layer) for layer in np.linspace(0, n_layers - 1, min(n_layers, _MOST_LAYERS))})
-    last, found = n_layers - 1 + ends, [integer(layer) for layer in layers]
+    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1)
+    last, found = n_layers - 1 + ends, [integer(layer) for layer in (layers if several else [layers])]
     if not found or any(layer is None or not 0 <= layer <= last for layer in found):
-        raise ReflowlensError(f"layers must be from 0 to {last}, got {list(layers)}")
+        raise ReflowlensError(f"layers must be from 0 to {last}, got {layers!r}")
     return sorted({layer for layer in found if layer is not None})
 
 

@@ -71,7 +71,7 @@ def causal_tracing(
     noise: float = 3.0,
     samples: int = 10,
     window: int | None = None,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     measured: Measured = "probability",
     seed: int = 0,
     quick: bool = False,

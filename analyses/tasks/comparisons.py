@@ -190,7 +190,7 @@ def last_sentence(passage: str) -> str:
     """
     starts = [match.end() for match in _SENTENCE_ENDS.finditer(passage.rstrip())]
     sentences = [passage[start:] for start in (0, *starts)]
-    return next(text for text in [*reversed(sentences), passage] if " " in text.strip() or text is passage)
+    return next(text for text in [*reversed(sentences), passage] if len(text.split()) > 1 or text is passage)
 
 
 _SCORES = {

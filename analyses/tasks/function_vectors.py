@@ -74,7 +74,7 @@ def function_vectors(
     *,
     examples: int = 5,
     n_heads: int = 10,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     template: str = TEMPLATE,
     draws: int = 40,
     seed: int = 0,
@@ -88,7 +88,8 @@ def function_vectors(
         model: a hooked model whose blocks are heads and MLPs.
         prompts: pairs: ``clean`` is an input (``"France"``), ``answer`` its output, one token (``" Paris"``).
         examples: pairs shown in front of an input.
-        n_heads: heads whose mean outputs are added up, fewer where the model has fewer.
+        n_heads: heads whose mean outputs are added up; at most half of the model's, so that as many others are left
+            to draw the control from.
         layers: where the vector may be added; default all, or 12 at equal distances.
         template: how a pair is written, with ``{input}`` and ``{answer}``; what is asked ends in front of the answer.
         draws: sets of random heads.
@@ -103,7 +104,8 @@ def function_vectors(
 
     Raises:
         ReflowlensError: there are fewer than eight pairs, all of one answer, or fewer than ``examples`` to show; a
-            prompt is too long for the model; the template lacks a place; or the model is not made of heads and MLPs.
+            prompt is too long for the model; the template lacks a place; or the model is not made of heads and MLPs,
+            or has one head.
 
     Example: ``function_vectors(model, capitals, examples=4).metrics["injected_accuracy"]``
     """
@@ -111,6 +113,8 @@ def function_vectors(
     check_heads_and_mlps(hooked, "function vectors")
     pairs = Pairs.of(hooked, prompts, template)
     found_on, held_out = pairs.halves(seed)
+    if hooked.cfg.n_layers * hooked.cfg.n_heads < 2:
+        raise ReflowlensError("function vectors are held against other heads, and this model has a single one")
     n_shown, n_heads = number_of_runs(examples, "examples", 1), number_of_runs(n_heads, "n_heads", 1)
     if n_shown >= len(found_on):
         raise ReflowlensError(f"examples={examples} are to be shown, and half of the pairs are {len(found_on)}")
@@ -129,7 +133,8 @@ def function_vectors(
     patched = sweep(hooked, None, wrong.texts, cells, metric, memory=memory, progress=show)
     effects = numbers(patched.effect().T)  # [prompt, head]
     order = np.argsort(-effects.mean(axis=0), kind="stable")
-    best, others = order[:n_heads], order[n_heads:]
+    taken = min(n_heads, len(order) // 2)
+    best, others = order[:taken], order[taken:]
     written, misleading = written.flatten(0, 1), misleading.flatten(0, 1)
     vector = written[best].sum(dim=0)
     choosing, judging = Alone.of(found_on), Alone.of(held_out)
@@ -139,8 +144,8 @@ def function_vectors(
         rows.append((layer, -float(scores.loss.mean()), float(scores.correct.mean())))
     by_layer = pd.DataFrame(rows, columns=["layer", "log_p", "accuracy"])
     layer = int(by_layer.nlargest(1, "log_p")["layer"].iloc[0])
-    rng, pool = derive_rng(seed, "function_vectors", "random_heads"), others if len(others) >= len(best) else order
-    random = [written[rng.choice(pool, len(best), replace=False)].sum(dim=0) for _ in range(draws)]
+    rng = derive_rng(seed, "function_vectors", "random_heads")
+    random = [written[rng.choice(others, len(best), replace=False)].sum(dim=0) for _ in range(draws)]
     injected = judging.with_vectors(layer, torch.stack([vector, misleading[best].sum(dim=0), *random]))
     correct, log_p = (numbers(each).reshape(2 + draws, -1) for each in (injected.correct, -injected.loss))
     everyone = range(len(held_out))
@@ -152,6 +157,10 @@ def function_vectors(
     findings, notes = _findings(with_examples, judging.before, correct, log_p, seed)
     heads = _head_frame(hooked, effects, best, seed)
     names = ", ".join(heads["component"][heads["chosen"]])
+    if taken < n_heads:
+        notes.append(
+            f"n_heads is {taken}, not {n_heads}: random heads are others, so that half of {len(order)} is most"
+        )
     notes.append(f"heads {names} and layer {layer}: found on {len(found_on)} pairs, judged on {len(held_out)} others")
     frames = {
         "heads": heads,

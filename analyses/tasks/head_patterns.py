@@ -59,7 +59,7 @@ _LONGEST = 128  # tokens of a text: attention is a square of them
 
 def head_patterns(
     model: HookedModel,
-    texts: Sequence[str] | Prompts | None = None,
+    texts: str | Sequence[str] | Prompts | None = None,
     *,
     sequences: int = 40,
     length: int = 25,
@@ -77,7 +77,8 @@ def head_patterns(
         model: with attention that sums to 1; what is attached to it acts.
         texts: some, or prompts, whose clean texts are read; None: random tokens alone.
         sequences: of random tokens.
-        length: of their first half, whose tokens are all different.
+        length: of their first half, whose tokens are all different; no more than the context holds twice, as
+            ``params["length"]`` then says.
         longest: tokens of a text that are read, from its beginning.
         seed: of the random tokens, the shuffling and the resamples.
         quick: a quarter of the sequences and texts.
@@ -102,9 +103,10 @@ def head_patterns(
             "where heads attend"
         )
     longest = min(whole_number(longest, "longest", 2), hooked.cfg.n_ctx)
+    length = _length_read(hooked, length)
     rows = {"random": _repeated(hooked, number_of_runs(sequences, "sequences", 4), length, seed)}
     if texts is not None:
-        listed = texts.clean if isinstance(texts, Prompts) else list(texts)
+        listed = texts.clean if isinstance(texts, Prompts) else [texts] if isinstance(texts, str) else list(texts)
         begin = hooked.text_start()
         read = [(begin + hooked.tokenizer.encode(text))[:longest] for text in listed]
         rows["text"] = [row for row in read if len(row) > 1]
@@ -284,12 +286,16 @@ def _figure(frame: pd.DataFrame, kind: str, source: str) -> Any:
     )
 
 
+def _length_read(model: HookedModel, length: int) -> int:
+    most = (model.cfg.n_ctx - len(model.text_start())) // 2
+    return min(whole_number(length, "length", 2), most, model.tokenizer.n_vocab)
+
+
 def _repeated(model: HookedModel, sequences: int, length: int, seed: int) -> list[list[int]]:
     """Random tokens, all different, twice in a row; behind the model's beginning token, if it reads texts so."""
     begin = model.text_start()
-    n = min(whole_number(length, "length", 2), (model.cfg.n_ctx - len(begin)) // 2, model.tokenizer.n_vocab)
     rng = derive_rng(seed, "repeated_tokens")
-    halves = [rng.choice(model.tokenizer.n_vocab, n, replace=False).tolist() for _ in range(sequences)]
+    halves = [rng.choice(model.tokenizer.n_vocab, length, replace=False).tolist() for _ in range(sequences)]
     return [begin + half + half for half in halves]
 
 

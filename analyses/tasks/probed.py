@@ -23,7 +23,6 @@ from reflowlens.prompts import At, Prompts
 from reflowlens.scoring.batches import by_length
 
 _FEW_TYPES = 10  # of tokens: with fewer, a random label for each would be next to none
-_NO_LABEL = ("", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,17 +147,28 @@ def _labelled(
     model: HookedModel, prompts: Prompts, label: str, at: At, lengths: Sequence[int]
 ) -> list[tuple[int, int, Any]]:
     """Prompt, position and label of each place that has one."""
-    labels = prompts.column(label)
+    labels = _whole(prompts.column(label))
     if not (isinstance(at, str) and at == "all"):
         positions = prompts.positions(model, at)
-        return [
-            (i, p, value) for i, (p, value) in enumerate(zip(positions, labels, strict=True)) if value not in _NO_LABEL
-        ]
+        return [(i, p, value) for i, (p, value) in enumerate(zip(positions, labels, strict=True)) if _is_label(value)]
     places = []
     for i, (value, n) in enumerate(zip(labels, lengths, strict=True)):
         several = isinstance(value, list | tuple | np.ndarray)
         if several and len(value) != n:
             raise ReflowlensError(f"row {i}, column {label!r}: {len(value)} labels are given for {n} tokens")
-        each = list(value) if several else [value] * n
-        places += [(i, p, one) for p, one in enumerate(each) if one not in _NO_LABEL]
+        each = _whole(list(value)) if several else [value] * n
+        places += [(i, p, one) for p, one in enumerate(each) if _is_label(one)]
     return places
+
+
+def _is_label(value: Any) -> bool:
+    """Whether it is neither missing (None, NaN) nor empty."""
+    return not pd.api.types.is_scalar(value) or not (pd.isna(value) or (isinstance(value, str) and value == ""))
+
+
+def _whole(values: list[Any]) -> list[Any]:
+    """Integers as such where pandas holds them as floats because one is missing: the label 1, not 1.0."""
+    known = [value for value in values if _is_label(value)]
+    if len(known) == len(values) or not all(isinstance(value, float) and value.is_integer() for value in known):
+        return values
+    return [int(value) if _is_label(value) else None for value in values]

@@ -10,7 +10,7 @@ steer by the probe's direction, or attribute to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def linear_probes(
     at: At = "last",
     kind: Kind = "logistic",
     l2: float = 1.0,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     together: str | None = None,
     untrained: HookedModel | None = None,
     folds: int = 5,
@@ -112,7 +112,8 @@ def linear_probes(
     Args:
         model: what is attached to it acts.
         prompts: with a column of labels.
-        label: its name. Of ``at="all"`` a row may hold a list, a label for each token, "" or None where there is none.
+        label: its name. Of ``at="all"`` a row may hold a list, a label for each token, "" or a missing value (None,
+            NaN) where there is none.
         at: where the stream is read: a position as of ``prompts.positions``, or ``"all"``.
         kind: logistic regression, or ridge regression of ±1, which is faster.
         l2: the strength of the penalty.
@@ -275,17 +276,20 @@ def _figure(table: pd.DataFrame) -> go.Figure:
     )
 
 
-def _layers(model: HookedModel, layers: Sequence[int] | None, quick: bool) -> list[int]:
+def _layers(model: HookedModel, layers: int | Sequence[int] | None, quick: bool) -> list[int]:
     n = model.cfg.n_layers
     if layers is None:
         every = list(range(EMBEDDING, n))
         if quick and len(every) > _QUICK_LAYERS:
             return [every[i] for i in np.linspace(0, len(every) - 1, _QUICK_LAYERS).round().astype(int)]
         return every
-    for layer in layers:
+    asked = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    for layer in asked:
         if integer(layer) is None or not EMBEDDING <= layer < n:
             raise ReflowlensError(f"layers are blocks, 0 to {n - 1}, or {EMBEDDING} for the embedding, got {layer!r}")
-    return sorted({int(layer) for layer in layers})
+    if not asked:
+        raise ReflowlensError(f"layers are blocks, 0 to {n - 1}, or {EMBEDDING} for the embedding, got none")
+    return sorted({int(layer) for layer in asked})
 
 
 def _told(at: At) -> Any:

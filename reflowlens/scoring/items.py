@@ -73,7 +73,8 @@ def score_choices(
         questions: rows with ``question``, ``choices`` (a list of texts), ``answer`` (the number of the right one, from
             0, or its text) and perhaps ``group``.
         separator: stands between question and choice, unless the choice begins, or the question ends, with a space. It
-            is scored with the choice.
+            is scored with the choice, as are spaces that the question ends with: a token of most tokenizers begins
+            with them.
         without: what a choice is read behind for its unconditional log-probability: nothing but the beginning token, or
             a text such as ``"Answer:"``. NaN where there is neither.
         model, bos, options: as for :func:`score_pairs`.
@@ -97,11 +98,11 @@ def score_choices(
     rows = [row for item, columns in enumerate(each) for row in _choices(item, *columns, separator=separator)]
     table = pd.DataFrame(rows)
     texts = table["text"].tolist()
-    found = score(model, texts, given=table["question"].tolist(), bos=begins, **_PLAIN, **options).texts
+    found = score(model, texts, given=table["prompt"].tolist(), bos=begins, **_PLAIN, **options).texts
     alone = pd.Series(np.nan, index=table.index)
     if begins or without:
         alone = score(model, texts, given=without or None, bos=begins, **_PLAIN, **options).texts["logprob"]
-    table = table.drop(columns="text").assign(
+    table = table.drop(columns=["text", "prompt"]).assign(
         tokens=found["tokens"], bytes=found["bytes"], logprob=found["logprob"], logprob_without=alone
     )
     for name in NORMALISATIONS[:3]:
@@ -210,6 +211,8 @@ def _choices(
             f"questions, row {item}: answer {answer!r} is none of the choices, nor a number from 0 to "
             f"{len(choices) - 1}"
         )
+    prompt = question.rstrip(" ") or question
+    is_spaced, spaces = question[-1].isspace(), question[len(prompt) :]
     return [
         {
             "item": item,
@@ -217,7 +220,8 @@ def _choices(
             "question": question,
             "choice": choice,
             "right": i == right,
-            "text": choice if choice[0].isspace() or question[-1].isspace() else separator + choice,
+            "prompt": prompt,
+            "text": spaces + choice if is_spaced or choice[0].isspace() else separator + choice,
         }
         for i, choice in enumerate(choices)
     ]
@@ -226,7 +230,9 @@ def _choices(
 def _last_word(passage: Any) -> tuple[str, str]:
     if not isinstance(passage, str):
         raise ReflowlensError(f"a passage is a text, got {passage!r}")
-    before, space, word = passage.rstrip().rpartition(" ")
-    if not space or not before.strip():
+    whole = passage.rstrip()
+    start = len(whole) - len(whole.split()[-1]) if whole else 0
+    if not whole[:start].strip():
         raise ReflowlensError(f"a passage needs a word before its last: {passage[:60]!r}")
-    return before, space + word
+    start -= whole[start - 1] == " "  # which begins the token of a word, as a line's end does not
+    return whole[:start], whole[start:]

@@ -80,6 +80,21 @@ def rows_of(
     return rows
 
 
+def prompts_given(given: Any) -> str | list[str] | None:
+    """Prompts as they are given, read once; a None among several is no prompt.
+
+    Raises:
+        ReflowlensError: they are no texts.
+    """
+    if given is None or isinstance(given, str):
+        return given
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping) else [given]
+    for prompt in several:
+        if not (prompt is None or isinstance(prompt, str)):
+            raise ReflowlensError(f"given must be a text or a list of texts, got {prompt!r}")
+    return [prompt or "" for prompt in several]
+
+
 def check_texts(texts: Sequence[Any]) -> None:
     """Raise unless all are texts."""
     for text in texts:

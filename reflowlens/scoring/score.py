@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.progress import bar
 from reflowlens.scoring.batches import by_length
-from reflowlens.scoring.rows import Row, rows_of, token_sizes, token_text
+from reflowlens.scoring.rows import Row, prompts_given, rows_of, token_sizes, token_text
 from reflowlens.scoring.windows import Predicted, Window, n_scored, predictions, sliding_windows, whole_window
 
 
@@ -121,7 +121,7 @@ def score(
     model: Any,
     texts: TextInput,
     *,
-    given: str | Sequence[str] | None = None,
+    given: str | Iterable[str | None] | None = None,
     bos: bool | None = None,
     split_special_tokens: bool = False,
     window: int | None = None,
@@ -140,8 +140,8 @@ def score(
             together, so that positions and ``"last"`` are each text's own (a resampling ablation draws anew in each
             batch).
         texts: a text, a list of texts, a list of rows of token ids, or tokens [text, pos], a tensor or an array.
-        given: prompts, one for all texts or one each: a text is scored as what continues its prompt. Both are cut into
-            tokens as one, so that the text begins where it does in what a model reads.
+        given: prompts, one for all texts or one each, None for none: a text is scored as what continues its prompt.
+            Both are cut into tokens as one, so that the text begins where it does in what a model reads.
         bos: read each text behind the tokenizer's ``bos_token``, or its end-of-document token if it has no other. None:
             as the model was trained (see ``model.to_tokens``).
         split_special_tokens: read ``<|endoftext|>`` in a text as the characters that it is, as texts of others should
@@ -169,6 +169,7 @@ def score(
         [-8.63, -8.96]
     """
     hooked, texts = hooked_model(model), read_once(texts)
+    given = prompts_given(given)
     rows = rows_of(hooked, texts, given, bos, split_special_tokens)
     found = predicted_rows(
         hooked, rows, window=window, stride=stride, batch=batch, memory=memory, progress=progress, desc="scoring"

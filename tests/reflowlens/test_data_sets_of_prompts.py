@@ -13,6 +13,7 @@ import torch
 
 import reflowlens as rl
 from reflowlens.models.base import HookedModel
+from tests.support.tiny import random_model
 
 ROWS: list[dict[str, Any]] = [
     {"clean": "The king of France is", "corrupted": "The queen of New Zealand is", "answer": " Paris",
@@ -134,3 +135,24 @@ def test_a_data_set_of_the_datasets_package() -> None:
 
 def test_ids_are_int64(model: HookedModel) -> None:
     assert PROMPTS.answer_ids(model).dtype == torch.int64
+
+
+@pytest.mark.parametrize("at", [None, 1.5, {"a": 1}, torch.zeros(1, 1)])
+def test_what_is_no_position(at):
+    prompts = rl.Prompts.of([{"clean": "the king"}])
+    with pytest.raises(rl.ReflowlensError, match="a position is"):
+        prompts.positions(random_model("gpt2"), at)
+
+
+def test_the_row_that_lacks_a_value_is_named_and_not_the_others_which_it_makes_floats():
+    prompts = rl.Prompts.of([{"clean": "the king", "place": 1}, {"clean": "a king", "place": None}])
+    with pytest.raises(rl.ReflowlensError, match="row 1, column 'place': a text or a position was expected, got nan"):
+        prompts.positions(random_model("gpt2"), "place")
+    with pytest.raises(rl.ReflowlensError, match="row 1, column 'answer'"):
+        rl.Prompts.of([{"clean": "the king", "answer": 1}, {"clean": "a king", "answer": None}])
+
+
+@pytest.mark.parametrize("group", [np.array([1, 2]), [1, 2], None, float("nan"), pd.NA, ""])
+def test_what_is_no_group(group):
+    with pytest.raises(rl.ReflowlensError, match="row 1, column 'group': the name of a group was expected"):
+        rl.Prompts.of([{"clean": "a", "group": "x"}, {"clean": "b", "group": group}])

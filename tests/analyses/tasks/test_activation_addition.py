@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reflowlens as rl
-from analyses.tasks.activation_addition import activation_addition
+from analyses.tasks.activation_addition import _other_labels, activation_addition
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
@@ -88,3 +88,31 @@ def test_levels_and_refined_streams_are_steered_too_and_bad_input_is_refused():
         activation_addition(bdh, ["good"], NEGATIVE, PROMPTS)
     with pytest.raises(ReflowlensError, match="layers must be from 0 to 2"):
         activation_addition(bdh, POSITIVE, NEGATIVE, PROMPTS, layers=[3])
+
+
+@pytest.mark.parametrize(
+    ("n_positive", "n_negative", "ways"), [(2, 2, 4), (2, 3, 9), (3, 3, 18), (3, 4, 34), (4, 4, 40)]
+)
+def test_each_other_labelling_counts_once(n_positive, n_negative, ways):
+    labels = np.arange(n_positive + n_negative) < n_positive
+    others = _other_labels(labels, 40, 0)
+    assert len({each.tobytes() for each in others}) == len(others) == ways
+    assert (others.sum(axis=1) == n_positive).all()
+    assert not (others == labels).all(axis=1).any()
+    assert not (others != labels).all(axis=1).any()
+
+
+def test_few_texts_support_nothing():
+    positive, negative, prompts = feeling_texts()
+    options = {"layers": 2, "strengths": 1.0, "max_loss_rise": 50, "progress": False}
+    few = activation_addition(feeling_model(), iter(positive[:3]), iter(negative[:3]), prompts, **options)
+    assert few.verdicts["effect"] == "underpowered"
+    assert (few.frames["draws"]["series"] == "shuffled_labels").sum() == 18
+    assert "labelled in 18 other ways" in " ".join(few.notes)
+    assert few.params["strengths"] == [1.0]
+    assert few.params["layers"] == [2]
+    for wrong in ([], "1", [1.0, None]):
+        with pytest.raises(ReflowlensError, match="strengths must be a number"):
+            activation_addition(feeling_model(), positive, negative, prompts, **options | {"strengths": wrong})
+    with pytest.raises(ReflowlensError, match="positive must be two texts or more, got 5"):
+        activation_addition(feeling_model(), 5, negative, prompts, **options)

@@ -104,3 +104,12 @@ def test_bad_input_is_refused():
     bdh = build_model(ModelConfig(architecture="bdh", tie_word_embeddings=False, tokenizer_name="bytes", **sizes))
     with pytest.raises(ReflowlensError, match="is not made of these"):
         function_vectors(bdh, PAIRS)
+
+
+def test_random_heads_are_others_than_the_chosen_ones_of_which_half_are_the_most():
+    model = random_model(tiny_config("gpt2", n_ctx=32)).eval()
+    result = function_vectors(model, PAIRS, examples=2, n_heads=100, layers=1, draws=20, progress=False)
+    heads = result.frames["heads"]
+    assert result.params["n_heads"] == heads["chosen"].sum() == len(heads) // 2
+    assert f"n_heads is {len(heads) // 2}, not 100" in " ".join(result.notes)
+    assert np.ptp(result.frames["draws"]["log_p"]) < 1e-4  # the other half, each time

@@ -132,6 +132,7 @@ def test_refined_models_have_patterns_too():
     [
         (random_bdh, {}, "the attention of a BDH is no distribution over keys"),
         (lambda: random_model("reflow"), {"texts": ["the cat"]}, "need four at least, got 1"),
+        (lambda: random_model("reflow"), {"texts": "the cat"}, "need four at least, got 1"),
         (lambda: random_model("reflow"), {"sequences": 3}, "sequences must be an integer and at least 4"),
         (lambda: random_model("reflow"), {"length": 1}, "length must be an integer and at least 2"),
     ],
@@ -139,3 +140,9 @@ def test_refined_models_have_patterns_too():
 def test_what_has_no_pattern(model, options, message):
     with pytest.raises(ReflowlensError, match=message):
         head_patterns(model(), **options)
+
+
+def test_the_length_that_is_read_is_recorded():
+    model = random_model("reflow")
+    result = head_patterns(model, sequences=4, length=1000, progress=False)
+    assert result.params["length"] == (model.cfg.n_ctx - len(model.text_start())) // 2

@@ -231,3 +231,19 @@ def test_groups_are_in_one_fold_each():
     fold = folds_of(places, 4, 0)
     assert all(len(np.unique(fold[places.group == group])) == 1 for group in np.unique(places.group))
     assert set(fold) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), ""])
+def test_a_missing_label_is_none_and_the_others_stay_as_they_are_written(missing):
+    rows = labelled().frame.to_dict("records")
+    rows = [row | {"label": missing if i % 6 == 5 else i % 2} for i, row in enumerate(rows)]
+    probes = linear_probes(carrying_model(), rl.Prompts.of(rows), "label", layers=LAYER)
+    assert probes.frames["classes"]["label"].tolist() == ["0", "1"]
+    assert len(probes.frames["examples"]) == 40
+    assert probes.frames["layers"]["layer"].tolist() == [LAYER]
+
+
+@pytest.mark.parametrize("layers", [[], 9, 1.5, "1"])
+def test_what_is_no_layer(layers):
+    with pytest.raises(ReflowlensError, match="layers are blocks, 0 to 2"):
+        linear_probes(carrying_model(), labelled(), "label", layers=layers)

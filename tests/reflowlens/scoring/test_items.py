@@ -101,3 +101,22 @@ def test_nothing_without_a_question_where_nothing_begins_a_text():
     frame = score_choices(known_model(), [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 2)
     assert frame["logprob_without"].isna().all()
     assert {f"score_{name}" for name in NORMALISATIONS} <= {*frame}
+
+
+def test_a_question_that_ends_with_a_space_is_read_as_one_whose_choices_begin_with_it():
+    model = random_model(tiny_config("reflow", d_vocab=1152, tokenizer_name="gpt2_1k"))
+    spaced, bare = (
+        score_choices(model, [{"question": question, "choices": ["of it", "was"], "answer": 1}])
+        for question in ("The king ", "The king")
+    )
+    assert spaced["question"].tolist() == ["The king "] * 2
+    pd.testing.assert_frame_equal(spaced.drop(columns="question"), bare.drop(columns="question"))
+
+
+def test_the_last_word_may_stand_behind_any_white_space():
+    model = random_model("reflow")
+    frame = score_last_words(model, ["the old\nking", "the old\tking", "the old king"])
+    assert frame["word"].tolist() == ["king"] * 3
+    assert frame["tokens"].tolist() == [4, 4, 5]
+    alone = rl.score(model, "king", given="the old\n", bos=None)
+    assert frame.loc[0, "logprob"] == pytest.approx(alone.texts.loc[0, "logprob"], rel=1e-5)

@@ -259,3 +259,14 @@ def test_a_broken_weight_is_no_log_probability():
         model.ln_final.w[0] = math.nan
     with pytest.raises(rl.ReflowlensError, match="a log-probability of text 0 is NaN"):
         rl.score(model, ["ab", "cd"])
+
+
+def test_prompts_of_some_texts_only_and_of_an_iterator():
+    model = random_model("gpt2")
+    found = rl.score(model, ["king", "a road"], given=iter(["the ", None]))
+    assert found.texts["given"].tolist() == ["the ", ""]
+    for text, prompt, row in (("king", "the ", 0), ("a road", None, 1)):
+        np.testing.assert_allclose(found.logprobs[row], rl.score(model, text, given=prompt).logprobs[0], rtol=1e-5)
+    for wrong in (5, [5]):
+        with pytest.raises(rl.ReflowlensError, match="given must be a text or a list of texts, got 5"):
+            rl.score(model, ["king"], given=wrong)
