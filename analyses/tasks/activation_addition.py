@@ -42,6 +42,7 @@ from analyses.tasks.answered import (
     halves,
     layers_given,
     numbers,
+    one_or_several,
     performance_findings,
     priced,
     shown,
@@ -297,15 +298,14 @@ def _prompt_frame(
 
 
 def _factors(strengths: Any) -> list[float]:
-    several = isinstance(strengths, Iterable) and not isinstance(strengths, str) and getattr(strengths, "ndim", 1)
-    found = [real_number(strength, "strengths") for strength in (strengths if several else [strengths])]
+    found = [real_number(strength, "strengths") for strength in one_or_several(strengths)]
     if not found:
         raise ReflowlensError("strengths must be a number or several, got none")
     return found
 
 
 def _several(texts: Iterable[str], name: str) -> list[str]:
-    found = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+    found = one_or_several(texts)
     if len(found) < 2 or not all(isinstance(text, str) and text for text in found):
         raise ReflowlensError(f"{name} must be two texts or more, got {texts!r}")
     return found

@@ -214,6 +214,12 @@ def priced(what: str, passes: float) -> str:
     return f"{what}, about {round(passes):,} passes over a prompt"
 
 
+def one_or_several(value: Any) -> list[Any]:
+    """A list of what may be given alone: a text, or an array without axes, is one."""
+    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", None) != 0
+    return list(value) if several else [value]
+
+
 def layers_given(model: HookedModel, layers: int | Sequence[int] | None, ends: bool = False) -> list[int]:
     """A layer or several, in order; by default every one, or at most `_MOST_LAYERS` at equal distances.
 
@@ -226,8 +232,7 @@ def layers_given(model: HookedModel, layers: int | Sequence[int] | None, ends: b
     n_layers = model.cfg.n_layers
     if layers is None:
         return sorted({round(layer) for layer in np.linspace(0, n_layers - 1, min(n_layers, _MOST_LAYERS))})
-    several = isinstance(layers, Iterable) and getattr(layers, "ndim", 1)
-    last, found = n_layers - 1 + ends, [integer(layer) for layer in (layers if several else [layers])]
+    last, found = n_layers - 1 + ends, [integer(layer) for layer in one_or_several(layers)]
     if not found or any(layer is None or not 0 <= layer <= last for layer in found):
         raise ReflowlensError(f"layers must be from 0 to {last}, got {layers!r}")
     return sorted({layer for layer in found if layer is not None})

@@ -161,6 +161,8 @@ def function_vectors(
         notes.append(
             f"n_heads is {taken}, not {n_heads}: random heads are others, so that half of {len(order)} is most"
         )
+    if len(others) == taken:
+        notes.append(f"there is one set of {taken} other heads, which every draw of random heads is")
     notes.append(f"heads {names} and layer {layer}: found on {len(found_on)} pairs, judged on {len(held_out)} others")
     frames = {
         "heads": heads,

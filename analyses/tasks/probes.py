@@ -10,7 +10,7 @@ steer by the probe's direction, or attribute to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
-from analyses.tasks.answered import MINIMUM_PROMPTS, shown, some_prompts, task_params
+from analyses.tasks.answered import MINIMUM_PROMPTS, one_or_several, shown, some_prompts, task_params
 from analyses.tasks.fitted_probes import (
     COORDINATE,
     EMBEDDING,
@@ -283,7 +283,7 @@ def _layers(model: HookedModel, layers: int | Sequence[int] | None, quick: bool)
         if quick and len(every) > _QUICK_LAYERS:
             return [every[i] for i in np.linspace(0, len(every) - 1, _QUICK_LAYERS).round().astype(int)]
         return every
-    asked = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    asked = one_or_several(layers)
     for layer in asked:
         if integer(layer) is None or not EMBEDDING <= layer < n:
             raise ReflowlensError(f"layers are blocks, 0 to {n - 1}, or {EMBEDDING} for the embedding, got {layer!r}")

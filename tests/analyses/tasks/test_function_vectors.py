@@ -112,4 +112,5 @@ def test_random_heads_are_others_than_the_chosen_ones_of_which_half_are_the_most
     heads = result.frames["heads"]
     assert result.params["n_heads"] == heads["chosen"].sum() == len(heads) // 2
     assert f"n_heads is {len(heads) // 2}, not 100" in " ".join(result.notes)
+    assert f"there is one set of {len(heads) // 2} other heads" in " ".join(result.notes)
     assert np.ptp(result.frames["draws"]["log_p"]) < 1e-4  # the other half, each time
