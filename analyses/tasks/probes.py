@@ -11,7 +11,7 @@ steer by the probe's direction, or attribute to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -293,5 +293,7 @@ def _layers(model: HookedModel, layers: int | Sequence[int] | None, quick: bool)
 
 
 def _told(at: At) -> Any:
-    one = None if isinstance(at, str) else integer(at)
-    return at if isinstance(at, str) else [int(p) for p in at] if one is None else one  # type: ignore[union-attr]
+    if isinstance(at, str):
+        return at
+    one = integer(at)
+    return [int(place) for place in cast("Sequence[int]", at)] if one is None else one
