@@ -5,7 +5,8 @@
     result.metrics, result.frames["layers"], result.figures["probability"]
 
 Names are imported when first used. Rooms, from what everybody uses to what uses everything: `words`, `statistics`,
-`measures`, `result`, `controls`; `units`, `features`, `tasks`; `experiments`, a folder each; `report` and `runner`.
+`measures`, `result`, `controls`; `units`, `features`, `tasks`; `experiments`, a folder each; `report`, `runner` and
+`findings`.
 """
 
 from __future__ import annotations

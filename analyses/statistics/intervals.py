@@ -102,3 +102,16 @@ def rate_band(
         return low, high
     resampled = bootstrap_band(table, confidence=confidence, seed=seed)
     return np.where(counted, low, resampled[0]), np.where(counted, high, resampled[1])
+
+
+def t_interval(values: ArrayLike) -> tuple[Interval, float]:
+    """Student's 95% interval of the mean of `values` [units], and the two-sided p-value of its being 0: for a few units
+    whose values are near normal, such as training runs. Raises ReflowlensError for fewer than 2 units.
+
+    >>> t_interval([1.0, 2.0, 3.0])[0].low
+    -0.484...
+    """
+    sample = several(np.asarray(values, dtype=float), "values")
+    half = float(stats.sem(sample) * stats.t(len(sample) - 1).ppf(0.975))
+    p = float(stats.ttest_1samp(sample, 0.0).pvalue) if half > 0 else float(not sample.any())
+    return Interval(float(sample.mean() - half), float(sample.mean() + half)), p

@@ -17,6 +17,7 @@ from reflowlens.cli import (
     examples,
     experiments,
     features,
+    findings,
     graph,
     model_files,
     models,
@@ -72,6 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     of_models = experiments, models, training, evaluation, model_files, packing
-    for module in (*of_models, dictionary, features, graph, units, bench, examples):
+    for module in (*of_models, dictionary, features, graph, units, findings, bench, examples):
         module.add_commands(commands)
     return parser

@@ -13,14 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy import stats
 from tqdm import tqdm
 
 from analyses.experiments.refinement.gates import CELLS, cells_of, effects, final_norm, gated, losses
 from analyses.experiments.refinement.texts import Texts, mean_by_document, read_texts
-from analyses.statistics.checks import several
-from analyses.statistics.intervals import Interval
+from analyses.statistics.intervals import t_interval
 from reflowlens import load_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -168,18 +166,6 @@ def effect_frame(sums: Mapping[str, Float[np.ndarray, "seed cell text"]], texts:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def t_interval(values: NDArray[np.float64]) -> tuple[Interval, float]:
-    """Student's 95% interval of a mean, and the two-sided p-value of its being 0.
-
-    >>> t_interval(np.array([1.0, 2.0, 3.0]))[0].low
-    -0.484...
-    """
-    sample = several(np.asarray(values), "values")
-    half = stats.sem(sample) * stats.t(len(sample) - 1).ppf(0.975)
-    p = float(stats.ttest_1samp(sample, 0.0).pvalue) if half > 0 else float(not sample.any())
-    return Interval(float(sample.mean() - half), float(sample.mean() + half)), p
 
 
 def seeds_to_tell(effect: float, sd: float, power: float = 0.8) -> int:
