@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from reflowlens.benchmarks.table import Row
 from reflowlens.benchmarks.timing import comparison
 from reflowlens.benchmarks.variants import forming
 from reflowlens.models import build_model
@@ -14,8 +15,12 @@ from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.base import HookedModel
 
 
-def bench_decode(steps: int = 24) -> dict[str, Any]:
-    """Decoding at batch 1 with a key-value cache, reflow_1_small: R and B in turn against forming E at each step."""
+def bench_decode(steps: int = 24, rounds: int = 3) -> Iterator[Row]:
+    """Decoding at batch 1 with a key-value cache, reflow_1_small: R and B in turn against forming E at each step.
+
+    Yields:
+        A row as of :func:`~reflowlens.benchmarks.timing.comparison`; ``difference`` between the last logits.
+    """
     ours = build_model("reflow_1_small")
     published = forming(ours).eval()
     prompt = torch.arange(16)[None]
@@ -24,8 +29,10 @@ def bench_decode(steps: int = 24) -> dict[str, Any]:
         past, tokens = KeyValueCache(model.cfg, 1), prompt
         with torch.no_grad():
             for _ in range(steps):
-                tokens = model(tokens, past_kv_cache=past)[:, -1:].argmax(-1)
-        return tokens
+                logits = model(tokens, past_kv_cache=past)[:, -1:]
+                tokens = logits.argmax(-1)
+        return logits
 
+    gap = float((decode(ours) - decode(published)).abs().max())
     what = f"factored readout against forming E = R B at each of {steps} steps, reflow_1_small, batch 1"
-    return comparison("decode", what, lambda: decode(ours), lambda: decode(published), rounds=3)
+    yield comparison(what, lambda: decode(ours), lambda: decode(published), rounds, difference=gap)

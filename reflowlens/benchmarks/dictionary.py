@@ -15,15 +15,15 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from reflowlens.benchmarks.peak_memory import forget_peak, peak_resident
+from reflowlens.benchmarks.table import Row
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary, DictionaryLayer
@@ -35,31 +35,27 @@ VARIANTS = ("dense", "sparse", "sparse, compared in bfloat16")
 SPARSIFY = "eai-sparsify"
 
 
-def bench_dictionary(n_features: Sequence[int] = (2048, 16384), rounds: int = 5) -> pd.DataFrame:
+def bench_dictionary(n_features: Sequence[int] = (2048, 16384), rounds: int = 5) -> Iterator[Row]:
     """Time a step of each variant, in turns in one process, and measure its memory, each in a process of its own.
 
-    Returns:
+    Yields:
         One row a variant: ``features`` a layer, ``step``, ``tokens_per_s`` (of the median round), ``against_dense``
         (the median of the rounds' ratios: above 1 it is faster), ``peak_mb`` (weights, optimiser and the step together)
         and ``loss``, the same in ours up to rounding.
     """
-    rows = []
     for features in n_features:
         steps = {variant: training_step(variant, features) for variant in _present()}
         losses = {variant: step() for variant, step in steps.items()}
         times = alternate(steps, rounds)
         for variant, seconds in times.items():
-            rows.append(
-                {
-                    "features": features,
-                    "step": variant,
-                    "tokens_per_s": round(POSITIONS / statistics.median(seconds)),
-                    "against_dense": round(ratio(times["dense"], seconds), 2),
-                    "peak_mb": round(_peak_memory(variant, features) / 2**20),
-                    "loss": round(losses[variant], 5),
-                }
-            )
-    return pd.DataFrame(rows)
+            yield {
+                "features": features,
+                "step": variant,
+                "tokens_per_s": round(POSITIONS / statistics.median(seconds)),
+                "against_dense": round(ratio(times["dense"], seconds), 2),
+                "peak_mb": round(_peak_memory(variant, features) / 2**20),
+                "loss": round(losses[variant], 5),
+            }
 
 
 def training_step(variant: str, n_features: int) -> Callable[[], float]:

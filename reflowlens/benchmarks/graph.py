@@ -9,19 +9,18 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from reflowlens.benchmarks.autograd_graph import DenseGraph, autograd_graph
 from reflowlens.benchmarks.peak_memory import forget_peak, peak_resident
+from reflowlens.benchmarks.table import Row
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.checkpoints import load_model
 from reflowlens.circuits.attribution.attribute import attribute
@@ -31,6 +30,7 @@ from reflowlens.dictionaries.files import load_dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.examples import ASSETS
 from reflowlens.models.decoder import Decoder
+from reflowlens.progress import bar
 
 MODELS = {"reflow-nano-plt": "reflow-nano", "reflow-nano-clt": "reflow-nano", "gpt2-new-nano-plt": "gpt2-new-nano"}
 OURS, TUNED, COPIES = "ours", "tuned", "copies"
@@ -85,7 +85,7 @@ def bench_graph(
     k: Sequence[int] = (8, 16, 32, 64),
     most: int = 128,
     rounds: int = 5,
-) -> pd.DataFrame:
+) -> Iterator[Row]:
     """Time whole graphs, forward pass, features, edges and influence, in turns in one process, after comparing their
     edges, and measure their memory, each in a process of its own.
 
@@ -96,7 +96,7 @@ def bench_graph(
         most: tokens, above which autograd, whose matrix is dense, is left out.
         rounds: of all in turn, but none begins after a minute.
 
-    Returns:
+    Yields:
         One row a case: ``dictionary``, ``tokens``, ``features``, ``nodes``, ``edges``, ``ours_s`` (median), ``growth``
         (a: time is as features to the power of a, against the row above), ``ours_mb``, and of autograd, ``tuned`` and
         by ``copies`` as circuit-tracer does it, seconds, ratio (median of its time / ours) and memory, and
@@ -111,13 +111,13 @@ def bench_graph(
     middle = max((n for n in n_tokens if n <= 64), default=min(n_tokens))
     cases += [(dictionaries[0], middle, active) for active in k]
     rows: list[dict[str, Any]] = []
-    for name, n, active in tqdm(cases, unit="graph", disable=None):
+    for name, n, active in bar(cases, show=True, unit="graph"):
         case = make_case(name, n, active, compared=n <= most and active is None)
         row = measure(case, rounds)
         for way in ways_of(case):
             row[f"{way}_mb"] = round(_peak_memory(way, name, n, active, case.compared) / 2**20)
         rows.append(row | {"growth": _growth(rows, row)})
-    return pd.DataFrame(rows)
+        yield rows[-1]
 
 
 def ways_of(case: GraphCase) -> tuple[str, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
-import pandas as pd
 import torch
 
+from reflowlens.benchmarks.table import Row
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.benchmarks.variants import NANO
 from reflowlens.config import ModelConfig
@@ -16,10 +18,10 @@ _LENGTHS = (8, 40)  # tokens of a sentence
 _ROWS = 32  # tokens of a row of the bare pass
 
 
-def bench_score(cfg: ModelConfig = NANO, sentences: int = 200, batch: int = 32, rounds: int = 5) -> pd.DataFrame:
+def bench_score(cfg: ModelConfig = NANO, sentences: int = 200, batch: int = 32, rounds: int = 5) -> Iterator[Row]:
     """``rl.score`` of random sentences of 8 to 40 tokens, and ``model(tokens, "loss")`` of as many tokens in full rows.
 
-    Returns:
+    Yields:
         A row: ``tokens`` of all sentences, ``ours_tokens_per_s`` and ``bare_tokens_per_s`` (medians), ``ratio`` (of
         tokens a second, ours / bare) and ``difference``, the largest from each sentence's loss by itself, in nats.
     """
@@ -38,15 +40,11 @@ def bench_score(cfg: ModelConfig = NANO, sentences: int = 200, batch: int = 32, 
     with torch.no_grad():
         alone = [-model(torch.tensor([row]), "loss").item() for row in rows[:20]]
     speed = {name: n / float(np.median(times[name])) for name, n in (("ours", total), ("bare", full.numel()))}
-    return pd.DataFrame(
-        [
-            {
-                "scoring": f"{sentences} sentences of {_LENGTHS[0]} to {_LENGTHS[1]} tokens, {cfg.architecture}",
-                "tokens": total,
-                "ours_tokens_per_s": round(speed["ours"]),
-                "bare_tokens_per_s": round(speed["bare"]),
-                "ratio": round(ratio(times["bare"], times["ours"]) * total / full.numel(), 3),
-                "difference": float(np.abs(found - alone).max()),
-            }
-        ]
-    )
+    yield {
+        "tokens": total,
+        "ours_tokens_per_s": round(speed["ours"]),
+        "bare_tokens_per_s": round(speed["bare"]),
+        "ratio": round(ratio(times["bare"], times["ours"]) * total / full.numel(), 3),
+        "difference": float(np.abs(found - alone).max()),
+        "of": f"{sentences} sentences of {_LENGTHS[0]} to {_LENGTHS[1]} tokens, {cfg.architecture}",
+    }

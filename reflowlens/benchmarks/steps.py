@@ -64,7 +64,8 @@ class TrainBench:
     def named(cls, name: str | None = None, *, device: str = "cpu", **changes: Any) -> TrainBench:
         """A published configuration, or ``"reflow_nano"``, at its full context.
 
-        The default is small enough for the device: on a GPU reflow_1_small, compiled; on a CPU reflow_nano, eager.
+        The default is small enough for the device: on a GPU reflow_1_small, compiled; on a CPU reflow_nano, eager. The
+        type of products is bfloat16 where the processor multiplies in it, otherwise float32.
 
         Args:
             changes: other fields; those that are None keep their default.
@@ -72,11 +73,14 @@ class TrainBench:
         Raises:
             ReflowlensError: there is no such preset, or as above.
         """
+        from pretraining.machine import has_bfloat16
+
         on_gpu = device.startswith("cuda")
+        dtype = "bfloat16" if has_bfloat16(torch.device("cuda" if on_gpu else "cpu")) else "float32"
         name = name or ("reflow_1_small" if on_gpu else NANO.model_name)
         model = NANO if name == NANO.model_name else preset(name)
         given = {field: value for field, value in changes.items() if value is not None}
-        defaults: dict[str, Any] = {"context": model.n_ctx, "compiled": on_gpu}
+        defaults: dict[str, Any] = {"context": model.n_ctx, "compiled": on_gpu, "dtype": dtype}
         return cls(model=model, device=device, **defaults | given)
 
     @property

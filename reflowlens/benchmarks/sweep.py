@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens import patching
 from transformer_lens.patching import PatchingResult
 
 from reflowlens.ablations.readout import ablate_readout
-from reflowlens.benchmarks.timing import alternate, ratio
+from reflowlens.benchmarks.table import Row
+from reflowlens.benchmarks.timing import comparison
 from reflowlens.checkpoints import load_model
 from reflowlens.config import ModelConfig
 from reflowlens.flops import forward_flops_by_part
@@ -27,6 +25,7 @@ from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
+from reflowlens.progress import bar
 from reflowlens.sweeps.sweep import sweep
 
 _SECONDS = 60  # of a comparison, after which it takes no further round
@@ -51,39 +50,54 @@ class Case:
     clean: Tensor
     corrupted: Tensor
 
+    @property
+    def is_small(self) -> bool:
+        return self.model.cfg.d_model <= 256 and self.corrupted.numel() <= 128
 
-def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 5) -> pd.DataFrame:
+
+def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 5) -> Iterator[Row]:
     """Sweeps against the functions that people use, on the same model in one process.
 
     Args:
-        cases: what is swept: default reflow-nano, a model of GPT-2-small's shape, one of 6 layers at batch 4 and
-            bdh-nano. On the first, a reFlow, signals are patched and ablated too.
+        cases: what is swept (default: :func:`default_cases`). On the first, a reFlow, signals are patched and ablated
+            too.
         patches: how many cells the patch of signals has.
         rounds: of ours and theirs in turn, but none begins after a minute.
 
-    Returns:
-        One row a comparison: ``case``, ``sweep``, ``cells``, ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median
-        of other / ours), ``flops`` (the same ratio in matrix products alone, where it is defined: what the engine
-        leaves out) and ``difference``, the largest between the two results.
+    Yields:
+        One row a comparison: ``cells``, ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median of other / ours),
+        ``difference``, the largest between the two results, ``flops`` (the ratio in matrix products alone, where it is
+        defined: what the engine leaves out), ``case`` and ``of``.
     """
     cases = cases or default_cases()
-    comparisons: list[Callable[[], dict[str, Any]]] = []
+    comparisons: list[Callable[[], Row]] = []
     for case in cases:
         comparisons.append(partial(_grid, case, "resid_pre", patching.get_act_patch_resid_pre, rounds))
-    # A large model's heads would take TransformerLens minutes and show the same.
-    for case in (case for case in cases if case.model.sublayers == HEADS_AND_MLPS and case.model.cfg.d_model <= 256):
+    # A large model's heads would take TransformerLens minutes and show the same, as would those of many tokens.
+    for case in (case for case in cases if case.model.sublayers == HEADS_AND_MLPS and case.is_small):
         heads = partial(_grid, case, "attn_head_out_by_pos", patching.get_act_patch_attn_head_out_by_pos, rounds)
         comparisons.append(heads)
     comparisons.append(partial(_signal_patches, cases[0], patches, rounds))
     comparisons.append(partial(_readout_ablation, cases[0], rounds))
-    return pd.DataFrame([compare() for compare in tqdm(comparisons, unit="comparison", disable=None)])
+    for compare in bar(comparisons, show=True, unit="comparison"):
+        yield compare()
 
 
 def default_cases() -> list[Case]:
-    """The four that the README's table is of."""
+    """Those that the README's table is of, beginning with the quick ones."""
+    nano, small = load_model("reflow-nano"), build_model(_SHAPES["gpt2-small shape"])
+    return [
+        *quick_cases(),
+        make_case("gpt2-small shape", small, batch=1, pos=16),
+        make_case("reflow-nano", nano, batch=64, pos=16),
+        make_case("reflow-nano", nano, batch=1, pos=256),
+    ]
+
+
+def quick_cases() -> list[Case]:
+    """Those that take seconds."""
     return [
         make_case("reflow-nano", load_model("reflow-nano"), batch=1, pos=32),
-        make_case("gpt2-small shape", build_model(_SHAPES["gpt2-small shape"]), batch=1, pos=16),
         make_case("6 layers, d 256", build_model(_SHAPES["6 layers, d 256"]), batch=4, pos=32),
         make_case("bdh-nano", load_model("bdh-nano"), batch=1, pos=64),
     ]
@@ -96,7 +110,7 @@ def make_case(name: str, model: HookedModel, batch: int, pos: int) -> Case:
     return Case(name, model.eval(), clean, corrupted)
 
 
-def _grid(case: Case, grid: str, reference: Any, rounds: int) -> dict[str, Any]:
+def _grid(case: Case, grid: str, reference: Any, rounds: int) -> Row:
     def theirs() -> PatchingResult:
         _, cache = case.model.run_with_cache(case.clean, return_type=None)
         with _quiet():
@@ -114,7 +128,7 @@ def _difference(logits: Tensor) -> Tensor:
     return logits[:, -1, RIGHT] - logits[:, -1, WRONG]
 
 
-def _signal_patches(case: Case, n: int, rounds: int) -> dict[str, Any]:
+def _signal_patches(case: Case, n: int, rounds: int) -> Row:
     """Single recipe coordinates of single positions, against a loop of run_with_hooks."""
     S, pos = case.model.cfg.n_signals or 0, case.corrupted.shape[1]
     generator = torch.Generator().manual_seed(1)
@@ -142,7 +156,7 @@ def _signal_patches(case: Case, n: int, rounds: int) -> dict[str, Any]:
     return _row(case, f"{n} signals of the recipe", ours, theirs, lambda values: values, rounds)
 
 
-def _readout_ablation(case: Case, rounds: int) -> dict[str, Any]:
+def _readout_ablation(case: Case, rounds: int) -> Row:
     """A token's probability with each signal zeroed at the readout, one after the other."""
 
     def theirs() -> Tensor:
@@ -171,24 +185,20 @@ def _row(
     theirs: Callable[[], Any],
     values: Callable[[Any], Tensor],
     rounds: int,
-) -> dict[str, Any]:
+) -> Row:
     found: dict[str, Tensor] = {}
 
     def keep(name: str, call: Callable[[], Any]) -> None:
         found[name] = values(call())
 
     with torch.no_grad():
-        calls = {"ours": partial(keep, "ours", ours), "other": partial(keep, "other", theirs)}
-        times = alternate(calls, rounds, warm_up=0, at_most=_SECONDS)
+        calls = partial(keep, "ours", ours), partial(keep, "other", theirs)
+        row = comparison(what, *calls, rounds, warm_up=0, at_most=_SECONDS)
     a, b = found["ours"], found["other"]
-    return {
-        "case": f"{case.name}, T {case.corrupted.shape[1]}, batch {case.corrupted.shape[0]}",
-        "sweep": what,
+    return row | {
         "cells": a[..., 0].numel(),
-        "ours_ms": round(1000 * statistics.median(times["ours"]), 1),
-        "other_ms": round(1000 * statistics.median(times["other"]), 1),
-        "ratio": round(ratio(times["other"], times["ours"]), 1),
         "difference": float((a - b).abs().max()),
+        "case": f"{case.name}, T {case.corrupted.shape[1]}, batch {case.corrupted.shape[0]}",
     }
 
 

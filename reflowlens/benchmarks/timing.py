@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from reflowlens.benchmarks.table import Row
+
 
 def alternate(
     calls: Mapping[str, Callable[[], object]],
@@ -35,8 +37,11 @@ def alternate(
 
 
 def _now(device: str) -> float:
+    """On one thread of a CPU its own time, to which nothing else that the machine does adds; otherwise the clock's."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -46,10 +51,27 @@ def ratio(others: list[float], ours: list[float]) -> float:
 
 
 def comparison(
-    benchmark: str, of: str, ours: Callable[[], object], other: Callable[[], object], rounds: int = 9
-) -> dict[str, Any]:
-    """A row of :func:`reflowlens.benchmarks.run_benchmarks`."""
-    times = alternate({"ours": ours, "other": other}, rounds)
+    of: str,
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    rounds: int = 9,
+    *,
+    warm_up: int = 1,
+    at_most: float = float("inf"),
+    **facts: Any,
+) -> Row:
+    """A row of two ways of doing one thing.
+
+    Args:
+        of: what is compared.
+        rounds, warm_up, at_most: as of :func:`alternate`.
+        facts: other columns, such as the ``difference`` between the two results.
+
+    Returns:
+        ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median of other / ours over the rounds: above 1 ours is
+        faster), the facts and ``of``.
+    """
+    times = alternate({"ours": ours, "other": other}, rounds, warm_up=warm_up, at_most=at_most)
     a, b = (1000 * statistics.median(times[name]) for name in ("ours", "other"))
     quotient = round(ratio(times["other"], times["ours"]), 3)
-    return {"benchmark": benchmark, "ours_ms": round(a, 2), "other_ms": round(b, 2), "ratio": quotient, "of": of}
+    return {"ours_ms": round(a, 2), "other_ms": round(b, 2), "ratio": quotient, **facts, "of": of}

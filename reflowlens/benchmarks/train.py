@@ -10,11 +10,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from reflowlens.benchmarks.machine import machine
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import DTYPES, OURS, VARIANTS, TrainBench, training_step
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
+from reflowlens.progress import bar
 
 _FORMATS = {"tokens_per_s": "{:,.0f}", "ratio": "{:.2f}", "memory_mb": "{:,.0f}", "memory_ratio": "{:.2f}"}
 
@@ -38,7 +40,6 @@ class TrainComparison:
 
     def __str__(self) -> str:
         bench = self.bench
-        where = torch.cuda.get_device_name(bench.device) if bench.on_gpu else f"{torch.get_num_threads()} threads"
         source = "data sheet" if bench.on_gpu else "the fastest of many products"
         peak = "not known" if self.peak is None else f"{self.peak / 1e12:.3g} TFLOP/s ({source})"
         formatters = {name: text.format for name, text in (_FORMATS | {"mfu": "{:.1%}"}).items()}
@@ -46,7 +47,7 @@ class TrainComparison:
             [
                 f"a training step of {bench.model.model_name or bench.model.architecture}, batch {bench.batch} × "
                 f"{bench.context}, {bench.dtype}, {'compiled' if bench.compiled else 'eager'}",
-                f"{bench.device} ({where}), {self.steps} steps of each in turns; peak {peak}",
+                f"{machine(bench.device)}; {self.steps} steps of each in turns; peak {peak}",
                 self.frame.to_string(index=False, formatters=formatters, na_rep="-"),
             ]
         )
@@ -69,7 +70,8 @@ def bench_train(bench: TrainBench, *, steps: int = 10) -> TrainComparison:
     """
     if steps < 1:
         raise ReflowlensError(f"steps must be positive, got {steps}")
-    memory = {variant: peak_memory(bench, variant) for variant in bench.variants}
+    variants = bar(bench.variants, show=True, unit="variant", desc="its memory")
+    memory = {variant: peak_memory(bench, variant) for variant in variants}
     sizes = {variant: size for variant, size in memory.items() if size is not None}
     if OURS not in sizes:
         raise ReflowlensError(f"a step of {bench.tokens:,} tokens does not fit the memory: lower the batch")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 
-from reflowlens.benchmarks import TrainBench, bench_score, bench_sweep, bench_train
+from reflowlens.benchmarks import BENCHMARKS, TrainBench, bench_hooks, bench_score, bench_sweep, bench_train, machine
 from reflowlens.benchmarks import train as train_module
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
 from reflowlens.benchmarks.sweep import make_case
+from reflowlens.benchmarks.table import lines
 from reflowlens.benchmarks.timing import alternate, comparison, ratio
 from reflowlens.benchmarks.train import measured_peak
 from reflowlens.benchmarks.variants import NANO, forming, without_hook_points
@@ -96,8 +99,9 @@ def test_calls_take_turns_and_ratios_are_medians_over_rounds():
     assert order == ["a", "b"] * 5
     assert [len(seconds) for seconds in times.values()] == [3, 3]
     assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
-    row = comparison("x", "y", lambda: None, lambda: sum(range(20000)), rounds=3)
+    row = comparison("x", lambda: None, lambda: sum(range(200000)), rounds=3, difference=0.5)
     assert row["ratio"] > 1
+    assert (row["difference"], row["of"]) == (0.5, "x")
 
 
 def test_the_comparison_of_training_steps(monkeypatch):
@@ -160,34 +164,57 @@ def test_presets_by_name():
 
 def test_the_command(monkeypatch, capsys):
     called = []
+
+    def rows_of(name, quick, **given):
+        called.append((name, quick, given))
+        yield {"ratio": 2.5, "of": name}
+
     monkeypatch.setattr("reflowlens.benchmarks.bench_train", lambda bench, steps: called.append((bench, steps)))
-    monkeypatch.setattr("reflowlens.benchmarks.run_benchmarks", lambda which: pd.DataFrame([{"benchmark": which}]))
-    monkeypatch.setattr("reflowlens.benchmarks.bench_sweep", lambda: pd.DataFrame([{"benchmark": "sweeps"}]))
-    monkeypatch.setattr("reflowlens.benchmarks.bench_score", lambda: pd.DataFrame([{"benchmark": "sentences"}]))
-    monkeypatch.setattr("reflowlens.benchmarks.bench_dictionary", lambda: pd.DataFrame([{"benchmark": "steps"}]))
-    monkeypatch.setattr("reflowlens.benchmarks.bench_graph", lambda tokens: pd.DataFrame([{"graph": max(tokens)}]))
+    for name, benchmark in BENCHMARKS.items():
+        full, quick = (partial(rows_of, name, quick) for quick in (False, True))
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(benchmark, rows=full, quick=quick, texts=("of",)))
     assert main(["bench", "train", "--preset", "reflow_1_small", "--batch", "2", "--steps", "3", "--compile"]) == 0
-    (bench, steps) = called[0]
+    ((bench, steps),) = called
     assert (bench.model.model_name, bench.batch, bench.compiled, steps) == ("reflow_1_small", 2, True, 3)
-    assert main(["bench", "hooks"]) == 0
-    assert len(called) == 1
-    assert "hooks" in capsys.readouterr().out
-    assert main(["bench", "sweep"]) == 0
-    assert len(called) == 1
-    assert "sweeps" in capsys.readouterr().out
-    assert main(["bench", "score"]) == 0
-    assert "sentences" in capsys.readouterr().out
+    called.clear()
+    assert main(["bench", "sweep", "--quick"]) == 0
+    assert called == [("sweep", True, {})]
+    header, columns, row = capsys.readouterr().out.splitlines()[-3:]
+    assert header == machine()
+    assert columns.split()[-1] == "of"
+    assert row.split()[-1] == "sweep"
+    assert main(["bench", "graph", "--tokens", "8"]) == 0
+    assert called[1:] == [("graph", False, {"n_tokens": [8]})]
+    called.clear()
     assert main(["bench"]) == 0
-    assert len(called) == 2
-    printed = capsys.readouterr().out
-    assert "sweeps" in printed
-    assert "steps" in printed
-    assert "256" in printed
+    assert len(called) == len(BENCHMARKS)
+
+
+def test_a_row_is_printed_as_soon_as_it_is_measured():
+    measured = []
+
+    def rows():
+        for i in range(3):
+            measured.append(i)
+            yield {"ratio": float(i), "of": "x" * 30 * i}
+
+    printed = BENCHMARKS["decode"].lines(rows())
+    header, _, _ = (next(printed) for _ in range(3))
+    assert header == machine()
+    assert measured == [0]
+    assert [len(measured) for _ in printed] == [2, 3]
+
+
+def test_lines_of_a_table():
+    rows = [{"ratio": 11.626, "n": 4096, "case": "a"}, {"ratio": math.nan, "gap": 5.2e-7, "case": "b", "grid": "heads"}]
+    header, *found = map(str.split, lines(rows, ["ratio", "n", "gap"], ["case", "grid"]))
+    assert header == ["ratio", "n", "gap", "case,", "grid"]
+    assert found == [["11.63", "4,096", "-", "a"], ["-", "-", "5.2e-07", "b,", "heads"]]
 
 
 def test_sweeps_are_compared_with_equal_results():
     case = make_case("tiny", random_model("reflow"), batch=2, pos=5)
-    frame = bench_sweep([case], patches=7, rounds=1).set_index("sweep")
+    frame = pd.DataFrame(bench_sweep([case], patches=7, rounds=1)).set_index("of")
     assert frame["cells"].to_dict() == {
         "resid_pre": 2 * 5,
         "attn_head_out_by_pos": 2 * 5 * 4,
@@ -201,7 +228,18 @@ def test_sweeps_are_compared_with_equal_results():
 
 
 def test_scores_are_those_of_each_sentence_by_itself():
-    row = bench_score(tiny_config("reflow", n_ctx=48), sentences=24, rounds=1).iloc[0]
+    (row,) = bench_score(tiny_config("reflow", n_ctx=48), sentences=24, rounds=1)
     assert row["difference"] < 1e-5
     assert row["ours_tokens_per_s"] > 0
     assert row["ratio"] > 0
+
+
+def test_hook_points_are_compared_with_equal_results():
+    rows = list(bench_hooks(tiny_config("reflow"), [(2, 8)], compiled=False, rounds=1))
+    assert [row["of"].split(",")[0] for row in rows] == [
+        "forward pass with HookPoints against none",
+        "training step with HookPoints against none",
+        "run_with_cache against the forward pass",
+    ]
+    assert all(row["difference"] < 1e-6 for row in rows)
+    assert all(row["ratio"] > 0 for row in rows)

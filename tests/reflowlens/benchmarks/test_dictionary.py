@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from reflowlens.benchmarks import dictionary as bench
@@ -21,7 +22,7 @@ def test_a_row_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("N_LAYERS", 1), ("WIDTH", 16), ("K", 4), ("POSITIONS", 64)):
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench, "_peak_memory", lambda variant, features: features * 2**20)
-    frame = bench.bench_dictionary(n_features=(32, 64), rounds=2)
+    frame = pd.DataFrame(bench.bench_dictionary(n_features=(32, 64), rounds=2))
     assert frame["features"].tolist() == [32] * 3 + [64] * 3
     assert frame["peak_mb"].tolist() == [32] * 3 + [64] * 3
     assert frame.loc[frame["step"] == "dense", "against_dense"].tolist() == [1.0, 1.0]

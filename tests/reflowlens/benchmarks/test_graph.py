@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 
 from reflowlens.benchmarks import graph as bench
@@ -57,7 +58,7 @@ def test_a_row_a_case(tiny_models, monkeypatch):
 
     monkeypatch.setattr(bench, "make_case", made)
     monkeypatch.setattr(bench, "_peak_memory", lambda way, *_: 2**20 * len(way))
-    frame = bench.bench_graph((4, 8, 16), ("tiny",), k=(2, 4), most=8, rounds=1)
+    frame = pd.DataFrame(bench.bench_graph((4, 8, 16), ("tiny",), k=(2, 4), most=8, rounds=1))
     assert frame["tokens"].tolist() == [4, 8, 16, 16, 16]
     assert frame["features"].diff().iloc[[1, 2, 4]].gt(0).all()
     assert frame["copies"].notna().tolist() == [True, True, False, False, False]
