@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,14 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests that assert equality to the last bit: `make exact` repeats them with fewer instructions."""
     for item in items:
-        if isinstance(item, pytest.Function) and any(sign in inspect.getsource(item.function) for sign in _EXACT):
+        if isinstance(item, pytest.Function) and _is_exact(item.function):
             item.add_marker(pytest.mark.exact)
+
+
+@cache  # a source is found anew at every call, some milliseconds, and most functions have several cases
+def _is_exact(function: Callable[..., None]) -> bool:
+    source = inspect.getsource(function)
+    return any(sign in source for sign in _EXACT)
 
 
 @pytest.fixture(autouse=True, scope="session")
