@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
         cfg = model.cfg
         layers, points = layer_grid(cfg.n_layers, quick=quick), lens_points(cfg.n_layers)
         signals = cfg.n_signals or cfg.d_model
-        return cls(cfg.n_layers, len(layers), len(points), signals, cfg.tie_word_embeddings, quick)
+        return cls(cfg.n_layers, len(layers), len(points), signals, cfg.has_one_embedding, quick)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _NOT_NEGATIVE = (
 _SHARES = (
     "optimizer.beta1",
     "optimizer.beta2",
+    "run.topk_anneal_fraction",
     "optimizer.decay_fraction",
     "optimizer.final_fraction",
     "optimizer.matrix_momentum",
@@ -120,6 +121,9 @@ class RunConfig:
         compile: run the model through ``torch.compile``. ``auto``: if the run is long enough to make up for it.
         sharding: what several processes share out: ``none``, ``zero1`` (optimiser state) or ``fsdp`` (optimiser state,
             gradients and weights); see :mod:`pretraining.replicas`. Checkpoints are the same whatever it is.
+        topk_anneal_fraction: share of the steps over which a ``reflow_topk`` keeps more signals than ``model.topk``:
+            all of them at first, half as many after each of equal stages (:mod:`pretraining.annealing`). Evaluations
+            and checkpoints are of the model that keeps ``model.topk``.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
     """
 
@@ -136,6 +140,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     wandb_project: str = ""
     sharding: str = "none"
+    topk_anneal_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,11 @@ class TrainConfig:
                 raise ReflowlensError(f"{path} must be between 0 and 1, got {self._get(path)!r}")
         if self.optimizer.average and self.run.sharding == "zero1":
             raise ReflowlensError("optimizer.average goes with run.sharding none or fsdp: of zero1 no process has all")
+        if self.run.topk_anneal_fraction and self.model.topk is None:
+            raise ReflowlensError(
+                f"run.topk_anneal_fraction must be 0 for architecture {self.model.architecture!r}: only reflow_topk "
+                "prunes"
+            )
         if self.data.context > self.model.n_ctx:
             raise ReflowlensError(f"data.context={self.data.context} exceeds model.n_ctx={self.model.n_ctx}")
         if self.run.batch_size % self.run.accumulation:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretraining.annealing import topk_of_step
 from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
@@ -257,11 +258,16 @@ def _check_same_run(folder: Path, cfg: TrainConfig, manifest: dict[str, Any]) ->
 
 
 def _same_rates(cfg: TrainConfig, theirs: Mapping[str, Any], steps: int) -> bool:
-    """Whether the configuration gives the steps already taken the rates that they had."""
+    """Whether the configuration gives the steps already taken the rates that they had, and as many signals a token."""
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     before = OptimizerConfig(**{name: value for name, value in theirs["optimizer"].items() if name in known})
     total = theirs["run"]["steps"]
-    return all(schedule(i, cfg.optimizer, cfg.run.steps) == schedule(i, before, total) for i in range(steps))
+    then = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=total))
+    return all(
+        schedule(i, cfg.optimizer, cfg.run.steps) == schedule(i, before, total)
+        and topk_of_step(i, cfg) == topk_of_step(i, then)
+        for i in range(steps)
+    )
 
 
 def _check_same_data(folder: Path, cfg: TrainConfig, data: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

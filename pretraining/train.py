@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from pretraining.annealing import keeping, topk_of_step
 from pretraining.batches import batch_at
 from pretraining.compilation import compiling
 from pretraining.config import AUTO, TrainConfig
@@ -195,7 +196,8 @@ def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[st
     set_rates(replica.optimizers, share, momentum(step, cfg.optimizer))
     if cfg.model.dropout:
         _seed_dropout(cfg.run.seed, step, group.rank)
-    loss = _accumulate(replica, next(batches))
+    with keeping(replica.model, topk_of_step(step, cfg)):
+        loss = _accumulate(replica, next(batches))
     grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), cfg.optimizer.grad_clip)))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise ReflowlensError(

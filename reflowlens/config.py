@@ -60,6 +60,7 @@ _DEFAULTS = {
 }
 ARCHITECTURES = tuple(_DEFAULTS)
 _FACTORED = ("reflow", "reflow_topk", "reflow_lite")
+_UNPRUNED = {"topk": None, "topk_ends": "both", "topk_gradient": "kept"}
 _NEURONS_IN_HEADS = ("bdh",)  # heads share out a block's neurons
 _BIASES = ("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias")
 # What an architecture is made of, and no configuration changes.
@@ -81,6 +82,8 @@ _CHOICES: dict[str, Collection[object]] = {
     "positional_embedding_type": ("standard", "rotary"),
     "tokenizer_name": ("gpt2", "gpt2_16k", "gpt2_1k", "bytes"),
     "basis_init": ("orthogonal", "gpt2"),
+    "topk_ends": ("both", "input", "output"),
+    "topk_gradient": ("kept", "straight_through"),
 }
 _OPTIONAL_SIZES = ("n_key_value_heads", "n_signals", "original_n_ctx")
 # Far beyond any model: a damaged number is refused before it is built, and no product of sizes overflows.
@@ -105,7 +108,12 @@ class ModelConfig(DecoderOptions):
         d_vocab: rows of the embedding, at least as many as the tokenizer has tokens.
         n_ctx: longest input in tokens.
         n_signals: S, the width of the recipe, the first factor of the embedding; None if it is not factored.
-        topk: entries kept per row of the recipe, its largest positive ones (``reflow_topk`` only).
+        topk: entries kept per row of the recipe, its largest positive ones (``reflow_topk`` only); ``n_signals``
+            leaves the ReLU alone.
+        topk_ends: where the recipe is so pruned: at ``both`` ends, or only at the ``input`` or the ``output``, the
+            other using it as it is stored.
+        topk_gradient: which entries learn: those ``kept``, or all, as if nothing were pruned (``straight_through``;
+            Bengio et al., 2013).
         act_fn: activation of the MLPs: ``gelu``, ``gelu_new`` (its tanh approximation), ``relu``, ``silu`` or
             ``leaky_relu_squared`` (of slope 0.5).
         gated_mlp: MLPs multiply their activation by a second projection (SwiGLU with ``silu``).
@@ -159,6 +167,8 @@ class ModelConfig(DecoderOptions):
     n_key_value_heads: int | None = None
     n_signals: int | None = None
     topk: int | None = None
+    topk_ends: Literal["both", "input", "output"] = "both"
+    topk_gradient: Literal["kept", "straight_through"] = "kept"
     act_fn: str = ""
     gated_mlp: bool | None = None
     normalization_type: str = ""
@@ -254,8 +264,12 @@ class ModelConfig(DecoderOptions):
                 raise ReflowlensError(
                     f"topk must be an integer between 1 and n_signals={self.n_signals}, got {self.topk!r}"
                 )
-        elif self.topk is not None:
-            raise ReflowlensError(f"topk must be None for architecture {self.architecture!r}: only reflow_topk prunes")
+            return
+        for name, unpruned in _UNPRUNED.items():
+            if getattr(self, name) != unpruned:
+                raise ReflowlensError(
+                    f"{name} must be {unpruned!r} for architecture {self.architecture!r}: only reflow_topk prunes"
+                )
 
     def _check_readout(self) -> None:
         if self.unembed_bias and self.tie_word_embeddings:
@@ -296,6 +310,11 @@ class ModelConfig(DecoderOptions):
     def is_factored(self) -> bool:
         """Whether the embedding is a product of a recipe and a basis."""
         return self.architecture in _FACTORED
+
+    @property
+    def has_one_embedding(self) -> bool:
+        """Whether a token enters as the vector that its logit is read with."""
+        return self.tie_word_embeddings and self.topk_ends == "both"
 
     @property
     def has_file_tokenizer(self) -> bool:
@@ -377,6 +396,8 @@ class ModelConfig(DecoderOptions):
 
 _RUNTIME = {"device", "weights_dtype", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
 _OF_FEW_MODELS = {
+    "topk_ends": "both",
+    "topk_gradient": "kept",
     "rotary_scaling": None,
     "norm_bias": False,
     "qkv_bias": False,

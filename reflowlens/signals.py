@@ -1,9 +1,9 @@
 """Signals: the coordinates in which a prediction is read.
 
 A :class:`SignalView` is a recipe R [d_vocab, S] and a basis B [S, d_model] with R B = W_E. (Where a model has an
-unembedding of its own, W_E stands for W_Uᵀ here; its bias b_U, if it has one, is no signal's.) A reFlow model was
-trained with one, its ``native`` view. The other views are computed from any model's weights, of reFlow's too, so that a
-claim about signals can be compared with coordinates that were not trained:
+unembedding of its own, or prunes R at one end alone, W_E stands for W_Uᵀ here; a bias b_U is no signal's.) A reFlow
+model was trained with one, its ``native`` view. The other views are computed from any model's weights, of reFlow's too,
+so that a claim about signals can be compared with coordinates that were not trained:
 
 =============  =================  =============  ==================================================================
 view           recipe             basis          what it is for
@@ -300,7 +300,7 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     if not is_one_of(name, VIEWS):
         raise ReflowlensError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {name!r}")
     if name == "native":
-        factors = model.W_E
+        factors = model.unembedding
         if not isinstance(factors, FactoredMatrix):
             raise ReflowlensError(
                 f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "

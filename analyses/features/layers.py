@@ -164,8 +164,9 @@ def _written(
     model: HookedModel, point: str, promoted_by: DirectPath
 ) -> tuple[Float[Tensor, "unit d_model"] | None, Promote | None]:
     """What units write into the stream, and what that does to the logits; of readout signals their own weights."""
-    if point in ("hook_recipe", "unembed.hook_signal") and isinstance(model.W_E, FactoredMatrix):
-        basis, recipe = wide(model.W_E.B.detach()), wide(model.W_E.A.detach()[: model.tokenizer.n_vocab])
+    factors = model.unembedding
+    if point in ("hook_recipe", "unembed.hook_signal") and isinstance(factors, FactoredMatrix):
+        basis, recipe = wide(factors.B.detach()), wide(factors.A.detach()[: model.tokenizer.n_vocab])
         if point == "hook_recipe":
             return basis, promoted_by(basis)
         return basis, lambda signals: recipe[:, signals].T

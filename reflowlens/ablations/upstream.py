@@ -199,7 +199,7 @@ def _checked(model: Any, metric: Metric, site: Site) -> ResidualModel:
         raise ReflowlensError("signals are removed from the model as it is: leave rl.intervene and remove hooks first")
     if isinstance(metric, Metric) and metric.normalised:
         raise ReflowlensError("recovery compares with a clean run, and a removal has none: use the metric itself")
-    if isinstance(site, str) and not hooked.cfg.tie_word_embeddings:
+    if isinstance(site, str) and not hooked.cfg.has_one_embedding:
         raise ReflowlensError(
             f"site={site!r} needs one embedding at both ends, but this model's unembedding is its own"
         )

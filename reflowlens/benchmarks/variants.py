@@ -46,9 +46,9 @@ class FormingReFlow(ReFlow):
 
 
 def forming(model: HookedModel) -> HookedModel:
-    """A copy that forms E in each pass, where the architecture factors it; otherwise a plain copy."""
+    """A copy that forms E in each pass, where both ends share a factored one; otherwise a plain copy."""
     kind = MODEL_CLASSES[model.cfg.architecture]
-    if model.cfg.is_factored:
+    if model.cfg.is_factored and model.cfg.has_one_embedding:
         kind = type(f"Forming{kind.__name__}", (FormingReFlow, kind), {})
     copy = kind(dataclasses.replace(model.cfg, device="cpu"))
     copy.load_state_dict(model.state_dict())

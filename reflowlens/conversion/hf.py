@@ -13,9 +13,10 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
@@ -46,8 +47,9 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     """Write a model as a folder that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` open, with its logits.
 
     An imported model goes back to its class. Others with rotary positions become a ``LlamaForCausalLM`` (a reFlow with
-    E = R B formed in float64), those with learned ones a ``GPT2LMHeadModel``, or what else computes the same. vLLM,
-    llama.cpp, nnsight and TransformerLens's bridge read such folders.
+    E = R B formed in float64, and a readout of its own where R is pruned at one end alone), those with learned ones a
+    ``GPT2LMHeadModel``, or what else computes the same. vLLM, llama.cpp, nnsight and TransformerLens's bridge read such
+    folders.
 
     Args:
         folder: where to write; an earlier export there is replaced when the new one is complete.
@@ -168,12 +170,17 @@ def _model_name(folder: Path) -> str:
 
 
 def _merged(model: HookedModel) -> dict[str, Tensor]:
-    """The parameters on the CPU, a factored embedding as the one matrix that it stands for."""
+    """The parameters on the CPU, a factored embedding as the one matrix that it stands for, or the two."""
     weights = {name: parameter.cpu() for name, parameter in all_parameters(model).items()}
     if isinstance(model.W_E, FactoredMatrix):
-        recipe, basis = model.W_E.A.detach().cpu(), model.W_E.B.detach().cpu()
-        weights["embed.W_E"] = (recipe.double() @ basis.double()).float()
+        weights["embed.W_E"] = _product(model.W_E)
+        if not model.cfg.has_one_embedding:
+            weights["unembed.W_U"] = _product(cast(FactoredMatrix, model.unembedding)).T
     return weights
+
+
+def _product(factors: FactoredMatrix) -> Float[Tensor, "d_vocab d_model"]:
+    return (factors.A.detach().cpu().double() @ factors.B.detach().cpu().double()).float()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def matrix_effective_rank(basis: Float[Tensor, "S d_model"]) -> float:
 def signals_frame(weights: Weights, cfg: ModelConfig) -> pd.DataFrame:
     """Sparsity of the recipe and effective rank of the basis: ``measure``, ``value``, ``gaussian``, ``definition``.
 
-    The recipe is the effective one (of a reFlow-TopK, what ReLU and top-k leave), its rows those of real tokens.
+    The recipe is the one that logits are read with (of a reFlow-TopK, what ReLU and top-k leave unless ``topk_ends`` is
+    ``"input"``), its rows those of real tokens.
     ``gaussian`` is what independent normal entries give: a figure near it is no evidence of sparsity.
     """
     from reflowlens.models.reflow_topk import topk_rows
@@ -47,7 +48,7 @@ def signals_frame(weights: Weights, cfg: ModelConfig) -> pd.DataFrame:
     used = torch.zeros(S, dtype=torch.bool)
     for chunk in weights.chunks(RECIPE):
         recipe = chunk[: max(0, rows_left - rows)].double()
-        if cfg.topk is not None:
+        if cfg.topk is not None and cfg.topk_ends != "input":
             recipe = topk_rows(recipe, cfg.topk)
         size, squares = recipe.abs(), recipe.square()
         filled = squares.sum(1) > 0

@@ -84,14 +84,18 @@ class HookedModel(Architecture, HookingModel):
 
     def unembedding_rows(self, tokens: Int[Tensor, "*tokens"]) -> Float[Tensor, "*tokens d_model"]:
         """Columns of ``W_U`` for some tokens, [*tokens, d_model]; of a factored embedding only these are formed."""
-        matrix = self.W_E if self.cfg.tie_word_embeddings else self.W_U.T
-        rows = matrix[tokens.reshape(-1)]  # type: ignore[index] # of factors by a tensor too
+        rows = self.unembedding[tokens.reshape(-1)]  # type: ignore[index] # of factors by a tensor too
         return dense(rows).reshape(*tokens.shape, self.cfg.d_model)
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
         """The embedding; a ``FactoredMatrix`` where the architecture factors it."""
         raise NotImplementedError
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d_vocab d_model"] | FactoredMatrix:
+        """What logits are read with, W_Uᵀ: the embedding where they are tied; in factors where that has them."""
+        return self.W_E if self.cfg.tie_word_embeddings else self.W_U.T
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -88,8 +88,18 @@ class ReFlow(Decoder):
         return model + width * d * n, float(width * signals * n + FLOAT32 * signals * cfg.d_vocab)
 
     def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
-        """R as both ends of the model use it."""
+        """R as logits are read with it."""
         return self.embed.W_recipe
+
+    def input_recipe(self) -> Float[Tensor, "d_vocab S"]:
+        """R as tokens enter with it."""
+        return self.effective_recipe()
+
+    def input_rows(
+        self, tokens: Int[Tensor, "batch pos"], effective: Float[Tensor, "d_vocab S"]
+    ) -> Float[Tensor, "batch pos S"]:
+        """The tokens' rows of :meth:`input_recipe`, given :meth:`effective_recipe`, which it need not compute again."""
+        return F.embedding(tokens, effective)
 
     def tied_weights(self) -> tuple[Tensor, ...]:
         return self.effective_recipe(), through_copy(self.hook_basis, self.embed.W_basis)
@@ -98,7 +108,7 @@ class ReFlow(Decoder):
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
         recipe, basis = weights
-        mixed = self.hook_recipe(F.embedding(tokens, recipe)) @ basis
+        mixed = self.hook_recipe(self.input_rows(tokens, recipe)) @ basis
         # Under autocast the product is 16 bits wide; the residual stream stays as wide as the parameters.
         return self.hook_embed(mixed.to(basis.dtype))
 
@@ -111,4 +121,8 @@ class ReFlow(Decoder):
 
     @property
     def W_E(self) -> FactoredMatrix:
+        return FactoredMatrix(self.input_recipe(), self.embed.W_basis)
+
+    @property
+    def unembedding(self) -> FactoredMatrix:
         return FactoredMatrix(self.effective_recipe(), self.embed.W_basis)

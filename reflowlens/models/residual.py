@@ -289,7 +289,7 @@ class ResidualModel(HookedModel):
         """The unembedding as one matrix (TransformerLens's tools index it); a tied one is formed at each access."""
         if isinstance(self.unembed, OwnUnembed):
             return self.unembed.W_U
-        return dense(self.W_E).T
+        return dense(self.unembedding).T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:

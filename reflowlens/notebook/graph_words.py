@@ -42,14 +42,13 @@ def words_of(graph: AttributionGraph, nodes: pd.DataFrame, n: int = 5) -> dict[s
     for _, rows in nodes[nodes["kind"].isin(["feature", "neuron"])].groupby("layer"):
         logits = written_by(graph.traced, rows) @ _unembedding(graph.traced).T
         found |= _named(graph.traced, rows["node"].tolist(), logits, n)
-    matrix, rows = graph.traced.model.W_E, nodes[nodes["kind"].isin(["signal", "readout"])]
-    if len(rows) and isinstance(matrix, FactoredMatrix):
-        recipe = matrix.A.detach()[: graph.traced.model.tokenizer.n_vocab]
+    model, rows = graph.traced.model, nodes[nodes["kind"].isin(["signal", "readout"])]
+    if len(rows) and isinstance(model.W_E, FactoredMatrix) and isinstance(model.unembedding, FactoredMatrix):
+        entering, recipe = (m.A.detach()[: model.tokenizer.n_vocab] for m in (model.W_E, model.unembedding))
         of_recipe = torch.tensor((rows["kind"] == "signal").to_numpy(), device=recipe.device)
         chosen = rows["feature"].astype(int).tolist()
-        shares = recipe[:, chosen] / recipe.norm(
-            dim=1, keepdim=True
-        )  # lest rare tokens, whose recipes are large, be all
+        # Shares, lest rare tokens, whose recipes are large, be all.
+        shares = entering[:, chosen] / entering.norm(dim=1, keepdim=True)
         recipe = torch.where(of_recipe, shares, recipe[:, chosen]).T
         sign = recipe.new_tensor([-1.0 if activation < 0 else 1.0 for activation in rows["activation"]])
         found |= _named(graph.traced, rows["node"].tolist(), sign[:, None] * recipe, n)

@@ -33,6 +33,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2_new": {},
     "reflow": {"n_signals": 40},
     "reflow_topk": {"n_signals": 40, "topk": 4},
+    "reflow_topk, input": {"n_signals": 40, "topk": 4, "topk_ends": "input"},
+    "reflow_topk, output": {"n_signals": 40, "topk": 4, "topk_ends": "output", "topk_gradient": "straight_through"},
     "reflow_lite": {"n_signals": 40, "n_key_value_heads": 1},
 }
 
@@ -60,7 +62,7 @@ def kept_for_backward(cfg: ModelConfig, rows: int, context: int, dtype: str) -> 
 @pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize("d_vocab", [256, 1024])  # the readout of a short pass is factored, that of a long one formed
 def test_activations_are_those_that_autograd_keeps(architecture: str, d_vocab: int, dtype: str) -> None:
-    cfg = ModelConfig(architecture=architecture, d_vocab=d_vocab, **SIZES, **MODELS[architecture])
+    cfg = ModelConfig(architecture=architecture.split(",")[0], d_vocab=d_vocab, **SIZES, **MODELS[architecture])
     rows, context = 6, 64
     width = 4 if dtype == "float32" else 2
     copies = 0

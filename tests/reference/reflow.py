@@ -1,8 +1,9 @@
 """reFlow from its description, one token and one head at a time: slow, short, and without anything of reflowlens.
 
 weights: the checkpoint's tensors by name. The architecture: E = R B, with R pruned row by row to its k largest positive
-entries in reFlow-TopK; pre-norm blocks; RMSNorm; rotary positions that turn adjacent channels; SwiGLU; the same E reads
-the logits out. Query head h uses key/value head h // (n_heads / n_kv_heads).
+entries in reFlow-TopK, at both ends or at one (where every entry learns, what pruning takes away is a constant);
+pre-norm blocks; RMSNorm; rotary positions that turn adjacent channels; SwiGLU; the same E reads the logits out. Query
+head h uses key/value head h // (n_heads / n_kv_heads).
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ def forward(
     *,
     n_layers: int,
     topk: int | None = None,
+    topk_ends: str = "both",
+    topk_gradient: str = "kept",
     eps: float = 1e-6,
     base: float = 10_000.0,
 ) -> Tensor:
     """Logits [pos, d_vocab] of one sequence of token ids [pos]."""
     recipe, basis = weights["embed.W_recipe"], weights["embed.W_basis"]
-    if topk is not None:
-        recipe = prune(recipe, topk)
-    E = recipe @ basis
-    stream = [E[token] for token in tokens]
+    pruned = recipe if topk is None else prune(recipe, topk)
+    if topk_gradient == "straight_through":
+        pruned = recipe - (recipe - pruned).detach()
+    E_in, E_out = ((recipe if topk_ends == other else pruned) @ basis for other in ("output", "input"))
+    stream = [E_in[token] for token in tokens]
     for layer in range(n_layers):
         part = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{layer}.")}
         normed = [rms_norm(x, part["ln1.w"], eps) for x in stream]
         stream = [x + y for x, y in zip(stream, attention(normed, part, base), strict=True)]
         normed = [rms_norm(x, part["ln2.w"], eps) for x in stream]
         stream = [x + swiglu(y, part) for x, y in zip(stream, normed, strict=True)]
-    return torch.stack([E @ rms_norm(x, weights["ln_final.w"], eps) for x in stream])
+    return torch.stack([E_out @ rms_norm(x, weights["ln_final.w"], eps) for x in stream])
 
 
 def prune(recipe: Tensor, k: int) -> Tensor:

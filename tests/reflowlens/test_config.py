@@ -124,6 +124,10 @@ def test_a_configuration_survives_json(cfg: ModelConfig) -> None:
         ("n_signals", -5, ("positive integer",)),
         ("n_signals", "many", ("positive integer",)),
         ("topk", 4, ("reflow_topk",)),
+        ("topk_ends", "input", ("'both'", "reflow_topk")),
+        ("topk_ends", "middle", ("'both'", "'input'", "'output'")),
+        ("topk_gradient", "straight_through", ("'kept'", "reflow_topk")),
+        ("topk_gradient", "all", ("'kept'", "'straight_through'")),
         ("norm_bias", "yes", ("False", "True")),
         ("gated_mlp", "False", ("must be True or False (in TOML true or false), got 'False'",)),
         ("rotary_adjacent_pairs", "False", ("True or False",)),
@@ -162,11 +166,13 @@ def test_errors_name_the_field_and_what_is_allowed(field: str, value: Any, also:
 def test_what_few_models_have_is_not_told_of_others() -> None:
     """A configuration from before these fields reads as it did, and its description, which is hashed, is the same."""
     of_few = {"norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "tie_word_embeddings", "rotary_scaling"}
-    of_few |= {"dropout", "unembed_bias", "scale_residual_init"}
+    of_few |= {"dropout", "unembed_bias", "scale_residual_init", "topk_ends", "topk_gradient"}
     others = ("bdh", "tiny_transcoder_gpt")
     for cfg in (*(cfg for name, cfg in PRESETS.items() if name not in others), CONFIGS["reflow"]):
         assert not of_few & set(cfg.to_dict())
-    assert of_few - set(PRESETS["tiny_transcoder_gpt"].to_dict()) == {"qkv_bias", "rotary_scaling"}
+    absent = of_few - set(PRESETS["tiny_transcoder_gpt"].to_dict())
+    assert absent == {"qkv_bias", "rotary_scaling", "topk_ends", "topk_gradient"}
+    assert "topk_ends" in CONFIGS["reflow_topk_input"].to_dict()
     assert {"qkv_bias", "tie_word_embeddings", "rotary_scaling"} < set(CONFIGS["llama_untied"].to_dict())
     cfg = tiny_config("llama_untied", rotary_scaling=SCALING)
     assert cfg.rotary_scaling == RotaryScaling(**SCALING)

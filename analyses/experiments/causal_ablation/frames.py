@@ -109,7 +109,7 @@ def _sites(model: HookedModel) -> list[Site]:
     if not model.sublayers:
         return []
     layers = range(model.cfg.n_layers + 1)
-    return ["embed", *layers, "everywhere"] if model.cfg.tie_word_embeddings else [*layers]
+    return ["embed", *layers, "everywhere"] if model.cfg.has_one_embedding else [*layers]
 
 
 def prompts_frame(bases: Bases[Measured], prompts: list[str]) -> pd.DataFrame:

@@ -127,7 +127,8 @@ def sparsity_profile(
     if not read:
         notes.append("active_share_text and usage_gini_text are absent: there is no running text")
     intervals = _intervals(profiles.own, active_signals(chosen.recipe.float(), rule, threshold), seed)
-    findings, told = _findings(profiles, intervals, model.cfg.topk)
+    kept = None if model.cfg.topk_ends == "input" else model.cfg.topk  # of the recipe that a view is of, the readout's
+    findings, told = _findings(profiles, intervals, kept)
     return Result(
         name="sparsity_profile",
         title="Sparsity Profile",

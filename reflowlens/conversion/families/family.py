@@ -117,7 +117,9 @@ class Family:
         biases = {name: value for name, value in self.fixed.items() if name in _BIASES and value}
         if "qkv_bias" not in self.fixed and cfg.qkv_bias != cfg.attn_out_bias:
             biases |= {"qkv_bias": True, "attn_out_bias": True}  # one flag for both
-        return dataclasses.replace(cfg, architecture=self.architecture, n_signals=None, topk=None, **biases)
+        unfactored: dict[str, Any] = {"n_signals": None, "topk": None, "topk_ends": "both", "topk_gradient": "kept"}
+        unfactored["tie_word_embeddings"] = cfg.has_one_embedding
+        return dataclasses.replace(cfg, architecture=self.architecture, **unfactored, **biases)
 
     def fits(self, cfg: ModelConfig) -> bool:
         """Whether the decoder is one of the family but for its embedding and absent biases: reads back as it is."""

@@ -147,7 +147,7 @@ def test_what_comes_back_is_the_same_function(model: HookedModel, tmp_path: Path
     tokens = random_tokens(model.cfg, pos=24)
     assert_close(back(tokens), model(tokens))
     assert (back.cfg.n_ctx, back.cfg.tokenizer_name) == (24, "bytes")
-    assert back.cfg.tie_word_embeddings == model.cfg.tie_word_embeddings
+    assert back.cfg.tie_word_embeddings == model.cfg.has_one_embedding
     again = export_hf(back, tmp_path / "again")
     ours, theirs = load_file(again / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert ours.keys() == theirs.keys()

@@ -176,7 +176,7 @@ def test_signals_sum_to_the_logit(tiny_models: dict[str, HookedModel]) -> None:
         model = tiny_models[name]
         tokens = random_tokens(model.cfg)
         logits, cache = model.run_with_cache(tokens)
-        a, R = cache["unembed.hook_signal"], model.W_E.A
+        a, R = cache["unembed.hook_signal"], model.unembedding.A
         contributions = a[:, :, None, :] * R  # [batch, pos, d_vocab, S]
         assert contributions.shape[-1] == model.cfg.n_signals
         assert_close(contributions.sum(-1), logits)
@@ -211,9 +211,11 @@ def test_embedding_as_a_factored_matrix(model: HookedModel) -> None:
     factored = model.cfg.is_factored
     assert isinstance(model.W_E, FactoredMatrix) == factored
     dense = model.W_E.AB if factored else model.W_E
-    if not model.cfg.tie_word_embeddings:
-        assert dense.shape == model.unembed.W_U.T.shape
-        dense = model.unembed.W_U.T
+    if not model.cfg.has_one_embedding:
+        read = model.unembedding.AB if factored else model.unembed.W_U.T
+        assert dense.shape == read.shape
+        assert not torch.equal(dense, read)
+        dense = read
     assert torch.equal(model.W_U, dense.T)
     assert model.W_U.shape == (model.cfg.d_model, model.cfg.d_vocab)
     ids = torch.tensor([[3, 280], [0, 3]])

@@ -93,14 +93,22 @@ def test_llama_agrees_for_any_shape(
     assert_close(model(tokens), hf(tokens).logits.detach(), 2e-5)
 
 
-@pytest.mark.parametrize("name", FACTORED)
-def test_reflow_is_its_description(name: str) -> None:
+PRUNED = [
+    tiny_config("reflow_topk", topk_ends=ends, topk_gradient=gradient)
+    for ends in ("both", "input", "output")
+    for gradient in ("kept", "straight_through")
+]
+
+
+@pytest.mark.parametrize("cfg", [*(CONFIGS[name] for name in FACTORED), *PRUNED])
+def test_reflow_is_its_description(cfg: ModelConfig) -> None:
     """The plain forward of tests/reference, top-k included."""
-    model = random_model(name, seed=3)
+    model = random_model(cfg, seed=3)
     cfg, tokens = model.cfg, random_tokens(model.cfg, batch=2, pos=9)
     weights = {name: w.clone().requires_grad_() for name, w in weights_of(model).items()}
+    pruning: dict[str, Any] = {name: getattr(cfg, name) for name in ("topk", "topk_ends", "topk_gradient")}
     expected = torch.stack(
-        [reference.forward(weights, row, n_layers=cfg.n_layers, topk=cfg.topk, base=cfg.rotary_base) for row in tokens]
+        [reference.forward(weights, row, n_layers=cfg.n_layers, base=cfg.rotary_base, **pruning) for row in tokens]
     )
     assert_close(model(tokens), expected.detach(), what="logits")
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
