@@ -70,14 +70,22 @@ class OptimizerConfig:
     """``[optimizer]``.
 
     Args:
-        name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
-        learning_rate: AdamW's peak rate.
+        name: of the blocks' matrices: ``adamw`` or ``muon``.
+        rest: of everything else: ``adamw``; ``sgd``, with momentum ``beta1`` and without weight decay; ``adam_rows``,
+            AdamW whose scale all coordinates of a token's row share, and all entries of anything else (the basis, a
+            norm's weight); or ``muon`` for tables and basis, with AdamW for vectors. Which of them single out no axis:
+            :mod:`pretraining.optimizers`.
+        freeze_norms: leave the norms' weights at one. Elsewhere each scales an axis of the stream by itself, whatever
+            trains them.
+        learning_rate: the peak rate of what Muon does not update.
         embedding_learning_rate: that of the tables at both ends (embedding, recipe, pairs and values of tokens); 0: the
-            same as of the rest.
+            same as of the rest of their optimiser.
         matrix_learning_rate: Muon's peak rate, the spectral norm of a step on a square matrix.
         matrix_scale: which other matrices take larger steps under Muon, by the square root of their sides' ratio:
             ``widening``, those with more outputs than inputs, as published (Jordan et al., 2024); or ``narrowing``,
             those with fewer, as the packaged models were trained.
+        matrix_dtype: in which Muon orthogonalises: ``bfloat16``, as published, or ``float32``, which rounds too little
+            to single out an axis, and is faster where the processor only imitates bfloat16.
         matrix_momentum: Muon's momentum, reached from ``matrix_momentum_start`` over ``matrix_momentum_steps`` steps.
         weight_decay: decoupled, on the blocks' matrices and the signal basis.
         decay_all: on everything else too.
@@ -89,10 +97,13 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
+    rest: str = "adamw"
+    freeze_norms: bool = False
     learning_rate: float = 6e-4
     embedding_learning_rate: float = 0.0
     matrix_learning_rate: float = 0.01
     matrix_scale: str = "narrowing"
+    matrix_dtype: str = "bfloat16"
     matrix_momentum: float = 0.95
     matrix_momentum_start: float = 0.95
     matrix_momentum_steps: int = 0
@@ -125,6 +136,11 @@ class RunConfig:
             all of them at first, half as many after each of equal stages (:mod:`pretraining.annealing`). Evaluations
             and checkpoints are of the model that keeps ``model.topk``.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
+        start_from: a checkpoint or a run's folder whose weights the first step finds, instead of fresh ones; ``{seed}``
+            in it stands for ``seed``. Optimisers and schedule begin anew.
+        start_rotation: turn what such weights are written in by a random rotation that leaves every logit as it is:
+            ``signals``, the gauge of recipe and basis; or ``stream``, the axes of the residual stream
+            (:mod:`reflowlens.rotations`). ``none``: as they are.
     """
 
     out: str
@@ -141,6 +157,8 @@ class RunConfig:
     wandb_project: str = ""
     sharding: str = "none"
     topk_anneal_fraction: float = 0.0
+    start_from: str = ""
+    start_rotation: str = "none"
 
 
 @dataclass(frozen=True)
@@ -160,10 +178,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         choices = {
             "optimizer.name": ("adamw", "muon"),
+            "optimizer.rest": ("adamw", "sgd", "adam_rows", "muon"),
             "optimizer.matrix_scale": ("narrowing", "widening"),
+            "optimizer.matrix_dtype": ("bfloat16", "float32"),
             "optimizer.schedule": ("constant", "cosine", "wsd"),
             "run.dtype": (AUTO, "float32", "bfloat16"),
             "run.sharding": ("none", "zero1", "fsdp"),
+            "run.start_rotation": ("none", "signals", "stream"),
         }
         for path, allowed in choices.items():
             if (value := self._get(path)) not in allowed:
@@ -186,6 +207,12 @@ class TrainConfig:
                 f"run.topk_anneal_fraction must be 0 for architecture {self.model.architecture!r}: only reflow_topk "
                 "prunes"
             )
+        if self.run.start_rotation != "none" and not self.run.start_from:
+            raise ReflowlensError("run.start_rotation rotates the weights of run.start_from, which is not given")
+        if self.optimizer.rest == "adam_rows" and self.run.sharding == "fsdp":
+            raise ReflowlensError("optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows")
+        if self.optimizer.rest == "sgd" and self.optimizer.decay_all:
+            raise ReflowlensError("optimizer.rest sgd decays nothing: set optimizer.decay_all to false")
         if self.data.context > self.model.n_ctx:
             raise ReflowlensError(f"data.context={self.data.context} exceeds model.n_ctx={self.model.n_ctx}")
         if self.run.batch_size % self.run.accumulation:

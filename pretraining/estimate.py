@@ -74,7 +74,7 @@ class Estimate:
         remarks = {
             "weights": "float32, and bfloat16 copies of matrices" if run.dtype == "bfloat16" else "float32",
             "gradients": "float32, whole until a step's passes are summed" if self._sums_whole else "float32",
-            "optimizer_state": "float32 moments: AdamW two, Muon one",
+            "optimizer_state": "float32 moments: AdamW two, others one",
             "activations": "kept for the backward pass, nothing recomputed; less if compiled",
             "readout": f"a chunk of {loss_chunk()} positions' logits, and the loss's gradients",
         }

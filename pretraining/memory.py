@@ -6,8 +6,10 @@ import dataclasses
 import inspect
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pretraining.config import TrainConfig
-from pretraining.optimizers import is_block_matrix
+from pretraining.optimizers import is_block_matrix, updated_by
 from pretraining.replicas import owners
 from reflowlens.models import MODEL_CLASSES, build_model
 from reflowlens.models.architecture import FLOAT32
@@ -23,7 +25,7 @@ class Memory:
     Args:
         weights: in float32, and the bfloat16 copies that autocast makes of matrices.
         gradients: in float32; under FSDP2 whole where a step has several passes, whose sum is shared once.
-        optimizer_state: AdamW's two moments, Muon's one, in float32.
+        optimizer_state: AdamW's two moments, the others' one, in float32.
         activations: what a forward pass keeps for its backward pass if nothing is recomputed; less if compiled.
         readout: one chunk of logits with what the loss makes of it, and the gradients that it already holds.
     """
@@ -45,10 +47,11 @@ def memory_per_gpu(cfg: TrainConfig, gpus: int) -> Memory:
     Raises:
         ReflowlensError: the batch does not divide among the GPUs.
     """
-    sizes = {name: p.numel() for name, p in build_model(cfg.model, device="meta").named_parameters()}
+    parameters = dict(build_model(cfg.model, device="meta").named_parameters())
+    sizes = {name: p.numel() for name, p in parameters.items()}
     sharding, width = cfg.run.sharding if gpus > 1 else "none", _width(cfg)
     total, in_blocks = sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith("blocks."))
-    state = {name: n * _state_width(cfg, name) for name, n in sizes.items()}
+    state = {name: n * _state_width(cfg, name, parameters[name]) for name, n in sizes.items()}
     weights = gradients = float(FLOAT32 * total)
     optimizer = float(sum(state.values()))
     copied = [n for name, n in sizes.items() if _is_matrix(name)]
@@ -79,8 +82,9 @@ def _is_matrix(name: str) -> bool:
     return name.rsplit(".", 1)[-1].startswith("W_") and name != "pos_embed.W_pos"
 
 
-def _state_width(cfg: TrainConfig, name: str) -> int:
-    moments = 1 if cfg.optimizer.name == "muon" and is_block_matrix(name) else 2
+def _state_width(cfg: TrainConfig, name: str, parameter: Tensor) -> int:
+    """Bytes an entry; the scale that a row shares under ``adam_rows`` is not counted."""
+    moments = 2 if updated_by(cfg.optimizer, name, parameter) == "adamw" else 1
     return FLOAT32 * (moments + (cfg.optimizer.average > 0))
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pretraining.compilation import compiled
 from pretraining.config import TrainConfig
 from pretraining.distributed import Processes
-from pretraining.optimizers import make_optimizers
+from pretraining.optimizers import freeze_norms, make_optimizers
 from pretraining.shards import whole
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
@@ -46,6 +46,8 @@ class Replica:
     def __init__(self, cfg: TrainConfig, group: Processes) -> None:
         self.cfg, self.group = cfg, group
         self.model = self.build()
+        if cfg.optimizer.freeze_norms:
+            freeze_norms(self.model)
         module = self.distribute()
         self.forward: Any = compiled(module) if cfg.run.compile else module
         self.optimizers = make_optimizers(self.model, cfg.optimizer, self.updated())
@@ -139,7 +141,8 @@ class SlicedReplica(Replica):
 
         for module in self.model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().contiguous()))  # all that FSDP2 takes
+                contiguous = parameter.detach().contiguous()  # all that FSDP2 takes
+                setattr(module, name, nn.Parameter(contiguous, parameter.requires_grad))
         mesh = init_device_mesh(self.group.device.type, (self.group.world_size,))
         dtype = torch.bfloat16 if self.cfg.run.dtype == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretraining.adam_rows import SHARED_SQUARE
 from pretraining.annealing import topk_of_step
 from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
 from pretraining.token_files import Manifest
-from reflowlens.checkpoints import WEIGHTS, is_as_written, save_model
+from reflowlens.checkpoints import WEIGHTS, is_as_written, load_model, save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.rotations import rotate_signals, rotate_stream
+from reflowlens.signals import random_rotation
 from reflowlens.storage.atomic import replacing
 from reflowlens.storage.folders import MANIFEST, leftovers, write_folder, write_tensors
 
@@ -48,6 +51,29 @@ def start_fresh(out: Path) -> int:
     if any(out.glob("step_*")):
         raise ReflowlensError(f"{out} already holds a run: continue it with --resume, or choose another run.out")
     return 0
+
+
+def start_from(cfg: TrainConfig, model: HookedModel) -> None:
+    """Fill a model with the weights that ``run.start_from`` names, rotated as ``run.start_rotation`` says.
+
+    Of a parameter that processes hold in parts, each takes its own.
+
+    Raises:
+        ReflowlensError: there is no such checkpoint, it is of another model, or its weights cannot be rotated so.
+    """
+    folder = cfg.run.start_from.replace("{seed}", str(cfg.run.seed))
+    start = load_model(folder)
+    named = {"model_name": ""}
+    if start.cfg.to_dict() | named != cfg.model.to_dict() | named:
+        raise ReflowlensError(f"run.start_from: {folder} holds another model than the configuration describes")
+    if cfg.run.start_rotation == "signals":
+        start = rotate_signals(start, random_rotation(start.cfg.n_signals or 0, cfg.run.seed))
+    if cfg.run.start_rotation == "stream":
+        start = rotate_stream(start, random_rotation(start.cfg.d_model, cfg.run.seed))
+    weights = dict(start.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(cut_like(weights[name].to(parameter.device), like=parameter))
 
 
 def training_data(manifest: Manifest) -> dict[str, Any]:
@@ -190,8 +216,10 @@ def resume_state(
                 if parameter not in own[int(i)]:
                     continue
                 value = states.get_tensor(key).to(parameter.device)
-                # A moment lies in memory as its parameter does; a step count only has to be on the same device.
-                kept = value if entry == "step" else torch.empty_like(parameter).copy_(cut_like(value, like=parameter))
+                # A moment lies in memory as its parameter does; a step count or a scale that is
+                # shared only has to be on the same device.
+                apart = entry in ("step", SHARED_SQUARE)
+                kept = value if apart else torch.empty_like(parameter).copy_(cut_like(value, like=parameter))
                 optimizers[int(i)].state[parameter][entry] = kept
         return int(manifest["step"])
 

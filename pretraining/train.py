@@ -42,6 +42,7 @@ from pretraining.state import (
     save_average,
     save_state,
     start_fresh,
+    start_from,
     training_data,
     writing,
 )
@@ -152,6 +153,8 @@ def _first_step(replica: Replica, data: Mapping[str, Any], resume: bool) -> int:
     """
     cfg = replica.cfg
     start = resume_state(cfg, data, replica.model, replica.optimizers) if resume else start_fresh(Path(cfg.run.out))
+    if cfg.run.start_from and not resume:
+        start_from(cfg, replica.model)
     for split in SPLITS:
         on_first_process(replica.group, partial(check_tokens, cfg.data.folder, split))
     return start

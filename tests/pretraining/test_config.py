@@ -114,6 +114,27 @@ def test_a_preset_with_changes(write: Callable[..., Path]) -> None:
         ({"optimizer": {"grad_clip": 0}}, "optimizer.grad_clip must be positive, got 0"),
         ({"optimizer": {"warmup_steps": -1}}, "optimizer.warmup_steps must not be negative, got -1"),
         ({"optimizer": {"final_fraction": 2.0}}, "optimizer.final_fraction must be between 0 and 1, got 2.0"),
+        (
+            {"optimizer": {"rest": "lion"}},
+            "optimizer.rest must be one of 'adamw', 'sgd', 'adam_rows', 'muon', got 'lion'",
+        ),
+        ({"optimizer": {"matrix_dtype": "float16"}}, "optimizer.matrix_dtype must be one of 'bfloat16', 'float32'"),
+        (
+            {"optimizer": {"rest": "sgd", "decay_all": True}},
+            "optimizer.rest sgd decays nothing: set optimizer.decay_all",
+        ),
+        (
+            {"optimizer": {"rest": "adam_rows"}, "run": {"sharding": "fsdp"}},
+            "optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows",
+        ),
+        (
+            {"run": {"start_rotation": "axes"}},
+            "run.start_rotation must be one of 'none', 'signals', 'stream', got 'axes'",
+        ),
+        (
+            {"run": {"start_rotation": "stream"}},
+            "run.start_rotation rotates the weights of run.start_from, which is not",
+        ),
         ({"data": {"context": 17}}, "data.context=17 exceeds model.n_ctx=16"),
         ({"run": {"accumulation": 3}}, "run.accumulation must divide run.batch_size=8"),
     ],

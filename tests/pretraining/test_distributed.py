@@ -23,6 +23,8 @@ from tests.support.runs import measured, run_tables, run_two_processes, same_fil
 
 SHARDINGS = ("none", "zero1", "fsdp")
 OPTIMIZERS = ("adamw", "muon")
+# What updates tables and vectors, and a way to share it out that knows of it; norms do not learn.
+REST = (("zero1", "adam_rows"), ("zero1", "sgd"), ("fsdp", "sgd"), ("fsdp", "muon"))
 STEPS = 12
 # Of losses, and of weights and moments relative to their norms. Muon iterates in bfloat16 and brings singular values
 # up to 1 however small they are: a gradient's rounding error can turn a whole direction of a step.
@@ -62,15 +64,19 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     tables = run_tables(tokens_folder, folder)
 
-    def config(name: str, optimizer: str, **run: Any) -> Path:
+    def config(name: str, optimizer: str, rest: str = "adamw", **run: Any) -> Path:
         run = RUN | {"out": str(folder / name)} | run
-        return write_toml(folder / f"{name}.toml", tables, optimizer={"name": optimizer}, run=run)
+        updates = {"name": optimizer, "rest": rest, "freeze_norms": rest != "adamw"}
+        return write_toml(folder / f"{name}.toml", tables, optimizer=updates, run=run)
 
     for optimizer in OPTIMIZERS:
         train(load_config(config(f"one-{optimizer}", optimizer)))
+    for rest in {rest for _, rest in REST}:
+        train(load_config(config(f"one-rest-{rest}", "adamw", rest)))
     train(load_config(config("one-bfloat16", "adamw", dtype="bfloat16")))
     jobs = [str(config(f"{sharding}-{name}", name, sharding=sharding)) for sharding in SHARDINGS for name in OPTIMIZERS]
     jobs.append(str(config("fsdp-bfloat16", "adamw", sharding="fsdp", dtype="bfloat16", accumulation=1)))
+    jobs += [str(config(f"{sharding}-rest-{rest}", "adamw", rest, sharding=sharding)) for sharding, rest in REST]
     for sharding in SHARDINGS:
         begun(folder / "one-adamw", folder / f"more-{sharding}")
         jobs.append(f"{config(f'more-{sharding}', 'adamw', sharding=sharding)}+resume")
@@ -84,6 +90,11 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_equal_one_with_the_whole_batch(runs: Path, sharding: str, optimizer: str) -> None:
     same_run(runs / f"{sharding}-{optimizer}", runs / f"one-{optimizer}", optimizer)
     assert load_model(runs / f"{sharding}-{optimizer}").cfg == load_config(runs / "one-adamw.toml").model
+
+
+@pytest.mark.parametrize(("sharding", "rest"), REST)
+def test_two_processes_share_what_the_rest_is_updated_by(runs: Path, sharding: str, rest: str) -> None:
+    same_run(runs / f"{sharding}-rest-{rest}", runs / f"one-rest-{rest}", "muon" if rest == "muon" else "adamw")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

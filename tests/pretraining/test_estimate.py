@@ -125,11 +125,20 @@ def tiny(sharding: str = "none", **changes: Any) -> TrainConfig:
     return load_config("reflow_nano", settings)
 
 
-@pytest.mark.parametrize(("name", "average"), [("adamw", 0.0), ("muon", 0.0), ("muon", 0.99)])
-def test_optimiser_state_is_what_the_optimisers_hold(name: str, average: float) -> None:
-    cfg = tiny(optimizer__name=name, optimizer__average=average, model__n_layers=1)
+@pytest.mark.parametrize(
+    ("name", "average", "rest"),
+    [
+        ("adamw", 0.0, "adamw"),
+        ("muon", 0.0, "adamw"),
+        ("muon", 0.99, "adamw"),
+        ("adamw", 0.0, "sgd"),
+        ("muon", 0, "muon"),
+    ],
+)
+def test_optimiser_state_is_what_the_optimisers_hold(name: str, average: float, rest: str) -> None:
+    cfg = tiny(optimizer__name=name, optimizer__average=average, optimizer__rest=rest, model__n_layers=1)
     model = build_model(cfg.model)
-    optimizers = make_optimizers(model, OptimizerConfig(name=name, average=average))
+    optimizers = make_optimizers(model, OptimizerConfig(name=name, average=average, rest=rest))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pretraining.adam_rows import AdamRows
 from pretraining.config import OptimizerConfig
-from pretraining.optimizers import Muon, make_optimizers, momentum, orthogonalize, schedule, set_rates
+from pretraining.optimizers import (
+    Muon,
+    freeze_norms,
+    make_optimizers,
+    momentum,
+    orthogonalize,
+    schedule,
+    set_rates,
+)
 from reflowlens.config import PRESETS
 from reflowlens.models import build_model
 from tests.support.tiny import CONFIGS, assert_close
@@ -142,3 +151,74 @@ def test_the_published_scale_is_that_of_torch() -> None:
         # Both iterate in bfloat16, along the other side's Gram matrix: the directions agree roughly, the size well.
         assert (step - expected).norm() < 0.1 * expected.norm()
         assert (step * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.02)
+
+
+def stepped(optimizer: torch.optim.Optimizer, parameter: Tensor, gradients: Tensor) -> Tensor:
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("axis", [-1, 0, None])
+def test_adam_whose_scale_is_shared(axis: int | None) -> None:
+    """Adam written out, with one second moment a row, a column, or for all; of a single coordinate it is torch's."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(6, 4, generator=generator), torch.randn(5, 6, 4, generator=generator)
+    parameter = torch.nn.Parameter(start.clone())
+    ours = stepped(AdamRows([parameter], lr=0.1, weight_decay=0.2, shared_axis=axis), parameter, gradients)
+    w, m, v = start.clone(), torch.zeros(6, 4), 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.95 * v + 0.05 * (g**2).mean(dim=[0, 1] if axis is None else axis, keepdim=True)
+        w = w - 0.1 * 0.2 * w - 0.1 * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)) ** 0.5 + 1e-8)
+    assert_close(ours, w, 1e-5)
+    one, same = (torch.nn.Parameter(start[:, :1].clone()) for _ in range(2))
+    alone = stepped(AdamRows([one], lr=0.1, weight_decay=0.2, shared_axis=-1), one, gradients[..., :1])
+    theirs = torch.optim.AdamW([same], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2)
+    assert_close(alone, stepped(theirs, same, gradients[..., :1]), 1e-5)
+
+
+KINDS = {torch.optim.AdamW: "adamw", torch.optim.SGD: "sgd", AdamRows: "adam_rows", Muon: "muon"}
+
+
+@pytest.mark.parametrize("rest", ["adamw", "sgd", "adam_rows", "muon"])
+@pytest.mark.parametrize("architecture", ["reflow", "llama_untied", "gpt2_biased"])
+def test_what_updates_the_rest(architecture: str, rest: str) -> None:
+    model = build_model(CONFIGS[architecture])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    cfg = OptimizerConfig(name="muon", rest=rest, embedding_learning_rate=0.5, learning_rate=0.1)
+    found = {
+        names[p]: (KINDS[type(optimizer)], group)
+        for optimizer in make_optimizers(model, cfg)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found.keys() == set(names.values())
+    for name, (kind, group) in found.items():
+        table = name in ("embed.W_E", "embed.W_recipe", "pos_embed.W_pos", "unembed.W_U")
+        matrix = name.startswith("blocks.") and ".W_" in name
+        vector = not (table or matrix or name == "embed.W_basis")
+        assert kind == ("muon" if matrix else "adamw" if rest == "muon" and vector else rest), name
+        assert group["weight_decay"] == (0.1 if matrix or (name == "embed.W_basis" and rest != "sgd") else 0), name
+        assert group["lr"] == (0.5 if table else 0.01 if kind == "muon" else 0.1), name
+        if kind == "adam_rows":  # a scale a token, or one for all
+            assert group["shared_axis"] == ((0 if name == "unembed.W_U" else -1) if table else None), name
+        if kind == "sgd":
+            assert group["momentum"] == 0.9
+    freeze_norms(model)
+    learning = {
+        p for optimizer in make_optimizers(model, cfg) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert {name for p, name in names.items() if p not in learning} == {
+        name for name in names.values() if re.search(r"ln(1|2|_final)\.[wb]$", name)
+    }
+
+
+def test_steps_orthogonalised_in_float32_differ_by_rounding() -> None:
+    matrix = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    coarse, fine = orthogonalize(matrix), orthogonalize(matrix, torch.float32)
+    wide = orthogonalize(matrix.double(), torch.float32)
+    assert wide.dtype == torch.float64
+    assert_close(fine.double(), wide, 1e-4)
+    assert 1e-3 < (coarse - fine).abs().max() < 0.05

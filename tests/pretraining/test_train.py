@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import reflowlens.checkpoints
 from pretraining import train as train_module
+from pretraining.batches import batch_at
 from pretraining.config import TrainConfig, load_config
 from pretraining.distributed import Processes
 from pretraining.evaluate import evaluate, evaluate_model
@@ -135,6 +136,43 @@ def test_compiled_is_close(write: Callable[..., Path], tmp_path: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
+# ------------------------------------------------------------------------------------------------ weights to start from
+
+
+PLAIN = {"name": "adamw", "freeze_norms": True, "schedule": "constant"}  # norms that a rotation of the stream can pass
+
+
+@pytest.mark.parametrize("rotation", ["none", "signals", "stream"])
+def test_a_run_begins_with_the_weights_of_another(write: Callable[..., Path], tmp_path: Path, rotation: str) -> None:
+    """Its first loss is theirs, however they are rotated; resumed, it does not begin again."""
+    first = load_config(write(optimizer=PLAIN, run={"steps": 6, "out": str(tmp_path / "first_0")}))
+    before = load_model(train(first))
+    start = {"start_from": str(tmp_path / "first_{seed}"), "start_rotation": rotation}
+    two, three = (
+        load_config(write(model={"model_name": "again"}, optimizer=PLAIN, run=start | {"steps": steps}))
+        for steps in (2, 3)
+    )
+    train(two)
+    x, y = batch_at(open_tokens(two.data.folder, "train").tokens, 0, 8, 16, seed=0)
+    assert records(two.run.out)[0]["loss"] == pytest.approx(before(x, "loss", targets=y).item(), rel=1e-5)
+    train(with_out(three, tmp_path / "uninterrupted"))
+    shutil.rmtree(tmp_path / "first_0")
+    same_files(train(three, resume=True), newest_checkpoint(tmp_path / "uninterrupted"))
+
+
+def test_weights_to_begin_with_that_are_not_of_this_model(write: Callable[..., Path], tmp_path: Path) -> None:
+    first = load_config(write(run={"steps": 2, "out": str(tmp_path / "first")}))
+    train(first)
+    other = load_config(write(model={"n_layers": 1}, run={"start_from": str(tmp_path / "first")}))
+    with pytest.raises(
+        ReflowlensError, match=r"run.start_from: .* holds another model than the configuration describes"
+    ):
+        train(other)
+    free = load_config(write(run={"start_from": str(tmp_path / "first"), "start_rotation": "stream"}))
+    with pytest.raises(ReflowlensError, match=r"optimizer.freeze_norms = true"):
+        train(free)
+
+
 # ------------------------------------------------------------------------------------------------ stopping and resuming
 
 
@@ -161,8 +199,18 @@ AVERAGED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [{"name": "adamw"}, {"name": "muon"}, AVERAGED], ids=["adamw", "muon", "average"])
-@pytest.mark.parametrize("crash_at", [7, 10, 23])
+SHARED = {"rest": "adam_rows", "name": "muon", "freeze_norms": True}
+SGD = {"rest": "sgd", "learning_rate": 0.3, "embedding_learning_rate": 10.0}
+TABLES = {"rest": "muon", "matrix_dtype": "float32", "average": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "crash_at"),
+    [
+        *((optimizer, step) for optimizer in ({"name": "adamw"}, {"name": "muon"}, AVERAGED) for step in (7, 10, 23)),
+        *((optimizer, 13) for optimizer in (SHARED, SGD, TABLES)),
+    ],
+)
 def test_resuming_is_bit_for_bit(
     write: Callable[..., Path],
     uninterrupted: Callable[[TrainConfig], Path],
