@@ -17,6 +17,10 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+UNTRAINED = ("untrained", "untrained_2", "untrained_3")
+"""The draws of the control ``untrained``, as frames and figures name them."""
+QUICK_UNTRAINED = 2
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -26,6 +30,7 @@ class Claim:
         beats: the controls that it must exceed, or fall below.
         smallest: by how much at least, in units of the metric; with ``relative`` as a share of the control's size.
         beyond: a fixed value that it must exceed, or fall below, as well.
+        below: that less is claimed: the metric must fall below them.
         why: why an obvious control is not among them.
     """
 
@@ -33,17 +38,26 @@ class Claim:
     smallest: float
     relative: bool = False
     beyond: float | None = None
+    below: bool = False
     why: str = ""
 
-    def bound(self, controls: Mapping[str, float], sign: int = 1) -> float:
-        """What ``sign`` times the lower end of the interval must exceed: the hardest of the controls that there are.
+    @property
+    def sign(self) -> int:
+        """1, or -1 where less is claimed and all values are negated."""
+        return -1 if self.below else 1
+
+    def bound(self, controls: Mapping[str, float]) -> float:
+        """What the interval must lie above, all values negated where less is claimed: the hardest of the controls that
+        there are, and of each draw of one.
 
         >>> Claim(("untrained", "rotated_basis"), 0.05).bound({"untrained": 0.3, "rotated_basis": 0.2, "varimax": 0.9})
         0.35
+        >>> Claim(("untrained",), 0.05).bound({"untrained": 0.3, "untrained_2": 0.5})
+        0.55
         """
-        there = [controls[name] for name in self.beats if name in controls]
-        bounds = [sign * value + self.smallest * (abs(value) if self.relative else 1.0) for value in there]
-        bounds += [] if self.beyond is None else [sign * self.beyond]
+        there = [value for name, value in controls.items() if control_of(name) in self.beats]
+        bounds = [self.sign * value + self.smallest * (abs(value) if self.relative else 1.0) for value in there]
+        bounds += [] if self.beyond is None else [self.sign * self.beyond]
         return float(np.max(bounds)) if bounds else -np.inf
 
     @property
@@ -62,18 +76,20 @@ CLAIMS: dict[str, dict[str, Claim]] = {
         "codebook_purity": Claim((*_TURNED, "label_permutation"), 0.02),
     },
     "sparsity_profile": {
-        "active_share": Claim(_DENSE, 0.1, relative=True),
-        "usage_gini": Claim(("rotated_basis",), 0.1, relative=True, why="independent entries use all signals evenly"),
+        "active_share": Claim(_DENSE, 0.1, relative=True, below=True),
+        "usage_gini": Claim(
+            ("rotated_basis",), 0.1, relative=True, below=True, why="independent entries use all signals evenly"
+        ),
         "hoyer": Claim(_DENSE, 0.1, relative=True),
-        "participation": Claim(_DENSE, 0.1, relative=True),
+        "participation": Claim(_DENSE, 0.1, relative=True, below=True),
         "signal_kurtosis": Claim(_DENSE, 0.1, relative=True),
-        "support_share": Claim(_DENSE, 0.1, relative=True),
+        "support_share": Claim(_DENSE, 0.1, relative=True, below=True),
     },
     "basis_geometry": {
-        "effective_rank": Claim(("gaussian", "untrained"), 0.05, relative=True),
-        "effective_rank_E": Claim(("gaussian", "untrained"), 0.05, relative=True),
+        "effective_rank": Claim(("gaussian", "untrained"), 0.05, relative=True, below=True),
+        "effective_rank_E": Claim(("gaussian", "untrained"), 0.05, relative=True, below=True),
         "coherence_mean": Claim(
-            ("rotated_basis",), 0.1, relative=True, why="an untrained basis is orthogonal by making"
+            ("rotated_basis",), 0.1, relative=True, below=True, why="an untrained basis is orthogonal by making"
         ),
         "alignment_*": Claim(("random_direction", "untrained"), 0.05),
     },
@@ -88,7 +104,7 @@ CLAIMS: dict[str, dict[str, Claim]] = {
     },
     "typo_resilience": {
         "final_cosine_*": Claim(("unrelated_word", "unrelated_misspelling"), 0.05, why=_ALIKE),
-        "final_kl": Claim(("unrelated_word", "unrelated_misspelling"), 0.1, why=_ALIKE),
+        "final_kl": Claim(("unrelated_word", "unrelated_misspelling"), 0.1, below=True, why=_ALIKE),
         "recovered_share": Claim(("unrelated_word", "unrelated_misspelling"), 0.05, why=_ALIKE),
     },
     "layer_evolution": {
@@ -98,12 +114,12 @@ CLAIMS: dict[str, dict[str, Claim]] = {
     "signal_flow": {
         "leading_share": Claim(_TURNED, 0.05),
         "neighbour_overlap": Claim(_TURNED, 0.05),
-        "leading_since": Claim(_TURNED, 0.05),
+        "leading_since": Claim(_TURNED, 0.05, below=True),
     },
     "causal_ablation": {
-        "remaining_after_one": Claim(_TURNED, 0.05),
+        "remaining_after_one": Claim(_TURNED, 0.05, below=True),
         "knockout_area": Claim(_TURNED, 0.05),
-        "sufficient_share": Claim(_TURNED, 0.05),
+        "sufficient_share": Claim(_TURNED, 0.05, below=True),
     },
     "emotion_surgery": {
         "best_flip_rate": Claim(
@@ -141,8 +157,58 @@ def claim_of(experiment: str, metric: str) -> Claim | None:
     return known.get(metric) or (known[pattern] if pattern else None)
 
 
-def bound_of(experiment: str, metric: str, controls: Mapping[str, float], sign: int = 1) -> float:
+def bound_of(experiment: str, metric: str, controls: Mapping[str, float]) -> float:
     """What the interval of a metric of an experiment must lie beyond (`Claim.bound`)."""
+    return _claim(experiment, metric).bound(controls)
+
+
+def sign_of(experiment: str, metric: str) -> int:
+    """1 where more of a metric is claimed, -1 where less is."""
+    return _claim(experiment, metric).sign
+
+
+def _claim(experiment: str, metric: str) -> Claim:
     claim = claim_of(experiment, metric)
     assert claim is not None, f"{experiment} judges {metric} without a claim"
-    return claim.bound(controls, sign)
+    return claim
+
+
+def untrained_names(experiment: str, quick: bool) -> tuple[str, ...]:
+    """The draws of ``untrained`` that an experiment takes: three, of a quick run two; one where no verdict asks.
+
+    A single draw can lie low by chance, and a difference from it shows no more than that: where a claim names the
+    control, its verdict asks for the hardest of several (`joined_draws`).
+
+    >>> untrained_names("signal_flow", quick=True), untrained_names("typo_resilience", quick=False)
+    (('untrained', 'untrained_2'), ('untrained',))
+    """
+    asked = any(UNTRAINED[0] in claim.beats for claim in CLAIMS.get(experiment, {}).values())
+    return UNTRAINED[: (QUICK_UNTRAINED if quick else len(UNTRAINED)) if asked else 1]
+
+
+def control_of(draw: str) -> str:
+    """The control that a draw of the untrained model is one of.
+
+    >>> control_of("untrained_2"), control_of("untrained_long")
+    ('untrained', 'untrained_long')
+    """
+    return UNTRAINED[0] if draw in UNTRAINED else draw
+
+
+def joined_draws(experiment: str, metric: str, controls: Mapping[str, float]) -> dict[str, float]:
+    """Controls with the draws of the untrained model as one number: where the metric's claim names the control, the
+    draw that is hardest to beat, which decides; otherwise their mean.
+
+    >>> joined_draws("signal_flow", "leading_share", {"untrained": 0.3, "untrained_2": 0.2, "varimax": 0.9})
+    {'untrained': 0.3, 'varimax': 0.9}
+    """
+    claim, by_control = claim_of(experiment, metric), dict[str, list[float]]()
+    for name, value in controls.items():
+        by_control.setdefault(control_of(name), []).append(value)
+
+    def one(control: str, draws: list[float]) -> float:
+        if len(draws) == 1 or claim is None or control not in claim.beats:
+            return draws[0] if len(draws) == 1 else float(np.mean(draws))
+        return min(draws) if claim.below else max(draws)
+
+    return {control: one(control, draws) for control, draws in by_control.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from analyses.claims import QUICK_UNTRAINED, UNTRAINED
+
 if TYPE_CHECKING:
     from analyses.words.lexicon import Lexicon
     from reflowlens.models.base import HookedModel
@@ -89,7 +91,7 @@ def semantic_galaxy(sizes: Sizes) -> Work:
 
 
 def semantic_algebra(sizes: Sizes) -> Work:
-    questions, spaces = len(_lexicon().analogies), 7
+    questions, spaces = len(_lexicon().analogies), 5 + 2 * _draws(sizes)
     return Work(
         f"{questions} analogies × {spaces} spaces", reads=questions * spaces, rows=10 * questions * spaces, products=4
     )
@@ -103,19 +105,21 @@ def typo_resilience(sizes: Sizes) -> Work:
 
 
 def layer_evolution(sizes: Sizes) -> Work:
-    prompts, clauses = _prompts(sizes), 18 * len(_lexicon().long_prompts)
-    told = f"{3 * prompts} prompts × {sizes.points} points of the lens, {clauses} behind clauses"
-    return Work(told, tokens=8 * 2 * prompts + 14 * clauses, reads=(6 * prompts + 0.6 * clauses) * sizes.points)
+    draws, prompts = _draws(sizes), _prompts(sizes)
+    clauses = 6 * (2 + draws) * len(_lexicon().long_prompts)
+    told = f"{(2 + draws) * prompts} prompts × {sizes.points} points of the lens, {clauses} behind clauses"
+    reads = ((4 + 2 * draws) * prompts + 0.6 * clauses) * sizes.points
+    return Work(told, tokens=8 * (1 + draws) * prompts + 14 * clauses, reads=reads)
 
 
 def signal_flow(sizes: Sizes) -> Work:
-    prompts = _prompts(sizes)
-    told = f"{prompts} prompts × {2 * sizes.n_layers + 1} points × 13 bases"
-    return Work(told, tokens=40 * prompts, reads=2 * prompts * (2 * sizes.n_layers + 1))
+    prompts, models = _prompts(sizes), 1 + _draws(sizes)
+    told = f"{prompts} prompts × {2 * sizes.n_layers + 1} points × {11 + models} bases"
+    return Work(told, tokens=20 * models * prompts, reads=models * prompts * (2 * sizes.n_layers + 1))
 
 
 def causal_ablation(sizes: Sizes) -> Work:
-    prompts, bases, signals = _prompts(sizes), 13, sizes.signals
+    prompts, bases, signals = _prompts(sizes), 12 + _draws(sizes), sizes.signals
     removals = (2 * signals if sizes.tied else 0) + 8 * sizes.n_layers
     return Work(
         f"{prompts} prompts × {bases} bases × {signals} signals, {removals:.0f} removals upstream",
@@ -140,7 +144,8 @@ def emotion_surgery(sizes: Sizes) -> Work:
 
 def concept_inception(sizes: Sizes) -> Work:
     problems = len(_lexicon().categories) * (1 if sizes.quick else 3) * sizes.layers
-    searches = 4.3 * problems  # behind short prompts and long ones, of the untrained model and of random recipes
+    # Behind short prompts and long ones, of random recipes, and of untrained models behind one long prompt a concept.
+    searches = (3 + (1 + (1 if sizes.quick else 1 / 3)) * _draws(sizes)) * problems
     told = f"{searches:.0f} searches for a strength, {_TRIALS} trials each"
     return Work(told, tokens=0.5 * _TRIALS * searches, reads=_TRIALS * searches)
 
@@ -173,7 +178,12 @@ _TRIALS = 17  # of a critical strength: by doubling and bisection, and a few lar
 
 def _bases(sizes: Sizes) -> int:
     """A view's own, its random rotations, varimax, and those of its nulls."""
-    return 8 if sizes.quick else 14
+    return 9 if sizes.quick else 16
+
+
+def _draws(sizes: Sizes) -> int:
+    """Untrained models, where a verdict asks for them."""
+    return QUICK_UNTRAINED if sizes.quick else len(UNTRAINED)
 
 
 def _prompts(sizes: Sizes) -> int:

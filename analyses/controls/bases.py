@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from analyses.claims import bound_of
+from analyses.claims import bound_of, sign_of
 from analyses.result.finding import Finding
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.pvalues import Alternative, holm, predictive_pvalue
@@ -77,16 +77,16 @@ class Bases(Generic[T]):
 def in_bases(
     measure: Callable[[SignalView], T],
     view: SignalView,
-    nulls: Mapping[str, SignalView],
+    nulls: Mapping[str, T],
     *,
     rotations: int,
     seed: int,
     experiment: str,
     progress: bool = False,
 ) -> Bases[T]:
-    """Measure a view, its nulls, random rotations that are drawn for one experiment, and its varimax rotation.
+    """Measure a view, random rotations of it that are drawn for one experiment, and its varimax rotation.
 
-    A rotated recipe is in memory while it is measured.
+    A rotated recipe is in memory while it is measured. ``nulls``: what was measured of views with nothing in them.
 
     Raises:
         ReflowlensError: fewer than 2 rotations.
@@ -96,7 +96,7 @@ def in_bases(
     bar = tqdm(rotated, total=rotations, desc=experiment.replace("_", " "), disable=not progress)
     return Bases(
         own=measure(view),
-        nulls={name: measure(null) for name, null in nulls.items()},
+        nulls=dict(nulls),
         rotated={name: measure(other) for name, other in bar},
         varimax=measure(varimax_view(view, seed=seed)),
     )
@@ -133,7 +133,6 @@ def as_one_basis(frame: pd.DataFrame) -> pd.DataFrame:
 def basis_verdicts(
     findings: Mapping[str, Finding],
     values: Mapping[str, Bases[float]],
-    alternatives: Mapping[str, Alternative],
     units: Mapping[str, int],
     *,
     minimum_units: int,
@@ -142,29 +141,29 @@ def basis_verdicts(
     """Judge the claim, for each metric, that the trained basis is privileged: it says more than a random rotation.
 
     Supported if p of the metric as one more draw from the rotations, Holm-adjusted over these metrics, is below 0.05
-    and the metric's interval is clear of the rotations' mean, and of the other controls that its claim names
-    (`analyses.claims`), by the smallest effect that matters, on the side that ``alternatives`` names; underpowered with
+    and the metric's interval is clear of the rotations' mean, and of the other controls that its claim names, by the
+    smallest effect that matters, on the side where a privileged basis would be (`analyses.claims`); underpowered with
     fewer than ``minimum_units`` units of replication.
 
     Args:
         findings: with intervals.
         values: metric -> its value in every basis.
-        alternatives: the metrics that are judged -> "greater" or "less", whichever a privileged basis would be.
-        units: metric -> how many units its interval was taken over.
+        units: the metrics that are judged -> how many units their intervals were taken over.
         experiment: whose claims these are.
 
     Returns:
-        The findings, those of ``alternatives`` with their verdicts, and notes that tell the p-values.
+        The findings, those that are judged with their verdicts, and notes that tell the p-values.
     """
-    nulls = {metric: [*values[metric].rotated.values()] for metric in alternatives}
-    raw = [predictive_pvalue(findings[metric].value, null, alternatives[metric]) for metric, null in nulls.items()]
+    nulls = {metric: [*values[metric].rotated.values()] for metric in units}
+    signs = {metric: sign_of(experiment, metric) for metric in units}
+    sides: dict[int, Alternative] = {1: "greater", -1: "less"}
+    raw = [predictive_pvalue(findings[metric].value, null, sides[signs[metric]]) for metric, null in nulls.items()]
     judged, notes = dict(findings), []
     for (metric, null), p, adjusted in zip(nulls.items(), raw, holm(raw).tolist(), strict=True):
-        sign = 1 if alternatives[metric] == "greater" else -1
         interval = findings[metric].interval
         assert interval is not None  # every metric that is judged is one over units
-        low, high = sorted(sign * end for end in interval)
-        bound = bound_of(experiment, metric, findings[metric].controls, sign)
+        low, high = sorted(signs[metric] * end for end in interval)
+        bound = bound_of(experiment, metric, findings[metric].controls)
         judgement = verdict((low, high), bound, adjusted, minimum_units=minimum_units, units=units[metric])
         judged[metric] = replace(findings[metric], verdict=judgement)
         notes.append(

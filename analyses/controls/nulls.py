@@ -3,42 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analyses.claims import untrained_names
 from analyses.measures.neighbors import shuffle_columns
 from analyses.statistics.draws import derive_rng, derive_seed
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import VIEWS, SignalView, signal_view
 
+T = TypeVar("T")
+_LARGE = 20_000_000  # parameters, from which on a model that nobody holds is not left to the collector's own time
+
 _shared: ContextVar[dict[tuple[str, int, int], HookedModel] | None] = ContextVar("_shared", default=None)
 
 
-def untrained_model(model: HookedModel, seed: int, number: int = 1) -> HookedModel:
-    """The architecture of a model at initialisation: the control ``untrained``, one for all experiments of a seed.
+def over_untrained(
+    measure: Callable[[SignalView], T], view: SignalView, seed: int, experiment: str, *, quick: bool
+) -> dict[str, T]:
+    """What a function makes of each `untrained_view` of a view, by the names of `untrained_names`.
 
-    ``number``: which one, where several are held against the model.
+    The models are in memory one after the other, if nothing that is returned holds them; the one that an experiment
+    before this has left is read first.
+
+    Example: ``over_untrained(lambda fresh: fresh.recipe.std(), signal_view(model), 0, "signal_flow", quick=True)``
+    """
+    names = untrained_names(experiment, quick)
+    order = sorted(range(len(names)), key=lambda i: not _is_at_hand(view.model, seed, i + 1))
+    found = {names[i]: measure(untrained_view(view, seed, i + 1)) for i in order}
+    return {name: found[name] for name in names}
+
+
+def untrained_model(model: HookedModel, seed: int, number: int = 1) -> HookedModel:
+    """The architecture of a model at initialisation: the control ``untrained``, the same for all experiments of a seed.
+
+    ``number``: which draw, from 1.
     """
     key = (repr(model.cfg), seed, number)
     shared = _shared.get()
     if shared is not None and key in shared:
         return shared[key]
-    untrained = build_model(model.cfg, seed=derive_seed(seed, "untrained", number), device=model.cfg.device)
     if shared is not None:
         shared.clear()  # one at a time: it is as large as the model
+    if model.n_parameters > _LARGE:
+        gc.collect()  # a model refers to itself, through what ties its weights, and outlives its last name
+    untrained = build_model(model.cfg, seed=derive_seed(seed, "untrained", number), device=model.cfg.device)
+    if shared is not None:
         shared[key] = untrained
     return untrained
 
 
+def _is_at_hand(model: HookedModel, seed: int, number: int) -> bool:
+    return (repr(model.cfg), seed, number) in (_shared.get() or {})
+
+
 @contextmanager
 def shared_untrained() -> Iterator[None]:
-    """Within the block `untrained_model` makes a model once and gives it again: to be left as it is."""
+    """Within the block `untrained_model` keeps the last model that it made, to be left as it is, and gives it again."""
     token = _shared.set({})
     try:
         yield
@@ -46,14 +75,14 @@ def shared_untrained() -> Iterator[None]:
         _shared.reset(token)
 
 
-def untrained_view(view: SignalView, seed: int) -> SignalView:
-    """The `untrained_model` of a view's model, through a view of the same kind.
+def untrained_view(view: SignalView, seed: int, number: int = 1) -> SignalView:
+    """An `untrained_model` of a view's model, through a view of the same kind.
 
     A view made by hand has no untrained twin; the default view of the architecture takes its place.
 
     Example: ``untrained_view(signal_view(model), seed=0).model``
     """
-    untrained = untrained_model(view.model, seed)
+    untrained = untrained_model(view.model, seed, number)
     name = next((name for name in VIEWS if name == view.name), None)
     return signal_view(untrained, name, seed=seed)
 
@@ -72,12 +101,13 @@ def shuffled_view(view: SignalView, seed: int) -> SignalView:
     return dataclasses.replace(real, recipe=shuffle_columns(real.recipe, seed))
 
 
-def recipe_nulls(view: SignalView, seed: int, experiment: str) -> Iterator[tuple[str, SignalView]]:
-    """``shuffled_recipe`` and ``gaussian``, drawn for one experiment, and ``untrained``, one at a time."""
+def over_nulls(
+    measure: Callable[[SignalView], T], view: SignalView, seed: int, experiment: str, *, quick: bool
+) -> dict[str, T]:
+    """What a function makes of ``shuffled_recipe`` and ``gaussian``, drawn for one experiment, and `over_untrained`."""
     own = derive_seed(seed, experiment)
-    yield "shuffled_recipe", shuffled_view(view, own)
-    yield "gaussian", gaussian_view(view, own)
-    yield "untrained", untrained_view(view, seed)
+    found = {"shuffled_recipe": measure(shuffled_view(view, own)), "gaussian": measure(gaussian_view(view, own))}
+    return found | over_untrained(measure, view, seed, experiment, quick=quick)
 
 
 def permuted_labels(labels: NDArray[np.int64], permutations: int, seed: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ may look like a formula: `save(..., spreadsheet=True)` writes a CSV that Excel a
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from analyses.claims import joined_draws
 from analyses.result.finding import Finding, Table, checked, entries, finite_floats, joined
 from analyses.result.frames import read_frame, tidy
 from analyses.result.spreadsheets import guarded
@@ -49,7 +51,8 @@ class Result:
 
     `name`: file-safe ("layer_evolution"); `title`: for people ("Layer Evolution").
     `params`: every argument, the seed and the model's hash; anything JSON can hold (tuples become lists).
-    `findings`: metric -> `Finding`. One that could not be computed is absent, with a note that says why. They can be
+    `findings`: metric -> `Finding`, of a control's several draws one number each (`analyses.claims.joined_draws`). One
+    that could not be computed is absent, with a note that says why. They can be
     given as tables by metric too, and are read as such: `metrics` (the values), `controls`, `intervals`, `verdicts`.
     `published` and `definitions`: metric -> value in the reFlow documents, and the definition used here; both may also
     speak of a metric that is absent.
@@ -90,7 +93,12 @@ class Result:
         self._definitions = dict(definitions) | entries(findings, "definition")
         self._published = finite_floats(dict(published) | entries(findings, "published"), "published")
         self.findings = {
-            metric: checked(finding, metric, self._definitions.get(metric, ""), self._published.get(metric))
+            metric: checked(
+                dataclasses.replace(finding, controls=joined_draws(name, metric, finding.controls)),
+                metric,
+                self._definitions.get(metric, ""),
+                self._published.get(metric),
+            )
             for metric, finding in findings.items()
         }
         self.frames = {key: tidy(frame, key) for key, frame in frames.items()}

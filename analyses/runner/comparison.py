@@ -208,6 +208,7 @@ def _headline(comparison: pd.DataFrame) -> pd.DataFrame:
 
 
 def _open(names: Sequence[str], seed: int, device: str) -> dict[str, HookedModel]:
+    from analyses.claims import UNTRAINED as DRAWS
     from analyses.controls.nulls import untrained_model
     from reflowlens.checkpoints import load_model
 
@@ -216,8 +217,8 @@ def _open(names: Sequence[str], seed: int, device: str) -> dict[str, HookedModel
     if not names or names[0] == UNTRAINED:
         raise ReflowlensError("a comparison begins with a trained model, whose architecture 'untrained' then means")
     opened = {name: load_model(name, device=device) for name in names if name != UNTRAINED}
-    # Not the experiments' own untrained model: the column would be its own control.
-    fresh = untrained_model(opened[names[0]], seed, number=2) if UNTRAINED in names else None
+    # None of the experiments' own untrained models: the column would be its own control.
+    fresh = untrained_model(opened[names[0]], seed, number=len(DRAWS) + 1) if UNTRAINED in names else None
     return {name: fresh if name == UNTRAINED and fresh else opened[name] for name in names}
 
 

@@ -2,21 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from analyses.claims import CLAIMS, Claim, bound_of, claim_of
+from analyses.claims import CLAIMS, UNTRAINED, Claim, bound_of, claim_of, joined_draws, untrained_names
 from analyses.controls.bases import Bases, basis_verdicts
 from analyses.registry import EXPERIMENTS
 from analyses.report.explanations import explanation
-from analyses.result.finding import Finding
+from analyses.result import Finding, Result
 
 
-def judged(metric, experiment, value, interval, rotated, untrained, alternative):
-    """The verdict on one metric of a trained basis beside rotations of it and the untrained model."""
+def judged(metric, experiment, value, interval, rotated, *untrained):
+    """The verdict on one metric of a trained basis beside rotations of it and draws of the untrained model."""
     turned = {f"rotated_{i}": rotated * (1 + 1e-4 * i) for i in range(4)}
-    controls = {"rotated_basis": rotated, "untrained": untrained}
+    draws = dict(zip(UNTRAINED, untrained, strict=False))
     found, _ = basis_verdicts(
-        {metric: Finding(value, interval, controls)},
-        {metric: Bases(value, turned, 0.9, {"untrained": untrained})},
-        {metric: alternative},
+        {metric: Finding(value, interval, {"rotated_basis": rotated, **draws})},
+        {metric: Bases(value, turned, 0.9, draws)},
         {metric: 1000},
         minimum_units=20,
         experiment=experiment,
@@ -34,23 +33,46 @@ def judged(metric, experiment, value, interval, rotated, untrained, alternative)
 )
 def test_the_untrained_model_must_be_beaten_too(interval, untrained, verdict):
     value = sum(interval) / 2
-    assert judged("neighbour_overlap", "signal_flow", value, interval, 0.52, untrained, "greater") == verdict
+    assert judged("neighbour_overlap", "signal_flow", value, interval, 0.52, untrained) == verdict
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.97, "not supported"), (0.85, "supported")])
 def test_a_difference_that_many_units_make_certain_need_not_matter(share, verdict):
     value = 0.11 * share
     interval = (value - 1e-4, value + 1e-4)  # of 49,152 tokens
-    assert judged("active_share", "sparsity_profile", value, interval, 0.11, 0.11, "less") == verdict
+    assert judged("active_share", "sparsity_profile", value, interval, 0.11, 0.11) == verdict
+
+
+@pytest.mark.parametrize(
+    ("metric", "draws", "hardest"),
+    [("neighbour_overlap", (0.40, 0.62, 0.45), 0.62), ("leading_since", (0.80, 0.62, 0.75), 0.62)],
+)
+def test_the_hardest_of_several_untrained_models_decides(metric, draws, hardest):
+    """A first draw that lies far off by chance supports nothing that another one contradicts."""
+    interval, rotated = (0.60, 0.66), 0.3 if metric == "neighbour_overlap" else 0.9
+    controls = dict(zip(UNTRAINED, draws, strict=True))
+    assert judged(metric, "signal_flow", 0.63, interval, rotated, draws[0]) == "supported"
+    assert judged(metric, "signal_flow", 0.63, interval, rotated, *draws) == "not supported"
+    findings = {metric: Finding(0.63, interval, controls), "sum_error": Finding(0.1, None, controls)}
+    result = Result("signal_flow", "Signal Flow", findings=findings)
+    assert result.controls[metric] == {"untrained": hardest}
+    assert result.controls["sum_error"] == {"untrained": pytest.approx(sum(draws) / 3)}
+    assert joined_draws("own", "own", {"untrained": 0.1 + 0.2}) == {"untrained": 0.1 + 0.2}
+
+
+def test_several_untrained_models_are_drawn_where_a_verdict_asks_for_them():
+    asking = {name for name in CLAIMS if len(untrained_names(name, quick=False)) == 3}
+    assert {name for name in CLAIMS if len(untrained_names(name, quick=True)) == 2} == asking
+    assert set(CLAIMS) - asking == {"typo_resilience", "emotion_surgery", "genetic_hijack", "circuit_tracing"}
 
 
 def test_the_hardest_control_decides():
     claim = Claim(("a", "b"), 0.1)
     assert claim.bound({"a": 0.3, "b": 0.2, "c": 0.9}) == pytest.approx(0.4)
-    assert claim.bound({"a": 0.3, "b": 0.2}, sign=-1) == pytest.approx(-0.1)
+    assert Claim(("a", "b"), 0.1, below=True).bound({"a": 0.3, "b": 0.2}) == pytest.approx(-0.1)
     relative = Claim(("a",), 0.1, relative=True)
     assert relative.bound({"a": -2.0}) == pytest.approx(-1.8)
-    assert relative.bound({"a": 2.0}, sign=-1) == pytest.approx(-1.8)
+    assert Claim(("a",), 0.1, relative=True, below=True).bound({"a": 2.0}) == pytest.approx(-1.8)
     assert Claim(("a",), 0.05, beyond=0.5).bound({"a": 0.1}) == 0.5
     assert (claim.amount, relative.amount) == ("0.1", "10%")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -89,11 +89,13 @@ class Alignment:
         captured: share of each text's variance, [layer, text].
         random: mean share within k random directions, [layer, draw].
         best: share within the best k directions.
+        untrained: ``captured`` in models at initialisation, by the name of the draw.
     """
 
     captured: NDArray[np.float64]
     random: NDArray[np.float64]
     best: NDArray[np.float64]
+    untrained: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def pvalues(self) -> list[float]:
         """For each layer, of the mean share as that of one more random subspace."""

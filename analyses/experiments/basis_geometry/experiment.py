@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from analyses.claims import bound_of
 from analyses.controls.bases import (
@@ -24,8 +26,14 @@ from analyses.controls.bases import (
     by_metric,
     in_bases,
 )
-from analyses.controls.nulls import untrained_view
-from analyses.experiments.basis_geometry.alignment import Alignment, measure_alignment, read_residuals
+from analyses.controls.nulls import over_untrained
+from analyses.experiments.basis_geometry.alignment import (
+    Alignment,
+    captured_variance,
+    measure_alignment,
+    read_residuals,
+    strongest_directions,
+)
 from analyses.experiments.basis_geometry.coherence import Coherence, measure_coherence, welch_bound
 from analyses.experiments.basis_geometry.figures import geometry_figures, geometry_frames
 from analyses.experiments.basis_geometry.spectra import (
@@ -117,37 +125,47 @@ def basis_geometry(
     if not 1 <= k < d_model:
         raise ReflowlensError(f"directions must be between 1 and {d_model - 1}, one less than d_model, got {k}")
     chosen = real_tokens(view_of(model, view, seed=seed))
-    untrained = real_tokens(untrained_view(chosen, seed))
     lexicon = lexicon or load_lexicon()
     if texts is None:  # texts are the units of replication: a long prompt holds its short one, which is none of its own
         texts = [*lexicon.neutral_texts, *(lexicon.long_prompts or lexicon.short_prompts)]
     rotations = (QUICK_ROTATIONS if quick else ROTATIONS) if rotations is None else rotations
     draws = QUICK_GAUSSIANS if quick else GAUSSIANS
-    spectra = {"E": _embedding_spectrum(chosen, untrained, draws, seed)}
+    is_factored = chosen.name != "identity"
+
+    def measured(view: SignalView) -> tuple[NDArray[np.float64], Untrained | None]:
+        fresh = real_tokens(view)
+        own = factored_singular_values(fresh.recipe, fresh.basis)
+        return own, Untrained.of(fresh, texts, k) if is_factored else None
+
+    untrained = over_untrained(measured, chosen, seed, "basis_geometry", quick=quick)
+    embeddings = {name: own for name, (own, _) in untrained.items()}
+    spectra = {"E": _embedding_spectrum(chosen, embeddings, draws, seed)}
     coherences: Bases[Coherence] | None = None
-    alignments: dict[str, Alignment] = {}
+    alignment: Alignment | None = None
     notes = []
-    if chosen.name == "identity":
+    if not is_factored:
         notes.append("only E is measured: the basis of the identity view is the identity, which has no geometry")
     else:
-        spectra = {"B": _basis_spectrum(chosen, untrained, draws, seed)} | spectra
+        fresh = {name: factors for name, (_, factors) in untrained.items() if factors}
+        bases = {name: each.basis for name, each in fresh.items()}
+        spectra = {"B": _basis_spectrum(chosen, bases, draws, seed)} | spectra
         gaussian = gaussian_matrix(chosen.n_signals, d_model, 1.0, derive_seed(seed, "basis_geometry"))
         coherences = in_bases(
             lambda each: measure_coherence(each.basis),
             chosen,
-            {"gaussian": dataclasses.replace(chosen, basis=gaussian), "untrained": untrained},
+            {"gaussian": measure_coherence(gaussian), **{name: each.coherence for name, each in fresh.items()}},
             rotations=rotations,
             seed=seed,
             experiment="basis_geometry",
             progress=progress,
         )
-        alignments, why = _alignments(chosen, untrained, texts, k, draws, seed)
+        alignment, why = _alignment(chosen, fresh, texts, k, draws, seed)
         notes += why
-    frames = geometry_frames(chosen, spectra, coherences, alignments, seed)
+    frames = geometry_frames(chosen, spectra, coherences, alignment, seed)
     findings, told = _spectrum_findings(spectra)
     for found, more in (
         _coherence_findings(coherences, welch_bound(*chosen.basis.shape), seed),
-        _alignment_findings(alignments, seed),
+        _alignment_findings(alignment, seed),
     ):
         findings |= found
         told += more
@@ -176,7 +194,7 @@ def concentrated_verdict(value: float, controls: Mapping[str, float], p: float) 
     and it lies 5% below that of Gaussian matrices and of the untrained model's. There is one matrix and nothing to
     resample, so that the value is its own interval.
     """
-    bound = bound_of("basis_geometry", "effective_rank", controls, sign=-1)
+    bound = bound_of("basis_geometry", "effective_rank", controls)
     return verdict((-value, -value), bound, p, minimum_units=1, units=1)
 
 
@@ -191,32 +209,55 @@ def aligned_verdict(interval: tuple[float, float], controls: Mapping[str, float]
     return verdict(interval, bound, p, minimum_units=MINIMUM_UNITS, units=texts)
 
 
-def _basis_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
-    own, fresh = (np.asarray(torch.linalg.svdvals(each.basis.double()).cpu()) for each in (view, untrained))
-    return compare_spectrum(own, fresh, max(view.basis.shape), draws, derive_seed(seed, "basis_geometry", "B"))
+class Untrained(NamedTuple):
+    """What the factors are in one draw of the model at initialisation.
+
+    ``basis``: its singular values. ``captured``: as of an `Alignment`; None of a basis without a strongest direction.
+    """
+
+    basis: NDArray[np.float64]
+    coherence: Coherence
+    captured: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, view: SignalView, texts: Sequence[str], k: int) -> Untrained:
+        """Of a view of it; fewer than two texts are not read."""
+        basis, captured = _singular_values(view), None
+        if len(texts) > 1 and condition_number(basis) >= ALIKE:
+            captured = captured_variance(read_residuals(view.model, texts), strongest_directions(view.basis, k))
+        return cls(basis, measure_coherence(view.basis), captured)
 
 
-def _embedding_spectrum(view: SignalView, untrained: SignalView, draws: int, seed: int) -> Spectrum:
-    own, fresh = (factored_singular_values(each.recipe, each.basis) for each in (view, untrained))
-    return compare_spectrum(own, fresh, len(view.recipe), draws, derive_seed(seed, "basis_geometry", "E"))
+def _singular_values(view: SignalView) -> NDArray[np.float64]:
+    return np.asarray(torch.linalg.svdvals(view.basis.double()).cpu())
 
 
-def _alignments(
-    view: SignalView, untrained: SignalView, texts: Sequence[str], k: int, draws: int, seed: int
-) -> tuple[dict[str, Alignment], list[str]]:
-    """``trained`` and ``untrained``, and notes on why one is missing."""
+def _basis_spectrum(view: SignalView, untrained: Mapping[str, NDArray[np.float64]], draws: int, seed: int) -> Spectrum:
+    own = derive_seed(seed, "basis_geometry", "B")
+    return compare_spectrum(_singular_values(view), untrained, max(view.basis.shape), draws, own)
+
+
+def _embedding_spectrum(
+    view: SignalView, untrained: Mapping[str, NDArray[np.float64]], draws: int, seed: int
+) -> Spectrum:
+    values, own = factored_singular_values(view.recipe, view.basis), derive_seed(seed, "basis_geometry", "E")
+    return compare_spectrum(values, untrained, len(view.recipe), draws, own)
+
+
+def _alignment(
+    view: SignalView, untrained: Mapping[str, Untrained], texts: Sequence[str], k: int, draws: int, seed: int
+) -> tuple[Alignment | None, list[str]]:
+    """The alignment of the trained basis beside those of untrained ones, and notes on why one is missing."""
     if len(texts) < 2:
-        return {}, [f"alignment is absent: it needs at least two texts, got {len(texts)}"]
-    found, notes = {}, []
-    for name, each in {"trained": view, "untrained": untrained}.items():
-        if condition_number(torch.linalg.svdvals(each.basis.double()).cpu()) < ALIKE:
-            notes.append(
-                f"no alignment of the {name} basis: its singular values are all alike, and no direction is strongest"
-            )
-        else:
-            own = derive_seed(seed, "basis_geometry", name)
-            found[name] = measure_alignment(read_residuals(each.model, texts), each.basis, k, draws, own)
-    return (found, notes) if "trained" in found else ({}, notes)
+        return None, [f"alignment is absent: it needs at least two texts, got {len(texts)}"]
+    why = "no alignment of the {} basis: its singular values are all alike, and no direction is strongest"
+    if condition_number(_singular_values(view)) < ALIKE:
+        return None, [why.format("trained")]
+    captured = {name: each.captured for name, each in untrained.items() if each.captured is not None}
+    own = derive_seed(seed, "basis_geometry", "trained")
+    found = measure_alignment(read_residuals(view.model, texts), view.basis, k, draws, own)
+    notes = [] if captured else [why.format("untrained")]
+    return dataclasses.replace(found, untrained=captured), notes
 
 
 def _spectrum_findings(spectra: Mapping[str, Spectrum]) -> tuple[dict[str, Finding], list[str]]:
@@ -225,13 +266,14 @@ def _spectrum_findings(spectra: Mapping[str, Spectrum]) -> tuple[dict[str, Findi
     for matrix, spectrum in spectra.items():
         suffix = "" if matrix == "B" else "_E"
         for name, measure in SPECTRAL_MEASURES.items():
-            value, fresh = measure(spectrum.own), measure(spectrum.untrained)
+            value = measure(spectrum.own)
             gaussian = [measure(draw) for draw in spectrum.gaussian]
             if not np.isfinite(value):
                 notes.append(f"{name}{suffix} is absent: {matrix} loses a dimension")
                 continue
             # The median: the condition number of a square Gaussian matrix has no mean (Edelman, 1988).
-            controls = {"gaussian": float(np.median(gaussian)), "untrained": fresh}
+            fresh = {name: measure(values) for name, values in spectrum.untrained.items()}
+            controls = {"gaussian": float(np.median(gaussian)), **fresh}
             beside = {key: each for key, each in controls.items() if np.isfinite(each)}
             findings[name + suffix] = Finding(value, controls=beside)
             if name == "effective_rank":
@@ -248,7 +290,7 @@ def _spectrum_findings(spectra: Mapping[str, Spectrum]) -> tuple[dict[str, Findi
         found, rows = spectra["B"], spectra["B"].rows
         controls = {
             "gaussian": float(np.mean([above_upper_edge(draw, rows) for draw in found.gaussian])),
-            "untrained": above_upper_edge(found.untrained, rows),
+            **{name: above_upper_edge(values, rows) for name, values in found.untrained.items()},
         }
         findings["above_edge"] = Finding(above_upper_edge(found.own, rows), controls=controls)
     return findings, notes
@@ -270,17 +312,15 @@ def _coherence_findings(
     return basis_verdicts(
         findings,
         values,
-        {"coherence_mean": "less"},
         {"coherence_mean": len(own)},
         minimum_units=MINIMUM_UNITS,
         experiment="basis_geometry",
     )
 
 
-def _alignment_findings(alignments: Mapping[str, Alignment], seed: int) -> tuple[dict[str, Finding], list[str]]:
-    if not alignments:
+def _alignment_findings(found: Alignment | None, seed: int) -> tuple[dict[str, Finding], list[str]]:
+    if found is None:
         return {}, []
-    found = alignments["trained"]
     mean_p = predictive_pvalue(found.captured.mean(), found.random.mean(axis=0))
     adjusted = holm(found.pvalues())
     n_layers = len(adjusted)
@@ -296,9 +336,8 @@ def _alignment_findings(alignments: Mapping[str, Alignment], seed: int) -> tuple
         controls = {
             "random_direction": float(found.random[layers].mean()),
             "best_directions": float(found.best[layers].mean()),
+            **{name: float(captured[layers].mean()) for name, captured in found.untrained.items()},
         }
-        if "untrained" in alignments:
-            controls["untrained"] = float(alignments["untrained"].captured[layers].mean())
         judged = aligned_verdict(interval, controls, p, len(own))
         findings[metric] = Finding(own.mean(), interval, controls, judged)
         notes.append(f"{metric}: against random subspaces p = {p:.2g}")

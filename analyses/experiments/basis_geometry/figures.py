@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
 
+from analyses.claims import UNTRAINED
 from analyses.controls.bases import Bases
 from analyses.experiments.basis_geometry.alignment import Alignment
 from analyses.experiments.basis_geometry.coherence import CENTRES, Coherence, cosine_matrix
@@ -23,7 +24,7 @@ from reflowlens.signals import SignalView
 
 GRAM_SIGNALS = 40
 CONTROLS = (
-    *("gaussian", "untrained", "rotated_basis", "lower_edge", "upper_edge"),
+    *("gaussian", *UNTRAINED, "rotated_basis", "lower_edge", "upper_edge"),
     *("random_direction", "best_directions"),
 )
 
@@ -32,7 +33,7 @@ def geometry_frames(
     view: SignalView,
     spectra: Mapping[str, Spectrum],
     coherences: Bases[Coherence] | None,
-    alignments: Mapping[str, Alignment],
+    alignment: Alignment | None,
     seed: int,
 ) -> dict[str, pd.DataFrame]:
     """``spectrum``, and of what was measured ``signals``, ``cosines``, ``gram`` and ``alignment``."""
@@ -46,8 +47,8 @@ def geometry_frames(
         frames["signals"] = _signal_frame(view, coherences.own, cosines)
         frames["cosines"] = _cosine_frame(coherences)
         frames["gram"] = _gram_frame(cosines)
-    if alignments:
-        frames["alignment"] = _alignment_frame(alignments, seed)
+    if alignment:
+        frames["alignment"] = _alignment_frame(alignment, seed)
     return frames
 
 
@@ -113,7 +114,7 @@ def _spectrum_frame(matrix: str, spectrum: Spectrum) -> pd.DataFrame:
     series = {
         "trained": (spectrum.own, np.nan, np.nan),
         "gaussian": (spectrum.gaussian.mean(axis=0), spectrum.gaussian.min(axis=0), spectrum.gaussian.max(axis=0)),
-        "untrained": (spectrum.untrained, np.nan, np.nan),
+        **{name: (values, np.nan, np.nan) for name, values in spectrum.untrained.items()},
     }
     frames = [
         pd.DataFrame(
@@ -181,9 +182,8 @@ def _gram_frame(cosines: torch.Tensor) -> pd.DataFrame:
     )
 
 
-def _alignment_frame(alignments: Mapping[str, Alignment], seed: int) -> pd.DataFrame:
+def _alignment_frame(found: Alignment, seed: int) -> pd.DataFrame:
     """A row a layer and series; of the basis with intervals over texts, p raw and Holm-adjusted over layers."""
-    found = alignments["trained"]
     low, high = bootstrap_band(found.captured.T, seed=seed)
     p = np.array(found.pvalues())
     layers = range(len(p))
@@ -194,8 +194,8 @@ def _alignment_frame(alignments: Mapping[str, Alignment], seed: int) -> pd.DataF
         "random_direction": (draws.mean(axis=1), draws.min(axis=1), draws.max(axis=1), nothing, nothing),
         "best_directions": (found.best, nothing, nothing, nothing, nothing),
     }
-    if "untrained" in alignments:
-        series["untrained"] = (alignments["untrained"].captured.mean(axis=1), nothing, nothing, nothing, nothing)
+    for name, captured in found.untrained.items():
+        series[name] = (captured.mean(axis=1), nothing, nothing, nothing, nothing)
     frames = [
         pd.DataFrame(
             {"series": name, "layer": layers, "share": share, "low": below, "high": above, "p": raw, "p_holm": adjusted}

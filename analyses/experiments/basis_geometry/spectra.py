@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,13 +118,13 @@ class Spectrum:
 
     Args:
         own: of the matrix.
-        untrained: of the same matrix at initialisation.
+        untrained: of the same matrix at initialisation, by the name of the draw.
         gaussian: of Gaussian matrices of its shape and variance, [draw, value].
         rows: the longer side of that shape; the shorter has as many as there are values.
     """
 
     own: NDArray[np.float64]
-    untrained: NDArray[np.float64]
+    untrained: Mapping[str, NDArray[np.float64]]
     gaussian: NDArray[np.float64]
     rows: int
 
@@ -134,7 +134,7 @@ class Spectrum:
 
 
 def compare_spectrum(
-    own: NDArray[np.float64], untrained: NDArray[np.float64], rows: int, draws: int, seed: int
+    own: NDArray[np.float64], untrained: Mapping[str, NDArray[np.float64]], rows: int, draws: int, seed: int
 ) -> Spectrum:
     """A spectrum beside those of ``draws`` Gaussian matrices of ``rows`` rows and the same mean sum of squares."""
     variance = entry_variance(own, rows)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.claims import untrained_names
 from analyses.controls.bases import ROTATIONS, Bases, basis_verdicts, by_metric, check_rotations, rotated_views
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.causal_ablation.figures import ablation_figures
@@ -34,7 +35,6 @@ from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import bootstrap_interval
-from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.ablations.closed_form import SingleAblations
 from reflowlens.errors import ReflowlensError
@@ -42,12 +42,6 @@ from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, varimax_view, view_of
 
 MINIMUM_PROMPTS = 20
-PRIVILEGED: dict[str, Alternative] = {
-    "remaining_after_one": "less",
-    "knockout_area": "greater",
-    "sufficient_share": "less",
-}
-"""In a privileged basis one removal leaves less, the order matters more, and fewer signals suffice."""
 DEFINITIONS = {
     "probability_before": "probability of the target of the prompt shown in detail; untrained: of the same token",
     "probability_after_one": "the same after zeroing at the readout the one signal that lowers it most. random_signal: "
@@ -114,11 +108,9 @@ def causal_ablation(
     detail = residual_stack(model, prompt)[-1]
     target_id = _target_id(model, chosen, detail, target)
     final = residual_stack(model, prompts)[-1]
-    untrained = real_tokens(untrained_view(chosen, seed).final)
     own = derive_seed(seed, "causal_ablation")
     rotated = rotated_views(chosen, rotations, seed, "causal_ablation")
     bar = tqdm(rotated, total=rotations, desc="causal ablation", disable=not progress)
-    fresh = residual_stack(untrained.model, prompts)[-1]
 
     def measured(view: SignalView, name: str, *, matched: bool = False) -> tuple[Measured, float]:
         knockout = measure_knockout(view, final, derive_seed(own, name), matched=matched)
@@ -129,8 +121,16 @@ def causal_ablation(
         rotated={name: measured(other, name) for name, other in bar},
         varimax=measured(varimax_view(chosen, seed=seed), "varimax"),
     )
-    nulls = {"untrained": measure_knockout(untrained, fresh, derive_seed(own, "untrained"))}
-    bases = replace(in_bases.map(itemgetter(0)), nulls=nulls)
+
+    def untrained(number: int, name: str) -> tuple[Measured, float]:
+        view = real_tokens(untrained_view(chosen, seed, number).final)
+        knockout = measure_knockout(view, residual_stack(view.model, prompts)[-1], derive_seed(own, name))
+        at_start = lens_log_probabilities(view, residual_stack(view.model, prompt)[-1])
+        return knockout, float(at_start[0, target_id].exp())
+
+    names = untrained_names("causal_ablation", quick)
+    fresh = {name: untrained(number, name) for number, name in enumerate(names, start=1)}
+    bases = replace(in_bases.map(itemgetter(0)), nulls={name: found[0] for name, found in fresh.items()})
     least = in_bases.map(itemgetter(1))
     frames = {
         "signals": signal_frame(model, chosen, prompt, target_id, lexicon, own),
@@ -138,7 +138,6 @@ def causal_ablation(
         "curves": curve_frame(bases, seed),
     }
     frames["sites"] = site_frame(model, chosen, prompt, target_id, frames["signals"], own)
-    at_start = lens_log_probabilities(untrained, residual_stack(untrained.model, prompt)[-1])
     signals = frames["signals"]
     findings, notes = _findings(bases, seed)
     return Result(
@@ -152,7 +151,7 @@ def causal_ablation(
         },
         findings={
             "probability_before": Finding(
-                signals["probability_before"].iloc[0], controls={"untrained": float(at_start[0, target_id].exp())}
+                signals["probability_before"].iloc[0], controls={name: found[1] for name, found in fresh.items()}
             ),
             "probability_after_one": Finding(
                 signals["after_zero"].min(),
@@ -169,7 +168,8 @@ def causal_ablation(
 
 
 def _findings(bases: Bases[Measured], seed: int) -> tuple[dict[str, Finding], list[str]]:
-    """The metrics over prompts, between their floor and their ceiling."""
+    """The metrics over prompts, between their floor and their ceiling: in a privileged basis one removal leaves less,
+    the order matters more, and fewer signals suffice."""
     native = bases.own
     beside: dict[str, dict[str, NDArray[np.float64]]] = {
         "remaining_after_one": {name: native.single[name] for name in ("random_signal", "matched_signal")},
@@ -183,9 +183,7 @@ def _findings(bases: Bases[Measured], seed: int) -> tuple[dict[str, Finding], li
         controls = {name: float(each.mean()) for name, each in beside[metric].items()} | means[metric].controls()
         findings[metric] = Finding(means[metric].own, bootstrap_interval(per_prompt.own, seed=seed), controls)
     units = dict.fromkeys(means, len(native.worst))
-    return basis_verdicts(
-        findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS, experiment="causal_ablation"
-    )
+    return basis_verdicts(findings, means, units, minimum_units=MINIMUM_PROMPTS, experiment="causal_ablation")
 
 
 def _target_id(model: HookedModel, view: SignalView, resid: Float[Tensor, "one d_model"], target: str | None) -> int:

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.claims import UNTRAINED
 from analyses.controls.bases import as_one_basis
 from analyses.statistics.intervals import bootstrap_interval
 from reflowlens.figures.builders import bars, histogram_with_control, line_with_band
@@ -79,7 +80,7 @@ def ablation_figures(frames: dict[str, pd.DataFrame], prompt: str, seed: int) ->
             as_one_basis(frames["prompts"]),
             "remaining_after_one",
             "basis",
-            controls=("untrained", "varimax", "rotated_basis"),
+            controls=(*UNTRAINED, "varimax", "rotated_basis"),
             title="Probability left without the most damaging signal",
             x_title="share of the probability left",
         ),

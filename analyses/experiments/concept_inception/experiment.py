@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from analyses.claims import bound_of
-from analyses.controls.nulls import untrained_view
+from analyses.claims import UNTRAINED, bound_of, joined_draws
+from analyses.controls.nulls import over_untrained
 from analyses.experiments.concept_inception.figures import inception_figures
 from analyses.experiments.concept_inception.frames import by_concept, layers_frame, long_clause, no_return
 from analyses.experiments.concept_inception.measure import Setup
@@ -40,8 +40,8 @@ from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_CONCEPTS = 20
-CONTROLS = ("untrained", "random_recipe")
-UNTRAINED_LONG = "untrained_long"
+CONTROLS = (*UNTRAINED, "random_recipe")
+LONG = "_long"  # behind the name of an untrained model: its series behind the clause
 DEFINITIONS = {
     "critical_alpha": "smallest α of α r B, injected after half of the blocks at the last position of a short prompt, "
     "that makes the concept's token the most probable one; median over concepts of the mean over their prompts, "
@@ -107,20 +107,28 @@ def concept_inception(
     words, skipped = _usable_concepts(model, concepts, lexicon)
     pairs = _pairs(len(words), len(lexicon.short_prompts), 1 if quick else prompts_per_concept)
     measured = chosen_layers(layers, model.cfg.n_layers, quick=quick)
-    untrained = real_tokens(untrained_view(chosen, seed))
     prompts = {"short": lexicon.short_prompts, "long": lexicon.long_prompts}
     told = [name for name in prompts if len(prompts[name]) == len(lexicon.short_prompts)]
     setups = {name: Setup.of(chosen, words, pairs, prompts[name], measured) for name in told}
-    setups["untrained"] = Setup.of(untrained, words, pairs, prompts["short"], measured)
-    if "long" in told:
-        first = pairs[:: len(pairs) // len(words)]
-        setups[UNTRAINED_LONG] = Setup.of(untrained, words, first, prompts["long"], measured)
     setups["random_recipe"] = setups["short"].with_random_recipes(derive_seed(seed, "concept_inception"))
     solved = {
-        name: setup.solve(limit, tolerance, check=name in (*told, UNTRAINED_LONG))
+        name: setup.solve(limit, tolerance, check=name in told)
         for name, setup in tqdm(setups.items(), desc="concept inception", disable=not progress)
     }
-    problems = pd.concat([setups[name].frame(name, *found) for name, found in solved.items()], ignore_index=True)
+    series = {name: setups[name].frame(name, *found) for name, found in solved.items()}
+
+    def untrained(view: SignalView) -> dict[str, pd.DataFrame]:
+        fresh, first = real_tokens(view), pairs[:: len(pairs) // len(words)]
+        short = Setup.of(fresh, words, pairs, prompts["short"], measured)
+        found = {"": short.frame("", *short.solve(limit, tolerance, check=False))}
+        if "long" in told:
+            long = Setup.of(fresh, words, first, prompts["long"], measured)
+            found[LONG] = long.frame("", *long.solve(limit, tolerance, check=True))
+        return found
+
+    for draw, found in over_untrained(untrained, chosen, seed, "concept_inception", quick=quick).items():
+        series |= {draw + behind: frame.assign(series=draw + behind) for behind, frame in found.items()}
+    problems = pd.concat(series.values(), ignore_index=True)
     frames = {
         "problems": problems,
         "layers": layers_frame(problems, seed),
@@ -200,7 +208,7 @@ def _findings(
     series = {str(name): part for name, part in problems.groupby("series", sort=False)}
     findings, notes = _critical(layers, n_layers // 2)
     reachable = by_concept(series["short"], "reachable")
-    controls = {name: float(series[name]["reachable"].mean()) for name in CONTROLS}
+    controls = {name: float(series[name]["reachable"].mean()) for name in CONTROLS if name in series}
     findings["reachable_share"] = Finding(reachable.mean(), rate_interval(reachable, seed=seed), controls)
     for found, told in (_no_return_findings(series, n_layers, seed), _long_clause_findings(series, n_layers, seed)):
         findings |= found
@@ -208,8 +216,10 @@ def _findings(
     checked = problems[problems["series"].isin(["short", "long"]) & problems["reachable"]]
     if checked["concept"].nunique() > 1:
         lost = by_concept(checked, "lost_again")
-        untrained = series.get(UNTRAINED_LONG, problems[:0]).query("reachable")["lost_again"]
-        controls = {"untrained": float(untrained.mean())} if len(untrained) else {}
+        behind = {
+            name: series[name + LONG].query("reachable")["lost_again"] for name in UNTRAINED if name + LONG in series
+        }
+        controls = {name: float(found.mean()) for name, found in behind.items() if len(found)}
         findings["non_monotone_share"] = Finding(lost.mean(), rate_interval(lost, seed=seed), controls)
     return findings, notes
 
@@ -224,7 +234,8 @@ def _critical(layers: pd.DataFrame, layer: int) -> tuple[dict[str, Finding], lis
         if np.isnan(value):
             notes.append(f"{metric} is absent: most concepts are unreachable after half of the blocks")
             continue
-        controls = {str(name): control for name, control in rows.loc[list(CONTROLS), column].dropna().items()}
+        there = [name for name in CONTROLS if name in rows.index]
+        controls = {str(name): control for name, control in rows.loc[there, column].dropna().items()}
         interval = None if np.isnan(low) or np.isnan(high) else (low, high)
         findings[metric] = Finding(value, interval, controls)
         if interval is None:
@@ -236,12 +247,13 @@ def _no_return_findings(
     series: Mapping[str, pd.DataFrame], n_layers: int, seed: int
 ) -> tuple[dict[str, Finding], list[str]]:
     """How many concepts have a point of no return, and where those that have one have it."""
-    points = {name: no_return(series[name]) for name in ("short", *CONTROLS)}
+    points = {name: no_return(series[name]) for name in ("short", *CONTROLS) if name in series}
     short = points.pop("short")
     closed = by_concept(short, "closed")
     interval = rate_interval(closed, seed=seed)
     controls = {name: float(each["closed"].mean()) for name, each in points.items()}
-    judged = closing_verdict(interval, controls["untrained"], len(closed))
+    hardest = joined_draws("concept_inception", "closed_share", controls)["untrained"]
+    judged = closing_verdict(interval, hardest, len(closed))
     findings = {"closed_share": Finding(closed.mean(), interval, controls, judged)}
     if short.loc[short["closed"], "concept"].nunique() < 2:
         return findings, ["point_of_no_return is absent: concepts can be implanted up to the end of the model"]
@@ -259,14 +271,15 @@ def _long_clause_findings(
     if "long" not in series:
         return {}, ["long_clause_delay is absent: the lexicon has no long prompt for each short one"]
     later, ratios = long_clause(series["short"], series["long"])
-    untrained_later, untrained_ratios = long_clause(series["untrained"], series[UNTRAINED_LONG])
-    delay, untrained = later / n_layers, untrained_later / n_layers
-    interval, control = bootstrap_interval(delay, seed=seed), float(untrained.mean())
-    p = paired_permutation_pvalue(delay - untrained, seed=seed)
-    judged = delay_verdict(interval, control, p, len(delay))
-    findings = {"long_clause_delay": Finding(delay.mean(), interval, {"untrained": control}, judged)}
+    untrained = {name: long_clause(series[name], series[name + LONG]) for name in UNTRAINED if name in series}
+    delay, interval = later / n_layers, bootstrap_interval(later / n_layers, seed=seed)
+    p = max(paired_permutation_pvalue(delay - other / n_layers, seed=seed) for other, _ in untrained.values())
+    controls = {name: float(other.mean()) / n_layers for name, (other, _) in untrained.items()}
+    hardest = joined_draws("concept_inception", "long_clause_delay", controls)["untrained"]
+    judged = delay_verdict(interval, hardest, p, len(delay))
+    findings = {"long_clause_delay": Finding(delay.mean(), interval, controls, judged)}
     if len(ratios) > 1:
-        controls = {"untrained": float(untrained_ratios.mean())} if len(untrained_ratios) else {}
+        controls = {name: float(other.mean()) for name, (_, other) in untrained.items() if len(other)}
         interval = bootstrap_interval(ratios, seed=seed)
         findings["log_long_clause_ratio"] = Finding(ratios.mean(), interval, controls)
     return findings, [f"long_clause_delay against untrained: sign-flip p = {p:.2g}, {len(delay)} concepts"]

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.claims import UNTRAINED
 from reflowlens.figures.builders import line_with_band
 
-_CONTROLS = ("untrained", "untrained_long", "random_recipe")
+_CONTROLS = (*UNTRAINED, *(f"{name}_long" for name in UNTRAINED), "random_recipe")
 
 
 def inception_figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:

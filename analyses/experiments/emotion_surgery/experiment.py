@@ -24,8 +24,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from analyses.claims import bound_of
-from analyses.controls.nulls import untrained_view
-from analyses.experiments.emotion_surgery.carriers import Carriers, SteeredTexts, affordable_strength
+from analyses.controls.nulls import over_untrained
+from analyses.experiments.emotion_surgery.carriers import (
+    Carriers,
+    Steered,
+    SteeredTexts,
+    affordable_strength,
+)
 from analyses.experiments.emotion_surgery.figures import emotion_figures
 from analyses.experiments.emotion_surgery.frames import (
     CONTROLS,
@@ -132,7 +137,6 @@ def emotion_surgery(
     measured = chosen_layers(layers, model.cfg.n_layers, quick=quick)
     words, heldout = sentiment_poles(model, lexicon, "emotion_surgery")
     steered = Carriers.of(chosen, carriers, heldout, where)
-    untrained = Carriers.of(untrained_view(chosen, seed), carriers, heldout, where)
     texts = SteeredTexts(model, neutral)
     permutations = permutations or 25 * len(measured)
     own = derive_seed(seed, "emotion_surgery")
@@ -149,10 +153,19 @@ def emotion_surgery(
         rows = sweep[sweep["layer"] == layer]
         strength = affordable_strength(rows["strength"], rows["perplexity_cost"], max_cost)
         outcomes = {name: steered.steer(layer, strength, some) for name, some in directions.items()}
-        outcomes["untrained"] = untrained.steer(layer, strength, untrained.directions([words]))
         damage = texts.damage(layer, strength * steered.scale[layer] * directions["sentiment"][0])
         places.append(SteeredLayer(layer, strength, float(strength * unit_alpha[layer]), outcomes, damage))
         bar.update()
+
+    def untrained(view: SignalView) -> tuple[list[Steered], NDArray[np.float64]]:
+        fresh = Carriers.of(view, carriers, heldout, where)
+        direction = fresh.directions([words])
+        steered_there = [fresh.steer(place.layer, place.strength, direction) for place in places]
+        return steered_there, _heldout_probability(fresh)
+
+    ((outcomes, at_start),) = over_untrained(untrained, chosen, seed, "emotion_surgery", quick=quick).values()
+    for place, outcome in zip(places, outcomes, strict=True):
+        place.outcomes["untrained"] = outcome
     at_layers = layers_frame(places, seed)
     best = places[int(at_layers.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]
     frames = {
@@ -164,8 +177,7 @@ def emotion_surgery(
     }
     bar.update()
     bar.close()
-    probability, untrained_probability = map(_heldout_probability, (steered, untrained))
-    beside = {"untrained": float(untrained_probability.mean())}
+    probability, beside = _heldout_probability(steered), {"untrained": float(at_start.mean())}
     at_best, flips = _at_best(places, best, frames, max_cost, seed)
     flips_any = at_best["best_flip_rate"].verdict == "supported"
     effective, last = _last_effective(places, model.cfg.n_layers, at_layers, flips_any, seed)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from analyses.claims import bound_of
 from analyses.controls.bases import check_rotations
-from analyses.controls.nulls import untrained_view
+from analyses.controls.nulls import over_untrained
 from analyses.experiments.genetic_hijack.edits import (
     RecipeEdits,
     Shift,
@@ -158,7 +158,13 @@ def genetic_hijack(
     bar.update()
     nulls = {
         "random_direction": np.stack([_next_word_shift(probe, shift, beta, u) for u in directions]),
-        "untrained": _untrained_shift(chosen, probe, poles, ids, beta, seed)[None],
+        **over_untrained(
+            lambda fresh: _untrained_shift(fresh, probe, poles, ids, beta)[None],
+            chosen,
+            seed,
+            "genetic_hijack",
+            quick=quick,
+        ),
     }
     bar.update()
     signals = signals_frame(probe, chosen, poles, rotations, seed)
@@ -281,9 +287,8 @@ def _next_word_shift(probe: Probe, shift: Shift, beta: float, direction: Tensor 
 
 
 def _untrained_shift(
-    view: SignalView, probe: Probe, poles: Poles, tokens: list[int], beta: float, seed: int
+    untrained: SignalView, probe: Probe, poles: Poles, tokens: list[int], beta: float
 ) -> NDArray[np.float64]:
-    untrained = untrained_view(view, seed)
     fresh = Probe(untrained.model, probe.carriers, probe.heldout, probe.neutral.texts[:1])
     return _next_word_shift(fresh, Shift.of(untrained, tokens, poles.direction(untrained)), beta)
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from analyses.claims import bound_of
-from analyses.controls.nulls import untrained_view
+from analyses.claims import UNTRAINED, bound_of, joined_draws
+from analyses.controls.nulls import over_untrained
 from analyses.experiments.layer_evolution.context_length import (
     DEFINITION,
     DELAY,
@@ -109,12 +109,17 @@ def layer_evolution(
     prompts, targets = [item.prompt for item in usable], [model.to_single_token(item.target) for item in usable]
     if prompt is None:
         prompt, target = usable[0].prompt, target or usable[0].target
-    untrained = untrained_view(chosen, seed)
     points = lens_points(model.cfg.n_layers)
     stack = residual_stack(model, prompts, points=points)
     readings = {
         "model": read_lens(chosen, stack, targets),
-        "untrained": read_lens(untrained, residual_stack(untrained.model, prompts, points=points), targets),
+        **over_untrained(
+            lambda fresh: read_lens(fresh, residual_stack(fresh.model, prompts, points=points), targets),
+            chosen,
+            seed,
+            "layer_evolution",
+            quick=quick,
+        ),
         "shuffled_norm": read_lens(_shuffled_norm(chosen, derive_seed(seed, "layer_evolution")), stack, targets),
     }
     frames = {
@@ -125,7 +130,7 @@ def layer_evolution(
     }
     figures = evolution_figures(frames, prompt)
     findings, told = _findings(readings, points, seed)
-    context = read_context(chosen, untrained, lexicon, seed)
+    context = read_context(chosen, lexicon, seed, quick=quick)
     if context is None:
         delay = f"{DELAY} is absent: the model cannot read two of the lexicon's sentences behind a clause"
     else:
@@ -196,10 +201,12 @@ def _findings(
         interval = (rate_interval if metric in RATES else bootstrap_interval)(values, seed=seed)
         controls = {name: float(other[metric].mean()) for name, other in found.items()}
         is_claim = metric == "crystallisation_share"
-        judged = crystallisation_verdict(list(values), interval, controls["untrained"]) if is_claim else None
+        hardest = joined_draws("layer_evolution", metric, controls)["untrained"]
+        judged = crystallisation_verdict(list(values), interval, hardest) if is_claim else None
         findings[metric] = Finding(values.mean(), interval, controls, judged)
     probability = ours["target_probability"]
-    p = paired_permutation_pvalue(probability - found["untrained"]["target_probability"], seed=seed)
+    fresh = [other["target_probability"] for name, other in found.items() if name in UNTRAINED]
+    p = max(paired_permutation_pvalue(probability - other, seed=seed) for other in fresh)
     return findings, f"target_probability against untrained: sign-flip p = {p:.2g}, {len(probability)} prompts"
 
 

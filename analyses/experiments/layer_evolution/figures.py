@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
+from analyses.claims import UNTRAINED
 from analyses.measures.lens import (
     LensReading,
     ResidualPoint,
@@ -131,7 +132,7 @@ def evolution_figures(frames: Mapping[str, pd.DataFrame], prompt: str) -> dict[s
     """``probability``, ``positions``, ``depth`` and ``crystallisation``; ``prompt`` is the one in detail."""
     depth = frames["depth"]
     settled = depth[depth["quantity"] == "final_top1"]
-    controls = ("untrained", "shuffled_norm")
+    controls = (*UNTRAINED, "shuffled_norm")
     return {
         "probability": line_with_band(
             frames["layers"],

@@ -27,7 +27,7 @@ from analyses.controls.bases import (
     basis_verdicts,
     in_bases,
 )
-from analyses.controls.nulls import permuted_labels, recipe_nulls
+from analyses.controls.nulls import over_nulls, permuted_labels
 from analyses.experiments.recipe_atlas.figures import (
     atlas_figures,
     codebook_frame,
@@ -138,15 +138,20 @@ def recipe_atlas(
     own = derive_seed(seed, "recipe_atlas")
     probed = derive_rng(own, "probes").permutation(words.ids)[:OVERLAP_PROBES]
     has_embedding = chosen.name != "identity"
-    nulls = dict(recipe_nulls(chosen, seed, "recipe_atlas"))
-    spaces: dict[str, Space] = {}
-    for name, other in {"R": chosen, **nulls}.items():
-        overlap = overlap_with_embedding(other, probed, candidates, k) if has_embedding else None
-        spaces[name] = Space.of(other.recipe, words.ids, named, pairs, overlap)
+
+    def codebooks_in(each: SignalView) -> Codebooks:
+        return codebooks_of(each.recipe[words.ids].float(), words.labels, pole_words)
+
+    def space_of(each: SignalView) -> Space:
+        overlap = overlap_with_embedding(each, probed, candidates, k) if has_embedding else None
+        return Space.of(each.recipe, words.ids, named, pairs, overlap)
+
+    nulls = over_nulls(lambda each: (space_of(each), codebooks_in(each)), chosen, seed, "recipe_atlas", quick=quick)
+    spaces = {"R": space_of(chosen), **{name: space for name, (space, _) in nulls.items()}}
     codebooks = in_bases(
-        lambda each: codebooks_of(each.recipe[words.ids].float(), words.labels, pole_words),
+        codebooks_in,
         chosen,
-        nulls,
+        {name: found for name, (_, found) in nulls.items()},
         rotations=rotations,
         seed=seed,
         experiment="recipe_atlas",
@@ -317,7 +322,6 @@ def _purity(
     return basis_verdicts(
         {metric: finding},
         {metric: means},
-        {metric: "greater"},
         {metric: len(own)},
         minimum_units=MINIMUM_UNITS,
         experiment="recipe_atlas",

@@ -30,6 +30,7 @@ from analyses.experiments.semantic_algebra.frames import (
 )
 from analyses.experiments.semantic_algebra.measure import (
     NULLS,
+    OTHER_WEIGHTS,
     RANKINGS,
     Hits,
     paired_hits_pvalue,
@@ -101,7 +102,7 @@ def semantic_algebra(
     usable, notes = usable_analogies(given, model.tokenizer)
     asked = _draw(usable, max_per_section, QUICK_ANALOGIES if quick else None, seed)
     published, _ = single_token_analogies([item for item in lexicon.analogies if item.published_rank], model.tokenizer)
-    ranked = rank_all(model, spaces_of(chosen, seed), [*asked, *published], lexicon, progress)
+    ranked = rank_all(model, spaces_of(chosen, seed, quick=quick), [*asked, *published], lexicon, progress)
     position = ranked.groupby(["space", "weights"]).cumcount()
     quadruples = ranked[position < len(asked)].reset_index(drop=True)
     frames = {
@@ -184,7 +185,7 @@ def _of_space(frames: Mapping[str, pd.DataFrame], answers: Answers, space: str) 
     overall = frames["overall"].query("space == @space").set_index("series")
     quadruples = frames["quadruples"].query("space == @space")
     series = answers[space]
-    nulls = {name: series[name] == 1 for name in NULLS}
+    nulls = {name: series[name] == 1 for name in NULLS if name in series}
     findings = {}
 
     def finding(measure: str, ranking: str, controls: Mapping[str, float], judged: bool = False) -> Finding:
@@ -198,7 +199,7 @@ def _of_space(frames: Mapping[str, pd.DataFrame], answers: Answers, space: str) 
         findings[measure + suffix] = finding(measure, "add", controls, judged=measure == "accuracy_at_1")
     for ranking in VARIANTS:
         hits = (quadruples[f"rank_{ranking}"] == 1).groupby(quadruples["weights"]).mean()
-        controls = {weights: hits[weights] for weights in ("shuffled_recipe", "untrained")}
+        controls = {weights: hits[weights] for weights in OTHER_WEIGHTS if weights in hits}
         findings[f"accuracy_at_1_{ranking}{suffix}"] = finding("accuracy_at_1", ranking, controls)
     return findings
 
@@ -209,7 +210,8 @@ def _recipe_minus_embedding(answers: Answers, seed: int) -> tuple[Finding, str]:
     interval = bootstrap_interval(difference, seed=seed)
     controls = {
         name: float((answers["R"][name] == 1).mean() - (answers["E"][name] == 1).mean())
-        for name in ("shuffled_recipe", "untrained")
+        for name in OTHER_WEIGHTS
+        if name in answers["R"]
     }
     finding = Finding(difference.mean(), interval, controls, better_than(recipe, embedding, interval))
     return finding, f"R answers more questions than E: sign-flip p = {paired_hits_pvalue(recipe, embedding):.2g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from analyses.experiments.semantic_algebra.measure import NULLS
+from analyses.experiments.semantic_algebra.measure import NULLS, OTHER_WEIGHTS
 from reflowlens.figures.builders import bars, dots
 
 
@@ -45,7 +45,7 @@ def algebra_figures(frames: dict[str, pd.DataFrame]) -> dict[str, go.Figure]:
             "analogy",
             "series",
             reference="published_rank",
-            controls=("shuffled_recipe", "untrained"),
+            controls=OTHER_WEIGHTS,
             log_x=True,
             hover=["predicted", "rank_mul", "rank_with_inputs"],
             title="The three published analogies",

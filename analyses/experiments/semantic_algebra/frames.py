@@ -77,6 +77,8 @@ def sections_frame(quadruples: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = []
     for relation, part in quadruples.groupby("relation", sort=False):
         answers = answers_of(part)
-        series = {space: answers[space]["add"] for space in answers} | {name: answers["R"][name] for name in NULLS}
+        series = {space: answers[space]["add"] for space in answers} | {
+            name: answers["R"][name] for name in NULLS if name in answers["R"]
+        }
         rows += [{"relation": relation, "series": name} | _summary(ranks, seed) for name, ranks in series.items()]
     return pd.DataFrame(rows)

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from analyses.claims import UNTRAINED, untrained_names
 from analyses.controls.bases import random_rotations
 from analyses.controls.nulls import untrained_view
 from analyses.measures.neighbors import BLOCK, rank_among, shuffle_columns, unit_rows, word_tokens
@@ -30,7 +31,8 @@ EPSILON = 1e-3  # of 3CosMul, as Levy and Goldberg (2014) set it
 Ranks: TypeAlias = "NDArray[np.int64]"  # of the expected word, [question]
 Hits: TypeAlias = "NDArray[np.bool_]"  # whether it is first, [question]
 
-NULLS = ("c_alone", "a_plus_c", "shuffled_recipe", "untrained")
+OTHER_WEIGHTS = ("shuffled_recipe", *UNTRAINED)
+NULLS = ("c_alone", "a_plus_c", *OTHER_WEIGHTS)
 RANKINGS = {
     "add": "3CosAdd on raw rows: candidates x by cos(x, r_a - r_b + r_c); candidates are the tokens that begin with a "
     "space and a letter; a, b and c excluded; ties count against the expected word",
@@ -66,13 +68,14 @@ def usable_analogies(analogies: Sequence[Analogy], tokenizer: Tokenizer) -> tupl
     return kept, notes
 
 
-def spaces_of(view: SignalView, seed: int) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
+def spaces_of(view: SignalView, seed: int, *, quick: bool) -> Iterator[tuple[str, str, Float[Tensor, "token S"]]]:
     """Kind of weights, space, and its rows without padding."""
     own = derive_seed(seed, "semantic_algebra")
     yield from _both("trained", view)
     shuffled = shuffle_columns(view.recipe[: view.n_tokens], own)
     yield from _both("shuffled_recipe", dataclasses.replace(view, recipe=shuffled))
-    yield from _both("untrained", untrained_view(view, seed))
+    for number, name in enumerate(untrained_names("semantic_algebra", quick), start=1):
+        yield from _both(name, untrained_view(view, seed, number))  # unnamed, so that one at a time is in memory
     ((_, rotation),) = random_rotations(view.n_signals, 1, seed, "semantic_algebra")
     rotated = rotate(view, rotation)
     yield "rotated_basis", "R", rotated.recipe[: view.n_tokens]

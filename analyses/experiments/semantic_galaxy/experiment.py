@@ -100,8 +100,9 @@ def semantic_galaxy(
     if not 1 <= k < len(words.ids):
         raise ReflowlensError(f"k must be between 1 and {len(words.ids) - 1}, the other words, got {k}")
     permutations = (QUICK_PERMUTATIONS if quick else PERMUTATIONS) if permutations is None else permutations
-    spaces = tqdm(word_spaces(chosen, words, seed), total=5, desc="semantic galaxy", disable=not progress)
-    galaxies = {name: measure_galaxy(rows, words.labels, k) for name, rows in spaces}
+    spaces = word_spaces(chosen, words, seed, quick=quick)
+    bar = tqdm(spaces.items(), desc="semantic galaxy", disable=not progress)
+    galaxies = {name: measure_galaxy(rows, words.labels, k) for name, rows in bar}
     null = permuted_galaxy(galaxies["R"], words.labels, permutations, seed)
     frames = {
         "words": word_frame(chosen, words, galaxies["R"], method, seed),

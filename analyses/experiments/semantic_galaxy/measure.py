@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from analyses.controls.nulls import permuted_labels, recipe_nulls
+from analyses.controls.nulls import over_nulls, permuted_labels
 from analyses.experiments.semantic_galaxy.clusters import (
     cosine_distances,
     euclidean_distances,
@@ -86,11 +85,13 @@ def permuted_galaxy(galaxy: Galaxy, labels: NDArray[np.int64], permutations: int
     return LabelNull(means, by_category["silhouette"])
 
 
-def word_spaces(view: SignalView, words: LabelledWords, seed: int) -> Iterator[tuple[str, Float[Tensor, "word S"]]]:
+def word_spaces(
+    view: SignalView, words: LabelledWords, seed: int, *, quick: bool
+) -> dict[str, Float[Tensor, "word S"]]:
     """The words' recipes, their embeddings, and their recipes in the nulls."""
-    recipes = view.recipe[words.ids].float()
-    yield "R", recipes
-    if view.name != "identity":
-        yield "E", view.write(recipes)
-    for name, null in recipe_nulls(view, seed, "semantic_galaxy"):
-        yield name, null.recipe[words.ids].float()
+
+    def recipes(each: SignalView) -> Float[Tensor, "word S"]:
+        return each.recipe[words.ids].float()
+
+    spaces = {"R": recipes(view)} | ({} if view.name == "identity" else {"E": view.write(recipes(view))})
+    return spaces | over_nulls(recipes, view, seed, "semantic_galaxy", quick=quick)

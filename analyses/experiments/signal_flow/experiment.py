@@ -30,7 +30,7 @@ from analyses.controls.bases import (
     check_rotations,
     random_rotations,
 )
-from analyses.controls.nulls import untrained_view
+from analyses.controls.nulls import over_untrained
 from analyses.experiments.signal_flow.contributions import (
     Reading,
     leading_share,
@@ -46,7 +46,6 @@ from analyses.result.finding import Finding
 from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
-from analyses.statistics.pvalues import Alternative
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
@@ -55,11 +54,6 @@ from reflowlens.varimax import varimax_rotation
 
 MINIMUM_PROMPTS = 20
 LEADING = 10
-PRIVILEGED: dict[str, Alternative] = {
-    "leading_share": "greater",
-    "neighbour_overlap": "greater",
-    "leading_since": "less",
-}
 
 
 def definitions(k: int) -> dict[str, str]:
@@ -134,17 +128,17 @@ def signal_flow(
     prompt = prompt if prompt is not None else prompts[0]
     frames = detail_frames(chosen, prompt, target, position, signal, k)
     reading = read_contributions(chosen, prompts)
-    untrained = read_contributions(untrained_view(chosen, seed), prompts)
+    fresh = over_untrained(lambda each: read_contributions(each, prompts), chosen, seed, "signal_flow", quick=quick)
     drawn = random_rotations(chosen.n_signals, rotations, seed, "signal_flow")
     bar = tqdm(drawn, total=rotations, desc="signal flow", disable=not progress)
     sparsest = varimax_rotation(chosen.recipe[: chosen.n_tokens], seed=seed)
     flows = Bases(
         own=Flow.of(reading, k),
-        nulls={"untrained": Flow.of(untrained, k)},
+        nulls={name: Flow.of(each, k) for name, each in fresh.items()},
         rotated={name: Flow.of(reading.rotated(rotation), k) for name, rotation in bar},
         varimax=Flow.of(reading.rotated(sparsest), k),
     )
-    readings = {"model": reading, "untrained": untrained}
+    readings = {"model": reading, **fresh}
     frames |= {
         "prompts": _prompt_frame(flows, prompts),
         "layers": _layer_frame(flows, seed),
@@ -155,7 +149,7 @@ def signal_flow(
     attention, why = _attention_share(readings, seed)
     sum_error = {
         "rotated_basis": max(flow.sum_error for flow in flows.rotated.values()),
-        "untrained": flows.nulls["untrained"].sum_error,
+        **{name: flow.sum_error for name, flow in flows.nulls.items()},
     }
     return Result(
         name="signal_flow",
@@ -173,7 +167,9 @@ def signal_flow(
             **leading,
             **attention,
             "sum_error": Finding(flows.own.sum_error, controls=sum_error),
-            "split_error": Finding(reading.split_error(), controls={"untrained": untrained.split_error()}),
+            "split_error": Finding(
+                reading.split_error(), controls={name: each.split_error() for name, each in fresh.items()}
+            ),
         },
         frames=frames,
         figures=flow_figures(frames, prompt),
@@ -231,7 +227,7 @@ def _leading_findings(flows: Bases[Flow], n_signals: int, k: int, seed: int) -> 
         for metric, found in values.items()
     }
     units = dict.fromkeys(means, len(flows.own.share))
-    return basis_verdicts(findings, means, PRIVILEGED, units, minimum_units=MINIMUM_PROMPTS, experiment="signal_flow")
+    return basis_verdicts(findings, means, units, minimum_units=MINIMUM_PROMPTS, experiment="signal_flow")
 
 
 def _attention_share(readings: dict[str, Reading], seed: int) -> tuple[dict[str, Finding], list[str]]:
@@ -243,10 +239,10 @@ def _attention_share(readings: dict[str, Reading], seed: int) -> tuple[dict[str,
             for part in (reading.split.attention, reading.split.mlp)
         )
         shares[name] = attention[attention + mlp > 0] / (attention + mlp)[attention + mlp > 0]
-    own = shares["model"]
+    own = shares.pop("model")
     if len(own) < 2:
         return {}, ["attention_share: absent, for neither attention nor MLPs write anything"]
-    controls = {"untrained": float(shares["untrained"].mean())}
+    controls = {name: float(share.mean()) for name, share in shares.items()}
     return {"attention_share": Finding(own.mean(), bootstrap_interval(own, seed=seed), controls)}, []
 
 

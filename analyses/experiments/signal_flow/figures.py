@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
+from analyses.claims import UNTRAINED
 from analyses.measures.lens import point_name
 from reflowlens.figures.builders import bars, line_with_band
 from reflowlens.figures.heatmap import heatmap
@@ -67,7 +68,7 @@ def flow_figures(frames: dict[str, pd.DataFrame], prompt: str) -> dict[str, go.F
             "low",
             "high",
             color="basis",
-            controls=("untrained", "varimax", "rotated_basis"),
+            controls=(*UNTRAINED, "varimax", "rotated_basis"),
             hover=["births", "deaths"],
             title="Leading signals that a block leaves leading",
             y_title="Jaccard index before and after",

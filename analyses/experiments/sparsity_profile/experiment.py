@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from analyses.claims import CLAIMS
 from analyses.controls.bases import (
     QUICK_ROTATIONS,
     ROTATIONS,
@@ -24,7 +25,7 @@ from analyses.controls.bases import (
     by_metric,
     in_bases,
 )
-from analyses.controls.nulls import gaussian_view, untrained_view
+from analyses.controls.nulls import gaussian_view, over_untrained
 from analyses.experiments.sparsity_profile.figures import sparsity_figures, sparsity_frames
 from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profile, measure_profile, support_tokens
 from analyses.measures.knockout import real_tokens
@@ -34,7 +35,6 @@ from analyses.result.params import run_params
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
 from analyses.statistics.intervals import Interval, bootstrap_interval
-from analyses.statistics.pvalues import Alternative
 from analyses.statistics.resampling import percentile_interval, resampled_means
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.models.base import HookedModel
@@ -42,15 +42,6 @@ from reflowlens.signals import SignalView, ViewName, view_of
 
 MINIMUM_UNITS = 20
 PUBLISHED = {"active_signals": 116.6, "active_share": 0.1138, "usage_gini": 0.085}
-PRIVILEGED: dict[str, Alternative] = {
-    "active_share": "less",
-    "usage_gini": "less",
-    "hoyer": "greater",
-    "participation": "less",
-    "signal_kurtosis": "greater",
-    "support_share": "less",
-}
-"""On which side of a random rotation the published claims lie: recipes are sparse, and all signals are used evenly."""
 
 
 def definitions(rule: str) -> dict[str, str]:
@@ -114,10 +105,15 @@ def sparsity_profile(
     read = [ids for ids in read if ids]
     own = derive_seed(seed, "sparsity_profile")
     drawn = support_tokens(len(chosen.recipe), own)
+
+    def measured(each: SignalView) -> Profile:
+        return measure_profile(real_tokens(each), rule, threshold, read, drawn=drawn)
+
+    fresh = over_untrained(measured, chosen, seed, "sparsity_profile", quick=quick)
     profiles = in_bases(
-        lambda each: measure_profile(each, rule, threshold, read, drawn=drawn),
+        measured,
         chosen,
-        {"gaussian": gaussian_view(chosen, own), "untrained": real_tokens(untrained_view(chosen, seed))},
+        {"gaussian": measured(gaussian_view(chosen, own)), **fresh},
         rotations=rotations,
         seed=seed,
         experiment="sparsity_profile",
@@ -152,20 +148,19 @@ def sparsity_profile(
 def _findings(
     profiles: Bases[Profile], intervals: Mapping[str, Interval], topk: int | None
 ) -> tuple[dict[str, Finding], list[str]]:
-    """Every metric beside its value in the other bases, with the verdicts of `PRIVILEGED`, and notes."""
+    """Every metric beside its value in the other bases, judged, and notes: recipes are sparse, and all signals are used
+    evenly."""
     trained, values = profiles.own, by_metric(profiles.map(Profile.headline))
     controls = {metric: found.controls() for metric, found in values.items()}
     if topk is not None:
         controls["active_signals"]["topk"] = topk
         controls["active_share"]["topk"] = topk / len(trained.usage)
-    units = dict.fromkeys(PRIVILEGED, len(trained.active)) | {
+    units = dict.fromkeys(CLAIMS["sparsity_profile"], len(trained.active)) | {
         "signal_kurtosis": int(np.isfinite(trained.kurtosis).sum()),
         "support_share": len(trained.support),
     }
     findings = {m: Finding(found.own, intervals.get(m), controls[m]) for m, found in values.items()}
-    return basis_verdicts(
-        findings, values, PRIVILEGED, units, minimum_units=MINIMUM_UNITS, experiment="sparsity_profile"
-    )
+    return basis_verdicts(findings, values, units, minimum_units=MINIMUM_UNITS, experiment="sparsity_profile")
 
 
 def _intervals(profile: Profile, active: Bool[Tensor, "token S"], seed: int) -> dict[str, Interval]:

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from analyses.claims import UNTRAINED
 from analyses.controls.bases import Bases
 from analyses.experiments.sparsity_profile.measure import FACTORS, Profile
 from analyses.measures.knockout import codebook_texts
@@ -20,7 +21,7 @@ from reflowlens.figures.builders import line_with_band
 from reflowlens.figures.heatmap import heatmap
 from reflowlens.signals import SignalView
 
-CONTROLS = ("gaussian", "untrained", "rotated_basis")
+CONTROLS = ("gaussian", *UNTRAINED, "rotated_basis")
 WORDS_A_CATEGORY = 2
 HEATMAP_SIGNALS = 40
 

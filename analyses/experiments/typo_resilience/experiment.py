@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from analyses.claims import bound_of
-from analyses.controls.nulls import untrained_view
+from analyses.claims import bound_of, sign_of
+from analyses.controls.nulls import over_untrained
 from analyses.experiments.typo_resilience.figures import typo_figures
 from analyses.experiments.typo_resilience.frames import cells_frame, kinds_frame, layers_frame, pairs_frame
 from analyses.experiments.typo_resilience.measure import (
@@ -31,7 +31,6 @@ from analyses.experiments.typo_resilience.measure import (
     by_word,
     compare_words,
     control_pvalues,
-    direction,
     others_of_same_length,
     pair_values,
 )
@@ -125,8 +124,13 @@ def typo_resilience(
     others = dict(zip(("misspelt", *UNRELATED), (misspelt, unrelated, elsewhere), strict=True))
     compared = compare_words(chosen, clean, others, carriers)
     bar.update()
-    untrained = untrained_view(chosen, seed)
-    compared["untrained"] = compare_words(untrained, clean, {"misspelt": misspelt}, carriers)["misspelt"]
+    compared |= over_untrained(
+        lambda fresh: compare_words(fresh, clean, {"misspelt": misspelt}, carriers)["misspelt"],
+        chosen,
+        seed,
+        "typo_resilience",
+        quick=quick,
+    )
     bar.update()
     bar.close()
     others["untrained"] = misspelt
@@ -169,9 +173,9 @@ def resilience_verdict(
     itself the larger of those of the paired sign-flip tests against each, is below 0.05, and the interval is clear of
     the nearer control by 0.05 (for the KL by 0.1 nats); underpowered with fewer than 20 words.
     """
-    sign = direction(metric)
+    sign = sign_of("typo_resilience", metric)
     low, high = sorted(sign * end for end in interval)
-    bound = bound_of("typo_resilience", metric, controls, sign)
+    bound = bound_of("typo_resilience", metric, controls)
     return verdict((low, high), bound, p, minimum_units=MINIMUM_WORDS, units=units)
 
 

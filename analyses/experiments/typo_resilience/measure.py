@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import sign_of
 from analyses.measures.lens import (
     depths_of,
     first_settled,
@@ -115,13 +116,11 @@ def by_word(words: Sequence[str], values: Values) -> Values:
 
 def control_pvalues(values: Values, metric: str, seed: int) -> dict[str, float]:
     """p of the paired test over words against each unrelated control."""
-    differences = {name: direction(metric) * (values["misspelt"][metric] - values[name][metric]) for name in UNRELATED}
+    differences = {
+        name: sign_of("typo_resilience", metric) * (values["misspelt"][metric] - values[name][metric])
+        for name in UNRELATED
+    }
     return {name: paired_permutation_pvalue(difference, seed=seed) for name, difference in differences.items()}
-
-
-def direction(metric: str) -> int:
-    """Whether more (+1) or less (-1) of a metric says that two words are read alike."""
-    return -1 if metric == "final_kl" else 1
 
 
 def _compare(

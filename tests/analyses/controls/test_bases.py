@@ -37,10 +37,14 @@ def test_rotations_are_those_of_their_experiment_and_seed():
 
 def test_names_and_series_and_controls_of_numbers_by_basis():
     view = signal_view(random_model("reflow"))
+
+    def largest_entry(each):
+        return {"largest": float(each.recipe.abs().max())}
+
     sizes = in_bases(
-        lambda each: {"largest": float(each.recipe.abs().max())},
+        largest_entry,
         view,
-        {"untrained": signal_view(random_model("reflow", seed=1))},
+        {"untrained": largest_entry(signal_view(random_model("reflow", seed=1)))},
         rotations=3,
         seed=0,
         experiment="here",

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 import reflowlens as rl
+from analyses.claims import QUICK_UNTRAINED, UNTRAINED, joined_draws
 from analyses.controls.nulls import untrained_model
 from analyses.experiments.concept_inception.experiment import closing_verdict, concept_inception, delay_verdict
 from analyses.measures.steering import critical_strength
@@ -64,15 +65,27 @@ def test_some_layers_show_what_all_layers_show_there(closing):
     assert "measured at 4 of 5 layers: 0, 2, 3, 4" in few.notes
 
 
-def test_the_untrained_model_is_measured_as_the_model_is():
+def test_untrained_models_are_measured_as_the_model_is():
     model = turning_model()
     result = concept_inception(model, WORDS[:4], lexicon=LEXICON, quick=True)
-    untrained = concept_inception(untrained_model(model, seed=0), WORDS[:4], lexicon=LEXICON, quick=True)
+    draws = {
+        name: concept_inception(untrained_model(model, 0, number), WORDS[:4], lexicon=LEXICON, quick=True)
+        for number, name in enumerate(UNTRAINED[:QUICK_UNTRAINED], start=1)
+    }
+
+    def beside(metric, values):
+        (control,) = joined_draws("concept_inception", metric, dict(zip(draws, values, strict=True))).values()
+        return pytest.approx(control)
+
     for metric in ("long_clause_delay", "log_long_clause_ratio", "closed_share", "reachable_share"):
-        assert result.controls[metric]["untrained"] == pytest.approx(untrained.metrics[metric]), metric
-    assert abs(untrained.metrics["log_long_clause_ratio"]) > 1e-3
-    rows = untrained.frames["problems"].query("series == 'long' and reachable")
-    assert result.controls["non_monotone_share"]["untrained"] == pytest.approx(rows["lost_again"].mean())
+        values = [draw.metrics[metric] for draw in draws.values()]
+        assert result.controls[metric]["untrained"] == beside(metric, values), metric
+    assert abs(draws["untrained"].metrics["log_long_clause_ratio"]) > 1e-3
+    rows = [draw.frames["problems"].query("series == 'long' and reachable") for draw in draws.values()]
+    lost = [found["lost_again"].mean() for found in rows]
+    assert result.controls["non_monotone_share"]["untrained"] == beside("non_monotone_share", lost)
+    problems = result.frames["problems"]
+    assert {"untrained", "untrained_2", "untrained_long", "untrained_2_long"} <= set(problems["series"])
     assert set(result.metrics) == set(result.controls)
 
 

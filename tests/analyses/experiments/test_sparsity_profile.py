@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from analyses.experiments.sparsity_profile.experiment import PRIVILEGED, sparsity_profile
+from analyses.claims import CLAIMS
+from analyses.experiments.sparsity_profile.experiment import sparsity_profile
 from analyses.measures.sparsity import (
     active_signals,
     check_rule,
@@ -62,7 +63,7 @@ def test_every_rule_finds_the_planted_count(rule, threshold):
 
 
 def test_nothing_is_found_where_nothing_is(empty):
-    assert set(empty.verdicts) == set(PRIVILEGED)
+    assert set(empty.verdicts) == set(CLAIMS["sparsity_profile"])
     assert set(empty.verdicts.values()) == {"not supported"}
     assert empty.metrics["active_share"] == pytest.approx(empty.controls["active_share"]["gaussian"], rel=0.01)
     assert empty.metrics["hoyer"] == pytest.approx(empty.controls["hoyer"]["rotated_basis"], rel=0.01)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformer_lens.utilities.statistics import derive_generator
 
+from analyses.claims import QUICK_UNTRAINED
 from analyses.registry import EXPERIMENTS
 from analyses.runner.suite import run_experiment
 from analyses.statistics.draws import derive_rng, derive_seed
@@ -22,7 +23,7 @@ SHARED = {
     "resampled_means": "as bootstrap_band",
     "agreement": "as bootstrap_band: effects of interventions and of their controls are resampled alike",
     "relative_size": "as agreement",
-    "build_model": "one untrained model for all experiments",
+    "build_model": "the same untrained models for all experiments",
     "generate": "texts are continued from the same seeds with and without an edit",
 }
 CONTROLS = {
@@ -109,7 +110,7 @@ def test_no_two_random_controls_of_a_run_are_one_draw_and_another_seed_draws_all
         twice = {each for each in drawn if drawn.count(each) > 1}
         assert not twice
         assert len({each.seed for each in drawn}) == len(drawn)  # nor does one library's seed serve the other
-        assert len({each.seed for each in run if each.maker == "build_model"}) == 1
+        assert len({each.seed for each in run if each.maker == "build_model"}) == QUICK_UNTRAINED
         assert not {each.seed for each in drawn} & {each.seed for each in run if each.maker in SHARED}
     first, second = ({each.seed for each in run if each.maker not in {"generate"}} for run in runs)
     assert not first & second
