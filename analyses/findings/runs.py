@@ -104,6 +104,7 @@ def measured(
     study: str | Path,
     experiments: Sequence[str | int],
     *,
+    arms: Sequence[str] | None = None,
     quick: bool = True,
     seed: int = 0,
     progress: bool | None = None,
@@ -113,6 +114,7 @@ def measured(
 
     Args:
         experiments: names or numbers (`analyses.registry.parse_selection`).
+        arms: whose runs; default all.
         quick, seed: passed to the experiments.
         progress: a bar an experiment on stderr, by default on a terminal alone.
         again: measure anew what is kept, as after a change of the experiments.
@@ -130,6 +132,7 @@ def measured(
             study,
             f"{each.name}_{form}_{seed}",
             _rows_of(each, {"quick": quick, "seed": seed}),
+            arms=arms,
             progress=progress,
             again=again,
         ).assign(experiment=each.name)
@@ -190,16 +193,19 @@ def _kept(
     name: str,
     rows_of: Callable[[HookedModel, TrainedRun], list[Row]],
     *,
+    arms: Sequence[str] | None = None,
     progress: bool | None,
     again: bool,
 ) -> pd.DataFrame:
-    """The rows of every complete run: those that are kept, where the weights are as they were then, otherwise measured
-    now and kept. Written after each run, so that nothing is measured twice after an interruption."""
+    """The rows of every complete run, or of some arms' alone: those that are kept, where the weights are as they were
+    then, otherwise measured now and kept. Written after each run, so that nothing is measured twice after an
+    interruption."""
     path = Path(study) / MEASURED / f"{name}.csv"
     show = sys.stderr.isatty() if progress is None else progress
     kept = _read(path)
     found = {} if again else kept
-    for run in bar(trained_runs(study), show=show, unit="run", desc=f"measuring {name}", leave=False):
+    runs = [run for run in trained_runs(study) if arms is None or run.arm in arms]
+    for run in bar(runs, show=show, unit="run", desc=f"measuring {name}", leave=False):
         weights = "" if run.checkpoint is None else _identity(run.checkpoint)
         known = found.get((run.arm, run.seed))
         if known and weights in ("", known[0]["weights"]):
@@ -207,7 +213,7 @@ def _kept(
         rows = rows_of(run.load(), run) or [{}]
         found |= {(run.arm, run.seed): [{"arm": run.arm, "seed": run.seed, "weights": weights, **row} for row in rows]}
         _write(path, kept | found)
-    wanted = [found[run.arm, run.seed] for run in trained_runs(study)]
+    wanted = [found[run.arm, run.seed] for run in runs]
     table = pd.DataFrame([row for rows in wanted for row in rows if len(row) > 3])
     return table.drop(columns="weights", errors="ignore")
 
