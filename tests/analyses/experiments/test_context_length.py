@@ -63,7 +63,13 @@ def test_a_delay_that_words_make_in_any_order_is_none_by_the_clause():
     assert frame["words"].unique().tolist() == [0, 1, 2, 4, 8, 16]
     assert (delays(frame)["model"] == 2.5 / 4).all()
     curve = result.figures["context"]
-    assert {trace.name for trace in curve.data} == {"model", "shuffled clause", "untrained"}
+    assert {trace.name for trace in curve.data} == {
+        "model",
+        "shuffled clause",
+        "untrained",
+        "untrained 2",
+        "untrained 3",
+    }
 
 
 def test_an_empty_model_has_no_delay():
