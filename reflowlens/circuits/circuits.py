@@ -34,6 +34,7 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded
 from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions
 
 Match = Literal["kind", "layer"]
 _EVERY_SIZE = 100  # nodes: of so many a circuit of every size is run
@@ -102,6 +103,7 @@ def faithfulness(
     circuit: Circuit = (),
     metric: Metric | None = None,
     *,
+    positions: Positions = None,
     ablation: Ablation = "corrupted",
     controls: int = 100,
     match: Match = "kind",
@@ -113,12 +115,16 @@ def faithfulness(
     Args:
         clean: the prompts that are run; of :class:`reflowlens.Prompts` both columns are used, and ``corrupted`` is left
             out.
-        corrupted: the prompts whose activations replace; as many tokens as ``clean``.
+        corrupted: the prompts whose activations replace; as many tokens as ``clean``, unless ``positions`` aligns them.
         circuit: names of heads and MLPs (``["a0.h2", "m1"]``), or edges (``[("a0.h2", "a5.h2<v>"), ...]``); see
             :mod:`reflowlens.circuits.graph`. The embedding belongs to every circuit of nodes.
         metric: one of :mod:`reflowlens.metrics`, not normalised.
+        positions: where what lies outside is replaced: None, at every position; ``"right"``, at those that both prompts
+            of a pair have, counted from their ends; or a list of roles, ``"last"`` and indices, as of
+            :func:`reflowlens.sweep`. Elsewhere it stays as in the clean run.
         ablation: replace by each prompt's own ``"corrupted"`` run, or by the ``"mean"`` over all corrupted prompts,
-            position by position, of which there may then be any number.
+            position by position, of which there may then be any number; with ``positions`` (``"left"`` too) over those
+            that have it, counted from their beginning, their end, or by role.
         controls: number of random circuits of the same size.
         match: these have as many nodes (edges) of each ``"kind"``, or of each kind in each ``"layer"``. An edge's kind
             is that of both ends. Random edges seldom connect: they make a weak control, random nodes a fair one.
@@ -138,7 +144,7 @@ def faithfulness(
         >>> round(rl.faithfulness(model, *texts, everything, rl.metrics.kl(), controls=0).value, 4)
         1.0
     """
-    runs = CircuitRuns(model, clean, corrupted, metric, ablation)
+    runs = CircuitRuns(model, clean, corrupted, metric, ablation, positions)
     return _score(runs, circuit, controls, match, seed, memory, removed=False)
 
 
@@ -150,6 +156,7 @@ def completeness(
     circuit: Circuit = (),
     metric: Metric | None = None,
     *,
+    positions: Positions = None,
     ablation: Ablation = "corrupted",
     controls: int = 100,
     match: Match = "kind",
@@ -159,7 +166,8 @@ def completeness(
     """How much of the model's behaviour is left when a circuit is replaced and all else is kept: the less, the better.
 
     Args:
-        model, clean, corrupted, circuit, metric, ablation, controls, match, seed, memory: as in :func:`faithfulness`.
+        model, clean, corrupted, circuit, metric, positions, ablation, controls, match, seed, memory: as in
+            :func:`faithfulness`.
 
     Returns:
         ``value`` is 0 where nothing of the behaviour is left, 1 where all of it is; ``pvalue`` counts random circuits
@@ -176,7 +184,7 @@ def completeness(
         >>> round(abs(rl.completeness(model, *texts, everything, rl.metrics.kl(), controls=0).value), 4)
         0.0
     """
-    runs = CircuitRuns(model, clean, corrupted, metric, ablation)
+    runs = CircuitRuns(model, clean, corrupted, metric, ablation, positions)
     return _score(runs, circuit, controls, match, seed, memory, removed=True)
 
 
@@ -190,6 +198,7 @@ def grow_circuit(
     *,
     of: Literal["edges", "nodes"] = "edges",
     sizes: Sequence[int] | None = None,
+    positions: Positions = None,
     ablation: Ablation = "corrupted",
     memory: float | None = None,
     progress: bool | None = None,
@@ -201,7 +210,7 @@ def grow_circuit(
     the absolute sum of their edges' scores.
 
     Args:
-        clean, corrupted, metric, ablation: as in :func:`faithfulness`.
+        clean, corrupted, metric, positions, ablation: as in :func:`faithfulness`.
         scores: of :func:`reflowlens.circuits.edges.edge_attribution` or ``exact_edges``.
         sizes: of the circuits; default: every number of nodes of a model that has up to 100; of larger ones, and of
             edges, about twenty numbers, evenly on a log scale.
@@ -218,7 +227,7 @@ def grow_circuit(
         raise ReflowlensError(f"a circuit is of 'edges' or of 'nodes', not of {of!r}")
     if not isinstance(scores, EdgeScores):
         raise ReflowlensError(f"scores must be those of rl.edge_attribution or rl.exact_edges, got {scores!r}")
-    runs = CircuitRuns(model, clean, corrupted, metric, ablation)
+    runs = CircuitRuns(model, clean, corrupted, metric, ablation, positions)
     full, empty = _ends(runs.graph, nodes=of == "nodes")
     order: list[Any] = list(strongest_nodes(scores)) if of == "nodes" else greedy_edges(scores)
     if sizes is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.arguments import whole_number
@@ -29,6 +29,7 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions, at_partners, partners
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.run_prompts import RunPrompts
 
@@ -94,6 +95,7 @@ def edge_attribution(
     corrupted: TextInput | None = None,
     metric: Metric | None = None,
     *,
+    positions: Positions = None,
     mode: Literal["gradient", "integrated"] = "integrated",
     steps: int = 8,
     memory: float | None = None,
@@ -104,16 +106,19 @@ def edge_attribution(
     number of edges. Scores are summed over positions.
 
     Args:
-        clean, corrupted: prompts, those of a pair of equal length in tokens; of :class:`reflowlens.Prompts` both
-            columns are used, and ``corrupted`` is left out.
+        clean, corrupted: prompts, those of a pair of equal length in tokens unless ``positions`` aligns them; of
+            :class:`reflowlens.Prompts` both columns are used, and ``corrupted`` is left out.
         metric: one of :mod:`reflowlens.metrics` that has a gradient.
+        positions: where senders are patched: None, at every position; ``"right"``, at those that both prompts of a pair
+            have, counted from their ends; or a list of roles, ``"last"`` and indices, as of :func:`reflowlens.sweep`.
+            Elsewhere they write what they write in the corrupted run.
         mode: ``"gradient"`` takes the gradient at the corrupted run (EAP), ``"integrated"`` the mean over ``steps``
             runs on the way to the clean input (EAP-IG), at the midpoints of that many equal parts.
         memory: bytes that the folded runs may take; default: a share of what is free.
 
     Raises:
-        ReflowlensError: the prompts differ in length, the metric does not fit the model or has no gradient, or what
-            overflows reaches a score.
+        ReflowlensError: the prompts of a pair differ in length and nothing aligns them, the metric does not fit the
+            model or has no gradient, or what overflows reaches a score.
 
     Example:
         >>> import reflowlens as rl
@@ -127,8 +132,8 @@ def edge_attribution(
     hooked = cast(Decoder, hooked_model(model))
     with torch.inference_mode(False):
         prompts = RunPrompts.pair(hooked, clean, corrupted)
-        runs = GradientRuns(hooked, check_metric(metric), prompts)
-        changes = sent_otherwise(hooked, prompts).float()
+        changes = sent_otherwise(hooked, prompts, positions).float()
+        runs = GradientRuns(hooked, check_metric(metric), prompts, positions)
         graph = Graph.of(hooked)
         names = list(graph.receiver_points)
 
@@ -160,13 +165,19 @@ def check_finite(
 
 
 @torch.no_grad()
-def sent_otherwise(model: Decoder, prompts: RunPrompts) -> Float[Tensor, "prompt pos sender d_model"]:
-    """What every sender writes in the clean run, less what it writes in the corrupted one."""
+def sent_otherwise(
+    model: Decoder, prompts: RunPrompts, positions: Positions = None
+) -> Float[Tensor, "prompt pos sender d_model"]:
+    """What every sender writes in the clean run, less what it writes in the corrupted one.
+
+    Args:
+        positions: which of both runs correspond; at a corrupted position that stands for none it is 0.
+    """
     points = list(Graph.of(model).sender_points)
-
-    def sent(tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos sender d_model"]:
+    partner = partners(model, prompts, positions)
+    sent = []
+    for tokens in (prompts.tokens, prompts.clean):
         _, cache = model.run_with_cache(tokens, names_filter=points, return_type=None, return_cache_object=False)
-        return by_node(cache, points)
-
-    assert prompts.clean is not None
-    return sent(prompts.clean) - sent(prompts.tokens)
+        sent.append(by_node(cache, points))
+    corrupted, clean = sent
+    return at_partners(corrupted, clean, partner) - corrupted

@@ -4,7 +4,8 @@ To first order an intervention that changes an activation from a to a' changes t
 forward and one backward pass give the gradient at every point, so thousands of cells cost as much as one (Nanda, 2023,
 "Attribution Patching: Activation Patching At Industrial Scale"). Taken at the corrupted run alone, the gradient misses
 what saturates on the way to the clean run; the mean over runs whose input lies between the two does not (integrated
-gradients: Hanna et al., 2024, arXiv 2403.17806, the variant that interpolates inputs).
+gradients: Hanna et al., 2024, arXiv 2403.17806, the variant that interpolates inputs). Of a pair of equal length every
+token's input goes on the way; of another, those at the positions that align the two, and the others stay as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from reflowlens.interventions.selectors import Prompt, is_each
 from reflowlens.interventions.values import Ablate, Patch, Replace, Scale
 from reflowlens.metrics import Metric
 from reflowlens.models.decoder import Decoder
+from reflowlens.sweeps.alignment import SAY_WHICH, Positions, at_partners, is_left, partners
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
 from reflowlens.sweeps.run_prompts import RunPrompts
@@ -56,7 +58,7 @@ def estimate_cells(
         ReflowlensError: there is nothing to interpolate to, or a selector does not fit.
     """
     model = cast(Decoder, setup.model)
-    runs = GradientRuns(model, metric, setup.prompts)
+    runs = GradientRuns(model, metric, setup.prompts, setup.positions)
     cells = bind_all(model, setup.cells.cells)
     names = sorted({bound.name for cell in cells for bound in cell})
     gradients = runs.mean_gradients(names, steps, memory)
@@ -173,12 +175,15 @@ def steps_of(mode: str, steps: int) -> int | None:
 class GradientRuns:
     """Gradients of a metric with respect to activations, at the corrupted run or on the way to the clean one.
 
+    Args:
+        positions: what aligns clean and corrupted prompts; see :mod:`reflowlens.sweeps.alignment`.
+
     Attributes:
         baseline: the metric of the corrupted run, [prompt].
     """
 
     @torch.no_grad()
-    def __init__(self, model: Decoder, metric: Metric, prompts: RunPrompts) -> None:
+    def __init__(self, model: Decoder, metric: Metric, prompts: RunPrompts, positions: Positions = None) -> None:
         self.model, self.metric, self.tokens = model, metric, prompts.tokens
         check_readout_is_free(model)
         self.reader = Reader(model, metric, prompts)
@@ -186,10 +191,10 @@ class GradientRuns:
         cache, hooks, _ = model.get_caching_hooks(point)
         with model.hooks(hooks):
             self.baseline = self.reader.of_final(model.final_stream(self.tokens))
-        target, self.is_even = None, prompts.is_even
-        if prompts.clean is not None and prompts.is_even:
+        target, self.is_aligned = None, prompts.is_even or not is_left(positions)
+        if prompts.clean is not None and self.is_aligned:
             _, clean = model.run_with_cache(prompts.clean, names_filter=point, return_type=None, stop_at_layer=0)
-            target = clean[point]
+            target = at_partners(cache[point], clean[point], _on_the_way(model, prompts, positions))
         self.path = InputPath(point, cache[point], target)
 
     def rows(self, steps: int | None) -> list[Row]:
@@ -200,10 +205,10 @@ class GradientRuns:
         """
         if steps is None:
             return [(prompt, 0.0) for prompt in range(len(self.tokens))]
-        if not self.is_even:
+        if not self.is_aligned:
             raise ReflowlensError(
-                "integrated gradients go from the corrupted input to the clean one token by token, and these differ in "
-                "length: use mode='gradient', or 'exact'"
+                "integrated gradients go from the corrupted input to the clean one, and these differ in length: "
+                f"{SAY_WHICH}; mode='gradient' and 'exact' need no way between them"
             )
         if self.path.clean is None:
             raise ReflowlensError("integrated gradients go from the corrupted prompts to the clean ones: give these")
@@ -287,6 +292,17 @@ class GradientRuns:
         if not values.requires_grad:
             raise ReflowlensError(f"{self.metric.name} has no gradient: use mode='exact', or a smooth metric")
         return values, fired
+
+
+def _on_the_way(model: Decoder, prompts: RunPrompts, positions: Positions) -> Int[Tensor, "prompt pos"] | None:
+    """The clean position whose input each corrupted one goes to, pair by pair, so that each is as it is alone."""
+    if prompts.is_even:
+        return None
+    device = prompts.tokens.device
+    aligned, index = partners(model, prompts, positions), torch.arange(prompts.tokens.shape[1], device=device)
+    lengths, clean_lengths = (torch.tensor(x, device=device)[:, None] for x in (prompts.lengths, prompts.clean_lengths))
+    token_by_token = index.expand(len(lengths), -1).masked_fill(index >= lengths, -1)
+    return torch.where(lengths == clean_lengths, token_by_token, aligned)
 
 
 def _at_positions(

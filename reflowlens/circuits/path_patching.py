@@ -35,6 +35,7 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
 from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions
 from reflowlens.sweeps.patching_result import PatchingResult
 from reflowlens.sweeps.reading import Reader, attached_points
 from reflowlens.sweeps.run_prompts import RunPrompts
@@ -54,26 +55,30 @@ def path_patch(
     metric: Metric | None = None,
     *,
     through: str | Sequence[str] = (),
+    positions: Positions = None,
     memory: float | None = None,
 ) -> PatchingResult:
     """Patch what a sender writes from the clean run into the corrupted one, along chosen paths to receivers.
 
     Args:
-        clean, corrupted: prompts, those of a pair of equal length in tokens; of :class:`reflowlens.Prompts` both
-            columns are used, and ``corrupted`` is left out.
+        clean, corrupted: prompts, those of a pair of equal length in tokens unless ``positions`` aligns them; of
+            :class:`reflowlens.Prompts` both columns are used, and ``corrupted`` is left out.
         sender: ``"embed"``, a head (``"a3.h2"``) or an MLP (``"m3"``); each of several makes a cell of its own.
         receiver: the query, key or value input of a head (``"a5.h0<q>"``; keys and values have their own heads under
             grouped-query attention), an MLP (``"m5"``) or ``"logits"``; several are patched together.
         metric: one of :mod:`reflowlens.metrics`.
         through: heads and MLPs that the path may go through, beside the direct edge; others stay as they were.
+        positions: where the sender is patched: None, at every position; ``"right"``, at those that both prompts of a
+            pair have, counted from their ends; or a list of roles, ``"last"`` and indices, as of
+            :func:`reflowlens.sweep`. Elsewhere it writes what it writes in the corrupted run.
 
     Returns:
         TransformerLens's ``PatchingResult``, one cell a sender: ``values`` [sender, prompt]; ``effect()`` takes off the
         corrupted run's.
 
     Raises:
-        ReflowlensError: a node does not exist, a receiver comes before the sender, the prompts differ in length, or
-            hooks are attached to the model.
+        ReflowlensError: a node does not exist, a receiver comes before the sender, the prompts of a pair differ in
+            length and nothing aligns them, or hooks are attached to the model.
 
     Example:
         >>> import reflowlens as rl
@@ -82,7 +87,7 @@ def path_patch(
         >>> rl.path_patch(model, *texts, "a0.h2", "a5.h2<v>", rl.metrics.kl(), through=["m0", "m1"]).values.shape
         torch.Size([1, 1])
     """
-    pair = _Pair(model, clean, corrupted, metric)
+    pair = _Pair(model, clean, corrupted, metric, positions)
     senders, receivers, through = (
         list(dict.fromkeys(names_given(value, name)))
         for name, value in (("sender", sender), ("receiver", receiver), ("through", through))
@@ -111,6 +116,7 @@ def exact_edges(
     metric: Metric | None = None,
     *,
     edges: Sequence[Edge] | None = None,
+    positions: Positions = None,
     memory: float | None = None,
     progress: bool | None = None,
 ) -> EdgeScores:
@@ -121,7 +127,7 @@ def exact_edges(
     of its attention, and each then one run of what follows, as many at once as memory holds.
 
     Args:
-        clean, corrupted, metric: as in :func:`path_patch`.
+        clean, corrupted, metric, positions: as in :func:`path_patch`.
         edges: pairs of sender and receiver; default: every edge.
         memory: bytes that the folded runs may take; default: a share of what is free.
         progress: show a bar; by default on a terminal.
@@ -132,7 +138,7 @@ def exact_edges(
     Raises:
         ReflowlensError: as :func:`path_patch`; or what overflows reaches an effect.
     """
-    pair = _Pair(model, clean, corrupted, metric)
+    pair = _Pair(model, clean, corrupted, metric, positions)
     if edges is not None and not isinstance(edges, Iterable):
         raise ReflowlensError(f"edges must be a list of pairs (sender, receiver), got {edges!r}")
     wanted = set(pair.graph.edges if edges is None else [pair.graph.edge(edge) for edge in edges])
@@ -155,7 +161,12 @@ class _Pair:
     """A corrupted run, and what every sender writes otherwise in the clean one."""
 
     def __init__(
-        self, model: Any, clean: TextInput | Prompts, corrupted: TextInput | None, metric: Metric | None
+        self,
+        model: Any,
+        clean: TextInput | Prompts,
+        corrupted: TextInput | None,
+        metric: Metric | None,
+        positions: Positions,
     ) -> None:
         self.model = cast(Decoder, hooked_model(model))
         if attached_points(self.model):
@@ -168,7 +179,7 @@ class _Pair:
         self.graph = Graph.of(self.model)
         self.prompts = RunPrompts.pair(self.model, clean, corrupted)
         self.reader = Reader(self.model, check_metric(metric), self.prompts)
-        self.changes = sent_otherwise(self.model, self.prompts)
+        self.changes = sent_otherwise(self.model, self.prompts, positions)
         n_layers = self.graph.n_layers
         names = {place.stage: place.stream for place in self.graph.receiver_places.values()}
         _, cache = self.model.run_with_cache(self.prompts.tokens, names_filter=[*names.values()], return_type=None)

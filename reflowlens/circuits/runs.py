@@ -2,6 +2,8 @@
 
 Every node reads the stream of the replaced run plus, along the edges of the circuit, what the senders write otherwise
 than there. The senders are computed anew, each from what it reads: so what a circuit lacks it lacks all the way down.
+Where positions align prompts of different lengths, a clean position that stands for no corrupted one is not replaced:
+the replaced run has there what the clean one has.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
@@ -25,9 +27,10 @@ from reflowlens.models.text import TextInput
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
+from reflowlens.sweeps.alignment import Positions, at_partners, mean_at, partners, places_of_means
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.reading import Reader, check_readout_is_free
-from reflowlens.sweeps.run_prompts import RunPrompts, both_texts, of_one_length
+from reflowlens.sweeps.run_prompts import RunPrompts
 
 Circuit: TypeAlias = "Sequence[str | Edge]"  # nodes, or edges
 Ablation = Literal["corrupted", "mean"]
@@ -60,28 +63,48 @@ class CircuitRuns:
         corrupted: TextInput | None,
         metric: Metric | None,
         ablation: Ablation = "corrupted",
+        positions: Positions = None,
     ) -> None:
         if isinstance(metric, Metric) and metric.normalised:
             raise ReflowlensError("faithfulness is normalised itself: give the metric without recovery")
         self.model = cast(Decoder, hooked_model(model))
         self.graph = Graph.of(self.model)
-        self.table, clean, corrupted = both_texts(clean, corrupted)
-        prompts = RunPrompts.of(self.model, clean).as_clean()
-        self.tokens, lengths = prompts.tokens, prompts.lengths
-        others, other_lengths = self.model.tokens_and_lengths(corrupted)
         if ablation not in ("corrupted", "mean"):
             raise ReflowlensError(f"ablation must be 'corrupted' or 'mean', got {ablation!r}")
-        fits = lengths == other_lengths if ablation == "corrupted" else len({*lengths, *other_lengths}) == 1
-        if not fits:
-            raise of_one_length(lengths, other_lengths)
         check_readout_is_free(self.model)
-        self.reader = Reader(self.model, check_metric(metric), prompts)
+        where: Tensor | None = None
+        if ablation == "mean":  # over any number of them
+            both = RunPrompts.sides(self.model, clean, corrupted)
+            where, partner = places_of_means(self.model, both, positions)
+        else:
+            both = RunPrompts.pair(self.model, clean, corrupted)
+            partner = partners(self.model, both, positions, of="clean")
+        assert both.clean is not None
+        self.table, self.tokens = both.table, both.clean
+        self.reader = Reader(self.model, check_metric(metric), RunPrompts(self.tokens, both.clean_lengths).as_clean())
+        self._check_replaces_what_is_read(partner, positions)
+        replaced = self._activations(both.tokens)
+        if where is not None:
+            replaced = {name: mean_at(x, where) for name, x in replaced.items()}
+        if partner is not None:
+            own = self._activations(self.tokens)
+            replaced = {name: at_partners(own[name], x, partner) for name, x in replaced.items()}
+        self.replaced = by_node(replaced, self.graph.sender_points)
+        self.streams = {place.stream: replaced[place.stream] for place in self.graph.receiver_places.values()}
+
+    def _activations(self, tokens: Int[Tensor, "prompt pos"]) -> dict[str, Tensor]:
+        """What senders write, and the streams that receivers read."""
         streams = [place.stream for place in self.graph.receiver_places.values()]
-        points = list(self.graph.sender_points)
-        _, cache = self.model.run_with_cache(others, names_filter=[*points, *streams], return_type=None)
-        cache = {name: x.mean(dim=0, keepdim=True) if ablation == "mean" else x for name, x in cache.items()}
-        self.replaced = by_node(cache, points)
-        self.streams = {name: cache[name] for name in streams}
+        names = [*self.graph.sender_points, *streams]
+        return self.model.run_with_cache(tokens, names_filter=names, return_type=None, return_cache_object=False)[1]
+
+    def _check_replaces_what_is_read(self, partner: Int[Tensor, "prompt pos"] | None, positions: Positions) -> None:
+        replaced = self.reader.is_read if partner is None else self.reader.is_read & (partner >= 0)
+        for row in (~replaced.any(dim=1)).nonzero()[:, 0].tolist():
+            raise ReflowlensError(
+                f"row {row}: positions={positions!r} hold none that the metric reads, so that its logits are never "
+                "replaced: add it, such as 'last'"
+            )
 
     def performance(self, ends: Float[Tensor, "2 prompt"]) -> TaskPerformance | None:
         """Whether the model does the task, where right and wrong answers are known: of a table, or by the metric.

@@ -42,25 +42,29 @@ class RunPrompts:
         return cls(*model.tokens_and_lengths(prompts))
 
     @classmethod
-    def pair(
-        cls, model: HookedModel, clean: TextInput | Prompts, corrupted: TextInput | None, *, uneven: bool = False
-    ) -> RunPrompts:
-        """Corrupted prompts, which are run, and the clean ones.
+    def sides(cls, model: HookedModel, clean: TextInput | Prompts, corrupted: TextInput | None) -> RunPrompts:
+        """Corrupted prompts, which are run, and any number of clean ones.
 
         Args:
             clean: with a table, both are columns of it and ``corrupted`` is None.
-            uneven: whether the two may differ in length.
 
         Raises:
-            ReflowlensError: they do not agree in their numbers, or lengths; or corrupted prompts are missing, or given
-                twice.
+            ReflowlensError: corrupted prompts are missing, or given twice.
         """
         table, clean, corrupted = both_texts(clean, corrupted)
-        tokens, lengths = model.tokens_and_lengths(corrupted)
-        clean_tokens, clean_lengths = model.tokens_and_lengths(clean)
-        if clean_lengths != lengths and not (uneven and len(clean_lengths) == len(lengths)):
-            raise of_one_length(clean_lengths, lengths)
-        return cls(tokens, lengths, clean_tokens, clean_lengths, table)
+        return cls(*model.tokens_and_lengths(corrupted), *model.tokens_and_lengths(clean), table)
+
+    @classmethod
+    def pair(cls, model: HookedModel, clean: TextInput | Prompts, corrupted: TextInput | None) -> RunPrompts:
+        """The same where each corrupted prompt has its clean one; the two may differ in length.
+
+        Raises:
+            ReflowlensError: as :meth:`sides`; or they do not agree in their numbers.
+        """
+        pair = cls.sides(model, clean, corrupted)
+        if len(pair.clean_lengths) != len(pair.lengths):
+            raise of_one_length(pair.clean_lengths, pair.lengths)
+        return pair
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -31,6 +31,7 @@ class Setup:
     Args:
         missing: prompts that lack what a cell intervenes on, a position behind their end: it says nothing of them.
         misaligned: whether a cell is at positions from the left of prompts of several lengths, without being asked to.
+        positions: what aligns clean and corrupted prompts, as it was given.
     """
 
     model: HookedModel
@@ -39,6 +40,7 @@ class Setup:
     asked: list[Cell]
     missing: Bool[Tensor, "cell prompt"]
     misaligned: bool
+    positions: Positions
 
 
 def prepare_sweep(
@@ -67,7 +69,7 @@ def prepare_sweep(
         cells = dataclasses.replace(cells, cells=bound)
     from_left = any(_counts_from_left(part.position) for cell in asked for part in cell)
     misaligned = positions is None and prompts.is_padded and from_left
-    return Setup(model, prompts, cells, asked, _missing(model, prompts, asked), misaligned)
+    return Setup(model, prompts, cells, asked, _missing(model, prompts, asked), misaligned, positions)
 
 
 def _run_prompts(model: HookedModel, clean: TextInput | Prompts | None, corrupted: TextInput | None) -> RunPrompts:
@@ -75,7 +77,7 @@ def _run_prompts(model: HookedModel, clean: TextInput | Prompts | None, corrupte
         return RunPrompts.of(model, clean)
     if clean is None and corrupted is not None and not isinstance(corrupted, Prompts):
         return RunPrompts.of(model, corrupted)
-    return RunPrompts.pair(model, cast(Any, clean), corrupted, uneven=True)
+    return RunPrompts.pair(model, cast(Any, clean), corrupted)
 
 
 def _missing(model: HookedModel, prompts: RunPrompts, cells: Sequence[Cell]) -> Bool[Tensor, "cell prompt"]:

@@ -243,7 +243,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"cells": "resid_pre", "positions": ["last"], "metric": rl.metrics.kl(position="all")},
         "all positions",
     ),
-    "a way between": ({"cells": "resid_pre", "positions": ["last"], "mode": "integrated"}, "differ in length"),
+    "a way between": (
+        {"cells": [rl.Ablate("mlp_out", layer=0)], "mode": "integrated"},
+        "differ in length: positions=.right., or roles",
+    ),
     "twins given twice": ({"cells": "resid_pre", "corrupted": ["x"]}, "leave corrupted out"),
     "no metric": ({"cells": "resid_pre", "metric": None}, "the metric must be one of"),
     "no cells": ({"positions": ["last"]}, "at least one cell"),
