@@ -143,8 +143,8 @@ class ModelConfig(DecoderOptions):
         original_n_ctx: the longest input that an imported model was made for, to which an export goes back, where
             ``n_ctx`` keeps less of it; None otherwise.
         device, weights_dtype: where the parameters are, and the name of their type; kept up to date by the model.
-        use_attn_result, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook points always
-            exist and are computed when hooked; a switch adds them to the default cache.
+        use_attn_result, use_attn_in, use_split_qkv_input, use_hook_mlp_in: TransformerLens's switches. Their hook
+            points always exist and are computed when hooked; a switch adds them to the default cache.
 
     ``None``, ``""`` and an ``eps`` of 0 mean the architecture's own choice.
 
@@ -195,6 +195,7 @@ class ModelConfig(DecoderOptions):
     device: str = "cpu"
     weights_dtype: str = dataclasses.field(default="float32", compare=False)
     use_attn_result: bool = False
+    use_attn_in: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
 
@@ -394,7 +395,10 @@ class ModelConfig(DecoderOptions):
         return titled("ModelConfig", "", tables[0], folded(f"{len(rest)} fields at their defaults", tables[1]))
 
 
-_RUNTIME = {"device", "weights_dtype", "use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"}
+_RUNTIME = {
+    *("device", "weights_dtype"),
+    *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
+}
 _OF_FEW_MODELS = {
     "topk_ends": "both",
     "topk_gradient": "kept",

@@ -19,6 +19,7 @@ from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.attention import Attention
 from reflowlens.models.base import HookedModel
+from reflowlens.models.hook_names import point_name
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.signals import SignalView, ViewName, view_of
 from reflowlens.storage.model_hash import model_hash
@@ -84,7 +85,9 @@ class ActivationCache(transformer_lens.ActivationCache):
         try:
             return super().__getitem__(key)
         except KeyError as error:
-            name = str(error.args[0])
+            name = point_name(str(error.args[0]))
+            if name in self.cache_dict:
+                return super().__getitem__(name)
             if self.model is None:
                 raise ReflowlensError(f"{name!r} is not in this cache{nearest(name, list(self))}") from error
             self._hooked_model().check_hook_name(name)

@@ -14,6 +14,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.selection import Selection, Where
 from reflowlens.interventions.values import Intervention, Position, Selector
+from reflowlens.models.hook_names import point_name
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel
@@ -27,8 +28,8 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
     """
     hook, layer, n_layers = intervention.hook, intervention.layer, model.cfg.n_layers
     if layer is None:
-        name = hook if hook in model.hook_dict else get_act_name(hook)
-        in_blocks = (f"blocks.{i}.{_in_block(hook)}" in model.hook_dict for i in range(n_layers))
+        name = hook if hook in model.hook_dict else point_name(get_act_name(hook))
+        in_blocks = (_in_block(hook, i) in model.hook_dict for i in range(n_layers))
         if name not in model.hook_dict and any(in_blocks):
             raise ReflowlensError(f"{hook!r} is in every block: say which with layer= (0 to {n_layers - 1}, or 'all')")
         model.check_hook_name(name if name in model.hook_dict else hook)
@@ -39,7 +40,7 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
             raise ReflowlensError(f"layer={index!r} is out of range: this model has blocks 0 to {n_layers - 1}")
     if hook in model.hook_dict:
         raise ReflowlensError(f"{hook!r} is a point's full name: give it without layer=, or its short name")
-    names = [f"blocks.{index % n_layers}.{_in_block(hook)}" for index in layers]
+    names = [_in_block(hook, index % n_layers) for index in layers]
     if len(set(names)) < len(names):
         raise ReflowlensError(f"layer={layer!r} names a block twice: this model has blocks 0 to {n_layers - 1}")
     for name in names:
@@ -47,11 +48,9 @@ def hook_names(model: HookedModel, intervention: Intervention) -> list[str]:
     return names
 
 
-def _in_block(hook: str) -> str:
-    """A point's name inside its block: ``hook_resid_pre`` of ``resid_pre``, ``attn.hook_z`` of ``z``."""
-    if "hook_" in hook:
-        return hook
-    return get_act_name(hook, 0).removeprefix("blocks.0.")
+def _in_block(hook: str, layer: int) -> str:
+    """A point's full name: ``blocks.3.hook_resid_pre`` of ``resid_pre``, ``blocks.3.attn.hook_z`` of ``z``."""
+    return point_name(f"blocks.{layer}.{hook}" if "hook_" in hook else get_act_name(hook, layer))
 
 
 @dataclass(frozen=True)

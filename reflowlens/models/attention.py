@@ -16,7 +16,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.decoder_options import RotaryScaling
 from reflowlens.models.loss import capped
 from reflowlens.models.numerics import all_finite, weighted_sum, wide
-from reflowlens.models.parts import Norm, bias, is_hooked, plus
+from reflowlens.models.parts import Norm, bias, is_hooked, plus, through_copy
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 
@@ -155,6 +155,8 @@ class Attention(nn.Module):
         self.b_K = bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
         self.b_V = bias(cfg.qkv_bias, cfg.kv_heads, cfg.d_head)
         self.b_O = bias(cfg.attn_out_bias, cfg.d_model)
+        # [batch, pos, head, d_model], before ln1: of heads that have keys and values of their own
+        self.hook_attn_in = HookPoint() if cfg.kv_heads == cfg.n_heads else None
         self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], before ln1
         self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
         self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], before ln1
@@ -214,10 +216,12 @@ class Attention(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; from per-head copies of the residual stream where one of those is hooked."""
-        x = ln1(resid)
-        q = plus(self._project(x, self.W_Q, self.hook_q_input, resid, ln1), self.b_Q)
-        k = plus(self._project(x, self.W_K, self.hook_k_input, resid, ln1), self.b_K)
-        v = plus(self._project(x, self.W_V, self.hook_v_input, resid, ln1), self.b_V)
+        x, copies = ln1(resid), None
+        if self.hook_attn_in is not None and is_hooked(self.hook_attn_in):
+            copies = self.hook_attn_in(resid.unsqueeze(2).repeat(1, 1, self.cfg.n_heads, 1))
+        q = plus(self._project(x, self.W_Q, self.hook_q_input, resid, copies, ln1), self.b_Q)
+        k = plus(self._project(x, self.W_K, self.hook_k_input, resid, copies, ln1), self.b_K)
+        v = plus(self._project(x, self.W_V, self.hook_v_input, resid, copies, ln1), self.b_V)
         return self.hook_q(q), self.hook_k(k), self.hook_v(v)
 
     def _project(
@@ -226,11 +230,14 @@ class Attention(nn.Module):
         W: Float[Tensor, "head d_model d_head"],
         fork: HookPoint,
         resid: Float[Tensor, "batch pos d_model"],
+        copies: Float[Tensor, "batch pos head d_model"] | None,
         ln1: Norm,
     ) -> Float[Tensor, "batch pos head d_head"]:
-        if not is_hooked(fork):
-            return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, W.shape[::2])
-        copies = fork(resid.unsqueeze(2).repeat(1, 1, W.shape[0], 1))
+        if copies is None:
+            if not is_hooked(fork):
+                return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, W.shape[::2])
+            copies = resid.unsqueeze(2).expand(-1, -1, W.shape[0], -1)
+        copies = through_copy(fork, copies)
         # What ln1's own points made of the stream is x, and they run once: an edited copy adds what it changes.
         change = ln1(copies, hooked=False) - ln1(resid, hooked=False).unsqueeze(2)
         return torch.einsum("bphd,hde->bphe", x.unsqueeze(2) + change, W)

@@ -180,28 +180,24 @@ class HookedModel(Architecture, HookingModel):
         return self
 
     def set_use_attn_result(self, use: bool) -> None:
-        """Cache ``attn.hook_result`` by default."""
-        self.cfg = dataclasses.replace(self.cfg, use_attn_result=use)
+        """Cache ``attn.hook_result`` by default.
+
+        Raises:
+            ReflowlensError: this architecture has no such point; so of the other switches.
+        """
+        self._switch("use_attn_result", use)
 
     def set_use_split_qkv_input(self, use: bool) -> None:
         """Cache ``attn.hook_{q,k,v}_input`` by default."""
-        self.cfg = dataclasses.replace(self.cfg, use_split_qkv_input=use)
+        self._switch("use_split_qkv_input", use)
 
     def set_use_attn_in(self, use: bool) -> None:
-        """TransformerLens's switch of ``hook_attn_in``, which these models have not.
-
-        Raises:
-            ReflowlensError: it is to be used; the message names the points that are there.
-        """
-        if use:
-            raise ReflowlensError(
-                "there is no hook_attn_in: what heads read are attn.hook_q_input, attn.hook_k_input and "
-                "attn.hook_v_input, which set_use_split_qkv_input(True) caches"
-            )
+        """Cache ``attn.hook_attn_in`` by default: of models whose heads have keys and values of their own."""
+        self._switch("use_attn_in", use)
 
     def set_use_hook_mlp_in(self, use: bool) -> None:
         """Cache ``hook_mlp_in`` by default."""
-        self.cfg = dataclasses.replace(self.cfg, use_hook_mlp_in=use)
+        self._switch("use_hook_mlp_in", use)
 
     @lower_if_it_does_not_fit(
         "what is kept (names_filter, pos_slice, dtype=torch.bfloat16), or give fewer or shorter prompts at once"

@@ -9,6 +9,18 @@ from typing import Any
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
 
+_BEFORE_ATTENTION = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
+
+
+def point_name(name: str) -> str:
+    """A point's own name, of the one that TransformerLens's short names stand for too.
+
+    >>> point_name("blocks.3.hook_q_input"), point_name("blocks.3.hook_mlp_in")
+    ('blocks.3.attn.hook_q_input', 'blocks.3.hook_mlp_in')
+    """
+    block, _, point = name.rpartition(".")
+    return f"{block}.attn.{point}" if point in _BEFORE_ATTENTION and block and not block.endswith("attn") else name
+
 
 class HookNames:
     """Part of a model's tree of hook points: an attribute or an index goes down, and ends at a name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from transformer_lens.utilities.slice import Slice
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.hook_names import ModelHooks
+from reflowlens.models.hook_names import ModelHooks, point_name
 from reflowlens.models.text import TextModel
 from reflowlens.models.threads import changing
 
@@ -29,6 +30,7 @@ _LARGE_POINTS = {
     "hook_attn_scores": "",
     "hook_pattern": "",
     "hook_result": "use_attn_result",
+    "hook_attn_in": "use_attn_in",
     "hook_q_input": "use_split_qkv_input",
     "hook_k_input": "use_split_qkv_input",
     "hook_v_input": "use_split_qkv_input",
@@ -44,7 +46,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "hook_signal": ("batch", "pos", "signal"),
     "hook_basis": ("signal", "d_model"),
     **dict.fromkeys(("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z"), _PER_HEAD),
-    **dict.fromkeys(("hook_result", "hook_q_input", "hook_k_input", "hook_v_input"), _PER_HEAD_STREAM),
+    **dict.fromkeys(("hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"), _PER_HEAD_STREAM),
     **dict.fromkeys(("hook_attn_scores", "hook_pattern"), _SQUARE),
     **dict.fromkeys(("hook_pre", "hook_pre_linear", "hook_post"), ("batch", "pos", "d_mlp")),
     "hook_scale": ("batch", "pos", "one"),
@@ -73,6 +75,8 @@ class HookingModel(TextModel):
             raise ReflowlensError(
                 f"no hook {name!r}: splice a dictionary into this block first, with dictionary.spliced(model)"
             )
+        if parts[-1] == "hook_attn_in":
+            raise self._without("hook_attn_in")
         raise ReflowlensError(
             f"no hook {name!r}{nearest(name, list(self.hook_dict)) or '; model.hook_dict lists them'}"
         )
@@ -92,6 +96,7 @@ class HookingModel(TextModel):
 
     def add_hook(self, name: str | Callable[[str], bool], hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str):
+            name = point_name(name)
             self.check_hook_name(name)
         elif not callable(name):
             raise ReflowlensError(f"a hook goes with a point's name or a predicate of names, got {name!r}")
@@ -109,7 +114,7 @@ class HookingModel(TextModel):
         fwd_hooks, bwd_hooks = _hooks(fwd_hooks, "fwd_hooks"), _hooks(bwd_hooks, "bwd_hooks")
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
-                self.check_hook_name(name)
+                self.check_hook_name(point_name(name))
             elif not any(map(name, self.hook_dict)):
                 raise ReflowlensError("a hook's name filter matches none of the model's hook points")
         fired: set[int] = set()
@@ -135,6 +140,27 @@ class HookingModel(TextModel):
         """Whether a hook point is cached by default: all but attention squares and per-head residual copies."""
         switch = _LARGE_POINTS.get(name.rsplit(".", 1)[-1])
         return switch is None or bool(switch and getattr(self.cfg, switch))
+
+    def _switch(self, switch: str, use: bool) -> None:
+        """Cache the points of one of TransformerLens's switches by default, or no longer.
+
+        Raises:
+            ReflowlensError: they are to be cached, and this model has not all of them.
+        """
+        for point in [point for point, its in _LARGE_POINTS.items() if its == switch] if use else []:
+            if not any(name.rsplit(".", 1)[-1] == point for name in self.hook_dict):
+                raise self._without(point)
+        self.cfg = dataclasses.replace(self.cfg, **{switch: use})
+
+    def _without(self, point: str) -> ReflowlensError:
+        """What is said of a point that a switch is for and this model has not."""
+        if point == "hook_attn_in" and any(name.endswith(".hook_q_input") for name in self.hook_dict):
+            return ReflowlensError(
+                "there is no hook_attn_in where heads share keys and values (n_key_value_heads="
+                f"{self.cfg.kv_heads} for n_heads={self.cfg.n_heads}), so that no copy of the stream is one head's: "
+                "attn.hook_q_input, attn.hook_k_input and attn.hook_v_input are there (set_use_split_qkv_input)"
+            )
+        return ReflowlensError(f"a {type(self).__name__} has no {point}: model.hook_dict lists its points")
 
     def get_caching_hooks(
         self,
@@ -167,6 +193,7 @@ class HookingModel(TextModel):
         elif names_filter is not None:
             is_one = isinstance(names_filter, str) or not isinstance(names_filter, Iterable)
             names = [names_filter] if is_one else list(names_filter)  # type: ignore[list-item] # what is no name is refused below
+            names = [point_name(name) if isinstance(name, str) else name for name in names]
             matches = names.__contains__
         for name in names:
             self.check_hook_name(name)

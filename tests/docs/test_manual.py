@@ -92,7 +92,9 @@ def sections_of(model: HookedModel) -> list[str]:
     if cfg.architecture == "bdh":
         return [*ends, "bdh"]
     rotary = cfg.positional_embedding_type == "rotary"
-    return [*ends, "final-norm", "attention", "mlp", "rotary" if rotary else "positions"] + ["gated"] * cfg.gated_mlp
+    own_keys = cfg.kv_heads == cfg.n_heads
+    sections = [*ends, "final-norm", "attention", "mlp", "rotary" if rotary else "positions"]
+    return sections + ["gated"] * cfg.gated_mlp + ["own-keys"] * own_keys
 
 
 def test_the_page_names_the_points_of_every_architecture_and_no_others(model):

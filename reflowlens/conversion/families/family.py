@@ -23,7 +23,7 @@ _BY_HEAD = " by head"
 _UNSTATED = (
     *("tokenizer_name", "model_name", "original_architecture", "original_n_ctx", "device", "weights_dtype"),
     *("initializer_range", "scale_residual_init", "basis_init", "dropout"),
-    *("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"),
+    *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
 )
 
 

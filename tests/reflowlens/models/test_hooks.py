@@ -39,17 +39,19 @@ BLOCK = {
     "mlp.hook_pre": "b p m",
     "mlp.hook_post": "b p m",
 }
+OWN_KEYS = {"attn.hook_attn_in": "b p h d"}
 ROTARY = {"attn.hook_rot_q": "b p h e", "attn.hook_rot_k": "b p g e"}
 GATED = {"mlp.hook_pre_linear": "b p m"}
 TOP = {"hook_embed": "b p d", "ln_final.hook_scale": "b p 1", "ln_final.hook_normalized": "b p d"}
 SIGNALS = {"hook_recipe": "b p s", "hook_basis": "s d", "unembed.hook_signal": "b p s"}
-SQUARES_AND_COPIES = ("scores", "pattern", "result", "_input", "mlp_in")
+SQUARES_AND_COPIES = ("scores", "pattern", "result", "_input", "mlp_in", "attn_in")
 
 
 def documented(model: HookedModel) -> dict[str, str]:
     cfg = model.cfg
     rotary, gated = cfg.positional_embedding_type == "rotary", bool(cfg.gated_mlp)
     block = BLOCK | (ROTARY if rotary else {}) | (GATED if gated else {})
+    block |= OWN_KEYS if cfg.kv_heads == cfg.n_heads else {}
     top = TOP | (SIGNALS if cfg.is_factored else {}) | ({} if rotary else {"hook_pos_embed": "b p d"})
     return top | {f"blocks.{i}.{name}": axes for i in range(cfg.n_layers) for name, axes in block.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -128,9 +129,11 @@ def test_tokens_of_several_texts(model: HookedModel) -> None:
 
 def test_sizes_and_switches(model: HookedModel) -> None:
     assert model.n_params_total == sum(parameter.numel() for parameter in model.parameters())
-    model.set_use_attn_in(False)
-    with pytest.raises(ReflowlensError, match="there is no hook_attn_in"):
+    grouped = model.cfg.kv_heads != model.cfg.n_heads
+    with pytest.raises(ReflowlensError, match="share keys and values") if grouped else contextlib.nullcontext():
         model.set_use_attn_in(True)
+    assert model.cfg.use_attn_in is not grouped
+    model.set_use_attn_in(False)
 
 
 # ---------------------------------------------------------------------------------------------------------- patterns

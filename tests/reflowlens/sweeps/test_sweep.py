@@ -135,7 +135,7 @@ POINTS = [
     *(f"blocks.{layer}.{point}" for layer in (0, 1) for point in (
         "hook_resid_pre", "ln1.hook_normalized", "ln1.hook_scale", "attn.hook_q", "attn.hook_rot_k", "attn.hook_k",
         "attn.hook_v", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "attn.hook_result",
-        "attn.hook_q_input", "attn.hook_v_input", "hook_attn_out", "hook_resid_mid", "hook_mlp_in",
+        "attn.hook_attn_in", "attn.hook_q_input", "attn.hook_v_input", "hook_attn_out", "hook_resid_mid", "hook_mlp_in",
         "ln2.hook_normalized", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
     )),
     "ln_final.hook_scale",
