@@ -24,7 +24,7 @@ from reflowlens.checkpoints import WEIGHTS, all_parameters, model_from_weights
 from reflowlens.config import LARGEST, ModelConfig
 from reflowlens.conversion.families import FAMILIES, GPT2, LLAMA, Family
 from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
-from reflowlens.conversion.layout import Reader, check_type, same, to_ours, to_theirs
+from reflowlens.conversion.layout import Reader, check_type, same, times, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
@@ -100,7 +100,8 @@ def import_hf(
     """A decoder that transformers saved, as a hooked model with the same logits.
 
     Families: GPT-2, GPT-Neo, GPT-J, GPT-NeoX (Pythia), OPT, Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma 1 to 3
-    (text), Phi and Phi-3.
+    (text), Phi, Phi-3, Granite and Cohere. What the last two multiply logits and what blocks write by goes into
+    weights, each rounded once.
 
     Args:
         folder: holds ``config.json``, ``model.safetensors`` (or shards and their index) and ``tokenizer.json``.
@@ -139,6 +140,8 @@ def import_hf(
         if cfg.tie_word_embeddings:
             _take_tied_head(readers, family.embedding, folder)
         weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
+    with _reading(folder / CONFIG):
+        weights = {name: times(weight, family.factor(hf, name)) for name, weight in weights.items()}
     if learned:
         cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
     name = read_tokenizer(folder, fields, tokenizer)

@@ -99,6 +99,11 @@ def check_type(tensor: Tensor, what: str) -> None:
         raise ReflowlensError(f"{what} is sparse, nested or without numbers: give a plain tensor")
 
 
+def times(weight: Tensor, factor: float) -> Tensor:
+    """A weight times a number, rounded once."""
+    return weight if factor == 1 else wide(weight) * factor
+
+
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors hold the same numbers, in types that may differ."""
     return one.shape == two.shape and bool((one == two).all())

@@ -77,6 +77,13 @@ TABLE: dict[str, Family] = {
     "gpt_neox": Family("gpt_neox", _SIZES | {"rotary_pct": 0.25}),
     "gpt_neox_sequential": Family("gpt_neox", _SIZES | {"use_parallel_residual": False, "rotary_pct": 1.0}),
     "phi": Family("phi", _GROUPED | {"partial_rotary_factor": 0.5}),
+    "granite": Family(
+        "granite",
+        _GROUPED
+        | {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 7.0, "attention_multiplier": 0.4}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "cohere": Family("cohere", _GROUPED | {"logit_scale": 0.3}),
     "opt": Family("opt", _SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 NAMES = list(TABLE)

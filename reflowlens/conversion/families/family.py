@@ -7,7 +7,7 @@ directions are read off the same table, so that what is imported can be exported
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from reflowlens.config import ModelConfig
 from reflowlens.conversion.families.traits import ACTIVATIONS, Trait
 from reflowlens.conversion.layout import SAME, TRANSPOSED, VECTOR, Entry, Piece
+from reflowlens.decoder_options import is_positive
 from reflowlens.errors import ReflowlensError
 
 _BIASES = ("norm_bias", "qkv_bias", "attn_out_bias", "mlp_bias", "unembed_bias")
@@ -50,6 +51,8 @@ class Family:
         stored_transposed: their matrices are [in, out], as ours are.
         buffers: a pattern of stored tensors that are computed anew.
         aliases: other names under which a tensor is stored, by theirs.
+        folded: by the end of a parameter's name of ours what it is multiplied by as it is read, from their
+            configuration: a number that our decoders have no field for, because weights can hold it.
     """
 
     class_name: str
@@ -69,6 +72,7 @@ class Family:
     stored_transposed: bool = False
     buffers: str = r".*\.rotary_emb\.inv_freq"  # stored by old versions
     aliases: Mapping[str, str] = field(default_factory=dict)
+    folded: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
 
     @property
     def embedding(self) -> str:
@@ -97,6 +101,20 @@ class Family:
         for trait in self.traits:
             ours |= trait.read(hf, ours)
         return ModelConfig(architecture=self.architecture, **ours, **self.fixed)
+
+    def factor(self, hf: Any, name: str) -> float:
+        """What a parameter of ours is multiplied by as it is read.
+
+        Raises:
+            ReflowlensError: theirs is no positive number.
+        """
+        for end, of in self.folded.items():
+            if name.endswith(end):
+                factor = of(hf)
+                if not is_positive(factor):
+                    raise ReflowlensError(f"what {name} is multiplied by must be a positive number, got {factor!r}")
+                return float(factor)
+        return 1.0
 
     def hf_config(self, cfg: ModelConfig) -> dict[str, Any]:
         """``config.json`` of a model."""

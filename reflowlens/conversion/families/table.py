@@ -10,7 +10,9 @@ from reflowlens.conversion.families.traits import (
     GPT2_CONTEXT,
     GPT_NEO_WINDOWS,
     GPTJ_ROTARY,
+    LOGIT_SCALE,
     LOGITS_CAP,
+    MULTIPLIERS,
     PARALLEL,
     QUERY_SCALAR,
     SCALED_EMBEDDING,
@@ -118,6 +120,30 @@ PHI3 = Family(
     class_name="Phi3ForCausalLM",
     model_type="phi3",
     traits=(rotary(partial=True), WINDOW),
+)
+
+_RESIDUAL = ("attn.W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")  # what a block writes is linear in them
+GRANITE = Family(
+    **_LLAMA,
+    class_name="GraniteForCausalLM",
+    model_type="granite",
+    traits=(rotary(), _ATTENTION_BIAS, bias("mlp_bias", "mlp_bias"), MULTIPLIERS),
+    folded=dict.fromkeys(_RESIDUAL, lambda hf: hf.residual_multiplier)
+    | {"ln_final.w": lambda hf: 1 / hf.logits_scaling},
+)
+COHERE = Family(
+    **_LLAMA
+    | {
+        "parts": {part: name for part, name in _LLAMA["parts"].items() if part != "ln2"},
+        "fields": _LLAMA["fields"] | {"eps": "layer_norm_eps"},
+    },
+    class_name="CohereForCausalLM",
+    model_type="cohere",
+    fixed={"normalization_type": "LN", "parallel_attn_mlp": True, "parallel_shared_ln": True}
+    | {"rotary_adjacent_pairs": True},
+    required={"use_qk_norm": False},
+    traits=(rotary(), _ATTENTION_BIAS, LOGIT_SCALE),
+    folded={"ln_final.w": lambda hf: hf.logit_scale},
 )
 
 # -------------------------------------------------------------------------------------------------------------- Gemma
@@ -319,5 +345,5 @@ OPT = Family(
 # In the order in which a model that says nothing of its origin finds its class on export.
 FAMILIES = (
     *(LLAMA, MISTRAL, QWEN2, GPT2, QWEN3, SMOLLM3, OLMO2, PHI3),
-    *(GEMMA, GEMMA2, GEMMA3, GPT_NEO, GPTJ, GPT_NEOX, PHI, OPT),
+    *(GEMMA, GEMMA2, GEMMA3, GPT_NEO, GPTJ, GPT_NEOX, PHI, OPT, GRANITE, COHERE),
 )

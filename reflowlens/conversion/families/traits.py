@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -215,6 +216,25 @@ LOGITS_CAP = Trait(
     lambda hf, ours: {"output_logits_soft_cap": hf.final_logit_softcapping},
     lambda cfg: {"final_logit_softcapping": cfg.output_logits_soft_cap},
 )
+
+
+def _multipliers(hf: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    scale = float(f"{1 / hf.attention_multiplier:.12g}")  # the same after its inverse was written and read
+    usual = math.isclose(scale, ours["d_head"] ** 0.5, rel_tol=1e-9)
+    return {"embed_scale": float(hf.embedding_multiplier), "attn_scale": None if usual else scale}
+
+
+# What blocks write and logits are multiplied by is in the weights.
+MULTIPLIERS = Trait(
+    _multipliers,
+    lambda cfg: {
+        "embedding_multiplier": cfg.embed_scale,
+        "attention_multiplier": float(f"{1 / (cfg.attn_scale or cfg.d_head**0.5):.15g}"),
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+)
+LOGIT_SCALE = Trait(lambda hf, ours: {}, lambda cfg: {"logit_scale": 1.0})
 
 
 def gemma_activation(*theirs: str) -> Trait:

@@ -69,7 +69,8 @@ def test_gradients_of_every_parameter(name: str) -> None:
         if key.endswith("attn.b_K") and model.cfg.positional_embedding_type == "standard":
             assert gradient.abs().max() < 1e-7  # it moves all scores of a query alike
             continue
-        assert_close(gradient.double(), expected[key] - none[key], what=key)
+        factor = family.factor(hf.config, key)
+        assert_close(gradient.double() * factor, expected[key] - none[key], what=key)
 
 
 @every_family
@@ -393,6 +394,9 @@ def test_operations_of_windows_and_tables_of_layers_that_turn() -> None:
         ),
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim is 16, and a OPTForCausalLM can be read with 32"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm is True"),
+        ("cohere", {"logit_scale": -0.5}, r"ln_final\.w is multiplied by must be a positive number, got -0\.5"),
+        ("granite", {"attention_multiplier": 0.0}, r"config\.json"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (
             "olmo2",
