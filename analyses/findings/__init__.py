@@ -18,7 +18,10 @@ from reflowlens.errors import ReflowlensError
 if TYPE_CHECKING:
     from analyses.result.result import Result
 
-QUESTIONS: dict[str, str] = {"claims_over_seeds": "claims_over_seeds"}
+QUESTIONS: dict[str, str] = {
+    "claims_over_seeds": "claims_over_seeds",
+    "sparsity": "sparsity",
+}
 """Question -> the module of this room that answers it by a function of the same name."""
 
 
