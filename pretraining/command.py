@@ -1,4 +1,4 @@
-"""What ``reflowlens train`` and ``study``, and the modules that torchrun starts, take on the command line, and do."""
+"""What ``reflowlens train``, ``distill`` and ``study``, and the modules that torchrun starts, take and do."""
 
 from __future__ import annotations
 
@@ -44,6 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--rate", type=float, metavar="TOKENS/S", help="how fast all of them together train")
     plan.add_argument("--flops", metavar="FLOP/S", help="peak of one of them, or its name: 312e12, A100")
     plan.add_argument("--mfu", type=float, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
+
+
+def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line of a student's training run."""
+    parser.add_argument("teacher", help="a packaged model, a checkpoint's folder or a file")
+    add_arguments(parser)
+
+
+def run_distillation(options: argparse.Namespace) -> None:
+    """Train a student as :func:`run` trains a model; a dry run counts the student alone.
+
+    Raises:
+        ReflowlensError: as of :func:`run`, or the teacher does not fit the student.
+    """
+    options.set.append(f"distillation.teacher={options.teacher}")
+    run(options)
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:

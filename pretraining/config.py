@@ -1,4 +1,4 @@
-"""A training run as a TOML file: four tables, each a frozen dataclass, every field checked.
+"""A training run as a TOML file: four tables, or five of a student's, each a frozen dataclass, every field checked.
 
 Shipped with the package, and known by their bare names, are the published family and its small relatives
 (``pretraining/configs``).
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pretraining.distillation.config import DistillationConfig
 from reflowlens.config import ModelConfig, nearest, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.ttt_flow_config import TTTFlowConfig
@@ -166,6 +167,7 @@ class TrainConfig:
     """Everything that determines a run.
 
     Args:
+        distillation: what a student takes from its teacher; None of a run without one.
         overrides: the values that ``--set`` put in place of the file's, by ``table.field``.
     """
 
@@ -173,6 +175,7 @@ class TrainConfig:
     data: DataConfig
     run: RunConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    distillation: DistillationConfig | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -209,6 +212,11 @@ class TrainConfig:
             )
         if self.run.start_rotation != "none" and not self.run.start_from:
             raise ReflowlensError("run.start_rotation rotates the weights of run.start_from, which is not given")
+        if self.run.start_from and self.distillation and self.distillation.shares_basis:
+            raise ReflowlensError(
+                "run.start_from fills all weights, and "
+                f"distillation.basis={self.distillation.basis!r} is the teacher's: give one of them"
+            )
         if self.optimizer.rest == "adam_rows" and self.run.sharding == "fsdp":
             raise ReflowlensError("optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows")
         if self.optimizer.rest == "sgd" and self.optimizer.decay_all:
@@ -226,6 +234,11 @@ class TrainConfig:
     def tokens_per_step(self) -> int:
         return self.run.batch_size * self.data.context
 
+    @property
+    def weights_seed(self) -> int:
+        """Of the first weights: the run's own, of a student moved away from its teacher's."""
+        return self.run.seed + (self.distillation.seed_offset if self.distillation else 0)
+
     def rows_per_process(self, world_size: int) -> int:
         """Examples that a process reads in one forward pass.
 
@@ -240,8 +253,9 @@ class TrainConfig:
         return rows // world_size
 
     def to_dict(self) -> dict[str, Any]:
-        """The four tables, every field filled in."""
-        sections = {name: dataclasses.asdict(getattr(self, name)) for name in ("data", "optimizer", "run")}
+        """The tables, every field filled in."""
+        names = ["data", "optimizer", "run", *(["distillation"] if self.distillation else [])]
+        sections = {name: dataclasses.asdict(getattr(self, name)) for name in names}
         return {"model": self.model.to_dict(), **sections}
 
 
@@ -284,6 +298,9 @@ def load_config(name: str | Path, settings: Sequence[str] = ()) -> TrainConfig:
         data=section("data", DataConfig, tables["data"]),
         optimizer=section("optimizer", OptimizerConfig, tables.get("optimizer", {})),
         run=section("run", RunConfig, tables["run"]),
+        distillation=(
+            section("distillation", DistillationConfig, tables["distillation"]) if "distillation" in tables else None
+        ),
         overrides=overrides,
     )
 
@@ -328,7 +345,13 @@ def find_config(name: str | Path) -> Path:
     return CONFIGS / f"{path.name}.toml"
 
 
-_TABLES: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "run": RunConfig}
+_TABLES: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+    "distillation": DistillationConfig,
+}
 
 
 def _setting(text: str) -> tuple[str, Any]:

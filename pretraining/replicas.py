@@ -22,16 +22,21 @@ from torch.nn.parallel import DistributedDataParallel
 from pretraining.compilation import compiled
 from pretraining.config import TrainConfig
 from pretraining.distributed import Processes
+from pretraining.objective import Learner, Objective
 from pretraining.optimizers import freeze_norms, make_optimizers
 from pretraining.shards import whole
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
 
-def make_replica(cfg: TrainConfig, group: Processes) -> Replica:
-    """This process's part of a fresh model and its optimisers; alone, a process holds everything whatever is asked."""
+def make_replica(cfg: TrainConfig, group: Processes, objective: Objective) -> Replica:
+    """This process's part of a fresh model and its optimisers; alone, a process holds everything whatever is asked.
+
+    Args:
+        objective: what is minimised.
+    """
     kinds = {"none": Replica, "zero1": OwnerReplica, "fsdp": SlicedReplica}
-    return kinds[cfg.run.sharding if group.world_size > 1 else "none"](cfg, group)
+    return kinds[cfg.run.sharding if group.world_size > 1 else "none"](cfg, group, objective)
 
 
 class Replica:
@@ -39,31 +44,33 @@ class Replica:
 
     Attributes:
         model: the model with this process's parameters.
-        forward: calls the model; compiled, at its first call, if the configuration says so.
+        losses: the objective's, of inputs and targets; compiled, at its first call, if the configuration says so.
         optimizers: those of the parameters that this process updates.
     """
 
-    def __init__(self, cfg: TrainConfig, group: Processes) -> None:
+    def __init__(self, cfg: TrainConfig, group: Processes, objective: Objective) -> None:
         self.cfg, self.group = cfg, group
         self.model = self.build()
         if cfg.optimizer.freeze_norms:
             freeze_norms(self.model)
+        objective.prepare(self.model)
+        self.learner = Learner(self.model, objective)
         module = self.distribute()
-        self.forward: Any = compiled(module) if cfg.run.compile else module
+        self.losses: Any = compiled(module) if cfg.run.compile else module
         self.optimizers = make_optimizers(self.model, cfg.optimizer, self.updated())
 
     def build(self) -> HookedModel:
-        return build_model(self.cfg.model, seed=self.cfg.run.seed, device=self.group.device).train()
+        return build_model(self.cfg.model, seed=self.cfg.weights_seed, device=self.group.device).train()
 
     def distribute(self) -> nn.Module:
         """The module whose backward pass averages gradients over the processes."""
         if self.group.world_size == 1:
-            return self.model
+            return self.learner
         devices = [self.group.device] if self.group.device.type == "cuda" else None
         # The buffers are tables of angles, the same everywhere. Newer versions of torch have another name for this.
         new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         no_buffers: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
-        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **no_buffers)
+        return DistributedDataParallel(self.learner, device_ids=devices, gradient_as_bucket_view=True, **no_buffers)
 
     def updated(self) -> Collection[str]:
         """Names of the parameters that this process's optimisers update."""
@@ -72,7 +79,7 @@ class Replica:
     @contextlib.contextmanager
     def backward_pass(self, *, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: processes average once a step, on the last of them."""
-        with contextlib.nullcontext() if last or self.group.world_size == 1 else self.forward.no_sync():
+        with contextlib.nullcontext() if last or self.group.world_size == 1 else self.losses.no_sync():
             yield
 
     def step(self) -> None:
@@ -90,10 +97,10 @@ class Replica:
 class OwnerReplica(Replica):
     """ZeRO-1."""
 
-    def __init__(self, cfg: TrainConfig, group: Processes) -> None:
+    def __init__(self, cfg: TrainConfig, group: Processes, objective: Objective) -> None:
         sizes = {name: p.numel() for name, p in build_model(cfg.model, device="meta").named_parameters()}
         self.owners = owners(sizes, group.world_size)
-        super().__init__(cfg, group)
+        super().__init__(cfg, group, objective)
 
     def updated(self) -> Collection[str]:
         return [name for name, rank in self.owners.items() if rank == self.group.rank]
@@ -133,7 +140,7 @@ class SlicedReplica(Replica):
 
     def build(self) -> HookedModel:
         # On the CPU, so that the accelerator never holds the whole model.
-        return build_model(self.cfg.model, seed=self.cfg.run.seed).train()
+        return build_model(self.cfg.model, seed=self.cfg.weights_seed).train()
 
     def distribute(self) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
@@ -151,7 +158,7 @@ class SlicedReplica(Replica):
                 fully_shard(parts, mesh=mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh)
         self.model.cfg = dataclasses.replace(self.model.cfg, device=str(self.group.device))
-        return self.model
+        return self.learner
 
     @contextlib.contextmanager
     def backward_pass(self, *, last: bool) -> Iterator[None]:

@@ -251,6 +251,7 @@ _INDIFFERENT = {
     "run.checkpoint_interval",
     "run.keep_checkpoints",
     "run.wandb_project",
+    "distillation.teacher",  # where it lies: what it is, its hash tells
 }
 # But not with dropout: what is dropped is drawn for each pass, and by compiled code otherwise.
 _DECIDE_WHAT_IS_DROPPED = {"run.accumulation", "run.compile"}
@@ -273,7 +274,12 @@ def _check_same_run(folder: Path, cfg: TrainConfig, manifest: dict[str, Any]) ->
         free |= _SCHEDULE - (given.keys() - cfg.overrides.keys())  # what --set gave is not to be forgotten
     if "training_data" in manifest or "data.folder" not in {*given, *cfg.overrides}:
         free.add("data.folder")  # a folder may move: the tokens in it are compared apart
-    for place in (f"{table}.{name}" for table in ("data", "optimizer", "run") for name in ours[table]):
+    before, now = ("with" if "distillation" in tables else "without" for tables in (theirs, ours))
+    if before != now:
+        raise ReflowlensError(
+            f"{folder} was trained {before} a table [distillation], and the configuration is {now} one"
+        )
+    for place in (f"{table}.{name}" for table in ours if table != "model" for name in ours[table]):
         table, name = place.split(".")
         # A field's default is what checkpoints written before it existed were trained with.
         before, now = theirs[table].get(name, _default(cfg, place)), ours[table][name]

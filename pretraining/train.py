@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from pretraining.annealing import keeping, topk_of_step
 from pretraining.batches import batch_at
 from pretraining.compilation import compiling
 from pretraining.config import AUTO, TrainConfig
+from pretraining.distillation.objective import objective_of
 from pretraining.distributed import Processes, any_rank, from_first_process, on_first_process, processes
 from pretraining.evaluate import evaluate
 from pretraining.log import METRICS, Log, write_run_manifest
@@ -92,7 +94,8 @@ def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: boo
     cfg = from_first_process(group, partial(_decide, asked, group, resume))
     if group.device.type == "cuda" and cfg.run.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
-    replica = make_replica(cfg, group)
+    cfg, objective = objective_of(cfg, train_data.tokens, group.device)
+    replica = make_replica(cfg, group, objective)
     start = _first_step(replica, training_data(train_data.manifest), resume)
     log = Log(out, start, cfg, enabled=group.is_first)
     validate = partial(_validate, replica, val_data.tokens, log, progress)
@@ -187,8 +190,10 @@ def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[st
     """Set the learning rates, read a batch, clip its gradients and let the optimisers act.
 
     Returns:
-        ``loss``, the mean over all processes in nats a token; ``grad_norm``, before clipping; ``lr_share``, of the peak
-        learning rates; ``tokens_per_s`` and, where the device's peak is known, ``mfu``.
+        ``loss``, the mean over all processes in nats a token, and a student's parts of it (``loss_tokens``,
+        ``loss_logits``, ``loss_signals``, before they are weighted); ``grad_norm``, before clipping; ``lr_share``, of
+        the peak learning rates; ``tokens_per_s`` and, where the device's peak is known, ``mfu``, of the operations that
+        the trained model takes.
 
     Raises:
         ReflowlensError: loss or norm is not finite; then no weight has changed.
@@ -200,7 +205,8 @@ def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[st
     if cfg.model.dropout:
         _seed_dropout(cfg.run.seed, step, group.rank)
     with keeping(replica.model, topk_of_step(step, cfg)):
-        loss = _accumulate(replica, next(batches))
+        losses = _accumulate(replica, next(batches))
+    loss = losses["loss"]
     grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(replica.model.parameters(), cfg.optimizer.grad_clip)))
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise ReflowlensError(
@@ -209,7 +215,7 @@ def _take_step(replica: Replica, batches: Iterator[Batch], step: int) -> dict[st
         )
     replica.step()
     throughput = _throughput(cfg, group, time.perf_counter() - began)
-    return {"loss": loss, "grad_norm": grad_norm, "lr_share": share, **throughput}
+    return {**losses, "grad_norm": grad_norm, "lr_share": share, **throughput}
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
@@ -226,22 +232,23 @@ def _throughput(cfg: TrainConfig, group: Processes, seconds: float) -> dict[str,
     return {"tokens_per_s": rate} | ({} if utilisation is None else {"mfu": utilisation})
 
 
-def _accumulate(replica: Replica, batch: Batch) -> float:
+def _accumulate(replica: Replica, batch: Batch) -> dict[str, float]:
     """Gradients of the step's mean loss, summed over micro-batches; processes average once, on the last of them."""
     cfg, group = replica.cfg, replica.group
     n = cfg.run.accumulation
-    total = torch.zeros((), device=group.device)
+    totals: dict[str, Tensor] = {}
     for i, micro_batch in enumerate(zip(*(part.chunk(n) for part in batch), strict=True)):
         x, y = (part.to(group.device, non_blocking=True) for part in micro_batch)
         with replica.backward_pass(last=i == n - 1):
             with autocast(group.device, cfg.run.dtype):
-                loss = replica.forward(x, "loss", targets=y) / n
-            loss.backward()
-        total += loss.detach()
+                losses = {name: value / n for name, value in replica.losses(x, y).items()}
+            losses["loss"].backward()
+        totals = {name: value.detach() + totals.get(name, 0.0) for name, value in losses.items()}
     if group.world_size > 1:
-        dist.all_reduce(total)
-        total /= group.world_size
-    return total.item()
+        for total in totals.values():
+            dist.all_reduce(total)
+            total /= group.world_size
+    return {name: total.item() for name, total in totals.items()}
 
 
 def _open(cfg: TrainConfig, split: str) -> TokenData:

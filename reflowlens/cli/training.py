@@ -1,4 +1,4 @@
-"""``prepare``, ``train`` and ``finetune``: from text to a model."""
+"""``prepare``, ``train``, ``distill``, ``study`` and ``finetune``: from text to a model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from reflowlens.cli.arguments import Commands, add_command, add_device, add_mode
 def add_commands(commands: Commands) -> None:
     _add_prepare(commands)
     _add_train(commands)
+    _add_distill(commands)
     _add_study(commands)
     _add_finetune(commands)
 
@@ -83,6 +84,18 @@ def _add_train(commands: Commands) -> None:
         commands, "train", run, "train a model (several processes: torchrun -m pretraining.train CONFIG)"
     )
     add_arguments(parser)
+
+
+def _add_distill(commands: Commands) -> None:
+    from pretraining.command import add_distillation_arguments, run_distillation
+
+    parser = add_command(
+        commands,
+        "distill",
+        run_distillation,
+        "train a student with a teacher (several processes: torchrun -m pretraining.distillation TEACHER CONFIG)",
+    )
+    add_distillation_arguments(parser)
 
 
 def _add_study(commands: Commands) -> None:

@@ -56,6 +56,7 @@ class ReFlow(Decoder):
     """The base architecture: no constraint on the recipe."""
 
     embed: RecipeEmbed
+    unembed: RecipeUnembed
 
     def build_embedding(self, cfg: ModelConfig) -> None:
         self.embed = RecipeEmbed(cfg)
@@ -86,6 +87,14 @@ class ReFlow(Decoder):
         if cls.forms(cfg, n):
             return model, float(FLOAT32 * d * n + width * d * cfg.d_vocab)
         return model + width * d * n, float(width * signals * n + FLOAT32 * signals * cfg.d_vocab)
+
+    def signals_of(self, readout: Readout) -> Float[Tensor, "batch pos S"]:
+        """The signals a = B norm(x) of a pass's readout, whichever product it reads logits through; no hook runs."""
+        recipe, basis, features = self.embed.W_recipe, self.embed.W_basis, readout.features
+        formed = not is_hooked(self.unembed.hook_signal) and forming_is_cheaper(
+            features.shape[0] * features.shape[1], recipe, basis
+        )
+        return features @ basis.T if formed else features
 
     def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
         """R as logits are read with it."""
