@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 QUESTIONS: dict[str, str] = {
     "claims_over_seeds": "claims_over_seeds",
     "sparsity": "sparsity",
+    "distillation": "distillation",
 }
 """Question -> the module of this room that answers it by a function of the same name."""
 

@@ -358,7 +358,7 @@ def test_bad_tables(write_student: Callable[..., Path], asked: dict[str, Any], m
 
 
 def test_one_source_of_the_basis(write_student: Callable[..., Path]) -> None:
-    with pytest.raises(ReflowlensError, match="run.start_from fills all weights, and distillation.basis='start'"):
+    with pytest.raises(ReflowlensError, match=r"run\.start_from fills all weights, and distillation\.basis='start'"):
         load_config(write_student(distillation={"basis": "start"}, run={"start_from": "reflow-nano"}))
 
 
