@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 QUESTIONS: dict[str, str] = {
     "claims_over_seeds": "claims_over_seeds",
+    "scale": "scale",
     "sparsity": "sparsity",
     "distillation": "distillation",
 }
