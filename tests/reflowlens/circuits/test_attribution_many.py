@@ -206,7 +206,7 @@ def test_two_processes_share_the_prompts(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_shared, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(_shared, (port, str(tmp_path)), nprocs=2, start_method="forkserver")
     model = random_model("gpt2")
     expected = rl.attribute_each(model, PROMPTS, dictionary_of(model), progress=False)
     for rank in (0, 1):

@@ -397,7 +397,7 @@ def test_two_processes_share_the_cells(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_shared, (port, str(tmp_path)), nprocs=2)
+    mp.start_processes(_shared, (port, str(tmp_path)), nprocs=2, start_method="forkserver")
     model = MODELS["reflow_lite"]
     clean, corrupted = pair(model)
     expected = rl.sweep(model, clean, corrupted, "attn_head_k_by_pos", metrics.logit_diff(A, B)).values
