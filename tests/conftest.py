@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
 import platform
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,10 +19,6 @@ from tests.support.runs import tokens_folder, write  # noqa: E402, F401 (fixture
 from tests.support.tiny import NAMES, random_model, random_tokens  # noqa: E402
 
 _EXACT = ("torch.equal(", "rtol=0, atol=0", "check_exact=True", "same_files(", "same_weights(", "assert_same(")
-
-
-# What tests of several processes fork their workers from, once a run: with these loaded, unlike spawned ones.
-multiprocessing.set_forkserver_preload(["pretraining.train", "reflowlens.models", "tests.support.tiny"])
 
 
 def pytest_report_header() -> str:

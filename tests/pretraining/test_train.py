@@ -30,6 +30,7 @@ from pretraining.train import train
 from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
+from tests.support.processes import exit_code
 from tests.support.runs import ROOT, STEPS, measured, records, run_python, same_files, with_out
 
 TTT_FLOW = "ttt_heads = 2\nttt_chunk = 4\nrotary_channels = 8\nvalue_layers = 1\nexclusive_layers = 1\nflow_width = 8"
@@ -284,17 +285,16 @@ def test_a_run_killed_while_it_evaluates_loses_no_step(
     assert [read_manifest(path)["val_loss"] for path in sorted(out.glob("step_*"))] == losses
 
 
-KILLED_AT_STEP_13 = """
-import os, signal, sys
-from pretraining import train
-log = train.Log.write
-def write(self, step, record):
-    log(self, step, record)
-    if step == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-train.Log.write = write
-train.main(sys.argv[1:])
-"""
+def killed_at_step_13(config: Path) -> None:
+    log = train_module.Log.write
+
+    def write(self: train_module.Log, step: int, record: dict[str, float]) -> None:
+        log(self, step, record)
+        if step == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_module.Log.write = write  # type: ignore[method-assign]
+    train(load_config(config))
 
 
 def test_a_killed_process_resumes_bit_for_bit(
@@ -302,8 +302,7 @@ def test_a_killed_process_resumes_bit_for_bit(
 ) -> None:
     config = write()
     cfg = load_config(config)
-    killed = run_python("-c", KILLED_AT_STEP_13, config)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_code(killed_at_step_13, config) == -signal.SIGKILL
     assert [path.name for path in sorted(Path(cfg.run.out).glob("step_*"))] == ["step_0000005", "step_0000010"]
     assert len(records(cfg.run.out)) == 13
     folder = train(cfg, resume=True)

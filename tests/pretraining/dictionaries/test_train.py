@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pretraining.data import prepare
 from pretraining.dictionaries import train as train_module
@@ -23,7 +23,7 @@ from pretraining.dictionaries.train import train_dictionaries
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.dictionaries.files import dictionary_manifest, load_dictionary
 from reflowlens.errors import ReflowlensError
-from tests.support.runs import run_python, run_two_processes
+from tests.support.processes import exit_code, two_processes
 from tests.support.tiny import random_model
 
 STEPS = 12
@@ -158,24 +158,22 @@ def test_the_model_reads_as_in_evaluation(write: Callable[..., Path], corpus: Pa
 # ------------------------------------------------------------------------------------------------------------- going on
 
 
-KILLED_AT_STEP_6 = """
-import os, signal, sys
-from pretraining.dictionaries import train
-log = train._log
-def logged(out, cfg, step, *rest):
-    log(out, cfg, step, *rest)
-    if step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-train._log = logged
-train.main(sys.argv[1:])
-"""
+def killed_at_step_6(config: Path) -> None:
+    log = train_module._log
+
+    def logged(out: Path, cfg: Any, step: int, *rest: Any) -> None:
+        log(out, cfg, step, *rest)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train_module._log = logged
+    train_dictionaries(load_run(config))
 
 
 def test_a_killed_run_goes_on_bit_for_bit(write: Callable[..., Path]) -> None:
     kinds = ("plt", "skip", "jump")
     config = write(*kinds)
-    killed = run_python("-c", KILLED_AT_STEP_6, config)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert exit_code(killed_at_step_6, config) == -signal.SIGKILL
     cfg = load_run(config)
     assert [r["step"] for r in records(cfg.run.out)] == [2, 4, 6]
     train_dictionaries(cfg, resume=True)
@@ -204,14 +202,26 @@ def test_ctrl_c_saves_and_stops(
     same_run(cfg.run.out, whole.run.out)
 
 
+def with_its_weights(rank: int, config: Path, folder: Path) -> None:
+    """A run, of which each process writes down its weights."""
+    run = train_module._Training.run
+
+    def recorded(self: train_module._Training, *args: Any) -> None:
+        run(self, *args)
+        tensors = {f"{of.spec.name}/{name}": t for of in self.learners for name, t in of.state().items()}
+        save_file(tensors, folder / f"rank{rank}.safetensors")
+
+    train_module._Training.run = recorded  # type: ignore[method-assign]
+    train_dictionaries(load_run(config))
+
+
 def test_two_processes_have_their_own_documents_and_the_same_weights(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Also after dead features were resampled, for which each process has examples of its own."""
     config = write("plt", "relu")
     config.write_text(config.read_text() + "\ndead_after = 1\n")  # of the last, relu: features die at every step
-    finished = run_two_processes("-m", "tests.support.launched_dictionaries", config, tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    two_processes(with_its_weights, config, tmp_path)
     ours, theirs = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if "/weights/" in name)
     cfg, one = load_run(config), load_run(write("plt", "relu", out="one"))

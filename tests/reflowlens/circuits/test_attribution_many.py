@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy import sparse
 
 import reflowlens as rl
@@ -20,6 +16,7 @@ from reflowlens.circuits.attribution import many
 from reflowlens.circuits.attribution.scores.intervals import mean_intervals
 from reflowlens.errors import ReflowlensError
 from tests.support.dictionaries import dictionary_of
+from tests.support.processes import two_processes
 from tests.support.tiny import random_model
 
 PROMPTS = ["a ragged list", "of prompts", "a list", "of three lengths"]
@@ -187,26 +184,18 @@ def test_a_prompt_without_active_features_is_named(tiny_models):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def _shared(rank: int, port: int, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _shared(rank: int, out: Path) -> None:
     model = random_model("gpt2")
     graphs = rl.attribute_each(model, PROMPTS, dictionary_of(model), progress=False)
     merged = graphs.merged(0.5)
     try:
         rl.attribute_each(model, PROMPTS, dictionary_of(model), "a", against=["b", "a", "b", "b"], progress=False)
     except ReflowlensError as error:
-        pd.to_pickle((graphs, merged, str(error)), f"{out}/{rank}.pickle")
-    dist.destroy_process_group()  # a process that ends with threads of gloo at work may abort
+        pd.to_pickle((graphs, merged, str(error)), out / f"{rank}.pickle")
 
 
 def test_two_processes_share_the_prompts(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_shared, (port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    two_processes(_shared, tmp_path)
     model = random_model("gpt2")
     expected = rl.attribute_each(model, PROMPTS, dictionary_of(model), progress=False)
     for rank in (0, 1):
