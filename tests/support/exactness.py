@@ -22,7 +22,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.ttt_flow_config import TTTFlowConfig
 from tests.reference.attribution import Frozen, FrozenBDH, FrozenTTTFlow
 from tests.support.dictionaries import Kind, dictionary_of
-from tests.support.tiny import CONFIGS, FACTORED, NAMES, random_model, random_tokens
+from tests.support.tiny import CONFIGS, FACTORED, NAMES, in_turn, random_model, random_tokens
 
 BDH = ModelConfig(
     architecture="bdh", n_layers=2, d_model=16, n_heads=2, d_head=32, d_mlp=64, d_vocab=256, n_ctx=64,
@@ -101,6 +101,15 @@ CASES = [
     for nodes in (("neurons", "directions") if model == "bdh" else OF_OPTIONS if model in OPTIONS else NODES)
     if model in FACTORED or nodes not in OF_SIGNALS
 ]
+# Kinds that differ from others by what no architecture has a part in: on each of two models and one of the rest.
+_IN_TURN = (
+    "transcoders, batchtopk",
+    "transcoders, jumprelu",
+    "transcoders, relu",
+    "heads and cross-layer, jumprelu",
+    "directions, skip",
+)
+TESTED = [case for case in CASES if case[1] not in _IN_TURN or case[0] in OPTIONS] + in_turn(_IN_TURN)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from reflowlens.config import ModelConfig, RotaryScaling
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
+T = TypeVar("T")
 _SIZES: dict[str, Any] = {
     "n_layers": 2,
     "d_model": 32,
@@ -64,6 +66,16 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 NAMES = list(CONFIGS)
 FACTORED = [name for name in NAMES if name.startswith("reflow")]
+
+
+def in_turn(cases: Iterable[T], always: Sequence[str] = ("reflow_lite", "llama_untied")) -> list[tuple[str, T]]:
+    """(model, case): every case on the models of ``always``, and on one of the others in turn.
+
+    For facts in which the two do not interact. The two of the default are those with most that a plain model has not:
+    rotary positions, grouped keys and values, a factored readout; biases and a readout of their own.
+    """
+    others = [name for name in NAMES if name not in always]
+    return [(name, case) for i, case in enumerate(cases) for name in (*always, others[i % len(others)])]
 
 
 def tiny_config(name: str, **changes: Any) -> ModelConfig:

@@ -1,13 +1,13 @@
-"""Every architecture with every kind of node: incoming edges add up, and every edge is that of autograd."""
+"""Every architecture and every kind of node: incoming edges add up, and every edge is that of autograd."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.support.exactness import CASES, measure
+from tests.support.exactness import TESTED, measure
 
 
-@pytest.mark.parametrize(("model", "nodes"), CASES)
+@pytest.mark.parametrize(("model", "nodes"), TESTED)
 def test_every_edge_is_that_of_autograd_and_they_add_up(model, nodes):
     worst = measure(model, nodes)
     assert worst.sums < 1e-4

@@ -17,7 +17,7 @@ from transformer_lens.tools.analysis.logit_lens import logit_readout
 
 from reflowlens.activations.cache import ActivationCache
 from reflowlens.models.base import HookedModel
-from tests.support.tiny import assert_close, bias, random_tokens
+from tests.support.tiny import assert_close, bias, in_turn, random_tokens
 
 POS = 4
 TARGET, WRONG = 65, 66
@@ -94,7 +94,7 @@ def test_no_sweep_is_left_out() -> None:
     assert sweeps == set(AXES) | direct
 
 
-@pytest.mark.parametrize("name", AXES)
+@pytest.mark.parametrize(("model", "name"), in_turn(AXES, always=("reflow_lite", "gpt2_biased")), indirect=["model"])
 def test_patching_sweeps(
     model: HookedModel, clean: Tensor, corrupted: Tensor, clean_cache: ActivationCache, name: str
 ) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import pickle
-import socket
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,7 +32,8 @@ from reflowlens.sweeps.runs import PackedRuns, WholeRuns
 from reflowlens.sweeps.setup import prepare_sweep
 from reflowlens.sweeps.suffixes import Layout
 from tests.support.dictionaries import features_for
-from tests.support.tiny import FACTORED, NAMES, assert_close, random_model, random_tokens
+from tests.support.processes import two_processes
+from tests.support.tiny import FACTORED, NAMES, assert_close, in_turn, random_model, random_tokens
 
 A, B = 65, 66
 TRANSFORMER_LENS: dict[str, Any] = {
@@ -73,7 +70,9 @@ def whole(model: HookedModel, clean: Tensor, corrupted: Tensor, cells: Any, metr
         return torch.cat([values for _, values in runs.values(range(len(setup.cells.cells)))])
 
 
-@pytest.mark.parametrize("grid", TRANSFORMER_LENS)
+@pytest.mark.parametrize(
+    ("model", "grid"), in_turn(TRANSFORMER_LENS, always=("reflow", "gpt2_own_readout")), indirect=["model"]
+)
 def test_equals_transformer_lens(model: HookedModel, grid: str) -> None:
     clean, corrupted = pair(model)
     if grid == "attn_head_pattern_dest_src_pos":
@@ -93,7 +92,10 @@ def test_equals_transformer_lens(model: HookedModel, grid: str) -> None:
     assert actual.axis_names == [axis.replace("head_index", "head") for axis in expected.axis_names]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+OF_SIGNALS = [(name, grid) for name in ("reflow", "reflow_topk") for grid in ("recipe", "signal")]
+
+
+@pytest.mark.parametrize(("model", "grid"), list(dict.fromkeys([*in_turn(GRIDS), *OF_SIGNALS])), indirect=["model"])
 def test_every_grid_equals_whole_passes(model: HookedModel, grid: str) -> None:
     if grid in ("recipe", "signal") and model.cfg.n_signals is None:
         with pytest.raises(ReflowlensError, match="no hook"):
@@ -109,17 +111,18 @@ def test_every_grid_equals_whole_passes(model: HookedModel, grid: str) -> None:
     assert (actual.effect() != 0).any()
 
 
+METRICS = [
+    metrics.logit_diff([A, B, A], [B, A, 70], position=3),
+    metrics.target_prob(A),
+    metrics.target_rank(A, position=-2),
+    metrics.kl(position="all"),
+    metrics.loss(),
+    metrics.recovery(metrics.target_prob(B)),
+]
+
+
 @pytest.mark.parametrize(
-    "metric",
-    [
-        metrics.logit_diff([A, B, A], [B, A, 70], position=3),
-        metrics.target_prob(A),
-        metrics.target_rank(A, position=-2),
-        metrics.kl(position="all"),
-        metrics.loss(),
-        metrics.recovery(metrics.target_prob(B)),
-    ],
-    ids=lambda metric: metric.name,
+    ("model", "metric"), in_turn(METRICS), indirect=["model"], ids=lambda part: getattr(part, "name", part)
 )
 def test_every_metric_equals_whole_passes(model: HookedModel, metric: Metric) -> None:
     clean, corrupted = pair(model)
@@ -381,23 +384,15 @@ def test_a_sweep_under_an_intervention_on_the_basis() -> None:
     assert_close(inside.values, expected.values)
 
 
-def _shared(rank: int, port: int, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def _shared(rank: int, out: Path) -> None:
     model = random_model("reflow_lite")
     clean, corrupted = pair(model)
     result = rl.sweep(model, clean, corrupted, "attn_head_k_by_pos", metrics.logit_diff(A, B))
-    torch.save(result.values, f"{out}/{rank}.pt")
-    dist.destroy_process_group()  # a process that ends with threads of gloo at work may abort
+    torch.save(result.values, out / f"{rank}.pt")
 
 
 def test_two_processes_share_the_cells(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_shared, (port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    two_processes(_shared, tmp_path)
     model = MODELS["reflow_lite"]
     clean, corrupted = pair(model)
     expected = rl.sweep(model, clean, corrupted, "attn_head_k_by_pos", metrics.logit_diff(A, B)).values
