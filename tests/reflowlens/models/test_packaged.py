@@ -61,7 +61,7 @@ def test_bdh_nano_and_its_control_are_as_large():
 
 def test_ttt_flow_nano_is_one_small_file_whose_inner_learner_and_flow_help():
     """On a text of no corpus, with a stretch that comes twice: each refiner's gate closed costs loss."""
-    assert weights_in(ASSETS / "ttt-flow-nano").stat().st_size < 1_600_000
+    assert weights_in(ASSETS / "ttt-flow-nano").stat().st_size < 1_640_000
     model = rl.load_model("ttt-flow-nano")
     assert model.n_parameters == 1_923_428
     text = "The river is wide here, and the old town lies on its left bank. In winter the ferry does not run. " * 3
