@@ -300,6 +300,7 @@ def _on_the_way(model: Decoder, prompts: RunPrompts, positions: Positions) -> In
         return None
     device = prompts.tokens.device
     aligned, index = partners(model, prompts, positions), torch.arange(prompts.tokens.shape[1], device=device)
+    assert aligned is not None  # None is for pairs of equal length
     lengths, clean_lengths = (torch.tensor(x, device=device)[:, None] for x in (prompts.lengths, prompts.clean_lengths))
     token_by_token = index.expand(len(lengths), -1).masked_fill(index >= lengths, -1)
     return torch.where(lengths == clean_lengths, token_by_token, aligned)

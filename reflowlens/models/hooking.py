@@ -150,7 +150,8 @@ class HookingModel(TextModel):
         for point in [point for point, its in _LARGE_POINTS.items() if its == switch] if use else []:
             if not any(name.rsplit(".", 1)[-1] == point for name in self.hook_dict):
                 raise self._without(point)
-        self.cfg = dataclasses.replace(self.cfg, **{switch: use})
+        changed: dict[str, Any] = {switch: use}
+        self.cfg = dataclasses.replace(self.cfg, **changed)
 
     def _without(self, point: str) -> ReflowlensError:
         """What is said of a point that a switch is for and this model has not."""
