@@ -17,6 +17,9 @@ view           recipe             basis          what it is for
                                                  single signals can be without training
 =============  =================  =============  ==================================================================
 
+A dictionary's features are a view too (:mod:`reflowlens.dictionary_view`), of which R B = W_E does not hold: what its
+features leave out is carried along behind its signals in every readout and every row that logits are read off with.
+
 A view reads a residual stream through the final norm. Where a model refines that stream before it reads logits off it
 (``ttt_flow``), this is a logit lens and no prediction; ``view.final`` reads ``model.final_stream`` instead, of which
 logits in front of the cap are exact sums.
@@ -30,10 +33,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import FactoredMatrix
@@ -48,8 +53,14 @@ from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers.targets import target_ids
 from reflowlens.varimax import varimax_rotation
 
+if TYPE_CHECKING:
+    from reflowlens.dictionaries.dictionary import Dictionary
+
 ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
+AnyView: TypeAlias = "SignalView | Dictionary | str | None"
+"""What a ``view=`` argument may be: a view, the name of one, a dictionary, or a dictionary's name or folder."""
 VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated", "varimax")
+_TURNED = 256
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,21 @@ class SignalView:
         return self.basis.shape[0]
 
     @property
+    def n_carried(self) -> int:
+        """How many coordinates stand behind the signals in a readout and are none: what signals leave out."""
+        return 0
+
+    @property
+    def logit_rows(self) -> Float[Tensor, "d_vocab S_carried"]:
+        """What logits are read off a readout with: the recipe, and where something is carried its columns behind."""
+        return self.recipe
+
+    @property
+    def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The vectors that the recipes are of, with what the signals leave out of them."""
+        return self.write(self.recipe)
+
+    @property
     def n_tokens(self) -> int:
         """Number of rows of the recipe that belong to real tokens."""
         return self.model.tokenizer.n_vocab
@@ -140,9 +166,10 @@ class SignalView:
 
         Example: ``view.logits(view.readout(cache["resid_post", -1]))  # the model's logits, up to rounding``
         """
-        _check_vectors("a readout", signals, "S", self.n_signals)
-        with without_autocast(self.recipe):
-            return capped(plus(signals @ self.recipe.T, self.bias), self.cap)
+        rows = self.logit_rows
+        _check_vectors("a readout", signals, "S", rows.shape[1])
+        with without_autocast(rows):
+            return capped(plus(signals @ rows.T, self.bias), self.cap)
 
     def bias_of(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """What the readout adds to some tokens' logits whatever the signals are; 0 where it has no bias."""
@@ -155,6 +182,10 @@ class SignalView:
         """
         bias = None if self.bias is None else self.bias[:n]
         return dataclasses.replace(self, recipe=self.recipe[:n], bias=bias)
+
+    def with_recipe(self, recipe: Float[Tensor, "d_vocab S"]) -> SignalView:
+        """The view with another recipe and the same basis; what the embedding is, follows from these two."""
+        return dataclasses.replace(self, recipe=recipe)
 
     def write(self, recipe_vector: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_model"]:
         """The vector r B that write coordinates r, such as a row of R, stand for in the residual stream.
@@ -194,7 +225,48 @@ class SignalView:
             raise ReflowlensError(
                 f"targets {list(ids.shape)} do not fit residual streams {list(resid.shape)}: one, or one for each"
             ) from None
-        return readout * self.recipe[ids]
+        return self._summed(readout * self.logit_rows[ids])
+
+    def _summed(self, contributions: Float[Tensor, "*batch S_carried"]) -> Float[Tensor, "*batch S"]:
+        """The contributions of signals, and of each part that is carried behind them."""
+        return contributions
+
+    def readout_of_part(
+        self, part: Float[Tensor, "*part batch d_model"], scale: Float[Tensor, "batch 1"], at: Float[Tensor, "batch d"]
+    ) -> Float[Tensor, "*part batch S"]:
+        """The readout of a part of the streams ``at``, under their final norm's divisor and without its bias: linear,
+        so that parts add up."""
+        return self.normed(part, scale) @ self.basis.T
+
+    def readout_of_bias(
+        self, scale: Float[Tensor, "batch 1"], at: Float[Tensor, "batch d_model"]
+    ) -> Float[Tensor, "#batch S"]:
+        """What no part of the streams writes: with :meth:`readout_of_part` of all parts it makes up the readout."""
+        return self.norm_bias()[None] @ self.basis.T
+
+    def removals(
+        self, stream: Float[Tensor, "*batch d_model"]
+    ) -> tuple[Float[Tensor, "*batch S"], Float[Tensor, "S d_model"]]:
+        """How much of each signal is in a residual stream, and along which direction: what removing it takes away.
+
+        Here the component along B_s; of a dictionary what its feature writes.
+        """
+        directions = F.normalize(self.basis, dim=-1)
+        return stream.to(directions.dtype) @ directions.T, directions
+
+    def normed(self, x: Float[Tensor, "*batch d_model"], scale: Tensor | float) -> Float[Tensor, "*batch d"]:
+        """A vector as the final norm passes it on under a given divisor: centred where it centres, and weighted."""
+        x = x.to(self.basis.dtype)
+        if self.norm is None:
+            return x / scale
+        return (x - x.mean(dim=-1, keepdim=True) if self.norm.centered else x) / scale * self.norm.w
+
+    def norm_bias(self) -> Float[Tensor, " d_model"]:
+        zero = torch.zeros_like(self.basis[0])
+        return zero if self.norm is None else plus(zero, self.norm.b)
+
+    def _rotated(self, A: Float[Tensor, "S S"]) -> SignalView:
+        return dataclasses.replace(self, name="rotated", recipe=self.recipe @ A, basis=A.T @ self.basis)
 
     def check_is_prediction(self) -> None:
         """Raise unless the logits of the stream that it reads are the model's."""
@@ -275,8 +347,12 @@ class SignalView:
 
 
 @torch.no_grad()
-def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int = 0) -> SignalView:
+def signal_view(
+    model: HookedModel, name: ViewName | Dictionary | str | None = None, *, layer: int | None = None, seed: int = 0
+) -> SignalView:
     """A model's signals: a recipe R [d_vocab, S] and a basis B [S, d_model] whose product is the (un)embedding.
+
+    Of a dictionary, its features with what they leave out (:func:`reflowlens.dictionary_view.dictionary_view`).
 
     Both are float32 or wider; the weights of a 16-bit model are widened, not rounded again. The native view of a
     float32 model shares the weights' memory and follows their changes; any other view is of the weights as they are
@@ -285,20 +361,31 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     Args:
         model: a hooked model.
         name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (defined at the top of this module); by
-            default ``native`` if the model has it, otherwise ``identity``. The last two rotate that default.
+            default ``native`` if the model has it, otherwise ``identity``. The last two rotate that default. Or a
+            dictionary of the model: itself, its packaged name or its folder.
+        layer: of a dictionary, which block's features; default the last that it has.
         seed: of the random rotation, and of the rows that varimax samples from a large vocabulary.
 
     Raises:
-        ReflowlensError: the name is unknown, or the model has no native signals.
+        ReflowlensError: the name is unknown, the model has no native signals, or the dictionary is another model's.
 
     Example: ``rl.signal_view(model, "svd").codebook(0)``
     """
     model = hooked_model(model)
+    if (dictionary := _dictionary(name)) is not None:
+        from reflowlens.dictionary_view import dictionary_view
+
+        return dictionary_view(model, dictionary, layer)
+    if layer is not None:
+        raise ReflowlensError(f"layer chooses among those of a dictionary, and {name!r} is none")
     factored = isinstance(model.W_E, FactoredMatrix)
     if name is None:
         name = "native" if factored else "identity"
     if not is_one_of(name, VIEWS):
-        raise ReflowlensError(f"view must be one of {', '.join(map(repr, VIEWS))}, got {name!r}")
+        raise ReflowlensError(
+            f"view must be one of {', '.join(map(repr, VIEWS))}, a dictionary, or a dictionary's name or folder, got "
+            f"{name!r}"
+        )
     if name == "native":
         factors = model.unembedding
         if not isinstance(factors, FactoredMatrix):
@@ -323,17 +410,37 @@ def signal_view(model: HookedModel, name: ViewName | None = None, *, seed: int =
     return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model, bias, cap)
 
 
-def view_of(model: HookedModel, view: SignalView | ViewName | None, *, seed: int = 0) -> SignalView:
+def view_of(model: HookedModel, view: AnyView, *, seed: int = 0, exact_for: str = "") -> SignalView:
     """The view that a ``view=`` argument means: a view itself, or the one of that name (:func:`signal_view`).
 
+    Args:
+        exact_for: what asks for it, if it takes only views whose signals make up the embedding without a rest.
+
     Raises:
-        ReflowlensError: the view was made from another model, whose norm and weights would be mixed with this one's.
+        ReflowlensError: the view was made from another model, whose norm and weights would be mixed with this one's; or
+            something is carried behind its signals, which what asks for it does not take.
     """
-    if not isinstance(view, SignalView):
-        return signal_view(model, view, seed=seed)
-    if view.model is not hooked_model(model):
+    found = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
+    if found.model is not hooked_model(model):
         raise ReflowlensError("this view was made from another model: make one with rl.signal_view(model)")
-    return view
+    if exact_for and found.n_carried:
+        raise ReflowlensError(
+            f"{exact_for} takes views whose signals make up the embedding exactly ({', '.join(VIEWS)}), and the "
+            f"features of {found.name} leave an error"
+        )
+    return found
+
+
+def _dictionary(name: object) -> Dictionary | None:
+    """The dictionary that a view's name stands for, if it is no view's."""
+    if name is None or is_one_of(name, VIEWS):
+        return None
+    from reflowlens.dictionaries.dictionary import Dictionary
+    from reflowlens.dictionaries.files import holds_dictionary, load_dictionary
+
+    if isinstance(name, Dictionary):
+        return name
+    return load_dictionary(name) if isinstance(name, str | Path) and holds_dictionary(name) else None
 
 
 def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
@@ -350,7 +457,24 @@ def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
         raise ReflowlensError(f"a rotation of this view is a matrix [S, S], S={view.n_signals}, got {got}")
     A = rotation.to(view.recipe)
     with without_autocast(A):
-        return dataclasses.replace(view, name="rotated", recipe=view.recipe @ A, basis=A.T @ view.basis)
+        return view._rotated(A)
+
+
+def varimax_of(view: SignalView, *, seed: int = 0) -> Float[Tensor, "S S"]:
+    """The rotation that :func:`varimax_view` turns a view by.
+
+    Of a dictionary's features it turns the 256 that most tokens have, and leaves the others: among thousands of
+    features, which no rotation makes much sparser, the search would take hours.
+    """
+    rows = view.recipe[: view.n_tokens]
+    with without_autocast(rows):
+        if not view.n_carried or view.n_signals <= _TURNED:
+            return varimax_rotation(rows, seed=random_seed(seed))
+        often = (rows != 0).sum(dim=0).topk(_TURNED).indices
+        turn = torch.eye(view.n_signals, device=rows.device, dtype=rows.dtype)
+        some = rows[:, often]
+        turn[often[:, None], often] = varimax_rotation(some[some.any(dim=1)], seed=random_seed(seed)).to(turn)
+        return turn
 
 
 def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
@@ -364,9 +488,7 @@ def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
 
     Example: ``varimax_view(signal_view(model)).codebook(0)``
     """
-    with without_autocast(view.recipe):
-        rotation = varimax_rotation(view.recipe[: view.n_tokens], seed=random_seed(seed))
-    return dataclasses.replace(rotate(view, rotation), name="varimax")
+    return dataclasses.replace(rotate(view, varimax_of(view, seed=seed)), name="varimax")
 
 
 def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from analyses.claims import untrained_names
 from analyses.measures.neighbors import shuffle_columns
 from analyses.statistics.draws import derive_rng, derive_seed
+from reflowlens.dictionary_view import DictionaryView
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import VIEWS, SignalView, signal_view
@@ -78,11 +78,14 @@ def shared_untrained() -> Iterator[None]:
 def untrained_view(view: SignalView, seed: int, number: int = 1) -> SignalView:
     """An `untrained_model` of a view's model, through a view of the same kind.
 
-    A view made by hand has no untrained twin; the default view of the architecture takes its place.
+    Of a dictionary's view in a dictionary that is untrained too. A view made by hand has no untrained twin; the default
+    view of the architecture takes its place.
 
     Example: ``untrained_view(signal_view(model), seed=0).model``
     """
     untrained = untrained_model(view.model, seed, number)
+    if isinstance(view, DictionaryView):
+        return view.untrained(untrained, derive_seed(seed, "untrained_dictionary", number))
     name = next((name for name in VIEWS if name == view.name), None)
     return signal_view(untrained, name, seed=seed)
 
@@ -92,13 +95,13 @@ def gaussian_view(view: SignalView, seed: int) -> SignalView:
     recipe = view.recipe
     real = recipe[: view.n_tokens]
     drawn = derive_rng(seed, "gaussian").standard_normal(tuple(recipe.shape), dtype=np.float32)
-    return dataclasses.replace(view, recipe=torch.from_numpy(drawn).to(recipe) * real.std() + real.mean())
+    return view.with_recipe(torch.from_numpy(drawn).to(recipe) * real.std() + real.mean())
 
 
 def shuffled_view(view: SignalView, seed: int) -> SignalView:
     """The control ``shuffled_recipe``: entries of real tokens permuted within each signal, the same basis."""
     real = view.of_tokens(view.n_tokens)
-    return dataclasses.replace(real, recipe=shuffle_columns(real.recipe, seed))
+    return real.with_recipe(shuffle_columns(real.recipe, seed))
 
 
 def over_nulls(

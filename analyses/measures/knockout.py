@@ -23,7 +23,7 @@ def real_tokens(view: SignalView) -> SignalView:
 
 def write_norms(view: SignalView, signals: Float[Tensor, "prompt S"]) -> Float[Tensor, "prompt S"]:
     """How much a signal moves all logits together, |a_s| ‖R_:s‖₂: what a matched control signal is matched on."""
-    return signals.abs() * view.recipe[: view.n_tokens].norm(dim=0)
+    return signals[:, : view.n_signals].abs() * view.logit_rows[: view.n_tokens, : view.n_signals].norm(dim=0)
 
 
 def random_order(shape: tuple[int, ...], seed: int) -> Int[Tensor, "prompt S"]:

@@ -45,7 +45,8 @@ def compare_models(
     Args:
         models: names or paths that `reflowlens.load_model` opens, or models by name. The name "untrained" stands for
             the first model's architecture at initialisation.
-        views: of `reflowlens.signals.VIEWS`. "native" is each model's own: the residual axes of one without signals.
+        views: of `reflowlens.signals.VIEWS`, or names or folders of dictionaries, whose features are read; results in
+            these are not kept. "native" is each model's own: the residual axes of one without signals.
         experiments, seed, quick, cache: as in `run_suite`.
 
     Returns:
@@ -62,12 +63,15 @@ def compare_models(
     from analyses.result.kept import may_be_kept
     from analyses.result.model_identity import known_hash
     from reflowlens.checkpoints import model_hash
+    from reflowlens.dictionaries.files import holds_dictionary
     from reflowlens.signals import VIEWS
 
     views = list(dict.fromkeys(views))
     for view in views:
-        if view not in VIEWS:
-            raise ReflowlensError(f"no view {view!r}: some of {', '.join(VIEWS)} were expected")
+        if view not in VIEWS and not holds_dictionary(view):
+            raise ReflowlensError(
+                f"no view {view!r}: some of {', '.join(VIEWS)}, or names or folders of dictionaries, were expected"
+            )
     check_seed(seed)
     selected = [EXPERIMENTS[i] for i in parse_selection(experiments)]
     opened = dict(models) if isinstance(models, Mapping) else _open(models, seed, device)
@@ -87,7 +91,8 @@ def compare_models(
         place = {"model": name, "view": view, "experiment": experiment.name}
         try:
             with known_hash(model, hashes[name]):
-                result = run_experiment(experiment, model, options, keys[name])[0]
+                own_key = keys[name] if view in ("", *VIEWS) else ""
+                result = run_experiment(experiment, model, options, own_key)[0]
             summary = result.summary().assign(error="")
             if summary.empty:
                 summary = _nothing("; ".join(result.notes) or "no metrics")

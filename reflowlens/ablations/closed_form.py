@@ -31,8 +31,8 @@ _BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a pr
 
 def contribution_order(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, "prompt S"]:
     """Signals by the size of what they add to a token's logit, ``|a_s R_target,s|``, largest first."""
-    rows = view.recipe[_target_ids(view, signals, target)]
-    return (signals * rows).abs().argsort(dim=-1, descending=True, stable=True)
+    rows = view.logit_rows[_target_ids(view, signals, target)]
+    return (signals * rows)[..., : view.n_signals].abs().argsort(dim=-1, descending=True, stable=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class ReadoutAblations:
 
     Args:
         view: whose signals; of a model that refines its last residual stream ``view.final``.
-        signals: ``view.readout`` of each prompt's final stream at the position that is read.
+        signals: ``view.readout`` of each prompt's final stream at the position that is read. What is carried behind the
+            signals of a dictionary's view is part of every sum and never removed.
         replacement: what a removed signal becomes.
     """
 
@@ -102,7 +103,9 @@ class ReadoutAblations:
     @cached_property
     def _replacement(self) -> Float[Tensor, "prompt S"]:
         replacement = torch.as_tensor(self.replacement, dtype=self.signals.dtype, device=self.signals.device)
-        return replacement.expand_as(self.signals)
+        n_signals = self.view.n_signals
+        own = (replacement[..., :n_signals] if replacement.ndim else replacement).expand(len(self.signals), n_signals)
+        return torch.cat([own, self.signals[:, n_signals:]], dim=-1) if self.view.n_carried else own
 
     def _logits(self, signals: Float[Tensor, "row S"]) -> Float[Tensor, "row d_vocab"]:
         return self.view.logits(signals)
@@ -143,7 +146,7 @@ class SingleAblations(ReadoutAblations):
             before = self._logits(a[None])[0]
             larger = torch.ones_like(d, dtype=torch.long)
             for recipe, ahead in self._pieces(before - before[token]):  # all logits relative to the token's
-                larger += (torch.addcmul(ahead[:, None], recipe - self.view.recipe[token], d) > 0).sum(dim=0)
+                larger += (torch.addcmul(ahead[:, None], recipe - self._own_rows[token], d) > 0).sum(dim=0)
             ranks.append(larger)
         return torch.stack(ranks)
 
@@ -165,7 +168,7 @@ class SingleAblations(ReadoutAblations):
         logits = self._logits(a[None])[0]
         log_normaliser = logits.logsumexp(dim=-1)
         p = (logits - log_normaliser).exp()
-        mean = p @ self.view.recipe
+        mean = p @ self._own_rows
         growth, off = torch.zeros_like(d), torch.zeros_like(d)
         for recipe, p_piece in self._pieces(p):
             centered = recipe - mean
@@ -173,25 +176,30 @@ class SingleAblations(ReadoutAblations):
             growth += p_piece @ centered.mul_(d).expm1_()  # most divergences are far below 1
         kl = growth.log1p() - d * off
         for s in (~kl.isfinite()).nonzero()[:, 0].tolist():  # too large for an exponential
-            kl[s] = (logits - log_normaliser + d[s] * (self.view.recipe[:, s] - mean[s])).logsumexp(dim=-1)
+            kl[s] = (logits - log_normaliser + d[s] * (self._own_rows[:, s] - mean[s])).logsumexp(dim=-1)
         return kl.clamp(min=0), mean + off, log_normaliser
 
     @cached_property
     def _change(self) -> Float[Tensor, "prompt S"]:
-        return self._replacement - self.signals
+        return (self._replacement - self.signals)[:, : self.view.n_signals]
 
     def _before(self, target: Target) -> Float[Tensor, " prompt"]:
         """The target's logit with nothing replaced."""
         ids = _target_ids(self.view, self.signals, target)
-        return (self.signals * self.view.recipe[ids]).sum(dim=-1) + self.view.bias_of(ids)
+        return (self.signals * self.view.logit_rows[ids]).sum(dim=-1) + self.view.bias_of(ids)
+
+    @property
+    def _own_rows(self) -> Float[Tensor, "d_vocab S"]:
+        """Of the signals alone."""
+        return self.view.logit_rows[:, : self.view.n_signals]
 
     def _rows(self, target: Target) -> Float[Tensor, "prompt S"]:
-        return self.view.recipe[_target_ids(self.view, self.signals, target)]
+        return self._own_rows[_target_ids(self.view, self.signals, target)]
 
     def _pieces(self, values: Float[Tensor, " d_vocab"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of the recipe, and their values, at a time."""
         rows = max(1, _BLOCK // self.view.n_signals)
-        return zip(self.view.recipe.split(rows), values.split(rows), strict=True)
+        return zip(self._own_rows.split(rows), values.split(rows), strict=True)
 
 
 class FormedAblations(ReadoutAblations):
@@ -203,7 +211,7 @@ class FormedAblations(ReadoutAblations):
 
     def logit(self, target: Target) -> Float[Tensor, "prompt cell"]:
         ids = _target_ids(self.view, self.signals, target)
-        rows, bias = self.view.recipe[ids], self.view.bias_of(ids)
+        rows, bias = self.view.logit_rows[ids], self.view.bias_of(ids)
         return self._of_cells(
             lambda signals, prompts: capped((signals * rows[prompts]).sum(dim=-1) + bias[prompts], self.view.cap)
         )

@@ -8,6 +8,9 @@ a layer            the component along ``B_s`` of the residual stream that this 
 ``"everywhere"``   its basis row for the whole pass, at both ends: ``embed``, and ``a_s = 0`` at the readout
 =================  ====================================================================================================
 
+Of a dictionary's feature what it writes is removed from the stream that the dictionary is of, and its error stays: the
+only site of such a view is that layer.
+
 What every removal takes from the stream is known from the unablated run. So a row, one signal of one prompt, enters at
 the site's layer and at the first position where something is removed (a sparse recipe leaves most positions alone), and
 the rows go through the blocks together (:mod:`reflowlens.sweeps.suffixes`); where a pass cannot start from a block,
@@ -22,12 +25,12 @@ from typing import Any, Literal, TypeAlias, cast
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from reflowlens.arguments import integer
+from reflowlens.dictionary_view import DictionaryView
 from reflowlens.errors import ReflowlensError
 from reflowlens.metrics import Metric
 from reflowlens.models.residual import Readout, ResidualModel
@@ -90,6 +93,11 @@ def ablate_upstream(
     site = site if isinstance(site, str) or (layer := integer(site)) is None else layer
     hooked = _checked(model, metric, site)
     chosen = view_of(hooked, view).final
+    if isinstance(chosen, DictionaryView) and site != chosen.site:
+        raise ReflowlensError(
+            f"the features of {chosen.name} are in the stream that layer {chosen.site} reads: site={chosen.site}, got "
+            f"{site!r}"
+        )
     wanted = list(range(chosen.n_signals)) if signals is None else _numbers(signals, chosen.n_signals)
     reader = ViewReader(chosen, metric, RunPrompts.of(hooked, prompt))
     unablated = UnpatchedRun(hooked, reader.prompts.tokens, stream_points(hooked) if hooked.stages == "whole" else ())
@@ -118,7 +126,7 @@ class ViewReader(Reader):
         super().__init__(cast(ResidualModel, view.model), metric, prompts.as_clean())
 
     def _readout(self, resid: Float[Tensor, "row read d_model"]) -> Readout:
-        return Readout(self.view.readout(resid), self.view.recipe, self.view.bias, self.view.cap)
+        return Readout(self.view.readout(resid), self.view.logit_rows, self.view.bias, self.view.cap)
 
     def without_signal(
         self, resid: Float[Tensor, "row read d_model"], prompts: Int[Tensor, " row"], signals: Int[Tensor, " row"]
@@ -140,9 +148,10 @@ class _Removals:
         stream = unablated.cache[stream_points(reader.model)[self.layer]] if whole else unablated.resid(self.layer)
         self.stream = stream.to(basis.dtype)
         # The stream loses ``amount[..., s] * directions[s]``.
-        self.directions = F.normalize(basis, dim=-1) if isinstance(site, int) else basis
-        recipes = reader.view.recipe
-        self.amount = self.stream @ self.directions.T if isinstance(site, int) else recipes[reader.prompts.tokens]
+        if isinstance(site, int):
+            self.amount, self.directions = reader.view.removals(self.stream)
+        else:
+            self.amount, self.directions = reader.view.recipe[reader.prompts.tokens], basis
 
     def values(self, signals: list[int]) -> Float[Tensor, "signal prompt"]:
         """The metric after removing each of some signals."""

@@ -60,7 +60,7 @@ def _add_run(commands: Commands) -> None:
         "--views",
         nargs="+",
         metavar="VIEW",
-        help="of --compare: native, identity, svd, rotated, varimax (default: native)",
+        help="of --compare: native, identity, svd, rotated, varimax, or a dictionary (default: native)",
     )
     add_spreadsheet(parser)
     parser.add_argument(

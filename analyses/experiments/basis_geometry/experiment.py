@@ -124,7 +124,7 @@ def basis_geometry(
     k = max(1, d_model // 4) if directions is None else directions
     if not 1 <= k < d_model:
         raise ReflowlensError(f"directions must be between 1 and {d_model - 1}, one less than d_model, got {k}")
-    chosen = real_tokens(view_of(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed, exact_for="basis_geometry"))
     lexicon = lexicon or load_lexicon()
     if texts is None:  # texts are the units of replication: a long prompt holds its short one, which is none of its own
         texts = [*lexicon.neutral_texts, *(lexicon.long_prompts or lexicon.short_prompts)]

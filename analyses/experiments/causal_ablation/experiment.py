@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from analyses.claims import untrained_names
 from analyses.controls.bases import ROTATIONS, Bases, basis_verdicts, by_metric, check_rotations, rotated_views
+from analyses.controls.carried import logit_error
 from analyses.controls.nulls import untrained_view
 from analyses.experiments.causal_ablation.figures import ablation_figures
 from analyses.experiments.causal_ablation.frames import curve_frame, prompts_frame, signal_frame, site_frame
@@ -39,7 +40,7 @@ from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.ablations.closed_form import SingleAblations
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, varimax_view, view_of
+from reflowlens.signals import AnyView, SignalView, varimax_view, view_of
 
 MINIMUM_PROMPTS = 20
 DEFINITIONS = {
@@ -68,7 +69,7 @@ def causal_ablation(
     prompt: str | None = None,
     target: str | None = None,
     *,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     lexicon: Lexicon | None = None,
     rotations: int = ROTATIONS,
     seed: int = 0,
@@ -158,6 +159,7 @@ def causal_ablation(
                 controls={"random_signal": signals["after_zero"].mean(), **least.controls()},
             ),
             **findings,
+            **logit_error(chosen, final, seed),
         },
         frames=frames,
         figures=ablation_figures(frames, prompt, seed),

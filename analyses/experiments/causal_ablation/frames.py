@@ -20,6 +20,7 @@ from analyses.statistics.intervals import bootstrap_band
 from analyses.words.lexicon import Lexicon
 from reflowlens.ablations.closed_form import SingleAblations
 from reflowlens.ablations.upstream import Site, ablate_upstream
+from reflowlens.dictionary_view import DictionaryView
 from reflowlens.metrics import target_prob
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView
@@ -42,15 +43,16 @@ def signal_frame(
     alone = {kind: SingleAblations(view, a, value) for kind, value in replacements.items()}
     upstream = {
         site: ablate_upstream(model, prompt, target_prob(target_id), site, view=view, progress=False).values[:, 0]
-        for site in _sites(model)
+        for site in _sites(model, view)
         if isinstance(site, str)
     }
+    signals = a[0, : view.n_signals]
     frame = pd.DataFrame(
         {
             "signal": range(view.n_signals),
             "target": model.to_single_str_token(target_id),
-            "readout": a[0].cpu().numpy(),
-            "contribution": (a[0] * view.recipe[target_id]).cpu().numpy(),
+            "readout": signals.cpu().numpy(),
+            "contribution": (signals * view.logit_rows[target_id, : view.n_signals]).cpu().numpy(),
             "probability_before": float(alone["zero"].before().probability(target_id)),
             **{f"after_{kind}": each.probability(target_id)[0].cpu().numpy() for kind, each in alone.items()},
             "kl_zero": alone["zero"].kl()[0].cpu().numpy(),
@@ -84,7 +86,7 @@ def site_frame(
     known = signals.set_index("signal").loc[chosen]
     metric = target_prob(target_id)
     after: dict[str, list[float]] = {}
-    for site in _sites(model):
+    for site in _sites(model, view):
         if isinstance(site, str):
             after[site] = known[f"after_{site}"].tolist()
         else:
@@ -101,13 +103,16 @@ def site_frame(
     )
 
 
-def _sites(model: HookedModel) -> list[Site]:
-    """From the input to the end; the signals of an unembedding of its own are not what enters at the input.
+def _sites(model: HookedModel, view: SignalView) -> list[Site]:
+    """From the input to the end; the signals of an unembedding of its own are not what enters at the input, and the
+    features of a dictionary are in one stream.
 
     None of a model whose blocks do not add to the stream: what is removed from it does not stay removed.
     """
     if not model.sublayers:
         return []
+    if isinstance(view, DictionaryView):
+        return [view.site]
     layers = range(model.cfg.n_layers + 1)
     return ["embed", *layers, "everywhere"] if model.cfg.has_one_embedding else [*layers]
 

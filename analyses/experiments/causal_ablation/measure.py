@@ -63,7 +63,7 @@ def measure_knockout(
     before = alone.before().probability(targets)
     left = (alone.probability(targets) / before).cpu()
     worst = left.argmin(dim=-1)
-    contribution = (a * view.recipe[targets]).cpu()
+    contribution = (a * view.logit_rows[targets])[:, : view.n_signals].cpu()
     by_contribution = contribution.argsort(dim=-1, descending=True)
     norms = write_norms(view, a).cpu()
     partner = matched_order(worst[:, None], norms)[:, 0]

@@ -102,7 +102,7 @@ def concept_inception(
 
     Example: ``concept_inception(model, ["Paris", "winter"]).frames["layers"]``
     """
-    chosen = real_tokens(view_of(model, view, seed=seed))
+    chosen = real_tokens(view_of(model, view, seed=seed, exact_for="concept_inception"))
     lexicon = lexicon or load_lexicon()
     words, skipped = _usable_concepts(model, concepts, lexicon)
     pairs = _pairs(len(words), len(lexicon.short_prompts), 1 if quick else prompts_per_concept)

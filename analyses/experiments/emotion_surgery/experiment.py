@@ -128,7 +128,7 @@ def emotion_surgery(
 
     Example: ``emotion_surgery(model).frames["layers"].query("series == 'sentiment'")``
     """
-    chosen = view_of(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed, exact_for="emotion_surgery")
     lexicon = lexicon or load_lexicon()
     carriers = listed(lexicon.sentiment.prompts if prompts is None else prompts, "prompts")[:: 3 if quick else 1]
     strengths = [float(strength) for strength in strengths]

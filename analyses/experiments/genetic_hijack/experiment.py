@@ -121,7 +121,7 @@ def genetic_hijack(
 
     Example: ``genetic_hijack(model, ["film", "movie"]).frames["carriers"]``
     """
-    chosen = view_of(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed, exact_for="genetic_hijack")
     lexicon = lexicon or load_lexicon()
     poles, heldout = sentiment_poles(model, lexicon, "genetic_hijack")
     given = listed(lexicon.sentiment.subjects if words is None else words, "words")

@@ -103,7 +103,7 @@ def layer_evolution(
 
     Example: ``layer_evolution(model, "The capital of France is", target=" Paris").metrics["crystallisation_layer"]``
     """
-    chosen = view_of(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed, exact_for="layer_evolution")
     lexicon = lexicon or load_lexicon()
     usable, skipped = _usable_prompts(model, lexicon, quick)
     prompts, targets = [item.prompt for item in usable], [model.to_single_token(item.target) for item in usable]

@@ -1,6 +1,7 @@
 """Experiment 1, Recipe Atlas: which words have alike recipes, and what does each signal stand for?
 
-Neighbours are read in the recipe space R and in the embedding E = R B. Alike words are no finding where any words of
+Neighbours are read in the recipe space R and in the embedding E = R B (of a dictionary's view the vectors that its
+recipes are of, its error with them). Alike words are no finding where any words of
 their frequency are alike: ``random_words`` are frequency-matched, with the lexicon's categories carried over.
 ``shuffled_recipe``, ``gaussian`` and ``untrained`` are recipes with nothing in them, ``label_permutation`` the same
 pairs or signals under permuted categories. Cosines do not change when the signals are rotated. Codebooks do: how pure
@@ -27,6 +28,7 @@ from analyses.controls.bases import (
     basis_verdicts,
     in_bases,
 )
+from analyses.controls.carried import recipe_error
 from analyses.controls.nulls import over_nulls, permuted_labels
 from analyses.experiments.recipe_atlas.figures import (
     atlas_figures,
@@ -59,7 +61,7 @@ from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import LabelledWords, frequency_matched, labelled_words
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, view_of
 
 OVERLAP_PROBES = 200
 PERMUTATIONS = 999
@@ -92,7 +94,7 @@ def recipe_atlas(
     model: HookedModel,
     probes: Sequence[str] | None = None,
     *,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     lexicon: Lexicon | None = None,
     k: int = 10,
     pairs: int = 20,
@@ -160,7 +162,7 @@ def recipe_atlas(
     matched = frequency_matched(words.ids, candidates, seed=own)
     spaces["random_words"] = Space.of(chosen.recipe, matched, {}, pairs)
     if has_embedding:
-        spaces["E"] = Space.of(chosen.write(chosen.recipe), words.ids, named, pairs)
+        spaces["E"] = Space.of(chosen.embedding, words.ids, named, pairs)
     else:
         notes.append(f"E and jaccard_at_{k} are absent: the identity view's recipe is E itself")
     frames = {
@@ -198,6 +200,7 @@ def recipe_atlas(
             **cosines,
             **({f"jaccard_at_{k}": _overlap(spaces, seed)} if has_embedding else {}),
             **purity,
+            **recipe_error(chosen),
         },
         frames=frames,
         figures=atlas_figures(frames, random_band(spaces["random_words"].rows)),

@@ -38,7 +38,7 @@ def neighbor_frame(
     allowed = torch.as_tensor(candidates, device=view.recipe.device)
     frames = []
     for space in ("R", "E") if with_embedding else ("R",):
-        rows = view.recipe if space == "R" else view.write(view.recipe)
+        rows = view.recipe if space == "R" else view.embedding
         found = cosine_neighbors(rows[tokens], rows, k, candidates=allowed, exclude=tokens[:, None])
         near = found.ids.flatten().tolist()
         frames.append(

@@ -87,11 +87,11 @@ def jaccard(first: Neighbors, second: Neighbors) -> NDArray[np.float64]:
 def overlap_with_embedding(
     view: SignalView, probes: NDArray[np.int64], candidates: Sequence[int], k: int
 ) -> NDArray[np.float64]:
-    """`jaccard` of each probe's k nearest candidates in the recipe space R and in the embedding E = R B."""
+    """`jaccard` of each probe's k nearest candidates in the recipe space R and in the view's embedding."""
     tokens = torch.as_tensor(probes, device=view.recipe.device)
     allowed = torch.as_tensor(candidates, device=view.recipe.device)
     found = [
         cosine_neighbors(rows[tokens], rows, k, candidates=allowed, exclude=tokens[:, None])
-        for rows in (view.recipe, view.write(view.recipe))
+        for rows in (view.recipe, view.embedding)
     ]
     return jaccard(*found)

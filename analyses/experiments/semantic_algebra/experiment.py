@@ -96,7 +96,7 @@ def semantic_algebra(
 
     Example: ``semantic_algebra(model, analogies="questions-words.txt", max_per_section=600).frames["sections"]``
     """
-    chosen = view_of(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed, exact_for="semantic_algebra")
     lexicon = lexicon or load_lexicon()
     given = _given(analogies, lexicon)
     usable, notes = usable_analogies(given, model.tokenizer)

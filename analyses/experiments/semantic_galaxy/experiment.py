@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from analyses.claims import bound_of
 from analyses.controls.bases import INVARIANT
+from analyses.controls.carried import recipe_error
 from analyses.experiments.semantic_galaxy.figures import category_frame, galaxy_figures, word_frame
 from analyses.experiments.semantic_galaxy.measure import (
     Galaxy,
@@ -36,7 +37,7 @@ from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import labelled_words
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, view_of
 
 MINIMUM_WORDS = 30
 PERMUTATIONS = 999
@@ -62,7 +63,7 @@ def definitions(k: int) -> dict[str, str]:
 def semantic_galaxy(
     model: HookedModel,
     *,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     lexicon: Lexicon | None = None,
     method: Literal["pca", "tsne"] = "pca",
     k: int = 5,
@@ -121,7 +122,7 @@ def semantic_galaxy(
             "categories": len(words.categories),
             **run_params(chosen, lexicon, seed, quick),
         },
-        findings=findings,
+        findings=findings | recipe_error(chosen),
         frames=frames,
         figures=galaxy_figures(frames, galaxies["R"].headline(), method),
         definitions=definitions(k),

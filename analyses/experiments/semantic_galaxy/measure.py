@@ -93,5 +93,5 @@ def word_spaces(
     def recipes(each: SignalView) -> Float[Tensor, "word S"]:
         return each.recipe[words.ids].float()
 
-    spaces = {"R": recipes(view)} | ({} if view.name == "identity" else {"E": view.write(recipes(view))})
+    spaces = {"R": recipes(view)} | ({} if view.name == "identity" else {"E": view.embedding[words.ids].float()})
     return spaces | over_nulls(recipes, view, seed, "semantic_galaxy", quick=quick)

@@ -23,7 +23,6 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
 from reflowlens.models.components import Block
-from reflowlens.models.parts import Norm, plus
 from reflowlens.models.text import TextInput
 from reflowlens.signals import SignalView
 
@@ -38,12 +37,16 @@ def leading_signals(contributions: Float[Tensor, "*batch S"], k: int) -> Bool[Te
     return torch.zeros_like(contributions, dtype=torch.bool).scatter(-1, top.indices, top.values > 0)
 
 
-def leading_share(contributions: Float[Tensor, "*batch S"], k: int) -> Float[Tensor, "*batch"]:
-    """What the k leading signals contribute, as a share of all positive contributions; 0 where there is none."""
+def leading_share(
+    contributions: Float[Tensor, "*batch S"], k: int, carried: Float[Tensor, "*batch part"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """What the k leading signals contribute, as a share of all positive contributions; 0 where there is none.
+
+    ``carried``: contributions that are no signal's and belong to all.
+    """
     positive = contributions.clamp(min=0)
-    return positive.topk(k, dim=-1).values.sum(dim=-1) / positive.sum(dim=-1).clamp(
-        min=torch.finfo(positive.dtype).tiny
-    )
+    whole = positive.sum(dim=-1) if carried is None else positive.sum(dim=-1) + carried.clamp(min=0).sum(dim=-1)
+    return positive.topk(k, dim=-1).values.sum(dim=-1) / whole.clamp(min=torch.finfo(positive.dtype).tiny)
 
 
 def neighbour_overlap(leading: Bool[Tensor, "layer *batch S"]) -> Float[Tensor, "step *batch"]:
@@ -90,6 +93,10 @@ class Components(NamedTuple):
     mlp: Float[Tensor, "layer prompt d_model"]
     scale: Float[Tensor, "prompt 1"]
 
+    def final(self) -> Float[Tensor, "prompt d_model"]:
+        """The last residual: what these add up to."""
+        return self.embedding + self.attention.sum(dim=0) + self.mlp.sum(dim=0)
+
 
 @torch.no_grad()
 def component_outputs(model: HookedModel, input: TextInput) -> Components:
@@ -130,19 +137,6 @@ def component_outputs(model: HookedModel, input: TextInput) -> Components:
     )
 
 
-def frozen_readout(
-    view: SignalView, x: Float[Tensor, "*part prompt d_model"], scale: Float[Tensor, "prompt 1"]
-) -> Float[Tensor, "*part prompt S"]:
-    """The readout of a part of the residual stream under a given divisor of the final norm, its bias left out.
-
-    B (w ⊙ x / scale), with x centred first where the norm is a LayerNorm: linear, so that parts add up.
-    """
-    wide, norm = x.to(view.basis.dtype), cast(Norm, view.norm)
-    if norm.centered:
-        wide = wide - wide.mean(dim=-1, keepdim=True)
-    return (wide / scale * norm.w) @ view.basis.T
-
-
 class Split(NamedTuple):
     """What each part of the model contributes to a token's logit under the frozen norm.
 
@@ -174,19 +168,20 @@ class Split(NamedTuple):
 def split_contributions(view: SignalView, components: Components, targets: Int[Tensor, " prompt"]) -> Split:
     """Contributions to the targets' logits by the part of the model that wrote them, and by signal; heads in all.
 
+    Which features of a dictionary are active is held at what it is in the last residual, as the norm is.
+
     Example: ``split_contributions(view, component_outputs(model, prompts), targets).mlp.sum(-1)`` [layer, prompt]
     """
-    rows, norm = view.recipe[targets], cast(Norm, view.norm)
+    rows, scale, final = view.logit_rows[targets], components.scale, components.final()
 
     def contributions(x: Tensor) -> Tensor:
-        return frozen_readout(view, x, components.scale) * rows
+        return view.readout_of_part(x, scale, final) * rows
 
-    bias = plus(torch.zeros_like(norm.w), norm.b).to(view.basis.dtype) @ view.basis.T
     return Split(
         contributions(components.embedding),
         contributions(components.attention),
         contributions(components.mlp),
-        bias * rows,
+        view.readout_of_bias(scale, final) * rows,
         torch.stack([contributions(heads).sum(dim=-1) for heads in components.heads]),
     )
 
@@ -194,8 +189,9 @@ def split_contributions(view: SignalView, components: Components, targets: Int[T
 class Reading(NamedTuple):
     """What a view reads of every prompt at every residual point.
 
-    `readouts` are of the whole stream, `rows` the recipes of the targets, `logits` the model's own of these, computed
-    by its last norm and unembedding without the view, less the readout's bias: what the signals make up.
+    `readouts` are of the whole stream, `rows` what the targets' logits are read off with. `logits` are the model's own
+    of these, computed by its last norm and unembedding without the view, less the readout's bias: what the signals make
+    up, with what is `carried` beside them (a dictionary's constant and error).
     """
 
     readouts: Float[Tensor, "point prompt S"]
@@ -203,6 +199,7 @@ class Reading(NamedTuple):
     logits: Float[Tensor, "point prompt"]
     targets: Int[Tensor, " prompt"]
     split: Split
+    carried: Float[Tensor, "point prompt part"]
 
     def contributions(self) -> Float[Tensor, "point prompt S"]:
         """a_s R_target,s."""
@@ -215,7 +212,7 @@ class Reading(NamedTuple):
 
     def sum_error(self) -> float:
         """Largest |Σ_s contribution - logit| over points and prompts, as a share of Σ_s |contribution|."""
-        contributions = self.contributions()
+        contributions = torch.cat([self.contributions(), self.carried], dim=-1)
         return _largest_error(contributions.sum(dim=-1), self.logits, contributions)
 
     def split_error(self) -> float:
@@ -236,15 +233,18 @@ def read_contributions(view: SignalView, input: TextInput, target: int | None = 
             f"{type(model).__name__} scale it and go back to earlier ones: rl.attribute(..., heads=True) follows these"
         )
     stack = residual_stack(model, input)
+    own = view.n_signals
     targets = lens_log_probabilities(view, stack[-1]).argmax(dim=-1)
     if target is not None:
         targets = torch.full_like(targets, target)
+    readouts, rows = view.readout(stack), view.logit_rows[targets]
     return Reading(
-        view.readout(stack),
-        view.recipe[targets],
+        readouts[..., :own],
+        rows[:, :own],
         model_logits(model, stack, targets) - view.bias_of(targets),
         targets,
         split_contributions(view, component_outputs(model, input), targets),
+        view.contributions(stack, targets)[..., own:] if view.n_carried else readouts[..., own:],
     )
 
 

@@ -30,6 +30,7 @@ from analyses.controls.bases import (
     check_rotations,
     random_rotations,
 )
+from analyses.controls.carried import logit_error
 from analyses.controls.nulls import over_untrained
 from analyses.experiments.signal_flow.contributions import (
     Reading,
@@ -42,6 +43,7 @@ from analyses.experiments.signal_flow.contributions import (
 )
 from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
+from analyses.measures.lens import residual_stack
 from analyses.result.finding import Finding
 from analyses.result.params import run_params
 from analyses.result.result import Result
@@ -49,8 +51,7 @@ from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, view_of
-from reflowlens.varimax import varimax_rotation
+from reflowlens.signals import AnyView, varimax_of, view_of
 
 MINIMUM_PROMPTS = 20
 LEADING = 10
@@ -83,7 +84,7 @@ def signal_flow(
     position: int = -1,
     signal: int | None = None,
     k: int = LEADING,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     lexicon: Lexicon | None = None,
     rotations: int = ROTATIONS,
     seed: int = 0,
@@ -131,7 +132,7 @@ def signal_flow(
     fresh = over_untrained(lambda each: read_contributions(each, prompts), chosen, seed, "signal_flow", quick=quick)
     drawn = random_rotations(chosen.n_signals, rotations, seed, "signal_flow")
     bar = tqdm(drawn, total=rotations, desc="signal flow", disable=not progress)
-    sparsest = varimax_rotation(chosen.recipe[: chosen.n_tokens], seed=seed)
+    sparsest = varimax_of(chosen, seed=seed)
     flows = Bases(
         own=Flow.of(reading, k),
         nulls={name: Flow.of(each, k) for name, each in fresh.items()},
@@ -170,6 +171,7 @@ def signal_flow(
             "split_error": Finding(
                 reading.split_error(), controls={name: each.split_error() for name, each in fresh.items()}
             ),
+            **(logit_error(chosen, residual_stack(model, prompts)[-1], seed) if chosen.n_carried else {}),
         },
         frames=frames,
         figures=flow_figures(frames, prompt),
@@ -197,7 +199,7 @@ class Flow(NamedTuple):
         share, since, overlap, births, deaths = (
             each.double().cpu().numpy()
             for each in (
-                leading_share(contributions[-1], k),
+                leading_share(contributions[-1], k, reading.carried[-1]),
                 mean_lead_since(leading),
                 neighbour_overlap(leading),
                 (after & ~before).sum(dim=-1),

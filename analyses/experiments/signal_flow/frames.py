@@ -121,6 +121,6 @@ def _position_frame(view: SignalView, tokens: Int[Tensor, "1 pos"], target_id: i
             "token": texts * len(points),
             "signal": signal,
             "readout": readouts.flatten().cpu().numpy(),
-            "contribution": (readouts * view.recipe[target_id, signal]).flatten().cpu().numpy(),
+            "contribution": (readouts * view.logit_rows[target_id, signal]).flatten().cpu().numpy(),
         }
     )

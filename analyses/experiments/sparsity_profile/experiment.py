@@ -25,6 +25,7 @@ from analyses.controls.bases import (
     by_metric,
     in_bases,
 )
+from analyses.controls.carried import recipe_error
 from analyses.controls.nulls import gaussian_view, over_untrained
 from analyses.experiments.sparsity_profile.figures import sparsity_figures, sparsity_frames
 from analyses.experiments.sparsity_profile.measure import SUPPORT_TOKENS, Profile, measure_profile, support_tokens
@@ -38,7 +39,7 @@ from analyses.statistics.intervals import Interval, bootstrap_interval
 from analyses.statistics.resampling import percentile_interval, resampled_means
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, view_of
 
 MINIMUM_UNITS = 20
 PUBLISHED = {"active_signals": 116.6, "active_share": 0.1138, "usage_gini": 0.085}
@@ -69,7 +70,7 @@ def sparsity_profile(
     rule: Rule = "abs_gt_2mean",
     threshold: float | None = None,
     *,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     lexicon: Lexicon | None = None,
     texts: Sequence[str] | None = None,
     rotations: int | None = None,
@@ -136,7 +137,7 @@ def sparsity_profile(
             "rotations": rotations,
             **run_params(chosen, lexicon, seed, quick),
         },
-        findings=findings,
+        findings=findings | recipe_error(chosen),
         frames=frames,
         figures=sparsity_figures(frames),
         definitions=definitions(rule_text),

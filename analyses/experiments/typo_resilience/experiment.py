@@ -109,7 +109,7 @@ def typo_resilience(
         raise ReflowlensError("carriers: one beginning of a sentence was expected at least, got none")
     if not -1 <= threshold <= 1:
         raise ReflowlensError(f"threshold: a cosine between -1 and 1 was expected, got {threshold}")
-    chosen = view_of(model, view, seed=seed)
+    chosen = view_of(model, view, seed=seed, exact_for="typo_resilience")
     lexicon = lexicon or load_lexicon()
     pairs, skipped = _usable_pairs(model, lexicon, quick)
     clean, misspelt = [pair.clean for pair in pairs], [pair.misspelt for pair in pairs]
