@@ -145,20 +145,21 @@ def _probed(
     aucs, accuracies = [], []
     for column, name in enumerate(task.classes):
         labels = task.labels[:, column]
-        auc, accuracy = _probe(features, labels, task.training, k, weights)
+        auc, accuracy = sparse_probe(features, labels, task.training, k, weights)
         aucs.append(auc)
         accuracies.append(accuracy)
         yield _row(name, k, int(labels[~task.training].sum()), auc, accuracy, own)
     yield _row("all", k, int((~task.training).sum()), np.nanmean(aucs, axis=0), float(np.mean(accuracies)), own)
 
 
-def _probe(
+def sparse_probe(
     features: Float[np.ndarray, "row feature"],
     labels: NDArray[np.bool_],
     training: NDArray[np.bool_],
     k: int,
     weights: Float[np.ndarray, "draw test"],
 ) -> tuple[Draws, float]:
+    """AUC under each weighting of the test rows, and accuracy, of a probe on the k features that tell a class best."""
     chosen = features[:, largest_differences(features[training], labels[training], k)]
     spread = chosen[training].std(0)
     scaled = chosen / np.where(spread > 0, spread, 1)
