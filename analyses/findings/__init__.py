@@ -23,6 +23,7 @@ QUESTIONS: dict[str, str] = {
     "scale": "scale",
     "sparsity": "sparsity",
     "distillation": "distillation",
+    "signals_against_dictionaries": "signals_against_dictionaries",
 }
 """Question -> the module of this room that answers it by a function of the same name."""
 
