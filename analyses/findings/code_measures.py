@@ -54,7 +54,7 @@ class Resamples:
 def recovered(code: Code, held: Held, training_mean: Float[Tensor, " d"], k: int, over: Resamples) -> dict[str, Draws]:
     """``loss`` with k coordinates in the place and, of the loss that the place is worth, the share that they recover:
     (loss_0 - loss) / (loss_0 - loss of the model), loss_0 with nothing (``recovered_zero``) or the training mean
-    (``recovered_mean``) in the place."""
+    (``recovered_mean``) in the place; NaN where the place is worth nothing."""
     without = held.normed - held.places[code.place]
 
     def loss(normed: Tensor) -> Draws:
@@ -62,11 +62,9 @@ def recovered(code: Code, held: Held, training_mean: Float[Tensor, " d"], k: int
 
     own, said = loss(held.normed), loss(code.with_kept(held, k))
     zero, mean = loss(without), loss(without + training_mean)
-    return {
-        "loss": said,
-        "recovered_zero": (zero - said) / (zero - own),
-        "recovered_mean": (mean - said) / (mean - own),
-    }
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = {"recovered_zero": (zero - said) / (zero - own), "recovered_mean": (mean - said) / (mean - own)}
+    return {"loss": said} | {name: np.where(np.isfinite(share), share, np.nan) for name, share in shares.items()}
 
 
 def probed(code: Code, held: Held, task: Task, k: int, over: Resamples, seed: int) -> dict[str, Draws]:
@@ -131,7 +129,7 @@ def knocked_out(code: Code, held: Held, over: Resamples) -> dict[str, Draws]:
     beside = torch.stack([(part * direction).sum(dim=-1) for part in (constant, error)], dim=-1)
     positive = contributions.clamp(min=0)
     leading = positive.topk(min(LEADING, z.shape[1]), dim=-1).values.sum(dim=-1)
-    share = leading / (positive.sum(dim=-1) + beside.clamp(min=0).sum(dim=-1)).clamp(min=1e-12)
+    share = leading / (positive.sum(dim=-1) + beside.clamp(min=0).sum(dim=-1))  # NaN where nothing speaks for it
     worst = contributions.argmax(dim=-1)
     rows = torch.arange(len(worst))
     after = held.logits(normed - z[rows, worst, None] * code.writes[worst])

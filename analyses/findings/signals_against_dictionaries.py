@@ -259,13 +259,19 @@ def _row(
     for measure, draws in measured[code.place, code.name].items():
         row[measure] = float(draws[0])
         if len(draws) > 1:
-            row[f"{measure}_low"], row[f"{measure}_high"] = percentile_interval(draws[1:][np.isfinite(draws[1:])])
+            row[f"{measure}_low"], row[f"{measure}_high"] = _interval(draws)
     return row | {
         "stability": stability(alike.get(code.name, ())),
         "parameters": code.parameters,
         "training_tokens": code.training_tokens,
         "ms_per_token": code.milliseconds(held),
     }
+
+
+def _interval(draws: Draws) -> tuple[float, float]:
+    """Of the resamples that have a value; NaN where none has."""
+    known = draws[1:][np.isfinite(draws[1:])]
+    return percentile_interval(known) if len(known) else (float("nan"), float("nan"))
 
 
 def _differences(
@@ -278,7 +284,7 @@ def _differences(
             if name == own:
                 continue
             difference = measured[place, own][measure] - theirs[measure]
-            low, high = percentile_interval(difference[1:][np.isfinite(difference[1:])])
+            low, high = _interval(difference)
             answered = answer(low, high, smallest)
             values = {"difference": float(difference[0]), "low": low, "high": high, "answer": answered}
             found.append({"place": place, "measure": measure, "against": name, "trained": name in trained, **values})
@@ -289,7 +295,7 @@ def _findings(differences: pd.DataFrame, trained: Sequence[str], documents: int)
     """Own minus trained; beside it what an untrained code in the own one's place would lead by."""
     found = {}
     judged = differences[differences["trained"]] if trained else differences[differences["against"] == "rotated"]
-    for row in judged.itertuples():
+    for row in judged[judged["low"].notna()].itertuples():
         same = differences[(differences["place"] == row.place) & (differences["measure"] == row.measure)]
         leads = {str(other.against): row.difference - other.difference for other in same.itertuples()}
         controls = {f"{name} instead": lead for name, lead in leads.items() if name in ("varimax", "rotated", "svd")}
@@ -309,6 +315,8 @@ def _notes(table: pd.DataFrame, differences: pd.DataFrame, own: str) -> list[str
     if table["stability"].isna().any():
         lone = ", ".join(dict.fromkeys(table.loc[table["stability"].isna(), "code"]))
         notes.append(f"stability over seeds is NaN of {lone}: there is one of a kind")
+    if worthless := list(dict.fromkeys(table.loc[table["recovered_mean"].isna(), "place"])):
+        notes.append(f"recovered_mean is NaN in {', '.join(worthless)}: the training mean predicts as well")
     for (place, against), rows in differences[differences["trained"]].groupby(["place", "against"], sort=False):
         said = ", ".join(f"{row.measure} {row.answer}" for row in rows.itertuples())
         notes.append(f"{place}, {own} against {against}: {said}")

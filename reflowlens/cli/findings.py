@@ -86,11 +86,15 @@ def _taken(takes: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _loaded(name: str, value: Any) -> Any:
-    """A model for its name; everything else as it was given."""
+    """A model for its name, documents for a file of text; everything else as it was given."""
     from reflowlens.checkpoints import load_model
 
     if name in ("model", "teacher"):
         return load_model(value)
+    if name == "texts":
+        from pretraining.texts import documents_of
+
+        return list(documents_of(value))
     if name == "models":
         return {each: load_model(each) for each in value}
     return value
