@@ -38,7 +38,6 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.arguments import integer
 from reflowlens.dictionaries.belonging import check_belongs, check_device
@@ -47,6 +46,7 @@ from reflowlens.dictionaries.spliced_layer import Reading, ReadPoint, ReadWriteP
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.passes import UNCOMPILED
 from reflowlens.models.base import HookedModel
+from reflowlens.models.parts import HookPoint
 from reflowlens.models.threads import changing
 from reflowlens.storage.model_hash import model_hash
 

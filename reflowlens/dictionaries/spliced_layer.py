@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.errors import ReflowlensError
-from reflowlens.models.parts import is_hooked, through_copy
+from reflowlens.models.parts import HookPoint, is_hooked, through_copy
 from reflowlens.models.pass_context import pass_memory
 
 if TYPE_CHECKING:

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.decoder_options import RotaryScaling
 from reflowlens.models.loss import capped
 from reflowlens.models.numerics import all_finite, weighted_sum, wide
-from reflowlens.models.parts import Norm, bias, is_hooked, plus, through_copy
+from reflowlens.models.parts import HookPoint, Norm, bias, is_hooked, plus, through_copy
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 

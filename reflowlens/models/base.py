@@ -252,7 +252,7 @@ class HookedModel(Architecture, HookingModel):
         activations, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
         )
-        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+        with self._attached(fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(*args, **kwargs)
             if incl_bwd:
                 if not isinstance(out, Tensor) or out.numel() != 1 or not out.requires_grad:

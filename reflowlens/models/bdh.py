@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
@@ -31,7 +30,7 @@ from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.hooking import AXES
 from reflowlens.models.linear_attention import Alikeness, attend_in_chunks, chunks_are_cheaper
 from reflowlens.models.numerics import weighted_sum, wide
-from reflowlens.models.parts import Norm, is_hooked
+from reflowlens.models.parts import HookPoint, Norm, is_hooked
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.attention import Attention, Past
-from reflowlens.models.parts import NoNorm, Norm, SharedNorm, bias, plus, through_copy
+from reflowlens.models.parts import HookPoint, NoNorm, Norm, SharedNorm, bias, plus, through_copy
 from reflowlens.models.places import Places
 
 

@@ -9,13 +9,12 @@ from typing import ClassVar, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.architecture import FLOAT32, HEADS_AND_MLPS
 from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.components import Block, ParallelBlock
-from reflowlens.models.parts import Norm, is_bias, plus
+from reflowlens.models.parts import HookPoint, Norm, is_bias, plus
 from reflowlens.models.residual import ResidualModel
 from reflowlens.models.stacked_weights import SHARED, StackedWeights, per_query_head
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
+from reflowlens.models.parts import HookPoint
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
 GATE_INIT = -5.0  # σ(-5) = 0.0067: a refiner begins as next to nothing

@@ -10,11 +10,10 @@ from typing import cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.decoder import Decoder
-from reflowlens.models.parts import through_copy
+from reflowlens.models.parts import HookPoint, through_copy
 from reflowlens.models.places import Positions
 
 

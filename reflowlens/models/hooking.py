@@ -7,11 +7,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import remove_batch_dim as drop_batch_dim
 from transformer_lens.utilities.slice import Slice
 
 from reflowlens.config import nearest
@@ -118,7 +119,13 @@ class HookingModel(TextModel):
             elif not any(map(name, self.hook_dict)):
                 raise ReflowlensError("a hook's name filter matches none of the model's hook points")
         fired: set[int] = set()
-        watched = [(name, partial(_watched, hook, fired, i)) for i, (name, hook) in enumerate(fwd_hooks)]
+        watched = [
+            (
+                name,
+                partial(_watched, hook, fired, i) if isinstance(name, str) else hook,
+            )  # a predicate may match in vain
+            for i, (name, hook) in enumerate(fwd_hooks)
+        ]
         level = next(_LEVELS)  # its own: whichever of several blocks is closed first removes its own hooks
         with changing(self):
             try:
@@ -198,30 +205,26 @@ class HookingModel(TextModel):
             matches = names.__contains__
         for name in names:
             self.check_hook_name(name)
-        if not any(map(matches, self.hook_dict)):
+        found = [name for name in self.hook_dict if matches(name)]
+        if not found:
             raise ReflowlensError("names_filter matches none of the model's hook points; model.hook_dict lists them")
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
             raise ReflowlensError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype!r}")
         _check_device(device)
-        cache, fwd, bwd = super().get_caching_hooks(matches, incl_bwd, device, remove_batch_dim, cache)
-        _position_slice(pos_slice)
-        fwd, bwd = (
-            [(name, partial(self._save_part, save, pos_slice, dtype)) for name, save in hooks] for hooks in (fwd, bwd)
-        )
-        return cache, fwd if names else [(matches, fwd[0][1])], bwd
+        positions = _position_slice(pos_slice)
+        cache = {} if cache is None else cache
+        self.is_caching = True
 
-    def _save_part(
-        self,
-        save: Callable[..., Any],
-        pos_slice: Any,
-        dtype: torch.dtype | None,
-        tensor: Tensor,
-        hook: HookPoint,
-    ) -> None:
-        axes, positions = self.hook_axes(hook.name or ""), _position_slice(pos_slice)
-        if "pos" in axes and positions.mode != "identity":
-            tensor = _at_positions(tensor, axes.index("pos"), positions, pos_slice)
-        save(tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor, hook=hook)
+        def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
+            name, kept = cast(str, hook.name), tensor.detach()
+            if positions.mode != "identity" and "pos" in (axes := self.hook_axes(name)):
+                kept = _at_positions(kept, axes.index("pos"), positions, pos_slice)
+            if device is not None or (dtype is not None and kept.is_floating_point()):
+                kept = kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
+            cache[name + suffix] = drop_batch_dim(kept) if remove_batch_dim else kept
+
+        fwd = [(name, save) for name in found] if names else [(matches, save)]
+        return cache, fwd, [(name, partial(save, suffix="_grad")) for name in found] if incl_bwd else []
 
 
 def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Callable[..., Any]]]:

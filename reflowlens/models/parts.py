@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+from torch.nn.modules.module import _has_any_global_hook
+from transformer_lens import hook_points
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.numerics import wide
 
 
+class HookPoint(hook_points.HookPoint):
+    """TransformerLens's, which passes a tensor on at once where no hook is attached, to it or to all modules.
+
+    Most points of most passes have none, and torch's way to call a module takes longer than to look.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks
+        if own or _has_any_global_hook() or torch.compiler.is_compiling():  # a compiler sees torch's own call
+            return super().__call__(x)
+        return x
+
+    def remove_hooks(
+        self, dir: Literal["fwd", "bwd", "both"] = "fwd", including_permanent: bool = False, level: int | None = None
+    ) -> None:
+        for way, handles in (("fwd", self.fwd_hooks), ("bwd", self.bwd_hooks)):
+            if handles and dir in (way, "both"):
+                gone = [
+                    x for x in handles if including_permanent >= x.is_permanent and level in (None, x.context_level)
+                ]
+                for handle in gone:
+                    handle.hook.remove()
+                handles[:] = [handle for handle in handles if handle not in gone]
+
+
 def is_hooked(*points: HookPoint) -> bool:
     """Whether anything is attached to one of the points."""
-    return any(point.fwd_hooks or point.bwd_hooks for point in points)
+    for point in points:  # noqa: SIM110 # a generator takes longer than what it asks
+        if point.fwd_hooks or point.bwd_hooks:
+            return True
+    return False
 
 
 def through_copy(point: HookPoint, x: Tensor) -> Tensor:

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.attention import Attention, Past, Rotary
 from reflowlens.models.components import MLP
 from reflowlens.models.numerics import wide
-from reflowlens.models.parts import Norm, through_copy
+from reflowlens.models.parts import HookPoint, Norm, through_copy
 from reflowlens.models.places import Places, Positions
 from reflowlens.ttt_flow_config import TTTFlowConfig
 

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.decoder import Decoder
-from reflowlens.models.parts import is_hooked, through_copy
+from reflowlens.models.parts import HookPoint, is_hooked, through_copy
 from reflowlens.models.places import Positions
 from reflowlens.models.residual import Readout, Unembed
 

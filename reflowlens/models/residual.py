@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
@@ -20,7 +19,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, as_segments, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
 from reflowlens.models.numerics import dense, wide
-from reflowlens.models.parts import is_hooked, plus
+from reflowlens.models.parts import HookPoint, is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
 from reflowlens.models.text import PaddingSide, TextInput

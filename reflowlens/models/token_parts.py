@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
+from reflowlens.models.parts import HookPoint
 from reflowlens.models.places import Positions
 from reflowlens.ttt_flow_config import TTTFlowConfig
 

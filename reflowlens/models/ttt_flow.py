@@ -26,7 +26,6 @@ from typing import Any, ClassVar, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
@@ -35,6 +34,7 @@ from reflowlens.models.attention import KeyValueCache
 from reflowlens.models.checked_pass import Pass
 from reflowlens.models.flow_refiner import FlowRefiner
 from reflowlens.models.hooking import AXES
+from reflowlens.models.parts import HookPoint
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places
 from reflowlens.models.refined_block import FixedNorm, RefinedBlock

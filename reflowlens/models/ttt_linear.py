@@ -26,9 +26,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from reflowlens.models.flow_refiner import GATE_INIT
+from reflowlens.models.parts import HookPoint
 from reflowlens.ttt_flow_config import TTTFlowConfig
 
 INNER_EPS, OUT_EPS = 1e-6, 1e-5

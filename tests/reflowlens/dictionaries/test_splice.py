@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reflowlens as rl
@@ -25,6 +24,7 @@ from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention
 from reflowlens.models.base import HookedModel
+from reflowlens.models.parts import HookPoint
 from tests.reference.splice import Edit, by_hand
 from tests.reflowlens.models.test_bdh import random_bdh
 from tests.support.dictionaries import KINDS, dictionary_of

@@ -346,3 +346,36 @@ def test_hooks_may_come_from_an_iterator(model: HookedModel, tokens: Tensor) -> 
     actual = model.run_with_hooks(tokens, fwd_hooks=zip(names, functions, strict=True))
     assert torch.equal(actual, model.run_with_hooks(tokens, fwd_hooks=list(zip(names, functions, strict=True))))
     assert not torch.equal(actual, model(tokens))
+
+
+def test_a_point_passes_on_at_once_and_hooks_of_every_kind_still_fire(tiny_models):
+    """TransformerLens's hooks, torch's own of one module, and torch's of all modules; and no longer once removed."""
+    model = tiny_models["reflow"]
+    point, x = model.blocks[0].hook_resid_mid, torch.ones(2, 3, 4, requires_grad=True)
+    assert point(x) is x
+    fired = []
+    point.add_hook(lambda x, hook: fired.append("fwd"))
+    point.add_hook(lambda x, hook: fired.append("bwd"), dir="bwd")
+    handles = [
+        point.register_forward_hook(lambda *_: fired.append("torch")),
+        point.register_forward_pre_hook(lambda *_: fired.append("before")),
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: fired.append("all")),
+    ]
+    point(x).sum().backward()
+    assert sorted(fired) == ["all", "before", "bwd", "fwd", "torch"]
+    for handle in handles:
+        fired.clear()
+        handle.remove()
+        point(x)
+        assert len(fired) == 4 - handles.index(handle) - 1
+    point.add_hook(lambda x, hook: fired.append("permanent"), is_permanent=True)
+    point.add_hook(lambda x, hook: fired.append("level"), level=3)
+    kept = [({"level": 3}, ["fwd", "permanent"]), ({}, ["permanent"]), ({"including_permanent": True}, [])]
+    for removed, left in kept:
+        point.remove_hooks("fwd", **removed)
+        fired.clear()
+        point(x)
+        assert fired == left
+    assert len(point.bwd_hooks) == 1
+    point.remove_hooks("both")
+    assert point(x) is x
