@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from reflowlens.cli.arguments import Commands, add_command, add_device
@@ -17,8 +18,18 @@ def add_commands(commands: Commands) -> None:
     parser = add_command(
         commands, "bench", _bench, "measure this machine, each figure a ratio taken side by side in one process"
     )
-    parser.add_argument("benchmark", nargs="?", default="all", choices=["all", *_NAMES], help="which")
+    parser.add_argument(
+        "benchmark",
+        nargs="?",
+        default="all",
+        choices=["all", *_NAMES, "check"],
+        help="which; check: the ratios of the quick forms beside stored ones, exit status 1 if one fell",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: each below two minutes")
+    check = parser.add_argument_group("of check")
+    check.add_argument("--against", metavar="FILE", help="stored ratios (default: those that are packaged)")
+    check.add_argument("--of", nargs="+", choices=_NAMES, default=_NAMES, help="which benchmarks are measured")
+    check.add_argument("--write", action="store_true", help="store what is measured in that file instead")
     graph = parser.add_argument_group("of graph")
     graph.add_argument("--tokens", type=int, nargs="+", help="of the prompts (default: 16 32 64 128 256)")
     graph.add_argument("--dictionary", nargs="+", help="packaged transcoders (default: all)")
@@ -38,9 +49,11 @@ def add_commands(commands: Commands) -> None:
     )
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _bench(options: argparse.Namespace) -> int | None:
     from reflowlens.benchmarks import BENCHMARKS
 
+    if options.benchmark == "check":
+        return _check(options)
     of_graph = {"n_tokens": options.tokens, "dictionaries": options.dictionary}
     given = {"graph": {name: value for name, value in of_graph.items() if value is not None}}
     for name in _NAMES if options.benchmark == "all" else [options.benchmark]:
@@ -50,6 +63,29 @@ def _bench(options: argparse.Namespace) -> None:
         measure = BENCHMARKS[name].quick if options.quick else BENCHMARKS[name].rows
         for line in BENCHMARKS[name].lines(measure(**given.get(name, {}))):
             print(line, flush=True)
+    return None
+
+
+def _check(options: argparse.Namespace) -> int:
+    from reflowlens.benchmarks import check, machine
+
+    path = options.against or check.STORED
+    stored = check.read_ratios(path) if not options.write or os.path.exists(path) else []
+    print(machine(), flush=True)
+    found = []
+    for name, row, ratio in check.measured(options.of):
+        found.append((name, row, ratio))
+        print(f"{ratio:10.4g}  {name}: {row}", flush=True)
+    if options.write:
+        check.write_ratios(path, found, stored)
+        return 0
+    table = check.compared(stored, found, options.of)
+    wrong = table[table["what"].isin(["fell", "missing"])]
+    elsewhere = sorted({each.machine for each in stored} - {machine()})
+    if elsewhere:
+        print(f"stored ratios were measured on {'; '.join(elsewhere)}")
+    print(wrong.to_string(index=False) if len(wrong) else "no ratio fell by more than its tolerance")
+    return int(len(wrong) > 0)
 
 
 def _trained(options: argparse.Namespace) -> TrainComparison:
