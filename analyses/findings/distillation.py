@@ -260,7 +260,7 @@ def claim_verdict(difference: Difference, smallest: float, p: float) -> Verdict:
 
 def _findings(differences: pd.DataFrame, by_arm: pd.DataFrame) -> tuple[dict[str, Finding], list[str]]:
     """A finding a claim, with both arms' means beside it, and what was left out."""
-    means = {(row.measure, row.arm): row.mean for row in by_arm.itertuples() if row.measure != "gain"}
+    means = {(row["measure"], row["arm"]): float(row["mean"]) for row in by_arm.to_dict("records")}
     findings = {}
     for row in differences.to_dict("records"):
         measure = "val_loss" if row["measure"] == "gain" else row["measure"]
@@ -277,9 +277,9 @@ def _findings(differences: pd.DataFrame, by_arm: pd.DataFrame) -> tuple[dict[str
 def _figures(by_arm: pd.DataFrame) -> dict[str, go.Figure]:
     def of(measures: Sequence[str], title: str, y_title: str, controls: Sequence[str] = ()) -> go.Figure:
         rows = by_arm[by_arm["measure"].isin(measures)]
-        ends = ("low", "high") if rows["low"].notna().all() else (None, None)
+        low, high = ("low", "high") if rows["low"].notna().all() else (None, None)
         return bars(
-            rows, "arm", "mean", *ends, "measure", controls=controls, title=title, x_title="arm", y_title=y_title
+            rows, "arm", "mean", low, high, "measure", controls=controls, title=title, x_title="arm", y_title=y_title
         )
 
     shares = [name for name in by_arm["measure"].unique() if name.endswith("_share")]

@@ -164,7 +164,7 @@ class Distilled(Objective):
                     ours, theirs, y, tokens=weights.tokens, logits=weights.logits, temperature=weights.temperature
                 )
                 parts, total = {"loss_tokens": found.tokens, "loss_logits": found.logits}, found.total
-            if wanted is not None:
+            if wanted is not None and self.variances is not None:
                 difference = wide(cast(ReFlow, model).signals_of(ours)) - wanted
                 error = (difference.square() / self.variances).mean()
                 parts, total = {**parts, "loss_signals": error.detach()}, total + weights.signals * error

@@ -6,6 +6,8 @@ against the basis, ``a = B norm(x)``, and ``logits = R a``. Every logit is a sum
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -55,7 +57,6 @@ class ReFlow(Decoder):
     """The base architecture: no constraint on the recipe."""
 
     embed: RecipeEmbed
-    unembed: RecipeUnembed
 
     def build_embedding(self, cfg: ModelConfig) -> None:
         self.embed = RecipeEmbed(cfg)
@@ -90,9 +91,8 @@ class ReFlow(Decoder):
     def signals_of(self, readout: Readout) -> Float[Tensor, "batch pos S"]:
         """The signals a = B norm(x) of a pass's readout, whichever product it reads logits through; no hook runs."""
         recipe, basis, features = self.embed.W_recipe, self.embed.W_basis, readout.features
-        formed = not is_hooked(self.unembed.hook_signal) and forming_is_cheaper(
-            features.shape[0] * features.shape[1], recipe, basis
-        )
+        is_read = is_hooked(cast(RecipeUnembed, self.unembed).hook_signal)
+        formed = not is_read and forming_is_cheaper(features.shape[0] * features.shape[1], recipe, basis)
         return features @ basis.T if formed else features
 
     def effective_recipe(self) -> Float[Tensor, "d_vocab S"]:
