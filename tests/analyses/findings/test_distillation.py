@@ -15,7 +15,7 @@ import torch
 from analyses.findings.distillation import claim_verdict, differences_of, distillation, transfer
 from analyses.findings.seeds import Difference
 from analyses.findings.transfer import Pairing, by_recipe, codebook_agreement
-from analyses.words.lexicon import load_lexicon
+from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
@@ -30,6 +30,14 @@ SHARES = ("causal", "edit", "steering")
 @pytest.fixture(scope="module")
 def teacher() -> HookedModel:
     return load_model("reflow-nano")
+
+
+@pytest.fixture(scope="module")
+def lexicon() -> Lexicon:
+    """A third of the packaged one's prompts and carriers: what is planted shows in a few."""
+    whole = load_lexicon()
+    sentiment = dataclasses.replace(whole.sentiment, prompts=whole.sentiment.prompts[:20])
+    return dataclasses.replace(whole, factual=whole.factual[:30], sentiment=sentiment)
 
 
 def without_last_block(teacher: HookedModel) -> HookedModel:
@@ -51,8 +59,8 @@ def in_rotated_basis(teacher: HookedModel, Q: torch.Tensor) -> HookedModel:
     return student
 
 
-def test_a_student_that_is_its_teacher_has_everything(teacher: HookedModel) -> None:
-    found = transfer(copy.deepcopy(teacher), signal_view(teacher), load_lexicon())
+def test_a_student_that_is_its_teacher_has_everything(teacher: HookedModel, lexicon: Lexicon) -> None:
+    found = transfer(copy.deepcopy(teacher), signal_view(teacher), lexicon)
     for pairing in PAIRINGS:
         assert found[f"codebook_{pairing}"] == 1
         for kind in SHARES:
@@ -63,24 +71,24 @@ def test_a_student_that_is_its_teacher_has_everything(teacher: HookedModel) -> N
         assert found[f"{kind}_number_own"] > 3 * abs(found[f"{kind}_number_random"]), kind
 
 
-def test_a_student_that_lacks_a_block_has_its_teachers_signals(teacher: HookedModel) -> None:
+def test_a_student_that_lacks_a_block_has_its_teachers_signals(teacher: HookedModel, lexicon: Lexicon) -> None:
     """What it predicts is another thing, and is caused by the same signals."""
-    found = transfer(without_last_block(teacher), signal_view(teacher), load_lexicon())
+    found = transfer(without_last_block(teacher), signal_view(teacher), lexicon)
     assert found["codebook_number"] == found["codebook_recipe"] == 1
     assert found["edit_number_share"] == found["steering_number_share"] == pytest.approx(1, abs=1e-4)
     assert found["causal_number_share"] > 0.7
 
 
-def test_in_another_basis_only_vectors_carry_over(teacher: HookedModel) -> None:
+def test_in_another_basis_only_vectors_carry_over(teacher: HookedModel, lexicon: Lexicon) -> None:
     Q = random_rotation(teacher.cfg.n_signals or 0, seed=3)
-    found = transfer(in_rotated_basis(teacher, Q), signal_view(teacher), load_lexicon())
+    found = transfer(in_rotated_basis(teacher, Q), signal_view(teacher), lexicon)
     assert found["codebook_number"] < 0.02
     for kind in SHARES:
         assert abs(found[f"{kind}_number_share"]) < 0.3, kind
     assert found["steering_vector_share"] == pytest.approx(1, abs=1e-3)
 
 
-def test_signals_in_another_order_are_found_by_their_recipes(teacher: HookedModel) -> None:
+def test_signals_in_another_order_are_found_by_their_recipes(teacher: HookedModel, lexicon: Lexicon) -> None:
     """A student's signals are the teacher's in another order and with other signs: matched, everything carries over."""
     n = teacher.cfg.n_signals or 0
     generator = torch.Generator().manual_seed(4)
@@ -91,7 +99,7 @@ def test_signals_in_another_order_are_found_by_their_recipes(teacher: HookedMode
     assert torch.equal(pairing.student[order], torch.arange(n))
     assert torch.equal(pairing.sign[order], signs)
     assert float(codebook_agreement(ours, theirs, pairing).min()) == 1
-    found = transfer(student, theirs, load_lexicon())
+    found = transfer(student, theirs, lexicon)
     for kind in SHARES:
         assert found[f"{kind}_recipe_share"] == pytest.approx(1, abs=1e-3), kind
         assert abs(found[f"{kind}_number_share"]) < 0.4, kind
@@ -131,8 +139,8 @@ def study(teacher: HookedModel, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_planted_study(study: Path, teacher: HookedModel) -> None:
-    result = distillation(study, teacher)
+def test_a_planted_study(study: Path, teacher: HookedModel, lexicon: Lexicon) -> None:
+    result = distillation(study, teacher, lexicon=lexicon)
     assert result.metrics["codebook"] == pytest.approx(1, abs=0.02)
     assert result.intervals["codebook"][0] > 0.9
     for claim in ("codebook", "causal", "edit", "steering"):
@@ -146,7 +154,7 @@ def test_a_planted_study(study: Path, teacher: HookedModel) -> None:
     assert by_arm.loc[("steering_vector_share", "rotated"), "mean"] == pytest.approx(1, abs=0.01)
     assert by_arm.loc[("val_loss", "frozen"), "mean"] == pytest.approx(4.01)
     assert set(result.figures) == {"loss", "codebooks", "transfer"}
-    again = distillation(study, teacher)
+    again = distillation(study, teacher, lexicon=lexicon)
     pd.testing.assert_frame_equal(again.frames["runs"], result.frames["runs"])
 
 
@@ -168,8 +176,8 @@ def test_p_values_are_of_all_claims_together() -> None:
     assert found.loc["logits_gain", "p"] < 0.01
 
 
-def test_students_of_another_vocabulary_are_refused(teacher: HookedModel) -> None:
+def test_students_of_another_vocabulary_are_refused(teacher: HookedModel, lexicon: Lexicon) -> None:
     with pytest.raises(ReflowlensError, match="shares its teacher's tokenizer_name, which is 'gpt2_16k'"):
-        transfer(random_model("reflow"), signal_view(teacher), load_lexicon())
+        transfer(random_model("reflow"), signal_view(teacher), lexicon)
     with pytest.raises(ReflowlensError, match="'gpt2_new' has no native signals"):
-        transfer(load_model("gpt2-new-nano"), signal_view(teacher), load_lexicon())
+        transfer(load_model("gpt2-new-nano"), signal_view(teacher), lexicon)
