@@ -21,6 +21,18 @@ def real_tokens(view: SignalView) -> SignalView:
     return view.of_tokens(view.n_tokens)
 
 
+def leading_share(
+    contributions: Float[Tensor, "*batch S"], k: int, carried: Float[Tensor, "*batch part"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """What the k leading signals contribute, as a share of all positive contributions; 0 where there is none.
+
+    ``carried``: contributions that are no signal's and belong to all.
+    """
+    positive = contributions.clamp(min=0)
+    whole = positive.sum(dim=-1) if carried is None else positive.sum(dim=-1) + carried.clamp(min=0).sum(dim=-1)
+    return positive.topk(k, dim=-1).values.sum(dim=-1) / whole.clamp(min=torch.finfo(positive.dtype).tiny)
+
+
 def write_norms(view: SignalView, signals: Float[Tensor, "prompt S"]) -> Float[Tensor, "prompt S"]:
     """How much a signal moves all logits together, |a_s| ‖R_:s‖₂: what a matched control signal is matched on."""
     return signals[:, : view.n_signals].abs() * view.logit_rows[: view.n_tokens, : view.n_signals].norm(dim=0)

@@ -37,18 +37,6 @@ def leading_signals(contributions: Float[Tensor, "*batch S"], k: int) -> Bool[Te
     return torch.zeros_like(contributions, dtype=torch.bool).scatter(-1, top.indices, top.values > 0)
 
 
-def leading_share(
-    contributions: Float[Tensor, "*batch S"], k: int, carried: Float[Tensor, "*batch part"] | None = None
-) -> Float[Tensor, "*batch"]:
-    """What the k leading signals contribute, as a share of all positive contributions; 0 where there is none.
-
-    ``carried``: contributions that are no signal's and belong to all.
-    """
-    positive = contributions.clamp(min=0)
-    whole = positive.sum(dim=-1) if carried is None else positive.sum(dim=-1) + carried.clamp(min=0).sum(dim=-1)
-    return positive.topk(k, dim=-1).values.sum(dim=-1) / whole.clamp(min=torch.finfo(positive.dtype).tiny)
-
-
 def neighbour_overlap(leading: Bool[Tensor, "layer *batch S"]) -> Float[Tensor, "step *batch"]:
     """Jaccard index |A ∩ B| / |A ∪ B| of each layer's leading signals with the next layer's; 1 where both have none.
 

@@ -34,7 +34,6 @@ from analyses.controls.carried import logit_error
 from analyses.controls.nulls import over_untrained
 from analyses.experiments.signal_flow.contributions import (
     Reading,
-    leading_share,
     leading_signals,
     mean_lead_since,
     neighbour_overlap,
@@ -43,6 +42,7 @@ from analyses.experiments.signal_flow.contributions import (
 )
 from analyses.experiments.signal_flow.figures import flow_figures
 from analyses.experiments.signal_flow.frames import detail_frames
+from analyses.measures.knockout import leading_share
 from analyses.measures.lens import residual_stack
 from analyses.result.finding import Finding
 from analyses.result.params import run_params

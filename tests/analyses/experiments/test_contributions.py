@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 
 from analyses.experiments.signal_flow.contributions import (
     component_outputs,
-    leading_share,
     leading_signals,
     mean_lead_since,
     neighbour_overlap,
@@ -21,6 +20,7 @@ from analyses.experiments.signal_flow.contributions import (
     read_contributions,
     split_contributions,
 )
+from analyses.measures.knockout import leading_share
 from reflowlens.signals import random_rotation, rotate, signal_view
 from tests.support.tiny import FACTORED, NAMES, assert_close, bias, random_model
 
