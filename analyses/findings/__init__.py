@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from analyses.result.result import Result
 
 QUESTIONS: dict[str, str] = {
+    "axis_privilege": "axis_privilege",
     "claims_over_seeds": "claims_over_seeds",
     "scale": "scale",
     "sparsity": "sparsity",
