@@ -11,6 +11,7 @@ could expect it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,6 +32,7 @@ class Claim:
         smallest: by how much at least, in units of the metric; with ``relative`` as a share of the control's size.
         beyond: a fixed value that it must exceed, or fall below, as well.
         below: that less is claimed: the metric must fall below them.
+        share_of: the metric of the same result that ``smallest`` is a share of, instead of the control.
         why: why an obvious control is not among them.
     """
 
@@ -39,6 +41,7 @@ class Claim:
     relative: bool = False
     beyond: float | None = None
     below: bool = False
+    share_of: str = ""
     why: str = ""
 
     @property
@@ -46,9 +49,9 @@ class Claim:
         """1, or -1 where less is claimed and all values are negated."""
         return -1 if self.below else 1
 
-    def bound(self, controls: Mapping[str, float]) -> float:
+    def bound(self, controls: Mapping[str, float], of: float = 1.0) -> float:
         """What the interval must lie above, all values negated where less is claimed: the hardest of the controls that
-        there are, and of each draw of one.
+        there are, and of each draw of one. ``of``: the value of the metric that the smallest effect is a share of.
 
         >>> Claim(("untrained", "rotated_basis"), 0.05).bound({"untrained": 0.3, "rotated_basis": 0.2, "varimax": 0.9})
         0.35
@@ -56,13 +59,15 @@ class Claim:
         0.55
         """
         there = [value for name, value in controls.items() if control_of(name) in self.beats]
-        bounds = [self.sign * value + self.smallest * (abs(value) if self.relative else 1.0) for value in there]
+        bounds = [self.sign * value + self.smallest * abs(value if self.relative else of) for value in there]
         bounds += [] if self.beyond is None else [self.sign * self.beyond]
         return float(np.max(bounds)) if bounds else -np.inf
 
     @property
     def amount(self) -> str:
         """The smallest effect that matters, for people."""
+        if self.share_of:
+            return f"{self.smallest:.0%} of {self.share_of}"
         return f"{self.smallest:.0%}" if self.relative else f"{self.smallest:g}"
 
 
@@ -144,6 +149,42 @@ CLAIMS: dict[str, dict[str, Claim]] = {
     },
 }
 """Experiment -> metric, or a pattern of several, -> what its verdict asks for."""
+_LEARNED = Claim(("nothing",), 0.01)
+MEASURES: dict[str, dict[str, Claim]] = {
+    "task_performance": {
+        "accuracy": Claim(("chance", "other_prompt"), 0.05, why="the corrupted prompt may be another task"),
+        "gap": Claim(("no_effect",), 0.1),
+    },
+    "minimal_pairs": {"accuracy*": Claim(("chance", "shorter"), 0.05)},
+    "multiple_choice": {"accuracy_*": Claim(("chance", "without_question", "most_frequent_place"), 0.05)},
+    "direct_logit_attribution": {"from_*": Claim(("shuffled_answers", "nothing"), 0.05, share_of="logit_diff")},
+    "head_ablation": {"largest_drop": Claim(("random_direction", "nothing"), 0.05, share_of="logit_diff")},
+    "activation_addition": {"effect": Claim(("random_direction", "shuffled_labels", "nothing"), 0.1)},
+    "causal_tracing": {
+        "total_effect": Claim(("other_tokens", "nothing"), 0.05, share_of="answer"),
+        "*_peak": Claim(("elsewhere", "nothing"), 0.05, share_of="answer"),
+    },
+    "linear_probes": {
+        "accuracy": Claim(
+            ("majority", "embedding", "untrained"), 0.05, why="the control task is what selectivity is about"
+        )
+    },
+    "function_vectors": {"injected_accuracy": Claim(("zero_shot", "random_heads", "shuffled_labels"), 0.05)},
+    "head_patterns": {"*": Claim((), 0.0, beyond=0.05, why="the excess is over its control already")},
+    "unit_statistics": {"*_firing_rate": Claim(("untrained",), 0.1, relative=True, below=True)},
+    "group_controls": dict.fromkeys(("additive", "alike", "both"), Claim(("random groups",), 0.1)),
+    "refinement": {
+        "gate_interaction": Claim(("nothing",), 0.01, below=True),
+        "learning_gain": _LEARNED,
+        "own_text_gain": _LEARNED,
+        "inner_generalisation": Claim(("shuffled",), 0.1, relative=True, beyond=0.0),
+        "retrained_interaction": Claim(
+            ("nothing",), 0.0004, below=True, why="runs of one configuration differ so much"
+        ),
+    },
+    "claims_over_seeds": {"stable_share": Claim(("shuffled_claims",), 0.1)},
+}
+"""The same of measures that are no numbered experiments, by the names of their results. ``nothing`` is 0."""
 
 
 def claim_of(experiment: str, metric: str) -> Claim | None:
@@ -152,14 +193,14 @@ def claim_of(experiment: str, metric: str) -> Claim | None:
     >>> claim_of("circuit_tracing", "lifting_share_5").beats
     ('random_direction',)
     """
-    known = CLAIMS.get(experiment, {})
+    known = (CLAIMS | MEASURES).get(experiment, {})
     pattern = next((name for name in known if fnmatchcase(metric, name)), None)
     return known.get(metric) or (known[pattern] if pattern else None)
 
 
-def bound_of(experiment: str, metric: str, controls: Mapping[str, float]) -> float:
-    """What the interval of a metric of an experiment must lie beyond (`Claim.bound`)."""
-    return _claim(experiment, metric).bound(controls)
+def bound_of(experiment: str, metric: str, controls: Mapping[str, float], of: float = 1.0) -> float:
+    """What the interval of a metric of an experiment, or measure, must lie beyond (`Claim.bound`)."""
+    return _claim(experiment, metric).bound({"nothing": 0.0, **controls}, of)
 
 
 def sign_of(experiment: str, metric: str) -> int:
@@ -192,7 +233,7 @@ def control_of(draw: str) -> str:
     >>> control_of("untrained_2"), control_of("untrained_long")
     ('untrained', 'untrained_long')
     """
-    return UNTRAINED[0] if draw in UNTRAINED else draw
+    return re.sub(r"^untrained_\d+$", "untrained", draw)
 
 
 def joined_draws(experiment: str, metric: str, controls: Mapping[str, float]) -> dict[str, float]:

@@ -114,15 +114,17 @@ def metrics_table() -> str:
 
 def claims_table() -> str:
     """What every verdict asks for: the controls to beat, and the smallest effect that matters."""
-    from analyses.claims import CLAIMS
+    from analyses.claims import CLAIMS, MEASURES
     from analyses.registry import EXPERIMENTS
 
     lines = ["| | metric | must beat | by at least | |", "|---|---|---|---|---|"]
-    for experiment in EXPERIMENTS.values():
-        for metric, claim in CLAIMS[experiment.name].items():
+    numbered = {str(experiment.number): CLAIMS[experiment.name] for experiment in EXPERIMENTS.values()}
+    for place, claims in (numbered | {f"`{name}`": claims for name, claims in MEASURES.items()}).items():
+        for metric, claim in claims.items():
             beaten = [f"`{name}`" for name in claim.beats] + ([] if claim.beyond is None else [f"{claim.beyond:g}"])
             amount = f"{claim.amount} of it" if claim.relative else claim.amount
-            cells = [str(experiment.number), f"`{metric}`", ", ".join(beaten), amount if claim.smallest else ""]
+            less = "less: " if claim.below else ""
+            cells = [place, f"`{metric}`", less + ", ".join(beaten), _cell(amount) if claim.smallest else ""]
             lines.append(f"| {' | '.join(cells)} | {_cell(claim.why)} |")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 import reflowlens as rl
+from analyses.claims import bound_of
 from analyses.result import Finding, Result
 from analyses.statistics import bootstrap_interval, derive_rng, holm, paired_permutation_pvalue, rate_interval, verdict
 from reflowlens.circuits.attribution.grouped.alike import UNITS, Numbers
@@ -66,7 +67,8 @@ def group_controls(
     findings = {}
     for (metric, (found, random)), p_value in zip(values.items(), p, strict=False):
         interval, control = rate_interval(found, seed=seed), float(random.mean())
-        judged = verdict(interval, control, float(p_value), minimum_units=6, units=len(found))
+        bound = bound_of("group_controls", metric, {"random groups": control})
+        judged = verdict(interval, bound, float(p_value), minimum_units=6, units=len(found))
         findings[metric] = Finding(
             float(found.mean()), interval, {"random groups": control}, judged, _DEFINITIONS[metric]
         )

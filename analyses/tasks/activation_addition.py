@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.measures.damage import Damage, NeutralTexts
 from analyses.measures.lens import residual_stack
 from analyses.result.finding import Finding
@@ -49,6 +50,7 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.words.lexicon import load_lexicon
 from reflowlens.arguments import number_of_runs, real_number
 from reflowlens.errors import ReflowlensError
@@ -179,6 +181,12 @@ def activation_addition(
             [pd.DataFrame({"series": name, "effect": each.mean(axis=1)}) for name, each in controls.items()],
             ignore_index=True,
         ),
+        **group_frames(
+            chosen,
+            {"effect": own, **{name: each.mean(axis=0) for name, each in controls.items()}},
+            seed,
+            rows=judging.rows,
+        ),
     }
     return Result(
         name="activation_addition",
@@ -199,7 +207,7 @@ def activation_addition(
         ),
         findings=findings,
         frames=frames,
-        figures=_figures(frames, findings["effect"]),
+        figures=_figures(frames, findings["effect"]) | group_figures(frames, "Effect of the vector"),
         definitions=DEFINITIONS | OWN_DEFINITIONS,
         notes=notes,
     )
@@ -275,7 +283,8 @@ def _findings(
     means = {name: float(each.mean()) for name, each in controls.items()}
     interval = bootstrap_interval(own, seed=seed)
     p = max(permutation_pvalue(own.mean(), each.mean(axis=1)) for each in controls.values())
-    judged = verdict(interval, max(0.0, *means.values()), p, minimum_units=MINIMUM_PROMPTS, units=len(own))
+    bound = bound_of("activation_addition", "effect", means)
+    judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(own))
     if any(1 / (1 + len(each)) >= SIGNIFICANCE for each in controls.values()):  # whatever is measured
         judged = "underpowered"
     findings = {"effect": Finding(own.mean(), interval, means, judged)}

@@ -20,6 +20,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
@@ -39,6 +40,7 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.tasks.traced_runs import STATES, Measured, Traced, value_of
 from reflowlens.arguments import is_one_of, number_of_runs, real_number
 from reflowlens.errors import ReflowlensError
@@ -150,6 +152,9 @@ def causal_tracing(
     notes = performance_note(findings, answered.wrong is not None)
     own, told = _findings(named, numbers(clean), total, beside, numbers(effects), seed)
     trace = _trace(named, numbers(effects), seed)
+    by_prompt = {"total_effect": total, "other_tokens": beside}
+    groups = group_frames(chosen, by_prompt, seed)
+    figures = {str(kind): _figure(rows, str(kind), measured) for kind, rows in trace.groupby("kind", sort=False)}
     return Result(
         name="causal_tracing",
         title="Causal Tracing",
@@ -176,12 +181,12 @@ def causal_tracing(
                     "subject": list(map(str, chosen.column(subject))),
                     "clean": numbers(clean),
                     "corrupted": numbers(corrupted),
-                    "total_effect": total,
-                    "other_tokens": beside,
+                    **by_prompt,
                 }
             ),
+            **groups,
         },
-        figures={str(kind): _figure(rows, str(kind), measured) for kind, rows in trace.groupby("kind", sort=False)},
+        figures=figures | group_figures(groups, "Total effect"),
         definitions=DEFINITIONS | OWN_DEFINITIONS,
         notes=told + notes,
     )
@@ -267,7 +272,9 @@ def _findings(
     interval = bootstrap_interval(total, seed=seed)
     has_effect = interval[0] > _ROUNDING * abs(clean.mean())
     p = paired_permutation_pvalue(total - beside, seed=seed)
-    judged = verdict(interval, max(0.0, beside.mean()), p, minimum_units=MINIMUM_PROMPTS, units=len(total))
+    answer = float(clean.mean())
+    bound = bound_of("causal_tracing", "total_effect", {"other_tokens": float(beside.mean())}, of=answer)
+    judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(total))
     findings = {
         "answer": Finding(clean.mean(), bootstrap_interval(clean, seed=seed)),
         "total_effect": Finding(
@@ -295,9 +302,11 @@ def _findings(
             continue
         interval, control = bootstrap_interval(own, seed=seed), float(elsewhere.mean())
         p = paired_permutation_pvalue(own - elsewhere, seed=seed)
-        judged = verdict(interval, max(0.0, control), p, minimum_units=MINIMUM_PROMPTS, units=len(own))
+        metric = f"{kind}_peak"
+        bound = bound_of("causal_tracing", metric, {"elsewhere": control}, of=answer)
+        judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(own))
         judged = judged if has_effect else "not supported"
-        findings[f"{kind}_peak"] = Finding(own.mean(), interval, {"elsewhere": control}, judged)
+        findings[metric] = Finding(own.mean(), interval, {"elsewhere": control}, judged)
         told.append(
             f"{kind}_peak is at layer {named['layer'][peak]}, {named['role'][peak]}: chosen on {len(found_on)} "
             f"prompts, judged on {len(own)} others"

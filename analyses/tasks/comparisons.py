@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
@@ -58,7 +59,7 @@ def minimal_pairs(model: Any, pairs: Any, *, bos: bool | None = None, seed: int 
         "accuracy_per_token": "share of pairs whose good text has the larger mean log-probability of a token",
     }
     findings = {
-        metric: _judged(frame[column], controls, definitions[metric])
+        metric: _judged(frame[column], "minimal_pairs", metric, controls, definitions[metric])
         for metric, column in zip(definitions, _SCORINGS.values(), strict=True)
     }
     groups = _pair_groups(frame)
@@ -119,7 +120,7 @@ def multiple_choice(
         if (alone := f"score_without_{name}") in choices and choices[alone].notna().all():
             controls["without_question"] = float(np.mean(_chosen(choices, alone)))
         definition = f"share of questions whose right choice has the largest score: {_SCORES[name]}"
-        findings[f"accuracy_{name}"] = _judged(table[name], controls, definition)
+        findings[f"accuracy_{name}"] = _judged(table[name], "multiple_choice", f"accuracy_{name}", controls, definition)
     groups = pd.concat([_rates(table, name, {"normalisation": name}) for name in names], ignore_index=True)
     figure = bars(
         groups, "group", "accuracy", "low", "high", "normalisation", horizontal=True, title="Multiple choice by group"
@@ -207,12 +208,12 @@ _NEEDS = {
 }
 
 
-def _judged(correct: pd.Series, controls: Mapping[str, float], definition: str) -> Finding:
-    """An accuracy, supported where it exceeds every control."""
+def _judged(correct: pd.Series, measure: str, metric: str, controls: Mapping[str, float], definition: str) -> Finding:
+    """An accuracy, supported where it exceeds every control by what `analyses.claims` asks for."""
     hits, highest = correct.astype(float), max(controls.values())
-    interval = rate_interval(hits)
+    interval, bound = rate_interval(hits), bound_of(measure, metric, controls)
     p = stats.binomtest(int(hits.sum()), len(hits), highest, alternative="greater").pvalue
-    judgement = verdict(interval, highest, float(p), minimum_units=MINIMUM_PROMPTS, units=len(hits))
+    judgement = verdict(interval, bound, float(p), minimum_units=MINIMUM_PROMPTS, units=len(hits))
     return Finding(hits.mean(), interval, dict(controls), judgement, definition)
 
 

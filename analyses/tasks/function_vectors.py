@@ -13,6 +13,8 @@ the same heads' means over the prompts that show no function.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
@@ -40,6 +43,7 @@ from analyses.tasks.answered import (
     shown,
     task_params,
 )
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.tasks.writers import check_heads_and_mlps, component_names, layers_by_writers, mean_head_outputs
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
@@ -92,7 +96,7 @@ def function_vectors(
             to draw the control from.
         layers: where the vector may be added; default all, or 12 at equal distances.
         template: how a pair is written, with ``{input}`` and ``{answer}``; what is asked ends in front of the answer.
-        draws: sets of random heads.
+        draws: different sets of random heads; all that there are where these are fewer.
         quick: half of the draws, and half of the prompts with examples.
         memory: bytes that patched runs may take, as in ``rl.sweep``.
 
@@ -118,7 +122,10 @@ def function_vectors(
     n_shown, n_heads = number_of_runs(examples, "examples", 1), number_of_runs(n_heads, "n_heads", 1)
     if n_shown >= len(found_on):
         raise ReflowlensError(f"examples={examples} are to be shown, and half of the pairs are {len(found_on)}")
-    draws = max(20, number_of_runs(draws, "draws", 2) // (2 if quick else 1))
+    n_all = hooked.cfg.n_layers * hooked.cfg.n_heads
+    taken = min(n_heads, n_all // 2)
+    n_sets = math.comb(n_all - taken, taken)
+    draws = min(n_sets, max(20, number_of_runs(draws, "draws", 2) // (2 if quick else 1)))
     contexts = max(len(found_on), _CONTEXTS) // (2 if quick else 1)
     asked = np.resize(derive_rng(seed, "function_vectors", "asked").permutation(len(found_on)), contexts).tolist()
     at_layers = layers_given(hooked, layers)
@@ -133,7 +140,6 @@ def function_vectors(
     patched = sweep(hooked, None, wrong.texts, cells, metric, memory=memory, progress=show)
     effects = numbers(patched.effect().T)  # [prompt, head]
     order = np.argsort(-effects.mean(axis=0), kind="stable")
-    taken = min(n_heads, len(order) // 2)
     best, others = order[:taken], order[taken:]
     written, misleading = written.flatten(0, 1), misleading.flatten(0, 1)
     vector = written[best].sum(dim=0)
@@ -145,7 +151,8 @@ def function_vectors(
     by_layer = pd.DataFrame(rows, columns=["layer", "log_p", "accuracy"])
     layer = int(by_layer.nlargest(1, "log_p")["layer"].iloc[0])
     rng = derive_rng(seed, "function_vectors", "random_heads")
-    random = [written[rng.choice(others, len(best), replace=False)].sum(dim=0) for _ in range(draws)]
+    drawn = head_sets(others, len(best), draws, rng)
+    random = [written[heads].sum(dim=0) for heads in drawn]
     injected = judging.with_vectors(layer, torch.stack([vector, misleading[best].sum(dim=0), *random]))
     correct, log_p = (numbers(each).reshape(2 + draws, -1) for each in (injected.correct, -injected.loss))
     everyone = range(len(held_out))
@@ -154,15 +161,15 @@ def function_vectors(
         for name, shuffled in (("right", False), ("shuffled", True))
     }
     with_examples = {name: numbers(scores.correct) for name, scores in behind.items()}
-    findings, notes = _findings(with_examples, judging.before, correct, log_p, seed)
+    findings, notes = _findings(with_examples, judging.before, correct, log_p, seed, is_every_set=draws == n_sets)
     heads = _head_frame(hooked, effects, best, seed)
     names = ", ".join(heads["component"][heads["chosen"]])
     if taken < n_heads:
         notes.append(
             f"n_heads is {taken}, not {n_heads}: random heads are others, so that half of {len(order)} is most"
         )
-    if len(others) == taken:
-        notes.append(f"there is one set of {taken} other heads, which every draw of random heads is")
+    if draws == n_sets:
+        notes.append(f"random heads are every set of {taken} others that there is: {n_sets}")
     notes.append(f"heads {names} and layer {layer}: found on {len(found_on)} pairs, judged on {len(held_out)} others")
     frames = {
         "heads": heads,
@@ -179,6 +186,17 @@ def function_vectors(
             }
         ),
         "draws": pd.DataFrame({"accuracy": correct[2:].mean(axis=1), "log_p": log_p[2:].mean(axis=1)}),
+        **group_frames(
+            prompts,
+            {
+                "accuracy": with_examples["right"],
+                "injected_accuracy": correct[0],
+                "zero_shot": numbers(judging.before.correct),
+            },
+            seed,
+            rows=held_out.rows,
+            rates=("accuracy", "injected_accuracy", "zero_shot"),
+        ),
     }
     return Result(
         name="function_vectors",
@@ -198,20 +216,36 @@ def function_vectors(
         ),
         findings=findings | {"layer": Finding(layer)},
         frames=frames,
-        figures=_figures(frames, findings),
+        figures=_figures(frames, findings) | group_figures(frames, "Accuracy on held-out inputs"),
         definitions=DEFINITIONS,
         notes=notes,
     )
 
 
+def head_sets(others: NDArray[np.int64], size: int, draws: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Different sets of heads drawn at random, or all that there are: the same set again is no second draw.
+
+    >>> len(head_sets(np.arange(3), 2, draws=20, rng=np.random.default_rng(0)))
+    3
+    """
+    if math.comb(len(others), size) <= draws:
+        return [np.array(heads) for heads in itertools.combinations(others, size)]
+    found: dict[tuple[int, ...], NDArray[np.int64]] = {}
+    while len(found) < draws:
+        heads = np.sort(rng.choice(others, size, replace=False))
+        found.setdefault(tuple(heads.tolist()), heads)
+    return list(found.values())
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Inputs and outputs of a function, and how a pair is written."""
+    """Inputs and outputs of a function, how a pair is written, and which rows of the prompts these are."""
 
     model: HookedModel
     inputs: list[str]
     outputs: list[str]
     template: str
+    rows: list[int]
 
     @classmethod
     def of(cls, model: HookedModel, prompts: Prompts, template: str) -> Pairs:
@@ -225,7 +259,7 @@ class Pairs:
         ]
         if len(set(outputs)) < 2:
             raise ReflowlensError(f"every answer is {outputs[0]!r}: there is no function to show")
-        return cls(model, prompts.clean, outputs, template)
+        return cls(model, prompts.clean, outputs, template, list(range(len(outputs))))
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -237,7 +271,7 @@ class Pairs:
 
     def _part(self, rows: list[int]) -> Pairs:
         inputs, outputs = ([each[row] for row in rows] for each in (self.inputs, self.outputs))
-        return Pairs(self.model, inputs, outputs, self.template)
+        return Pairs(self.model, inputs, outputs, self.template, rows)
 
     def alone(self) -> Answered:
         """Inputs without any example."""
@@ -305,9 +339,13 @@ def _findings(
     correct: NDArray[np.float64],
     log_p: NDArray[np.float64],
     seed: int,
+    is_every_set: bool,
 ) -> tuple[dict[str, Finding], list[str]]:
     """Accuracy with examples and with the vector; rows of `correct` and `log_p` are the vector, that of shuffled labels
-    and random heads, columns held-out inputs."""
+    and random heads, columns held-out inputs.
+
+    Random heads are a sample, of which the vector would be one more draw; of few heads they are all sets that there are
+    (`is_every_set`), and the vector has to do better than each, over inputs."""
     alone, right, misled = numbers(before.correct), examples["right"], examples["shuffled"]
     interval = rate_interval(right, seed=seed)
     controls = {"zero_shot": alone.mean(), "shuffled_labels": misled.mean()}
@@ -322,12 +360,14 @@ def _findings(
     vector, shuffled, random = correct[0], correct[1], correct[2:]
     interval = rate_interval(vector, seed=seed)
     controls = {"zero_shot": alone.mean(), "random_heads": random.mean(), "shuffled_labels": shuffled.mean()}
+    each_set = [paired_permutation_pvalue(vector - other, seed=seed) for other in random] if is_every_set else []
     p = max(
-        permutation_pvalue(vector.mean(), random.mean(axis=1)),
+        *(each_set or [permutation_pvalue(vector.mean(), random.mean(axis=1))]),
         paired_permutation_pvalue(vector - shuffled, seed=seed),
         paired_permutation_pvalue(vector - alone, seed=seed),
     )
-    judged = verdict(interval, max(controls.values()), p, minimum_units=MINIMUM_PROMPTS, units=len(vector))
+    bound = bound_of("function_vectors", "injected_accuracy", controls)
+    judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(vector))
     findings["injected_accuracy"] = Finding(vector.mean(), interval, controls, judged)
     gain = log_p + numbers(before.loss)
     findings["log_p_gain"] = Finding(

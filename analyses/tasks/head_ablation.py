@@ -27,6 +27,7 @@ from jaxtyping import Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_generator, derive_rng
@@ -46,6 +47,7 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.tasks.writers import (
     block_of,
     check_heads_and_mlps,
@@ -139,7 +141,28 @@ def head_ablation(
     findings = performance_findings(scores, seed)
     notes = performance_note(findings, answered.wrong is not None)
     frame = _component_frame(named, change[:, 0], ablated, random, seed)
-    own, told = _findings(named, ablated, random, seed)
+    order = derive_rng(seed, "head_ablation", "halves").permutation(len(chosen))
+    found_on, held_out = order[: len(order) // 2].tolist(), order[len(order) // 2 :].tolist()
+    strongest = int(ablated.real[:, found_on].mean(dim=1).argmin())
+    at_strongest = [values[strongest, held_out] for values in (ablated, random)]
+    own = _findings(*at_strongest, findings["logit_diff"].value, seed)
+    notes.append(
+        f"largest_drop is of {named['component'][strongest]}: chosen on {len(found_on)} prompts, judged on "
+        f"{len(held_out)} others"
+    )
+    frames = {
+        "components": frame,
+        "effects": _long(named, ablated),
+        **group_frames(
+            chosen,
+            {
+                name: numbers(-values.real)
+                for name, values in zip(("largest_drop", "random_direction"), at_strongest, strict=True)
+            },
+            seed,
+            rows=held_out,
+        ),
+    }
     matters = frame["effect"].abs() >= SMALLEST * abs(findings["logit_diff"].value)
     own["components_with_effect"] = Finding(float(((frame["p"] < SIGNIFICANCE) & matters).sum()))
     return Result(
@@ -147,10 +170,10 @@ def head_ablation(
         title="Ablation of Heads and MLPs",
         params=task_params(hooked, chosen, seed, quick, by=by, passes=passes),
         findings=findings | own,
-        frames={"components": frame, "effects": _long(named, ablated)},
-        figures=_figures(frame, by),
+        frames=frames,
+        figures=_figures(frame, by) | group_figures(frames, "Loss of the strongest component"),
         definitions=DEFINITIONS | OWN_DEFINITIONS,
-        notes=notes + told,
+        notes=notes,
     )
 
 
@@ -273,28 +296,22 @@ def _component_frame(
 
 
 def _findings(
-    named: pd.DataFrame,
-    ablated: Complex[Tensor, "component prompt"],
-    random: Complex[Tensor, "component prompt"],
-    seed: int,
-) -> tuple[dict[str, Finding], list[str]]:
-    """The component that matters most on one half of the prompts, judged on the other half."""
-    order = derive_rng(seed, "head_ablation", "halves").permutation(ablated.shape[1])
-    found_on, held_out = torch.from_numpy(order[: len(order) // 2]), torch.from_numpy(order[len(order) // 2 :])
-    strongest = int(ablated.real[:, found_on].mean(dim=1).argmin())
-    drop, control = (numbers(-values.real[strongest, held_out]) for values in (ablated, random))
-    rise, beside = (numbers(values.imag[strongest, held_out]) for values in (ablated, random))
+    ablated: Complex[Tensor, " prompt"], random: Complex[Tensor, " prompt"], logit_diff: float, seed: int
+) -> dict[str, Finding]:
+    """What the component that matters most on the other half of the prompts does on this one."""
+    drop, control = (numbers(-values.real) for values in (ablated, random))
+    rise, beside = (numbers(values.imag) for values in (ablated, random))
     interval = bootstrap_interval(drop, seed=seed)
     p = paired_permutation_pvalue(drop - control, seed=seed)
-    judged = verdict(interval, max(0.0, control.mean()), p, minimum_units=MINIMUM_PROMPTS, units=len(drop))
-    findings = {
-        "largest_drop": Finding(drop.mean(), interval, {"random_direction": control.mean(), "nothing": 0.0}, judged),
+    controls = {"random_direction": float(control.mean()), "nothing": 0.0}
+    bound = bound_of("head_ablation", "largest_drop", controls, of=logit_diff)
+    judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(drop))
+    return {
+        "largest_drop": Finding(drop.mean(), interval, controls, judged),
         "largest_drop_loss": Finding(
             rise.mean(), bootstrap_interval(rise, seed=seed), {"random_direction": beside.mean(), "nothing": 0.0}
         ),
     }
-    name = named["component"][strongest]
-    return findings, [f"largest_drop is of {name}: chosen on {len(found_on)} prompts, judged on {len(drop)} others"]
 
 
 def _passes(model: HookedModel, n_prompts: int) -> int:

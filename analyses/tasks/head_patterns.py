@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.model_identity import hash_of
 from analyses.result.result import Result
@@ -53,7 +54,6 @@ from reflowlens.scoring.batches import by_length
 KINDS = ("previous", "duplicate", "induction", "current", "first")
 _BY_TOKENS = ("duplicate", "induction")
 _MINIMUM = 10  # sequences in a half, below which no verdict is given
-_SMALLEST = 0.05  # a share of attention below which no head is called one of a kind, however sure it is
 _LONGEST = 128  # tokens of a text: attention is a square of them
 
 
@@ -256,7 +256,8 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
     layer, head = np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:])
     values = excess[1::2, layer, head]
     interval = bootstrap_interval(values, seed=seed)
-    p = paired_permutation_pvalue(values - _SMALLEST, seed=seed)
+    smallest = bound_of("head_patterns", kind, {})
+    p = paired_permutation_pvalue(values - smallest, seed=seed)
     beside = "the same places in shuffled tokens" if kind in _BY_TOKENS else "uniform attention"
     return Finding(
         values.mean(),
@@ -266,7 +267,7 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
             "shuffled": float(measured.shuffled[kind][1::2, layer, head].mean()),
             "mean_head": float(excess[1::2].mean()),
         },
-        verdict(interval, _SMALLEST, p, minimum_units=_MINIMUM, units=len(values)),
+        verdict(interval, smallest, p, minimum_units=_MINIMUM, units=len(values)),
         f"share of attention at the places of the kind, less that of {beside}, of the head that is strongest on half "
         f"of the sequences (layer {layer}, head {head}), on the other half. uniform, shuffled: shares; mean_head: the "
         "excess of all heads",

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
@@ -40,6 +41,7 @@ from analyses.tasks.answered import (
     some_prompts,
     task_params,
 )
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.tasks.writers import Writers, check_heads_and_mlps, component_names, layers_by_writers
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
@@ -52,6 +54,7 @@ from reflowlens.prompts import Prompts
 SMALLEST = 0.05  # contribution that is counted, as a share of the logit difference
 _LARGEST_ERROR = 1e-3  # of a sum, relative to its parts' sizes: beyond it a part is missing
 _SHOWN = 20
+JUDGED = ("from_heads", "from_mlps")
 OWN_DEFINITIONS = {
     "from_embedding": "what the token embedding (and learned positions) contribute to logit_diff",
     "from_heads": "what all heads contribute together",
@@ -90,8 +93,8 @@ def direct_logit_attribution(
     Returns:
         A Result with frames ``components`` (a row a component: ``mean`` with ``low`` and ``high`` over prompts; the
         control's ``shuffled`` with the middle 95% of draws; ``p``, family-wise), ``contributions`` (a row a prompt and
-        component) and ``prompts``; figures ``layers`` (layer × head) and ``strongest``. The metrics begin with
-        ``accuracy`` and ``logit_diff``.
+        component) and ``prompts``; figures ``layers`` (layer × head) and ``strongest``; of prompts with groups a frame
+        and figure ``groups`` too. The metrics begin with ``accuracy`` and ``logit_diff``.
 
     Raises:
         ReflowlensError: there are fewer than two prompts or no answers; logits of this model are no sums over what
@@ -141,6 +144,7 @@ def direct_logit_attribution(
         "components": frame,
         "contributions": _long(named, own),
         "prompts": _prompt_frame(chosen, scores.logit_diff, scores.correct, uncapped),
+        **group_frames(chosen, {"logit_diff": difference, **_by_kind(named, own)}, seed),
     }
     return Result(
         name="direct_logit_attribution",
@@ -148,7 +152,7 @@ def direct_logit_attribution(
         params=task_params(hooked, chosen, seed, quick, draws=draws, passes=len(chosen)),
         findings=findings,
         frames=frames,
-        figures=_figures(frame),
+        figures=_figures(frame) | group_figures(frames, "Contributions to the logit difference"),
         definitions=DEFINITIONS | OWN_DEFINITIONS,
         notes=notes,
     )
@@ -262,20 +266,27 @@ def _component_frame(
     )
 
 
+def _by_kind(named: pd.DataFrame, contributions: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Metric -> what each kind of component contributes together, [row], of contributions [row, component]."""
+    metrics = {"embedding": "from_embedding", "head": "from_heads", "mlp": "from_mlps", "bias": "from_biases"}
+    return {
+        metric: contributions[:, (named["kind"] == kind).to_numpy()].sum(axis=1) for kind, metric in metrics.items()
+    }
+
+
 def _part_findings(
     named: pd.DataFrame, own: NDArray[np.float64], null: NDArray[np.float64], seed: int
 ) -> dict[str, Finding]:
     """What each kind of component contributes together, beside the same of other prompts' answers."""
-    findings = {}
-    metrics = {"embedding": "from_embedding", "head": "from_heads", "mlp": "from_mlps", "bias": "from_biases"}
-    for kind, metric in metrics.items():
-        columns = (named["kind"] == kind).to_numpy()
-        values, control = own[:, columns].sum(axis=1), null[:, columns].sum(axis=1)
+    findings, controls_of = {}, _by_kind(named, null)
+    for metric, values in _by_kind(named, own).items():
+        control = controls_of[metric]
         interval = bootstrap_interval(values, seed=seed)
         p = permutation_pvalue(float(values.mean()), control)
-        judged = verdict(interval, max(0.0, control.mean()), p, minimum_units=MINIMUM_PROMPTS, units=len(values))
-        judged_kinds = judged if kind in ("head", "mlp") else None
-        findings[metric] = Finding(values.mean(), interval, {"shuffled_answers": control.mean()}, judged_kinds)
+        controls = {"shuffled_answers": float(control.mean())}
+        bound = bound_of("direct_logit_attribution", metric, controls, of=float(own.sum(axis=1).mean()))
+        judged = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(values))
+        findings[metric] = Finding(values.mean(), interval, controls, judged if metric in JUDGED else None)
     return findings
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_rng
@@ -67,10 +68,10 @@ def task_performance(
     Returns:
         A Result with metrics ``accuracy`` and ``top1`` with exact intervals, ``logit_diff`` and ``gap`` with bootstrap
         intervals, of which ``accuracy`` and ``gap`` have verdicts: supported where the interval lies above chance and
-        what the same answers get after prompts with other answers (above 0), underpowered below 20 prompts. Where all
-        prompts have the same answers that control is left out. Where ``accuracy`` is not above chance a note says that
-        nothing found on these prompts is about the task. Frames ``prompts``, a row a prompt, and ``groups``, a row a
-        group, ``all`` first; figures ``groups`` and ``margins``.
+        what the same answers get after prompts with other answers, by 0.05 (above 0 by 0.1), underpowered below 20
+        prompts. Where all prompts have the same answers that control is left out. Where ``accuracy`` is not above
+        chance a note says that nothing found on these prompts is about the task. Frames ``prompts``, a row a prompt,
+        and ``groups``, a row a group, ``all`` first; figures ``groups`` and ``margins``.
 
     Raises:
         ReflowlensError: there are no answers, fewer than two prompts, or an answer is not a single token.
@@ -125,7 +126,7 @@ def _rate(scores: dict[str, Scores], name: str, seed: int, chance: float) -> Fin
     values = {run: numbers(getattr(of_run, name)) for run, of_run in scores.items()}
     own = values.pop("clean")
     controls = {"chance": chance} | {run: float(of_run.mean()) for run, of_run in values.items()}
-    interval, bound = rate_interval(own, seed=seed), max(chance, controls.get("other_prompt", chance))
+    interval, bound = rate_interval(own, seed=seed), bound_of("task_performance", "accuracy", controls)
     p = binomtest(int(own.sum()), len(own), min(bound, 1.0), alternative="greater").pvalue
     told = verdict(interval, bound, float(p), minimum_units=MINIMUM_PROMPTS, units=len(own))
     return Finding(own.mean(), interval, controls, told)
@@ -133,8 +134,10 @@ def _rate(scores: dict[str, Scores], name: str, seed: int, chance: float) -> Fin
 
 def _gap(gap: NDArray[np.float64], seed: int) -> Finding:
     interval, p = bootstrap_interval(gap, seed=seed), paired_permutation_pvalue(gap, seed=seed)
-    told = verdict(interval, 0.0, p, minimum_units=MINIMUM_PROMPTS, units=len(gap))
-    return Finding(gap.mean(), interval, {"no_effect": 0.0}, told)
+    controls = {"no_effect": 0.0}
+    bound = bound_of("task_performance", "gap", controls)
+    told = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(gap))
+    return Finding(gap.mean(), interval, controls, told)
 
 
 class _Read(NamedTuple):

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from analyses.claims import bound_of
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.draws import derive_seed
@@ -130,7 +131,7 @@ def linear_probes(
     Returns:
         :class:`Probes`, a Result with ``accuracy`` of the layer that is best on the other folds (so that choosing is no
         advantage) and its ``selectivity``; controls ``majority``, ``embedding`` and ``untrained``, all of which an
-        accuracy that is supported exceeds, and ``control_task``.
+        accuracy that is supported exceeds by 0.05, and ``control_task``.
         Frames ``layers`` (a row a model and layer: ``accuracy``, ``control_task``, ``selectivity``, each with ``_low``
         and ``_high``, and ``majority``), ``classes`` (``examples`` and ``share``), ``examples`` and ``directions``;
         figure ``layers``.
@@ -220,7 +221,8 @@ def _findings(
     strongest = max(to_beat, key=lambda name: controls[name])
     interval = rate_interval(right, seed=seed)
     p = paired_permutation_pvalue(right - shares[strongest], seed=seed)
-    judgement = verdict(interval, controls[strongest], p, minimum_units=MINIMUM_PROMPTS, units=len(right))
+    bound = bound_of("linear_probes", "accuracy", controls)
+    judgement = verdict(interval, bound, p, minimum_units=MINIMUM_PROMPTS, units=len(right))
     difference = right - shares["control_task"]
     return {
         "accuracy": Finding(

@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
+from analyses.claims import bound_of
 from analyses.controls.nulls import untrained_model
 from analyses.result.finding import Finding
 from analyses.result.result import Result
@@ -89,7 +89,7 @@ def unit_statistics(
         top: number of units of each kind whose strongest context is shown.
         controls: count two controls too: ``untrained``, the same architecture with fresh weights, and
             ``shuffled_text``, the model on the same tokens in a random order.
-        untrained: number of untrained models; the control is their mean, and the frame ``levels`` has each.
+        untrained: number of untrained models; the frame ``levels`` has each, and the control is the hardest to beat.
         seed: of windows, fresh weights, shuffles and resamples.
         quick: two batches, one untrained model.
         progress: show how far the counting is.
@@ -181,9 +181,9 @@ def _findings(
         intervals[rate] = mean_interval(rows, seed)
         intervals[f"{kind}_near_silent"] = near_silent_interval(parts["model"], NEAR_SILENT, seed)
     if len(rows) > 1 and fresh:
-        p = paired_permutation_pvalue(np.mean([per_row[each] for each in fresh], axis=0) - rows, seed=seed)
-        (low, high), control = intervals[rate], controls[rate]["untrained"]
-        verdicts[rate] = verdict((-high, -low), -control, p, minimum_units=MINIMUM_ROWS, units=len(rows))
+        p = max(paired_permutation_pvalue(per_row[each] - rows, seed=seed) for each in fresh)
+        (low, high), bound = intervals[rate], bound_of("unit_statistics", rate, controls[rate])
+        verdicts[rate] = verdict((-high, -low), bound, p, minimum_units=MINIMUM_ROWS, units=len(rows))
     return {
         name: Finding(value, intervals.get(name), controls[name], verdicts.get(name))
         for name, value in values["model"].items()
@@ -191,10 +191,8 @@ def _findings(
 
 
 def _controls(values: dict[str, dict[str, float]], fresh: list[str], metric: str) -> dict[str, float]:
-    """A metric's mean over the untrained models, and its value on shuffled text, where they have it."""
-    found: dict[str, float] = {}
-    if ours := [values[each][metric] for each in fresh if metric in values[each]]:
-        found["untrained"] = float(np.mean(ours))
+    """A metric's value in each untrained model, and on shuffled text, where they have it."""
+    found = {each: values[each][metric] for each in fresh if metric in values[each]}
     if metric in values.get("shuffled_text", {}):
         found["shuffled_text"] = values["shuffled_text"][metric]
     return found
@@ -219,6 +217,6 @@ def untrained_names(n: int) -> list[str]:
     """What the untrained models are called: the first without a number.
 
     >>> untrained_names(3)
-    ['untrained', 'untrained 2', 'untrained 3']
+    ['untrained', 'untrained_2', 'untrained_3']
     """
-    return ["untrained", *(f"untrained {i}" for i in range(2, n + 1))]
+    return ["untrained", *(f"untrained_{i}" for i in range(2, n + 1))]

@@ -77,6 +77,22 @@ def test_the_hardest_control_decides():
     assert (claim.amount, relative.amount) == ("0.1", "10%")
 
 
+@pytest.mark.parametrize(
+    ("measure", "metric", "controls", "of", "bound"),
+    [
+        ("minimal_pairs", "accuracy_per_token", {"chance": 0.5, "shorter": 0.6}, 1.0, 0.65),
+        ("task_performance", "accuracy", {"chance": 0.5, "other_prompt": 0.4, "corrupted": 0.9}, 1.0, 0.55),
+        ("head_ablation", "largest_drop", {"random_direction": -0.3}, -4.0, 0.2),  # nothing is the harder one
+        ("causal_tracing", "mlp_peak", {"elsewhere": 0.1}, 0.6, 0.13),
+        ("unit_statistics", "x_firing_rate", {"untrained": 0.5, "untrained_2": 0.4, "shuffled_text": 0.1}, 1.0, -0.36),
+        ("head_patterns", "induction_text", {"uniform": 0.4}, 1.0, 0.05),
+        ("refinement", "gate_interaction", {}, 1.0, 0.01),
+    ],
+)
+def test_measures_have_their_smallest_effects_too(measure, metric, controls, of, bound):
+    assert bound_of(measure, metric, controls, of) == pytest.approx(bound)
+
+
 def test_every_claim_is_of_an_experiment_and_explained():
     assert set(CLAIMS) == {experiment.name for experiment in EXPERIMENTS.values()}
     for experiment, claims in CLAIMS.items():

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analyses.claims import bound_of
 from analyses.experiments.refinement.inner import AS_IS, CONTROLS, NO_LEARNING, PREVIOUS, SHUFFLED, WRONG_WAY
 from analyses.experiments.refinement.logits import STEPS, SUBSTEPS
 from analyses.experiments.refinement.retrained import AS_TRAINED, MINIMUM_SEEDS, PUBLISHED_INTERACTION
@@ -30,18 +31,18 @@ VELOCITY = {
 DEFINITIONS = {
     "gate_interaction": "loss of the model − without flow − without TTT + without both, in nats a token, switched off "
     "in one trained model; below 0 where each takes more off the loss beside the other. Interval: documents "
-    "resampled. Claim judged: below 0",
+    "resampled. Claim judged: below 0 by 0.01",
     "ttt_gain": "loss without TTT − loss of the model, nats a token. alone: the same where the flow is off too",
     "flow_gain": "loss without the flow − loss of the model, nats a token. alone: the same where TTT is off too",
     "learning_gain": "loss at an inner rate of 0 − loss of the model: what learning from the text itself takes off, "
     "nats a token. sign_flipped, previous_state: the same where the inner learner steps the wrong way, or begins with "
-    "what another text has left. Claim judged: above 0",
+    "what another text has left. Claim judged: above 0 by 0.01",
     "own_text_gain": "the lower one of the losses at an inner rate of 0 and begun with the state that another text has "
-    "left − loss of the model: what only the text at hand can have taught. Claim judged: above 0",
+    "left − loss of the model: what only the text at hand can have taught. Claim judged: above 0 by 0.01",
     "inner_fit": "inner loss of a mini-batch before the step made from it − after, a mean over heads, texts and "
     "mini-batches but the first, whose step leads from W₁ to where all texts lead",
     "inner_generalisation": "the same of the mini-batch behind it, which the step has not seen. Claim judged: above 0 "
-    "and above that of shuffled tokens",
+    "and above that of shuffled tokens by a tenth of it",
     "update_cosine": "cosine of successive steps of the inner learner, both behind the first. other_text: of a step "
     "and the one before it in another text: how alike steps are that have no text in common",
     "update_rank": "effective rank of W − W₁ behind the last whole mini-batch, per head: the exponential of the "
@@ -60,7 +61,7 @@ DEFINITIONS = {
     "velocity: without z. rotated_linear: without v, a random rotation between D and U",
     "best_step": "the step size τ of the flow with the least loss, among those tried; trained at 1",
     "retrained_interaction": "interaction of bits per byte of models trained with both − TTT − flow + neither, a mean "
-    "over seeds. Interval: Student's t over seeds. Claim judged: below 0",
+    "over seeds. Interval: Student's t over seeds. Claim judged: below 0 by 0.0004",
 }
 
 
@@ -83,7 +84,7 @@ class Found:
         found = {weights: self.means(each) for weights, each in by_weights.items()}
         trained, other = found[AS_TRAINED], found[packed]
         value, interval = trained["interaction"]
-        judged = self.verdict(-by_weights[AS_TRAINED]["interaction"], _negated(interval))
+        judged = self.verdict("gate_interaction", -by_weights[AS_TRAINED]["interaction"], _negated(interval))
         self.findings["gate_interaction"] = Finding(value, interval, {packed: other["interaction"][0]}, judged)
         for refiner, beside in (("ttt", "ttt_with_flow"), ("flow", "flow_with_ttt")):
             value, interval = trained[beside]
@@ -95,12 +96,16 @@ class Found:
         means = self.means(gains)
         value, interval = means[AS_IS]
         controls = {name: means[name][0] for name in (WRONG_WAY, PREVIOUS)}
-        self.findings["learning_gain"] = Finding(value, interval, controls, self.verdict(gains[AS_IS], interval))
+        self.findings["learning_gain"] = Finding(
+            value, interval, controls, self.verdict("learning_gain", gains[AS_IS], interval)
+        )
         over = {name: learning[name] - learning[AS_IS] for name in (NO_LEARNING, PREVIOUS)}
         found = self.means(over)
         least = min(over, key=lambda name: found[name][0])
         value, interval = found[least]
-        self.findings["own_text_gain"] = Finding(value, interval, {}, self.verdict(over[least], interval))
+        self.findings["own_text_gain"] = Finding(
+            value, interval, {}, self.verdict("own_text_gain", over[least], interval)
+        )
 
     def add_inner(self, by_control: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> None:
         for what in ("fit", "generalisation"):
@@ -110,8 +115,8 @@ class Found:
             judged = None
             if what == "generalisation" and interval is not None:
                 p = paired_permutation_pvalue(own, seed=self.seed)
-                least = max(0.0, controls[SHUFFLED])
-                judged = verdict(interval, least, p, minimum_units=MINIMUM_TEXTS, units=len(own))
+                bound = bound_of("refinement", "inner_generalisation", controls)
+                judged = verdict(interval, bound, p, minimum_units=MINIMUM_TEXTS, units=len(own))
             self.findings[f"inner_{what}"] = Finding(float(own.mean()), interval, controls, judged)
         known = {
             (control, what): by_control[control][what][np.isfinite(by_control[control][what])]
@@ -168,7 +173,7 @@ class Found:
         own = cast("dict[str, Any]", interactions.loc[AS_TRAINED].to_dict())
         judged = verdict(
             (-own["high"], -own["low"]),
-            0.0,
+            bound_of("refinement", "retrained_interaction", {}),
             own["p"] / 2 if own["value"] < 0 else 1 - own["p"] / 2,
             minimum_units=MINIMUM_SEEDS,
             units=own["seeds"],
@@ -178,11 +183,12 @@ class Found:
         self.findings["retrained_interaction"] = Finding(own["value"], (own["low"], own["high"]), controls, judged)
         return own
 
-    def verdict(self, gain: Losses, interval: Interval) -> Verdict:
-        """Of a claim that a gain is above 0, over documents."""
+    def verdict(self, metric: str, gain: Losses, interval: Interval) -> Verdict:
+        """Of a claim that a gain is above 0 by what matters (`analyses.claims`), over documents."""
         by_text = gain.sum(axis=1) / self.texts.lengths
         p = paired_permutation_pvalue(by_text, seed=self.seed)
-        return verdict(interval, 0.0, p, minimum_units=MINIMUM_TEXTS, units=len(by_text))
+        bound = bound_of("refinement", metric, {})
+        return verdict(interval, bound, p, minimum_units=MINIMUM_TEXTS, units=len(by_text))
 
 
 def _negated(interval: Interval) -> Interval:

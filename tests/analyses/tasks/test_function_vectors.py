@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import reflowlens as rl
 from analyses.statistics.draws import derive_rng
-from analyses.tasks.function_vectors import Pairs, function_vectors
+from analyses.tasks.function_vectors import Pairs, function_vectors, head_sets
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
@@ -73,7 +75,10 @@ def test_the_head_that_carries_the_function_is_found_and_its_vector_works_withou
     assert result.metrics["accuracy"] == result.metrics["injected_accuracy"] == 1
     assert result.controls["injected_accuracy"] == dict.fromkeys(("zero_shot", "random_heads", "shuffled_labels"), 0)
     assert result.verdicts["injected_accuracy"] == "supported"
-    assert result.notes == ["heads L1H2 and layer 0: found on 24 pairs, judged on 24 others"]
+    assert result.notes == [
+        "random heads are every set of 1 others that there is: 15",
+        "heads L1H2 and layer 0: found on 24 pairs, judged on 24 others",
+    ]
     assert result.frames["layers"]["accuracy"].tolist() == [1, 1, 1, 0]  # the MLP of layer 2 reads it
     rest = result.frames["heads"].query("not chosen")["effect"]
     assert rest.abs().max() < 0.001 < 0.1 < result.frames["heads"]["effect"].max()
@@ -112,5 +117,13 @@ def test_random_heads_are_others_than_the_chosen_ones_of_which_half_are_the_most
     heads = result.frames["heads"]
     assert result.params["n_heads"] == heads["chosen"].sum() == len(heads) // 2
     assert f"n_heads is {len(heads) // 2}, not 100" in " ".join(result.notes)
-    assert f"there is one set of {len(heads) // 2} other heads" in " ".join(result.notes)
-    assert np.ptp(result.frames["draws"]["log_p"]) < 1e-4  # the other half, each time
+    assert f"every set of {len(heads) // 2} others that there is: 1" in " ".join(result.notes)
+    assert len(result.frames["draws"]) == result.params["draws"] == 1  # the other half
+
+
+def test_no_set_of_random_heads_is_drawn_twice():
+    rng = np.random.default_rng(0)
+    for others, size, draws in ((6, 2, 14), (6, 2, 20), (7, 1, 20)):
+        sets = {tuple(sorted(heads)) for heads in head_sets(np.arange(others), size, draws, rng)}
+        assert len(sets) == min(draws, math.comb(others, size))
+        assert all(len(set(heads)) == size for heads in sets)
