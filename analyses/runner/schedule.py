@@ -143,7 +143,8 @@ class Schedule:
 def fitted(costs: dict[str, tuple[float, float]], room: float, quick: bool) -> tuple[dict[str, bool], list[str]]:
     """Which experiments are run in their quick form so that all fit into so many seconds, and which are left out.
 
-    Those that save the most become quick first; where all are quick and do not fit the most expensive is left out.
+    As few as can be become quick: the one that saves just enough, or where none does the one that saves the most, and
+    so on; where all are quick and do not fit the most expensive is left out.
 
     Args:
         costs: seconds in full and quick, by name.
@@ -151,6 +152,8 @@ def fitted(costs: dict[str, tuple[float, float]], room: float, quick: bool) -> t
 
     >>> fitted({"a": (60.0, 20.0), "b": (30.0, 25.0), "c": (5.0, 5.0)}, room=60.0, quick=False)
     ({'a': True, 'b': False, 'c': False}, [])
+    >>> fitted({"a": (60.0, 20.0), "b": (30.0, 25.0), "c": (5.0, 5.0)}, room=90.0, quick=False)
+    ({'a': False, 'b': True, 'c': False}, [])
     >>> fitted({"a": (60.0, 20.0), "b": (30.0, 25.0), "c": (5.0, 5.0)}, room=30.0, quick=False)
     ({'a': True, 'c': True}, ['b'])
     """
@@ -161,8 +164,9 @@ def fitted(costs: dict[str, tuple[float, float]], room: float, quick: bool) -> t
 
     while forms and total() > room:
         savings = {name: costs[name][0] - costs[name][1] for name, form in forms.items() if not form}
+        enough = {name: saved for name, saved in savings.items() if saved >= total() - room}
         if savings:
-            forms[max(savings, key=lambda name: savings[name])] = True
+            forms[min(enough, key=enough.__getitem__) if enough else max(savings, key=savings.__getitem__)] = True
         else:
             out.append(max(forms, key=lambda name: costs[name][1]))
             del forms[out[-1]]

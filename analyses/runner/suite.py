@@ -89,8 +89,8 @@ def run_suite(
         resume: leave out what an earlier run into `out` has finished, with this model, code and arguments.
         again: compute anew what the cache has, and keep the new results there.
         budget: seconds that the run may take, more or less: experiments are run in their quick form where that is
-            needed, those that save the most first; if that is not enough the most expensive are left out. Estimated
-            from timed passes beforehand and from what has been run since.
+            needed, as few as can be; if that is not enough the most expensive are left out. Estimated from timed passes
+            beforehand and from what has been run since.
         spreadsheet: write the frames' CSV so that a spreadsheet computes no token (`Result.save`).
 
     The folder holds `report.html`, `results.json` ({experiment: {"metrics", "seconds", "error", "made_of"}}, written
