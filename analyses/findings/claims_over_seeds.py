@@ -24,7 +24,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from analyses.claims import CLAIMS, claim_of
+from analyses.claims import CLAIMS, bound_of, claim_of
 from analyses.findings.runs import TrainedRun, measured, trained_runs
 from analyses.findings.seeds import over_seeds
 from analyses.registry import EXPERIMENTS, Experiment, parse_selection
@@ -41,7 +41,6 @@ from reflowlens.figures.heatmap import heatmap
 from reflowlens.models import float32_by_default
 from reflowlens.models.base import HookedModel
 
-SMALLEST = 0.1
 MINIMUM_SEEDS, MINIMUM_CLAIMS = 3, 20
 NO_VERDICT, DIFFERS = "no verdict", "differs"
 _PERMUTATIONS = 999
@@ -89,7 +88,7 @@ def claims_over_seeds(
     selected = [EXPERIMENTS[number] for number in parse_selection(experiments)]
     names = [each.name for each in selected]
     rows = measured(study, names, quick=quick, seed=seed, arms=[chosen], progress=progress)
-    rows = rows.assign(run=rows["seed"].map("seed {}".format), is_seed=True)
+    rows = rows.assign(run=rows["seed"].astype(int).map("seed {}".format), is_seed=True)
     beside = [_of_model(each, name, model, quick, seed) for name, model in (models or {}).items() for each in selected]
     table = pd.concat([rows, *beside], ignore_index=True)
     judged = _judged(table, [f"seed {run.seed}" for run in seeds], list(models or {}))
@@ -124,7 +123,8 @@ def stability_verdict(interval: tuple[float, float], shuffled: float, p: float, 
     permutation p is below 0.05; underpowered with fewer than 3 seeds or 20 claims.
     """
     units = claims if seeds >= MINIMUM_SEEDS else 0
-    return verdict(interval, shuffled + SMALLEST, p, minimum_units=MINIMUM_CLAIMS, units=units)
+    bound = bound_of("claims_over_seeds", "stable_share", {"shuffled_claims": shuffled})
+    return verdict(interval, bound, p, minimum_units=MINIMUM_CLAIMS, units=units)
 
 
 def _seeds(study: str, arm: str | None) -> list[TrainedRun]:
@@ -205,7 +205,7 @@ def _claim_frame(of_seeds: pd.DataFrame) -> pd.DataFrame:
     values, margins = (
         over_seeds(named, column, by="claim").set_index("claim")[["mean", "low", "high"]]
         for column in ("value", "margin")
-    )
+    )  # of a column without any number there are no rows, and no dtype
     rows = []
     for claim, part in named.groupby("claim", sort=False):
         told = part["verdict"].unique()
@@ -221,7 +221,8 @@ def _claim_frame(of_seeds: pd.DataFrame) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows).join(values.rename(columns={"mean": "value"}), on="claim")
     names = {"mean": "margin", "low": "margin_low", "high": "margin_high"}
-    return frame.join(margins.rename(columns=names), on="claim").drop(columns="claim")
+    frame = frame.join(margins.rename(columns=names), on="claim").drop(columns="claim")
+    return frame.astype(dict.fromkeys(("value", "low", "high", *names.values()), float))
 
 
 def _grid(of_seeds: pd.DataFrame) -> NDArray[np.str_]:

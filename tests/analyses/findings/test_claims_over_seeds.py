@@ -86,9 +86,13 @@ def test_a_seed_without_a_verdict_is_one_that_differs(tmp_path: Path) -> None:
     pd.read_csv(kept).query("seed != 2").to_csv(kept, index=False)
     with kept.open("a") as file:
         file.write("a,,,,,2,,\n")  # an experiment that refused this seed's model
+    refused = study / "measured" / "causal_ablation_quick_0.csv"  # and one that refused all of them
+    pd.DataFrame({"arm": "a", "seed": range(3), "weights": ""}).to_csv(refused, index=False)
     claims = claims_over_seeds(str(study)).frames["claims"].set_index("experiment")
     assert (claims.loc["signal_flow", "verdict"] == "differs").all()
     assert (claims.loc["signal_flow", "seeds"] == 3).all()
+    assert "causal_ablation" not in claims.index
+    assert (claims.loc["sparsity_profile", "verdict"] != "differs").all()
 
 
 def test_two_seeds_are_too_few(tmp_path: Path) -> None:
