@@ -55,14 +55,7 @@ class DictionaryView(SignalView):
         unembedding: ``logit_rows``; empty where the features are no coordinates of the residual stream.
         turn: a rotation of the features, after which ``recipe`` and ``basis`` are in the rotated ones.
 
-    Example:
-        >>> import reflowlens as rl
-        >>> model = rl.load_model("reflow-nano")
-        >>> view = rl.signal_view(model, "reflow-nano-sae")
-        >>> stream = model.final_stream("The capital of France is")[0, -1]
-        >>> parts = view.contributions(stream, " Paris")
-        >>> parts.shape, bool((parts.sum() - model("The capital of France is")[0, -1, 6342]).abs() < 1e-3)
-        (torch.Size([2050]), True)
+    Example: ``rl.signal_view(model, "reflow-nano-sae").contributions(stream, " Paris").topk(5)``
     """
 
     dictionary: Dictionary = field(kw_only=True, repr=False)
