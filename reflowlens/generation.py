@@ -19,6 +19,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import checked_mask
 from reflowlens.models.hooking import NamesFilter
 from reflowlens.models.pass_context import growing_text
+from reflowlens.models.residual import Readout
 from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import reading
 from reflowlens.models.unwrapping import guarded, hooked_model
@@ -113,10 +114,11 @@ def generate(
     with tqdm(total=tokens.shape[1] - end, unit="token", disable=not shown) as bar:
         while (ends > end).any():
             with growing_text(ready=starts <= end):
-                logits = forward(tokens[:, read:end], past_kv_cache=past)[:, -1, : model.tokenizer.n_vocab]
+                logits = forward(tokens[:, read:end], _newest, past_kv_cache=past)[:, : model.tokenizer.n_vocab]
             # Rows still inside their prompt draw nothing, so that they stay as if alone.
             drawing = ((starts <= end) & (end < ends)).nonzero().squeeze(1)
-            drawn = sample(logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
+            logits = logits if len(drawing) == len(logits) else logits[drawing]
+            drawn = sample(logits, temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
             tokens[drawing, end] = drawn = drawn.to(tokens.device)
             ends[drawing[torch.isin(drawn, stops)]] = end + 1
             read, end = (end if past is not None else 0), end + 1
@@ -129,6 +131,11 @@ def generate(
     _, cache = model.run_with_cache(tokens, names_filter=names_filter)
     cache.lengths = ends.tolist()
     return result, cache
+
+
+def _newest(readout: Readout) -> Float[Tensor, "batch d_vocab"]:
+    """The logits of a pass's last position."""
+    return readout._replace(features=readout.features[:, -1:]).logits()[:, 0]
 
 
 def _texts(model: HookedModel, input: TextInput, tokens: Int[Tensor, "batch pos"], ends: list[int]) -> str | list[str]:

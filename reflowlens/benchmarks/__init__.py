@@ -6,6 +6,7 @@ from reflowlens.benchmarks.catalogue import BENCHMARKS as BENCHMARKS
 from reflowlens.benchmarks.catalogue import Benchmark as Benchmark
 from reflowlens.benchmarks.decode import bench_decode as bench_decode
 from reflowlens.benchmarks.dictionary import bench_dictionary as bench_dictionary
+from reflowlens.benchmarks.generate import bench_generate as bench_generate
 from reflowlens.benchmarks.graph import bench_graph as bench_graph
 from reflowlens.benchmarks.hooks import bench_hooks as bench_hooks
 from reflowlens.benchmarks.machine import machine as machine

@@ -8,6 +8,7 @@ from functools import partial
 
 from reflowlens.benchmarks.decode import bench_decode
 from reflowlens.benchmarks.dictionary import bench_dictionary
+from reflowlens.benchmarks.generate import bench_generate
 from reflowlens.benchmarks.graph import COPIES, TUNED, bench_graph
 from reflowlens.benchmarks.hooks import bench_hooks
 from reflowlens.benchmarks.machine import machine
@@ -60,6 +61,7 @@ def _train(steps: int, **changes: int) -> Iterator[Row]:
 BENCHMARKS = {
     "hooks": Benchmark(bench_hooks, partial(bench_hooks, compiled=False, rounds=9)),
     "decode": Benchmark(bench_decode, partial(bench_decode, steps=8)),
+    "generate": Benchmark(bench_generate, partial(bench_generate, new_tokens=16, rounds=3), _COMPARED[:3]),
     "sweep": Benchmark(
         bench_sweep,
         lambda: bench_sweep(quick_cases(), patches=200, rounds=2),

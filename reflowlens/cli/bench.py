@@ -11,7 +11,16 @@ from reflowlens.cli.arguments import Commands, add_command, add_device
 if TYPE_CHECKING:
     from reflowlens.benchmarks.train import TrainComparison
 
-_NAMES = ["hooks", "decode", "sweep", "score", "train", "dictionary", "graph"]  # BENCHMARKS, which take long to import
+_NAMES = [
+    "hooks",
+    "decode",
+    "generate",
+    "sweep",
+    "score",
+    "train",
+    "dictionary",
+    "graph",
+]  # BENCHMARKS, which take long to import
 
 
 def add_commands(commands: Commands) -> None:

@@ -10,7 +10,16 @@ import pandas as pd
 import pytest
 import torch
 
-from reflowlens.benchmarks import BENCHMARKS, TrainBench, bench_hooks, bench_score, bench_sweep, bench_train, machine
+from reflowlens.benchmarks import (
+    BENCHMARKS,
+    TrainBench,
+    bench_generate,
+    bench_hooks,
+    bench_score,
+    bench_sweep,
+    bench_train,
+    machine,
+)
 from reflowlens.benchmarks import train as train_module
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
@@ -243,3 +252,13 @@ def test_hook_points_are_compared_with_equal_results():
     ]
     assert all(row["difference"] < 1e-6 for row in rows)
     assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_both_libraries_generate_the_same_tokens(monkeypatch):
+    model = random_model("reflow")
+    first, second = bench_generate((2,), new_tokens=3, rounds=1, model=model)
+    assert first["of"].startswith("transformers' generate, 3 tokens, batch 2")
+    assert min(first["ratio"], second["ratio"]) > 0
+    monkeypatch.setattr("reflowlens.benchmarks.generate._theirs", lambda model, prompts, n: prompts[:, :1])
+    with pytest.raises(ReflowlensError, match="other tokens in 2 of 2 rows"):
+        next(bench_generate((2,), new_tokens=3, rounds=1, model=model))
