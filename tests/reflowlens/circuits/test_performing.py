@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -68,10 +70,16 @@ def models(tiny_models: dict[str, HookedModel]) -> dict[str, HookedModel]:
     return tiny_models | {"bdh": random_model(BDH)} | {name: model_of(name) for name in OPTIONS}
 
 
+@pytest.fixture(scope="module")
+def graphs(models: dict[str, HookedModel]) -> Callable[..., Any]:
+    """The graph of a case, made once."""
+    return cache(lambda name, kind, **options: graph_of(models[name], kind, **options))
+
+
 @pytest.mark.parametrize(("name", "kind", "options"), CASES)
-def test_performing_is_what_plain_hooks_do(name, kind, options, models):
+def test_performing_is_what_plain_hooks_do(name, kind, options, models, graphs):
     model = models[name]
-    graph = graph_of(model, kind, **options)
+    graph = graphs(name, kind, **options)
     nodes = some_nodes(graph)
     asked = [dict.fromkeys(nodes[::2], 2.5), {nodes[1]: -1.0, nodes[-2]: 0.0}, {nodes[-1]: 5.0}]
     changes = [change_of(graph, factors_of(graph, each)) for each in asked]
@@ -84,8 +92,8 @@ def test_performing_is_what_plain_hooks_do(name, kind, options, models):
 
 
 @pytest.mark.parametrize(("name", "kind", "options"), CASES)
-def test_with_all_else_held_a_change_is_the_edge(name, kind, options, models):
-    graph = graph_of(models[name], kind, **options)
+def test_with_all_else_held_a_change_is_the_edge(name, kind, options, graphs):
+    graph = graphs(name, kind, **options)
     nodes, edges = some_nodes(graph), graph.matrix.toarray()
     changes = [change_of(graph, factors_of(graph, {node: 3.0})) for node in nodes]
     values = performed(graph, changes, "direct").values
