@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand, one after the other, in a folder that is empty at first."""
+"""The README's blocks run, one after the other, in a folder that is empty at first."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def runs_here(condition: str, minutes: bool) -> bool:
     return not condition or (minutes and condition == "takes minutes")
 
 
-@pytest.mark.parametrize("minutes", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("minutes", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.by_hand])])
 def test_every_block_runs_in_order_in_an_empty_folder(tmp_path, monkeypatch, capsys, minutes):
-    """Those that take minutes under `-m slow`; of those that need what is not here, the arguments are read."""
+    """As they stand, and those that take minutes, under `-m slow`; else in brief.
+
+    Of those that need what is not here, the arguments are read.
+    """
     monkeypatch.chdir(tmp_path)
     namespace, seconds = {}, []
     with warnings.catch_warnings(record=True) as caught:
@@ -52,7 +55,7 @@ def test_every_block_runs_in_order_in_an_empty_folder(tmp_path, monkeypatch, cap
                     block.check()
                 continue
             started = time.perf_counter()
-            block.run(namespace)
+            block.run(namespace, brief=not minutes)
             seconds.append((time.perf_counter() - started, (block.text if block.python else block.commands[0])[:60]))
     with capsys.disabled():
         print("\n", *(f"{took:6.1f} s  {text.splitlines()[0]}" for took, text in seconds), sep="\n")

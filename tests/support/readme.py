@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pretraining.command import add_arguments
@@ -34,15 +35,22 @@ class Block:
     def commands(self) -> list[str]:
         return [line for line in self.text.splitlines() if not line.startswith("#")]
 
-    def run(self, namespace: dict[str, Any]) -> None:
-        """In the working directory. A command that fails is an AssertionError."""
+    def run(self, namespace: dict[str, Any], brief: bool = False) -> None:
+        """In the working directory. A command that fails is an AssertionError.
+
+        Args:
+            brief: with fewer steps of training, and less to read of the example texts that are written first.
+        """
         if self.python:
             exec(compile(self.text, "README.md", "exec"), namespace)
             return
         for command in self.commands:
             words = shlex.split(command, comments=True)
             if words[0] == "reflowlens":
-                assert main(words[1:]) == 0, command
+                assert main([*words[1:], *(_fewer_steps(words) if brief else [])]) == 0, command
+                if brief and words[1] == "examples":
+                    text = Path(words[2]) / "val.txt"
+                    text.write_text(text.read_text(encoding="utf8")[:15_000], encoding="utf8")
             else:
                 subprocess.run(["bash", "-ec", command], check=True)
 
@@ -62,6 +70,14 @@ class Block:
                 options = build_parser().parse_args(words[1:])
             if words[1] == "train" or command.startswith(_TRAIN):
                 load_config(options.config, options.set)
+
+
+def _fewer_steps(words: list[str]) -> list[str]:
+    """Arguments that make a command's training short, where it does not say itself how long it is."""
+    if words[1] == "finetune":
+        return ["--epochs", "1"]  # of two, the last counts
+    says = "--dry-run" in words or any(word.startswith("run.steps=") for word in words)
+    return ["--set", "run.steps=40"] if words[1] == "train" and not says else []
 
 
 def blocks(text: str = README) -> list[Block]:
