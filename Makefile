@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test exact slow lint types contracts shapes docs notebooks clean
+.PHONY: run test exact slow second lint types contracts shapes docs notebooks clean
 
 run: .venv/.installed
 	$(BIN)/reflowlens run reflow-nano all
@@ -26,6 +26,10 @@ shapes: .venv/.dev
 
 slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Of these what CI runs: processes that fail, long pages of the manual.
+second: .venv/.dev
+	$(BIN)/python -m pytest -m "slow and not by_hand" --numprocesses auto --maxprocesses 4 --dist loadfile -rs --durations=10
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

@@ -49,6 +49,7 @@ def test_a_few_empty_models_support_nothing_of_recipes():
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("number", EXPERIMENTS)
 def test_verdicts_on_empty_models_are_seldom_in_favour(number):
     """The lower end of the exact interval lies at or below 5% for every verdict, and every verdict could have been."""

@@ -44,6 +44,7 @@ def test_the_documentation_shows_every_row():
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_every_planted_answer_is_found_and_every_metric_has_its_control():
     results = [(case, case.run()) for case in CASES]
     table = table_of(results)

@@ -22,6 +22,11 @@ from tests.support.tiny import random_model, random_tokens
 DOCS = ROOT / "docs"
 PAGES = ["index.md", "tutorial.md", *sorted(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))]
 NO_RUN = "# no-run"
+LONG = {
+    "how-to/compare.md": [pytest.mark.slow, pytest.mark.by_hand],
+    "how-to/long-runs.md": [pytest.mark.slow],
+    "how-to/standard-measures.md": [pytest.mark.slow],
+}
 
 
 def text_of(page: str) -> str:
@@ -37,9 +42,7 @@ def test_every_page_that_teaches_has_code():
     assert all(code_of(page) for page in PAGES)
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page == "how-to/compare.md")) for page in PAGES]
-)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=LONG.get(page, [])) for page in PAGES])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = [block for block in code_of(page) if not block.startswith(NO_RUN)]

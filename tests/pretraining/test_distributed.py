@@ -162,6 +162,7 @@ def failed(config: Path, how: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_process_that_raises_ends_all_with_one_message(write: Callable[..., Path], tmp_path: Path) -> None:
     config = write(optimizer={"name": "adamw"}, run=RUN | {"sharding": "zero1"})
     cfg = load_config(config)
@@ -192,6 +193,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_compiled(write: Callable[..., Path], tmp_path: Path) -> None:
     run = RUN | {"compile": True}
     configs = [

@@ -129,6 +129,7 @@ def test_autocast_is_close(write: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_compiled_is_close(write: Callable[..., Path], tmp_path: Path) -> None:
     plain, compiled = (load_config(write(run={"compile": c, "out": str(tmp_path / str(c))})) for c in (False, True))
     for cfg in (plain, compiled):

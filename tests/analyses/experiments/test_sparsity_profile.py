@@ -70,6 +70,7 @@ def test_nothing_is_found_where_nothing_is(empty):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_claims_of_empty_models_are_rarely_supported():
     """Six claims of each of 12 models, Holm-adjusted: 0.6 models with any are expected."""
     wrong = [

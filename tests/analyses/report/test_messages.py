@@ -154,6 +154,7 @@ def texts_of(result):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("language", FOREIGN)
 @pytest.mark.parametrize("number", EXPERIMENTS)
 def test_every_text_of_a_quick_run_has_a_translation(number, language, tmp_path):

@@ -310,6 +310,7 @@ def test_a_figures_code_stands_below_it_and_is_text(written):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", ["semantic_galaxy", "signal_flow"])
 def test_the_code_makes_the_same_result_again(name):
     experiment = next(known for known in EXPERIMENTS.values() if known.name == name)

@@ -135,6 +135,7 @@ def test_the_comparison_of_training_steps(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_memory_is_that_of_a_process_of_its_own():
     """Seven more layers need weights, gradients and two moments more, 16 bytes a parameter, and some activations."""
     model = dataclasses.replace(tiny_config("gpt2_new"), d_model=256, d_mlp=1024, d_head=64, d_vocab=512)

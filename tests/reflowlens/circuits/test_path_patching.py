@@ -207,6 +207,7 @@ def test_hooks_are_refused(tiny_models: dict[str, HookedModel]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_estimates_find_the_true_edges_of_the_packaged_model() -> None:
     if "reflow-nano" not in rl.list_models():
         pytest.skip("the packaged model is not there")

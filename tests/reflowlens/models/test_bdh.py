@@ -160,6 +160,7 @@ def test_fresh_weights_predict_nothing_and_open_each_gate_half_the_time() -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @torch.no_grad()
 def test_fresh_weights_of_the_default_size() -> None:
     tokens = torch.tensor(list(README.encode()[:256])).reshape(4, 64)
