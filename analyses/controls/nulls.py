@@ -21,7 +21,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.signals import VIEWS, SignalView, signal_view
 
 T = TypeVar("T")
-_LARGE = 20_000_000  # parameters, from which on a model that nobody holds is not left to the collector's own time
+_LARGE = 20_000_000  # parameters, from which on memory is dearer than the second that it takes to draw a model again
 
 _shared: ContextVar[dict[tuple[str, int, int], HookedModel] | None] = ContextVar("_shared", default=None)
 
@@ -31,14 +31,15 @@ def over_untrained(
 ) -> dict[str, T]:
     """What a function makes of each `untrained_view` of a view, by the names of `untrained_names`.
 
-    The models are in memory one after the other, if nothing that is returned holds them; the one that an experiment
-    before this has left is read first.
+    The models are in memory one after the other, if nothing that is returned holds them; one that an experiment before
+    this has left is read first. Large ones are gone when this returns.
 
     Example: ``over_untrained(lambda fresh: fresh.recipe.std(), signal_view(model), 0, "signal_flow", quick=True)``
     """
     names = untrained_names(experiment, quick)
     order = sorted(range(len(names)), key=lambda i: not _is_at_hand(view.model, seed, i + 1))
     found = {names[i]: measure(untrained_view(view, seed, i + 1)) for i in order}
+    free_untrained(view.model)
     return {name: found[name] for name in names}
 
 
@@ -53,12 +54,18 @@ def untrained_model(model: HookedModel, seed: int, number: int = 1) -> HookedMod
         return shared[key]
     if shared is not None:
         shared.clear()  # one at a time: it is as large as the model
-    if model.n_parameters > _LARGE:
-        gc.collect()  # a model refers to itself, through what ties its weights, and outlives its last name
+    free_untrained(model)
     untrained = build_model(model.cfg, seed=derive_seed(seed, "untrained", number), device=model.cfg.device)
-    if shared is not None:
+    if shared is not None and model.n_parameters <= _LARGE:
         shared[key] = untrained
     return untrained
+
+
+def free_untrained(model: HookedModel) -> None:
+    """Give the memory of large draws back that nobody holds: a model refers to itself, through what ties its weights,
+    and would outlive its last name until the collector's own time."""
+    if model.n_parameters > _LARGE:
+        gc.collect()
 
 
 def _is_at_hand(model: HookedModel, seed: int, number: int) -> bool:
@@ -67,7 +74,8 @@ def _is_at_hand(model: HookedModel, seed: int, number: int) -> bool:
 
 @contextmanager
 def shared_untrained() -> Iterator[None]:
-    """Within the block `untrained_model` keeps the last model that it made, to be left as it is, and gives it again."""
+    """Within the block `untrained_model` keeps the last model that it made, unless it is large, and gives it again: to
+    be left as it is."""
     token = _shared.set({})
     try:
         yield

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from analyses.claims import untrained_names
 from analyses.controls.bases import ROTATIONS, Bases, basis_verdicts, by_metric, check_rotations, rotated_views
 from analyses.controls.carried import logit_error
-from analyses.controls.nulls import untrained_view
+from analyses.controls.nulls import free_untrained, untrained_view
 from analyses.experiments.causal_ablation.figures import ablation_figures
 from analyses.experiments.causal_ablation.frames import curve_frame, prompts_frame, signal_frame, site_frame
 from analyses.experiments.causal_ablation.measure import RECOVERED, Measured, measure_knockout
@@ -131,6 +131,7 @@ def causal_ablation(
 
     names = untrained_names("causal_ablation", quick)
     fresh = {name: untrained(number, name) for number, name in enumerate(names, start=1)}
+    free_untrained(model)
     bases = replace(in_bases.map(itemgetter(0)), nulls={name: found[0] for name, found in fresh.items()})
     least = in_bases.map(itemgetter(1))
     frames = {

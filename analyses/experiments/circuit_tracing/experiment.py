@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from analyses.claims import bound_of
-from analyses.controls.nulls import untrained_model
+from analyses.controls.nulls import free_untrained, untrained_model
 from analyses.experiments.circuit_tracing.figures import tracing_figures
 from analyses.experiments.circuit_tracing.forcing import (
     BEFORE,
@@ -176,9 +176,10 @@ def circuit_tracing(
     own, writers = derive_seed(seed, "circuit_tracing"), Writers.of(model, chosen)
     prompt = prompts[0] if prompt is None else prompt
     detail = graph_of(model, chosen, prompt, target)
-    untrained, n_validated = untrained_model(model, seed), _QUICK_VALIDATED if quick else _VALIDATED
+    n_validated = _QUICK_VALIDATED if quick else _VALIDATED
+    fresh = _untrained_graphs(model, prompts, seed, with_scores=chosen is None)
     traced = [
-        _traced(writers, each, own, number, untrained, validate=number < n_validated)
+        _traced(writers, each, own, number, fresh[number], validate=number < n_validated)
         for number, each in enumerate(tqdm(prompts, desc="circuit tracing", disable=not progress))
     ]
     texts = [*lexicon.neutral_texts, *(item.prompt for item in lexicon.factual)]
@@ -277,8 +278,20 @@ def _some(items: Sequence[str], n: int) -> list[str]:
     return different[:: max(1, len(different) // n)][:n]
 
 
+def _untrained_graphs(
+    model: HookedModel, prompts: Sequence[str], seed: int, *, with_scores: bool
+) -> list[tuple[Paths, Mapping[str, float]]]:
+    """Paths and scores of each prompt's graph in the untrained model, which is then let go."""
+    untrained = untrained_model(model, seed)
+    graphs = (graph_of(untrained, None, prompt) for prompt in prompts)
+    found = [(paths_of(graph), graph.scores() if with_scores else {}) for graph in graphs]
+    del untrained, graphs
+    free_untrained(model)
+    return found
+
+
 def _traced(
-    writers: Writers, prompt: str, seed: int, number: int, untrained: HookedModel, validate: bool
+    writers: Writers, prompt: str, seed: int, number: int, untrained: tuple[Paths, Mapping[str, float]], validate: bool
 ) -> tuple[dict[str, object], dict[str, Paths]]:
     """What the graphs of one prompt say, a row of numbers, and how influence is shared out among paths."""
     model, graph = writers.model, graph_of(writers.model, writers.dictionary, prompt)
@@ -289,9 +302,8 @@ def _traced(
     paths = {"model": paths_of(graph), "shuffled_weights": shuffled_paths(graph, seed, str(number))}
     if writers.dictionary is not None:
         paths[NEURONS] = paths_of(graph_of(model, None, prompt))
-    fresh = graph_of(untrained, None, prompt)
-    paths["untrained"] = paths_of(fresh)
-    scores = {"model": graph.scores(), "untrained": fresh.scores()} if writers.dictionary is None else {}
+    paths["untrained"], untrained_scores = untrained
+    scores = {"model": graph.scores(), "untrained": untrained_scores} if writers.dictionary is None else {}
     row = {
         "prompt": prompt,
         "target": str(graph.nodes["label"].iloc[-1]),
