@@ -31,7 +31,6 @@ CONFIGS: dict[str, ModelConfig] = {
     "reflow_wide": ModelConfig(architecture="reflow", n_signals=40, **_SIZES),
     "reflow_topk": ModelConfig(architecture="reflow_topk", n_signals=40, topk=6, **_SIZES),
     "reflow_topk_input": ModelConfig(architecture="reflow_topk", n_signals=48, topk=6, topk_ends="input", **_SIZES),
-    "reflow_topk_output": ModelConfig(architecture="reflow_topk", n_signals=24, topk=3, topk_ends="output", **_SIZES),
     "reflow_lite": ModelConfig(architecture="reflow_lite", n_signals=24, n_key_value_heads=2, **_SIZES),
     # What public models have that the presets do not.
     "gpt2_biased": ModelConfig(

@@ -152,18 +152,12 @@ def test_dead_signals_however_they_are_scaled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "prunes"),
-    [
-        ("reflow_topk", 6, 1),
-        ("reflow_topk_input", 48, 0),
-        ("reflow_topk_output", 3, 1),
-        ("reflow", 32, 0),
-        ("gpt2", 32, 0),
-    ],
+    ("ends", "kept", "prunes"), [("both", 6, 1), ("input", 40, 0), ("output", 6, 1), (None, 32, 0)]
 )
-def test_sizes_are_those_of_the_recipe_that_is_read(name: str, kept: int, prunes: int) -> None:
+def test_sizes_are_those_of_the_recipe_that_is_read(ends: Any, kept: int, prunes: int) -> None:
     run = TrainedRun(arm="a", seed=0, val_loss=1.0, tokens=1, settings={})
-    found = recipe_measures(random_model(name), run)
+    model = random_model(tiny_config("reflow") if ends is None else tiny_config("reflow_topk", topk_ends=ends))
+    found = recipe_measures(model, run)
     assert (found["kept"], found["prunes"]) == (kept, prunes)
     assert found["dead_untrained"] == 0
     assert found["null_space"] == pytest.approx(found["null_space_untrained"], abs=0.05)

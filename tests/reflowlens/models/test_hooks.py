@@ -225,7 +225,7 @@ def test_zeroing_a_readout_signal_removes_its_contribution(tiny_models: dict[str
             return a * (torch.arange(a.shape[-1]) != 5)
 
         lost = logits - model.run_with_hooks(tokens, fwd_hooks=[("unembed.hook_signal", zero)])
-        assert_close(lost, cache["unembed.hook_signal"][..., 5, None] * model.W_E.A[:, 5], 1e-4)
+        assert_close(lost, cache["unembed.hook_signal"][..., 5, None] * model.unembedding.A[:, 5], 1e-4)
 
 
 def test_forks_reach_one_input_of_one_head(model: HookedModel, tokens: Tensor) -> None:
