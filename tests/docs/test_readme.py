@@ -20,6 +20,7 @@ from tests.support.readme import README, blocks
 CONDITIONS = {
     "",
     "takes minutes",
+    "takes hours",
     "needs a network",
     "needs a GPU",
     "needs GPUs",
