@@ -137,6 +137,7 @@ class DictionaryView(SignalView):
     ) -> tuple[Float[Tensor, "*batch S"], Float[Tensor, "S d_model"]]:
         return self.encode(stream), self.basis
 
+    @torch.no_grad()
     def error_share(self, stream: Float[Tensor, "*batch d_model"] | None = None) -> float:
         """Σ‖y - ŷ‖² / Σ‖y - ȳ‖², the share of the variance that features and constant leave out.
 
