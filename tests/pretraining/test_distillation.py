@@ -307,6 +307,7 @@ def test_two_processes_train_the_student_of_one(write_student: Callable[..., Pat
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_compiled_student_is_close(write_student: Callable[..., Path], tmp_path: Path) -> None:
     runs: list[Path] = []
     for compile in (False, True):
