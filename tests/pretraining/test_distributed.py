@@ -66,7 +66,9 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def config(name: str, optimizer: str, rest: str = "adamw", **run: Any) -> Path:
         run = RUN | {"out": str(folder / name)} | run
-        updates = {"name": optimizer, "rest": rest, "freeze_norms": rest != "adamw"}
+        updates: dict[str, Any] = {"name": optimizer, "rest": rest}
+        if rest != "adamw":
+            updates |= {"freeze_norms": True, "matrix_dtype": "float32"}
         return write_toml(folder / f"{name}.toml", tables, optimizer=updates, run=run)
 
     for optimizer in OPTIMIZERS:
