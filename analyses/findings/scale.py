@@ -118,8 +118,8 @@ def answer(runs: pd.DataFrame, params: dict[str, object], notes: list[str], resa
                      "floor": law.floor, "low": law.interval.low, "high": law.interval.high, "df": law.df,
                      "bootstrap_low": law.bootstrap.low, "bootstrap_high": law.bootstrap.high})  # fmt: skip
     predictions = _predictions(curves)
-    for row in predictions.itertuples():
-        findings[f"gap_at_{row.model}"] = Finding(row.gap, (row.gap_low, row.gap_high))
+    for row in predictions.to_dict("records"):
+        findings[f"gap_at_{row['model']}"] = Finding(row["gap"], (row["gap_low"], row["gap_high"]))
     if wide := predictions.loc[predictions["too_wide"], "model"].tolist():
         notes = [*notes, f"too wide to tell, by more than {WIDE} nats: the gap of {', '.join(wide)}"]
     if gaps["size"].nunique() < FEWEST_FOR_FLOOR:
