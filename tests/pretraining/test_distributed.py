@@ -26,16 +26,14 @@ OPTIMIZERS = ("adamw", "muon")
 # What updates tables and vectors, and a way to share it out that knows of it; norms do not learn.
 REST = (("zero1", "adam_rows"), ("zero1", "sgd"), ("fsdp", "sgd"), ("fsdp", "muon"))
 STEPS = 12
-# Of losses, and of weights and moments relative to their norms. Muon iterates in bfloat16 and brings singular values
-# up to 1 however small they are: a gradient's rounding error can turn a whole direction of a step.
-LOSSES = {"adamw": 1e-5, "muon": 1e-3}
-STATE = {"adamw": 3e-5, "muon": 0.1}
+# Of losses, and of weights and moments relative to their norms.
+LOSSES, STATE = 1e-5, 3e-5
 RUN: dict[str, Any] = {"steps": STEPS, "accumulation": 2, "keep_checkpoints": 9}
 
 
-def same_run(ours: Path, expected: Path, optimizer: str, looser: float = 1) -> None:
+def same_run(ours: Path, expected: Path, looser: float = 1) -> None:
     """The same losses and gradient norms step by step, and the same weights and moments at the end."""
-    losses, states = (looser * tolerance[optimizer] for tolerance in (LOSSES, STATE))
+    losses, states = looser * LOSSES, looser * STATE
     records, expected_records = measured(ours), measured(expected)
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     for record, other in zip(records, expected_records, strict=True):
@@ -66,9 +64,10 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def config(name: str, optimizer: str, rest: str = "adamw", **run: Any) -> Path:
         run = RUN | {"out": str(folder / name)} | run
-        updates: dict[str, Any] = {"name": optimizer, "rest": rest}
-        if rest != "adamw":
-            updates |= {"freeze_norms": True, "matrix_dtype": "float32"}
+        updates: dict[str, Any] = {"name": optimizer, "rest": rest, "freeze_norms": rest != "adamw"}
+        # Gradients summed in another order differ in their last bit. Where that moves a product across a rounding
+        # boundary of bfloat16, Muon's step differs by a part in 256, whatever is shared out; in float32 it does not.
+        updates["matrix_dtype"] = "float32"
         return write_toml(folder / f"{name}.toml", tables, optimizer=updates, run=run)
 
     for optimizer in OPTIMIZERS:
@@ -90,13 +89,13 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_equal_one_with_the_whole_batch(runs: Path, sharding: str, optimizer: str) -> None:
-    same_run(runs / f"{sharding}-{optimizer}", runs / f"one-{optimizer}", optimizer)
+    same_run(runs / f"{sharding}-{optimizer}", runs / f"one-{optimizer}")
     assert load_model(runs / f"{sharding}-{optimizer}").cfg == load_config(runs / "one-adamw.toml").model
 
 
 @pytest.mark.parametrize(("sharding", "rest"), REST)
 def test_two_processes_share_what_the_rest_is_updated_by(runs: Path, sharding: str, rest: str) -> None:
-    same_run(runs / f"{sharding}-rest-{rest}", runs / f"one-rest-{rest}", "muon" if rest == "muon" else "adamw")
+    same_run(runs / f"{sharding}-rest-{rest}", runs / f"one-rest-{rest}")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -106,7 +105,7 @@ def test_owning_a_share_of_the_optimiser_changes_no_bit(runs: Path, optimizer: s
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_run_goes_on_with_more_processes(runs: Path, sharding: str) -> None:
-    same_run(runs / f"more-{sharding}", runs / "one-adamw", "adamw")
+    same_run(runs / f"more-{sharding}", runs / "one-adamw")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -114,7 +113,7 @@ def test_a_run_goes_on_with_more_processes(runs: Path, sharding: str) -> None:
 def test_a_run_goes_on_with_fewer_processes(runs: Path, tmp_path: Path, sharding: str, optimizer: str) -> None:
     fewer = begun(runs / f"{sharding}-{optimizer}", tmp_path / "fewer")
     train(with_out(load_config(runs / f"{sharding}-{optimizer}.toml"), fewer), resume=True)
-    same_run(fewer, runs / f"one-{optimizer}", optimizer)
+    same_run(fewer, runs / f"one-{optimizer}")
 
 
 def test_slices_in_bfloat16_are_close_to_autocast(runs: Path) -> None:
@@ -151,7 +150,7 @@ def goes_on(cfg: TrainConfig, tmp_path: Path) -> None:
     """What was left behind is enough to finish the run as if nothing had happened."""
     train(cfg, resume=True)
     train(with_out(cfg, tmp_path / "uninterrupted"))
-    same_run(Path(cfg.run.out), tmp_path / "uninterrupted", "adamw")
+    same_run(Path(cfg.run.out), tmp_path / "uninterrupted")
 
 
 def failed(config: Path, how: str) -> str:
@@ -210,4 +209,4 @@ def test_compiled(write: Callable[..., Path], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     train(with_out(load_config(write(optimizer={"name": "adamw"}, run=RUN)), tmp_path / "one"))
     for sharding in SHARDINGS:
-        same_run(tmp_path / sharding, tmp_path / "one", "adamw", looser=10)
+        same_run(tmp_path / sharding, tmp_path / "one", looser=10)
