@@ -29,14 +29,8 @@ class HookPoint(hook_points.HookPoint):
     def remove_hooks(
         self, dir: Literal["fwd", "bwd", "both"] = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
-        for way, handles in (("fwd", self.fwd_hooks), ("bwd", self.bwd_hooks)):
-            if handles and dir in (way, "both"):
-                gone = [
-                    x for x in handles if including_permanent >= x.is_permanent and level in (None, x.context_level)
-                ]
-                for handle in gone:
-                    handle.hook.remove()
-                handles[:] = [handle for handle in handles if handle not in gone]
+        if self.fwd_hooks or self.bwd_hooks or dir not in ("fwd", "bwd", "both"):
+            super().remove_hooks(dir, including_permanent, level)
 
 
 def is_hooked(*points: HookPoint) -> bool:

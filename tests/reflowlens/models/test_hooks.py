@@ -377,5 +377,7 @@ def test_a_point_passes_on_at_once_and_hooks_of_every_kind_still_fire(tiny_model
         point(x)
         assert fired == left
     assert len(point.bwd_hooks) == 1
+    with pytest.raises(ValueError, match="Invalid direction"):
+        point.remove_hooks("forward")  # type: ignore[arg-type] # as TransformerLens's own
     point.remove_hooks("both")
     assert point(x) is x
