@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analyses.measures.lens import top_tokens
 from analyses.result.finding import Finding
 from analyses.statistics.intervals import bootstrap_interval
 from reflowlens.dictionary_view import DictionaryView
@@ -27,8 +28,7 @@ def logit_error(view: SignalView, final: Float[Tensor, "prompt d_model"], seed: 
     """``error_share`` and ``constant_share`` of predictions in a dictionary's features; nothing of an exact view."""
     if not view.n_carried:
         return {}
-    targets = view.logits(view.readout(final)).argmax(dim=-1)
-    parts = view.contributions(final, targets)
+    parts = view.contributions(final, top_tokens(view, final))
     shares = (parts[:, view.n_signals :] / parts.sum(dim=-1, keepdim=True)).double().cpu().numpy()
     return {
         f"{name}_share": Finding(share.mean(), bootstrap_interval(share, seed=seed), definition=IN_LOGITS.format(name))
