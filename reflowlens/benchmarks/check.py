@@ -79,7 +79,10 @@ def read_ratios(path: str | Path) -> list[Ratio]:
         ReflowlensError: there is no such file, or it is none.
     """
     try:
-        return [Ratio(**row) for row in json.loads(Path(path).read_text(encoding="utf8"))]
+        ratios = [Ratio(**row) for row in json.loads(Path(path).read_text(encoding="utf8"))]
+        if not all(each.ratio > 0 and 0 < each.tolerance < 1 for each in ratios):
+            raise ValueError("nothing could fall below such a ratio, or everything would")
+        return ratios
     except FileNotFoundError as error:
         raise ReflowlensError(f"no stored ratios {path}: `reflowlens bench check --write` stores them") from error
     except (OSError, ValueError, TypeError) as error:
@@ -94,7 +97,7 @@ def write_ratios(path: str | Path, found: Iterable[tuple[str, str, float]], befo
     ratios = [each for each in kept if each.benchmark not in renewed]
     here = machine()
     for benchmark, row, ratio in rows:
-        ratios.append(Ratio(benchmark, row, round(ratio, 3), tolerances.get((benchmark, row), TOLERANCE), here))
+        ratios.append(Ratio(benchmark, row, float(f"{ratio:.5g}"), tolerances.get((benchmark, row), TOLERANCE), here))
     text = ",\n".join(json.dumps(asdict(each), ensure_ascii=False) for each in ratios)
     with replacing(path) as unfinished:
         unfinished.write_text(f"[\n{text}\n]\n", encoding="utf8")

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from reflowlens.cli.arguments import Commands, add_command, add_device
+from reflowlens.errors import ReflowlensError
 
 if TYPE_CHECKING:
     from reflowlens.benchmarks.train import TrainComparison
@@ -80,6 +81,8 @@ def _check(options: argparse.Namespace) -> int:
 
     path = options.against or check.STORED
     stored = check.read_ratios(path) if not options.write or os.path.exists(path) else []
+    if not options.write and not {each.benchmark for each in stored} & {*options.of}:
+        raise ReflowlensError(f"no stored ratios of these in {path}: `reflowlens bench check --write` stores them")
     print(machine(), flush=True)
     found = []
     for name, row, ratio in check.measured(options.of):
@@ -93,7 +96,9 @@ def _check(options: argparse.Namespace) -> int:
     elsewhere = sorted({each.machine for each in stored} - {machine()})
     if elsewhere:
         print(f"stored ratios were measured on {'; '.join(elsewhere)}")
-    print(wrong.to_string(index=False) if len(wrong) else "no ratio fell by more than its tolerance")
+    new = int((table["what"] == "new").sum())
+    told = f"no ratio fell by more than its tolerance: {len(table) - new} compared, {new} not stored"
+    print(wrong.to_string(index=False) if len(wrong) else told)
     return int(len(wrong) > 0)
 
 

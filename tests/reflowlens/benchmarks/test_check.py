@@ -27,6 +27,12 @@ def test_what_fell(found: float | None, what: str) -> None:
     assert row["lowest"] == pytest.approx(8.0)
 
 
+def test_small_ratios_are_stored_as_they_are(tmp_path) -> None:
+    path = tmp_path / "ratios.json"
+    write_ratios(path, [("sweep", "heads", 0.00041)], [])
+    assert [each.ratio for each in read_ratios(path)] == [0.00041]
+
+
 def test_a_new_row_did_not_fall() -> None:
     table = compared([], [("sweep", "heads", 0.1)], ["sweep"])
     assert table["what"].tolist() == ["new"]
@@ -43,7 +49,14 @@ def test_written_ratios_keep_their_tolerances_and_other_benchmarks(tmp_path) -> 
     ]
 
 
-@pytest.mark.parametrize("text", [None, "[", "[1]", '[{"row": "heads"}]'])
+_RATIO = '[{"benchmark": "sweep", "row": "heads", "ratio": %s, "tolerance": %s, "machine": ""}]'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "[", "[1]", '[{"row": "heads"}]']
+    + [_RATIO % given for given in (('"2"', "0.2"), ("NaN", "0.2"), ("0", "0.2"), ("2", "1"), ("2", "null"))],
+)
 def test_a_file_without_ratios(tmp_path, text: str | None) -> None:
     path = tmp_path / "ratios.json"
     if text is not None:
@@ -69,9 +82,11 @@ def test_the_command_says_what_fell(monkeypatch, capsys, tmp_path) -> None:
     path = str(tmp_path / "ratios.json")
     command = ["bench", "check", "--against", path, "--of", "sweep"]
     assert main(command) == 2  # an error: nothing is stored
+    write_ratios(path, [("hooks", "forward", 1.0)], [])
+    assert main(command) == 2  # so where only others are
     assert main([*command, "--write"]) == 0
     assert main(command) == 0
-    assert "no ratio fell" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[-1].endswith("its tolerance: 1 compared, 0 not stored")
     ratio = 5.0
     assert main(command) == 1
     assert "heads, nano" in capsys.readouterr().out.splitlines()[-1]
