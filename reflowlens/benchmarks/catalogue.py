@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from reflowlens.benchmarks.collection import bench_collection
 from reflowlens.benchmarks.decode import bench_decode
 from reflowlens.benchmarks.dictionary import bench_dictionary
 from reflowlens.benchmarks.generate import bench_generate
 from reflowlens.benchmarks.graph import COPIES, TUNED, bench_graph
 from reflowlens.benchmarks.hooks import bench_hooks
+from reflowlens.benchmarks.load import LLAMA_135M, bench_load
 from reflowlens.benchmarks.machine import machine
 from reflowlens.benchmarks.score import bench_score
 from reflowlens.benchmarks.steps import OURS, TrainBench
@@ -72,6 +75,12 @@ BENCHMARKS = {
         bench_score,
         partial(bench_score, rounds=3),
         ("tokens", "ours_tokens_per_s", "bare_tokens_per_s", "ratio", "difference"),
+    ),
+    "collection": Benchmark(bench_collection, partial(bench_collection, batches=2, rounds=3)),
+    "load": Benchmark(
+        bench_load,
+        partial(bench_load, dataclasses.replace(LLAMA_135M, n_layers=6)),
+        ("seconds", "peak_mb", "weights_mb", "ratio"),
     ),
     "train": Benchmark(
         partial(_train, steps=10),

@@ -12,16 +12,8 @@ from reflowlens.errors import ReflowlensError
 if TYPE_CHECKING:
     from reflowlens.benchmarks.train import TrainComparison
 
-_NAMES = [
-    "hooks",
-    "decode",
-    "generate",
-    "sweep",
-    "score",
-    "train",
-    "dictionary",
-    "graph",
-]  # BENCHMARKS, which take long to import
+# BENCHMARKS, which take long to import
+_NAMES = ["hooks", "decode", "generate", "sweep", "score", "collection", "load", "train", "dictionary", "graph"]
 
 
 def add_commands(commands: Commands) -> None:

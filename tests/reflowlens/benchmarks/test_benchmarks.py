@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from functools import partial
 
@@ -13,6 +14,7 @@ import torch
 from reflowlens.benchmarks import (
     BENCHMARKS,
     TrainBench,
+    bench_collection,
     bench_generate,
     bench_hooks,
     bench_score,
@@ -21,6 +23,7 @@ from reflowlens.benchmarks import (
     machine,
 )
 from reflowlens.benchmarks import train as train_module
+from reflowlens.benchmarks.load import print_costs
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
 from reflowlens.benchmarks.sweep import make_case
@@ -28,6 +31,7 @@ from reflowlens.benchmarks.table import lines
 from reflowlens.benchmarks.timing import alternate, comparison, ratio
 from reflowlens.benchmarks.train import measured_peak
 from reflowlens.benchmarks.variants import NANO, forming, without_hook_points
+from reflowlens.checkpoints import load_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import training_flops_per_token
@@ -263,3 +267,16 @@ def test_both_libraries_generate_the_same_tokens(monkeypatch):
     monkeypatch.setattr("reflowlens.benchmarks.generate._theirs", lambda model, prompts, n: prompts[:, :1])
     with pytest.raises(ReflowlensError, match="other tokens in 2 of 2 rows"):
         next(bench_generate((2,), new_tokens=3, rounds=1, model=model))
+
+
+def test_what_is_collected_and_evaluated_is_that_of_bare_passes():
+    rows = list(bench_collection(tiny_config("reflow", n_ctx=12), batch=2, batches=2, rounds=1))
+    assert [row["of"].split(",")[0] for row in rows] == ["collect"] * 3 + ["evaluate"]
+    assert max(rows[0]["difference"], rows[3]["difference"]) < 1e-5
+
+
+def test_the_cost_of_opening_a_model_is_printed(capsys):
+    print_costs("reflow-nano")
+    costs = json.loads(capsys.readouterr().out)
+    assert costs["weights_mb"] == pytest.approx(4 * load_model("reflow-nano").n_parameters / 1e6)
+    assert costs["seconds"] > 0
