@@ -155,8 +155,10 @@ class DictionaryView(SignalView):
 
     def of_tokens(self, n: int) -> DictionaryView:
         bias = None if self.bias is None else self.bias[:n]
-        cut = {"recipe": self.recipe[:n], "vectors": self.vectors[:n], "unembedding": self.unembedding[:n]}
-        return dataclasses.replace(self, bias=bias, **cut)
+        unembedding = self.unembedding[:n]
+        return dataclasses.replace(
+            self, bias=bias, recipe=self.recipe[:n], vectors=self.vectors[:n], unembedding=unembedding
+        )
 
     def with_recipe(self, recipe: Float[Tensor, "d_vocab S"]) -> DictionaryView:
         """Its vectors are what this recipe and the constant write: a recipe with nothing in it has no error either."""

@@ -147,9 +147,9 @@ def _gaps_of(model: HookedModel, run: TrainedRun, *, quick: bool) -> Mapping[str
     views = {_OWN: own, "axes": signal_view(model, "identity")} if own.name == "native" else {"axes": own}
     rotations = QUICK_ROTATIONS if quick else ROTATIONS
     return {
-        f"{name}_{row.measure}": float(row.gap)
+        f"{name}_{row['measure']}": float(row["gap"])
         for name, view in views.items()
-        for row in privilege(view, streams, rotations=rotations).itertuples()
+        for row in privilege(view, streams, rotations=rotations).to_dict("records")
     }
 
 

@@ -52,7 +52,8 @@ def contrast(values: ArrayLike, smallest: float = 0.0) -> Contrast:
     """
     each = np.asarray(values, dtype=float)
     if len(each) < 2:
-        return Contrast(float(each.sum()) if len(each) else math.nan, *[math.nan] * 3, len(each), smallest)
+        only = float(each.sum()) if len(each) else math.nan
+        return Contrast(only, math.nan, math.nan, math.nan, len(each), smallest)
     (low, high), p = t_interval(each - smallest)
     return Contrast(float(each.mean()), low + smallest, high + smallest, p, len(each), smallest)
 

@@ -295,17 +295,17 @@ def _findings(differences: pd.DataFrame, trained: Sequence[str], documents: int)
     """Own minus trained; beside it what an untrained code in the own one's place would lead by."""
     found = {}
     judged = differences[differences["trained"]] if trained else differences[differences["against"] == "rotated"]
-    for row in judged[judged["low"].notna()].itertuples():
-        same = differences[(differences["place"] == row.place) & (differences["measure"] == row.measure)]
-        leads = {str(other.against): row.difference - other.difference for other in same.itertuples()}
+    for row in judged[judged["low"].notna()].to_dict("records"):
+        place, measure, against = (str(row[name]) for name in ("place", "measure", "against"))
+        same = differences[(differences["place"] == place) & (differences["measure"] == measure)]
+        leads = {str(other["against"]): row["difference"] - other["difference"] for other in same.to_dict("records")}
         controls = {f"{name} instead": lead for name, lead in leads.items() if name in ("varimax", "rotated", "svd")}
-        name = f"{row.measure}_{row.place}_against_{row.against}".replace(" ", "_")
-        found[name] = Finding(
-            row.difference,
-            (row.low, row.high),
+        found[f"{measure}_{place}_against_{against}".replace(" ", "_")] = Finding(
+            row["difference"],
+            (row["low"], row["high"]),
             controls,
-            better_verdict(str(row.answer), documents),
-            definition=f"own code minus {row.against}: {DEFINITIONS[str(row.measure)]}",
+            better_verdict(str(row["answer"]), documents),
+            definition=f"own code minus {against}: {DEFINITIONS[measure]}",
         )
     return found
 

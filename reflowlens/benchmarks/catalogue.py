@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from reflowlens.benchmarks.collection import bench_collection
 from reflowlens.benchmarks.decode import bench_decode
@@ -56,7 +57,7 @@ class Benchmark:
                     yield of if column == "ratio" else f"{of}: {column}", row[column]
 
 
-def _train(steps: int, **changes: int) -> Iterator[Row]:
+def _train(steps: int, **changes: Any) -> Iterator[Row]:
     frame = bench_train(TrainBench.named(**changes), steps=steps).frame.dropna(subset="ratio")
     yield from frame[frame["variant"] != OURS].to_dict("records")  # type: ignore[misc] # columns are texts
 

@@ -43,20 +43,20 @@ def bench_generate(
     """
     model = model or load_model("reflow-nano")
     shape = dataclasses.replace(
-        model.cfg, architecture="gpt2_new", n_signals=None, topk=None, basis_init="gpt2", model_name=None
+        model.cfg, architecture="gpt2_new", n_signals=None, topk=None, basis_init="gpt2", model_name=""
     )
     one_matrix, exported = build_model(shape), _in_transformers(model)
     for batch in batches:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(model.cfg.d_vocab // 2, (batch, _PROMPT), generator=generator)
-        calls = [partial(_ours, each, prompts, new_tokens) for each in (model, one_matrix)]
+        ours, unfactored = (partial(_ours, each, prompts, new_tokens) for each in (model, one_matrix))
         theirs = partial(_theirs, exported, prompts, new_tokens)
-        same = calls[0]() == theirs()
+        same = ours() == theirs()
         if not same.all():
             raise ReflowlensError(f"transformers generates other tokens in {int((~same).any(1).sum())} of {batch} rows")
         what = f"{new_tokens} tokens, batch {batch}, {model.cfg.model_name or model.cfg.architecture}"
-        yield comparison(f"transformers' generate, {what}", calls[0], theirs, rounds)
-        yield comparison(f"GPT-2-New of equal shape, {what}", *calls, rounds)
+        yield comparison(f"transformers' generate, {what}", ours, theirs, rounds)
+        yield comparison(f"GPT-2-New of equal shape, {what}", ours, unfactored, rounds)
 
 
 def _ours(model: HookedModel, prompts: Int[Tensor, "batch pos"], n: int) -> Tensor:

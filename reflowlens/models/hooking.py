@@ -12,8 +12,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import remove_batch_dim as drop_batch_dim
 from transformer_lens.utilities.slice import Slice
+from transformer_lens.utilities.tensors import remove_batch_dim as drop_batch_dim
 
 from reflowlens.config import nearest
 from reflowlens.errors import ReflowlensError

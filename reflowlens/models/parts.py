@@ -33,7 +33,7 @@ class HookPoint(hook_points.HookPoint):
             super().remove_hooks(dir, including_permanent, level)
 
 
-def is_hooked(*points: HookPoint) -> bool:
+def is_hooked(*points: hook_points.HookPoint) -> bool:
     """Whether anything is attached to one of the points."""
     for point in points:  # noqa: SIM110 # a generator takes longer than what it asks
         if point.fwd_hooks or point.bwd_hooks:
