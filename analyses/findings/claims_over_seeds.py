@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -166,7 +167,9 @@ def _judged(table: pd.DataFrame, seeds: Sequence[str], models: Sequence[str]) ->
     run has none."""
     on_seeds = table[table["is_seed"] & (table["verdict"].fillna("") != "")]
     seen = dict.fromkeys(zip(on_seeds["experiment"], on_seeds["metric"], strict=True))
-    known = {(row["experiment"], row["metric"], row["run"]): row for row in table.to_dict("records")}
+    known: dict[tuple[str, str, str], dict[Any, Any]] = {
+        (row["experiment"], row["metric"], row["run"]): row for row in table.to_dict("records")
+    }
     rows = []
     for experiment, metric in sorted(seen, key=lambda place: list(CLAIMS).index(place[0])):
         for run in [*seeds, *models]:
@@ -185,7 +188,7 @@ def _judged(table: pd.DataFrame, seeds: Sequence[str], models: Sequence[str]) ->
     return pd.DataFrame(rows)
 
 
-def _margin(experiment: str, metric: str, row: Mapping[str, float]) -> float:
+def _margin(experiment: str, metric: str, row: Mapping[Any, Any]) -> float:
     """How far a value lies beyond what its claim asks for; NaN without a claim in the table, or a control."""
     claim = claim_of(experiment, metric)
     if claim is None or "value" not in row:

@@ -144,8 +144,8 @@ def head_ablation(
     order = derive_rng(seed, "head_ablation", "halves").permutation(len(chosen))
     found_on, held_out = order[: len(order) // 2].tolist(), order[len(order) // 2 :].tolist()
     strongest = int(ablated.real[:, found_on].mean(dim=1).argmin())
-    at_strongest = [values[strongest, held_out] for values in (ablated, random)]
-    own = _findings(*at_strongest, findings["logit_diff"].value, seed)
+    at_strongest, beside = (values[strongest, held_out] for values in (ablated, random))
+    own = _findings(at_strongest, beside, findings["logit_diff"].value, seed)
     notes.append(
         f"largest_drop is of {named['component'][strongest]}: chosen on {len(found_on)} prompts, judged on "
         f"{len(held_out)} others"
@@ -155,10 +155,7 @@ def head_ablation(
         "effects": _long(named, ablated),
         **group_frames(
             chosen,
-            {
-                name: numbers(-values.real)
-                for name, values in zip(("largest_drop", "random_direction"), at_strongest, strict=True)
-            },
+            {"largest_drop": numbers(-at_strongest.real), "random_direction": numbers(-beside.real)},
             seed,
             rows=held_out,
         ),

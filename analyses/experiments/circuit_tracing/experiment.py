@@ -280,7 +280,7 @@ def _some(items: Sequence[str], n: int) -> list[str]:
 
 def _untrained_graphs(
     model: HookedModel, prompts: Sequence[str], seed: int, *, with_scores: bool
-) -> list[tuple[Paths, Mapping[str, float]]]:
+) -> list[tuple[Paths, dict[str, float]]]:
     """Paths and scores of each prompt's graph in the untrained model, which is then let go."""
     untrained = untrained_model(model, seed)
     graphs = (graph_of(untrained, None, prompt) for prompt in prompts)
@@ -291,7 +291,7 @@ def _untrained_graphs(
 
 
 def _traced(
-    writers: Writers, prompt: str, seed: int, number: int, untrained: tuple[Paths, Mapping[str, float]], validate: bool
+    writers: Writers, prompt: str, seed: int, number: int, untrained: tuple[Paths, dict[str, float]], validate: bool
 ) -> tuple[dict[str, object], dict[str, Paths]]:
     """What the graphs of one prompt say, a row of numbers, and how influence is shared out among paths."""
     model, graph = writers.model, graph_of(writers.model, writers.dictionary, prompt)

@@ -163,8 +163,8 @@ def emotion_surgery(
         steered_there = [fresh.steer(place.layer, place.strength, direction) for place in places]
         return steered_there, _heldout_probability(fresh)
 
-    ((outcomes, at_start),) = over_untrained(untrained, chosen, seed, "emotion_surgery", quick=quick).values()
-    for place, outcome in zip(places, outcomes, strict=True):
+    ((steered_fresh, at_start),) = over_untrained(untrained, chosen, seed, "emotion_surgery", quick=quick).values()
+    for place, outcome in zip(places, steered_fresh, strict=True):
         place.outcomes["untrained"] = outcome
     at_layers = layers_frame(places, seed)
     best = places[int(at_layers.query("series == 'sentiment'")["flip_rate"].to_numpy().argmax())]

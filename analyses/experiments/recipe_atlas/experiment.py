@@ -61,7 +61,7 @@ from analyses.words.lexicon import Lexicon, load_lexicon
 from analyses.words.tokens import LabelledWords, frequency_matched, labelled_words
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import AnyView, view_of
+from reflowlens.signals import AnyView, SignalView, view_of
 
 OVERLAP_PROBES = 200
 PERMUTATIONS = 999

@@ -39,7 +39,7 @@ from analyses.statistics.intervals import Interval, bootstrap_interval
 from analyses.statistics.resampling import percentile_interval, resampled_means
 from analyses.words.lexicon import Lexicon, load_lexicon
 from reflowlens.models.base import HookedModel
-from reflowlens.signals import AnyView, view_of
+from reflowlens.signals import AnyView, SignalView, view_of
 
 MINIMUM_UNITS = 20
 PUBLISHED = {"active_signals": 116.6, "active_share": 0.1138, "usage_gini": 0.085}
