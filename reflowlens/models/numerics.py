@@ -29,25 +29,6 @@ def all_finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors))
 
 
-def read_off(
-    features: Float[Tensor, "*batch k"], matrix: Float[Tensor, "d_vocab k"]
-) -> Float[Tensor, "*batch d_vocab"]:
-    """``features @ matrix.T``; of one row, as each step of decoding has it, by two halves of the matrix at once.
-
-    On CPUs the product of a matrix and one vector is left to a routine that reads memory at a third of the speed at
-    which the product of several matrices reads it.
-    """
-    (n, k), one = matrix.shape, features.numel() == matrix.shape[1]
-    on_cpu = features.device.type == "cpu" and features.dtype == matrix.dtype == torch.float32
-    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if not (one and on_cpu and matrix.is_contiguous()) or watched:
-        return features @ matrix.T
-    even = n - n % 2
-    halves = torch.bmm(matrix[:even].view(2, even // 2, k), features.view(1, k, 1).expand(2, k, 1)).flatten()
-    logits = halves if even == n else torch.cat([halves, matrix[even:] @ features.view(k)])
-    return logits.view(*features.shape[:-1], n)
-
-
 def weighted_sum(
     weights: Float[Tensor, "*batch query key"], values: Float[Tensor, "*#batch key feature"]
 ) -> Float[Tensor, "*batch query feature"]:

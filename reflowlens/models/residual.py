@@ -18,7 +18,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.checked_pass import Pass, ReturnType, as_segments, checked_pass
 from reflowlens.models.loss import IGNORE, capped, cross_entropy, token_losses
-from reflowlens.models.numerics import dense, read_off, wide
+from reflowlens.models.numerics import dense, wide
 from reflowlens.models.parts import HookPoint, is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
@@ -40,7 +40,7 @@ class Readout(NamedTuple):
     cap: float | None = None
 
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        return capped(plus(read_off(self.features, self.matrix), self.bias), self.cap)
+        return capped(plus(self.features @ self.matrix.T, self.bias), self.cap)
 
     def logits_of(self, tokens: Int[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos n"]:
         """Those of a few tokens, which cost a few rows of the matrix."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reflowlens.models.loss import IGNORE, cross_entropy, token_losses
-from reflowlens.models.numerics import read_off
 from tests.support.tiny import assert_close, random_model, random_tokens, tiny_config
 
 
@@ -151,15 +150,3 @@ def test_a_model_that_learns_holds_neither_logits_nor_embedding() -> None:
     with LargestOutput() as seen:
         model(tokens, "loss").backward()
     assert seen.numel == 1024 * 512
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 8])
-@pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (1, 3)])
-def test_logits_are_the_product_however_few_rows_and_tokens(n, shape):
-    generator = torch.Generator().manual_seed(n)
-    features, matrix = (torch.randn(*size, 5, generator=generator) for size in (shape, (n,)))
-    expected = features.double() @ matrix.double().T
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            for W in (matrix, matrix.T.contiguous().T, matrix.clone().requires_grad_(grad)):
-                assert_close(read_off(features, W), expected.float(), 1e-6)
