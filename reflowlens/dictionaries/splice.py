@@ -38,6 +38,7 @@ from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+from transformer_lens import hook_points
 
 from reflowlens.arguments import integer
 from reflowlens.dictionaries.belonging import check_belongs, check_device
@@ -133,11 +134,11 @@ class Splice:
                 point.train(self.model.training)
                 self.model.hook_dict[name] = self.model.mod_dict[name] = point
                 setattr(self.model.blocks[layer.block], name.rsplit(".", 1)[-1], point)
-            for point in self._own_points(layer):
-                written = layer.writes and point.name == layer.write
-                read = point.name == layer.read
-                point.__class__ = ReadWritePoint if read and written else ReadPoint if read else WritePoint
-                point.__dict__["spliced"] = layer
+            for heard in self._own_points(layer):
+                written = layer.writes and heard.name == layer.write
+                read = heard.name == layer.read
+                heard.__class__ = ReadWritePoint if read and written else ReadPoint if read else WritePoint
+                heard.__dict__["spliced"] = layer
 
     def detach(self) -> None:
         """Undo :meth:`attach`."""
@@ -167,7 +168,7 @@ class Splice:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return [digest.hexdigest(), self.error, [layer.block for layer in self.layers if layer.writes]]
 
-    def _own_points(self, layer: SplicedLayer) -> list[HookPoint]:
+    def _own_points(self, layer: SplicedLayer) -> list[hook_points.HookPoint]:
         """The model's points at which a layer listens."""
         return [self.model.hook_dict[name] for name in {layer.read, *([layer.write] if layer.writes else [])}]
 
