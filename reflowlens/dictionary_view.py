@@ -24,13 +24,14 @@ else, has recipes all the same: ``readout`` refuses.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.arguments import integer
@@ -95,7 +96,7 @@ class DictionaryView(SignalView):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch S"]:
         """The features' activations, turned if the view is."""
-        a = self.layer.encode(x.to(self.layer.W_enc.dtype)).to(self.basis.dtype)
+        a = self.layer.encode(x.to(self.basis.dtype))
         return a if self.turn is None else a @ self.turn
 
     @torch.no_grad()
@@ -121,14 +122,14 @@ class DictionaryView(SignalView):
     ) -> Float[Tensor, "*part batch S_carried"]:
         """As :meth:`SignalView.readout_of_part`, with the features that are active in the streams ``at`` held so."""
         part = part.to(self.basis.dtype)
-        features = (part @ self.layer.W_enc.T) * (self.layer.encode(at) > 0) / scale
+        features = (part @ self.layer.W_enc.T) * self._active(at) / scale
         features = features if self.turn is None else features @ self.turn
         return self._with_rest(features, torch.zeros_like(part[..., :1]), self.normed(part, scale))
 
     def readout_of_bias(
         self, scale: Float[Tensor, "batch 1"], at: Float[Tensor, "batch d_model"]
     ) -> Float[Tensor, "#batch S_carried"]:
-        features = self.layer.b_enc * (self.layer.encode(at) > 0) / scale
+        features = self.layer.b_enc * self._active(at) / scale
         features = features if self.turn is None else features @ self.turn
         return self._with_rest(features, 1 / scale, self.norm_bias().expand(len(scale), -1))
 
@@ -185,6 +186,9 @@ class DictionaryView(SignalView):
         known = self.n_signals + 1
         return torch.cat([contributions[..., :known], contributions[..., known:].sum(-1, keepdim=True)], dim=-1)
 
+    def _active(self, at: Float[Tensor, "batch d_model"]) -> Bool[Tensor, "batch S"]:
+        return self.layer.encode(at.to(self.basis.dtype)) > 0
+
     def _with_rest(
         self, features: Float[Tensor, "*batch S"], constant: Float[Tensor, "*batch 1"], whole: Float[Tensor, "*batch d"]
     ) -> Float[Tensor, "*batch S_carried"]:
@@ -233,12 +237,14 @@ def dictionary_view(
             f"{model.cfg.d_model}: a view needs one vector of this width a feature, and no more"
         )
     index = _index(dictionary, layer) if of_layer is None else of_layer
+    with without_autocast(model.ln_final.w):
+        embedding = wide(model.W_U.T.detach())
+    dictionary, dtype = _as_wide(dictionary, embedding.dtype)
+    embedding = embedding.to(dtype)
     own = dictionary.each_layer()[index]
     recipe, vectors = _alone(model, own, cfg.reads[index], cfg.writes[index])
-    basis = wide(own.W_dec[:, 0].detach())
-    with without_autocast(basis):
-        embedding = wide(model.W_U.T.detach())
-    bias = wide(model.b_U.detach()) if model.cfg.unembed_bias else None
+    basis = own.W_dec[:, 0].detach()
+    bias = model.b_U.detach().to(dtype) if model.cfg.unembed_bias else None
     found = DictionaryView(
         name,
         recipe,
@@ -252,8 +258,18 @@ def dictionary_view(
         vectors=vectors,
         unembedding=embedding,
     )
-    written = found.normed(torch.cat([basis, own.b_dec[None].to(basis.dtype)]), 1.0)
+    written = found.normed(torch.cat([basis, own.b_dec[None]]), 1.0)
     return dataclasses.replace(found, unembedding=torch.cat([embedding @ written.T, embedding], dim=1))
+
+
+def _as_wide(dictionary: Dictionary, at_least: torch.dtype) -> tuple[Dictionary, torch.dtype]:
+    """The dictionary in one type for all that a view computes, so that its parts add up, and the type: 32 bits or more.
+
+    It is copied where it has another: it stays as it is.
+    """
+    own = dictionary.each_layer()[0].W_dec
+    dtype = torch.promote_types(wide(own).dtype, at_least)
+    return dictionary if own.dtype == dtype else copy.deepcopy(dictionary).to(dtype), dtype
 
 
 def _index(dictionary: Dictionary, layer: Any) -> int:
@@ -286,4 +302,4 @@ def _alone(model: HookedModel, layer: DictionaryLayer, read: str, write: str) ->
         )
         recipe[tokens] = layer.encode(cache[read][:, 1].to(recipe.dtype))
         vectors[tokens] = cache[write][:, 1].to(vectors.dtype)
-    return _Alone(wide(recipe), wide(vectors))
+    return _Alone(recipe, vectors)

@@ -76,6 +76,26 @@ def test_the_readout_splits_into_the_parts_of_the_stream():
         assert_close(split, view.readout(x), 1e-4)
 
 
+BITS = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+
+
+@pytest.mark.parametrize(("of_model", "of_dictionary"), [(32, 16), (16, 32), (16, 16), (64, 32), (32, 64)])
+def test_types_that_differ_are_widened_and_parts_add_up(of_model, of_dictionary):
+    """Of a dictionary that was kept in 16 bits the parts are those of its numbers in 32; it stays as it was."""
+    model = random_model("gpt2_own_readout").to(BITS[of_model])
+    dictionary = dictionary_of(model, "sae", "jumprelu").to(BITS[of_dictionary])
+    view = signal_view(model, dictionary)
+    assert view.recipe.dtype == view.basis.dtype == view.logit_rows.dtype == BITS[max(32, of_model, of_dictionary)]
+    assert {each.dtype for each in dictionary.parameters()} == {BITS[of_dictionary]}
+    x = model.final_stream(PROMPT)[0]
+    wide = x.to(view.basis.dtype)
+    scale = ((wide - wide.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + model.ln_final.eps).sqrt()
+    parts = torch.stack([0.3 * wide, 0.7 * wide])
+    split = view.readout_of_part(parts, scale, x).sum(dim=0) + view.readout_of_bias(scale, x)
+    assert_close(split[:, : view.n_signals], view.readout(x)[:, : view.n_signals], 1e-5)
+    assert_close(view.logits(split), view.logits(view.readout(x)), 1e-5)
+
+
 def test_recipes_are_the_features_of_each_token_alone():
     model = random_model("reflow")
     dictionary = dictionary_of(model, "sae")
