@@ -54,7 +54,7 @@ class Resamples:
 def recovered(code: Code, held: Held, training_mean: Float[Tensor, " d"], k: int, over: Resamples) -> dict[str, Draws]:
     """``loss`` with k coordinates in the place and, of the loss that the place is worth, the share that they recover:
     (loss_0 - loss) / (loss_0 - loss of the model), loss_0 with nothing (``recovered_zero``) or the training mean
-    (``recovered_mean``) in the place; NaN where the place is worth nothing."""
+    (``recovered_mean``) in the place; NaN where the place is not surely worth anything (:func:`_share`)."""
     without = held.normed - held.places[code.place]
 
     def loss(normed: Tensor) -> Draws:
@@ -62,9 +62,19 @@ def recovered(code: Code, held: Held, training_mean: Float[Tensor, " d"], k: int
 
     own, said = loss(held.normed), loss(code.with_kept(held, k))
     zero, mean = loss(without), loss(without + training_mean)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = {"recovered_zero": (zero - said) / (zero - own), "recovered_mean": (mean - said) / (mean - own)}
-    return {"loss": said} | {name: np.where(np.isfinite(share), share, np.nan) for name, share in shares.items()}
+    return {
+        "loss": said,
+        "recovered_zero": _share(zero - said, zero - own),
+        "recovered_mean": _share(mean - said, mean - own),
+    }
+
+
+def _share(part: Draws, whole: Draws) -> Draws:
+    """part / whole of each draw; NaN where the whole is not above 0, and throughout where it is not so in 97.5% of the
+    draws: of what is worth nothing, or does harm, no share means anything, and its interval has no ends."""
+    known = whole > 0
+    sure = known[0] and np.quantile(whole, 0.025) > 0
+    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=known & sure)
 
 
 def probed(code: Code, held: Held, task: Task, k: int, over: Resamples, seed: int) -> dict[str, Draws]:

@@ -68,7 +68,8 @@ def scale(study: str | Path, *, quick: bool = True, progress: bool | None = None
     size, the gap and each family's loss with 95% prediction intervals, and whether they are too wide to tell); and
     figures `loss` and `gap`.
 
-    Raises ReflowlensError if no seed has both families at two sizes, or as `trained_runs` does.
+    Raises ReflowlensError if no seed has both families at two sizes, if two arms are of one size and family, or as
+    `trained_runs` does.
 
     Example: `scale("out/scale").frames["predictions"]`
     """
@@ -98,7 +99,12 @@ def _sizes(model: HookedModel, run: TrainedRun) -> dict[str, float]:
 
 def answer(runs: pd.DataFrame, params: dict[str, object], notes: list[str], resamples: int) -> Result:
     """The `Result` of a table of `sized_runs`."""
-    pairs = runs.pivot_table(index=["size", "seed"], columns="factored", values="loss").dropna()
+    if (twice := runs[runs.duplicated(["size", "seed", "factored"], keep=False)]["arm"].unique()).size:
+        raise ReflowlensError(
+            f"scale compares one reFlow with one other model of each size, and {', '.join(twice)} are as large as "
+            "another of their family"
+        )
+    pairs = runs.pivot(index=["size", "seed"], columns="factored", values="loss").dropna()
     if len(pairs.columns) < 2 or pairs.index.get_level_values("size").nunique() < 2 or len(pairs) < 3:
         raise ReflowlensError("scale needs reFlow and GPT-2-New of the same seeds at two sizes at least, three pairs")
     gaps = (pairs[True] - pairs[False]).rename("gap").reset_index()

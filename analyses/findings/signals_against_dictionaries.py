@@ -34,6 +34,7 @@ there, of a feature or a neuron 0: either is what the code says where nothing is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,12 @@ def signals_against_dictionaries(
     some = test.of(_prompts(test, size.removed * 5, seed))
     measured: dict[tuple[str, str], dict[str, Draws]] = {}
     probes: list[dict[str, object]] = []
-    for code in bar(codes, show=bool(progress), unit="code", desc="signals against dictionaries"):
+    for code in bar(
+        codes,
+        show=sys.stderr.isatty() if progress is None else progress,
+        unit="code",
+        desc="signals against dictionaries",
+    ):
         found = recovered(code, test, training.places[code.place].mean(dim=0), l0[code.place], over)
         for k in (1, 8):
             told = probed(code, held, task, k, over, derive_seed(seed, "probes", k))
@@ -316,7 +322,7 @@ def _notes(table: pd.DataFrame, differences: pd.DataFrame, own: str) -> list[str
         lone = ", ".join(dict.fromkeys(table.loc[table["stability"].isna(), "code"]))
         notes.append(f"stability over seeds is NaN of {lone}: there is one of a kind")
     if worthless := list(dict.fromkeys(table.loc[table["recovered_mean"].isna(), "place"])):
-        notes.append(f"recovered_mean is NaN in {', '.join(worthless)}: the training mean predicts as well")
+        notes.append(f"recovered_mean is NaN in {', '.join(worthless)}: the training mean may predict as well")
     for (place, against), rows in differences[differences["trained"]].groupby(["place", "against"], sort=False):
         said = ", ".join(f"{row.measure} {row.answer}" for row in rows.itertuples())
         notes.append(f"{place}, {own} against {against}: {said}")

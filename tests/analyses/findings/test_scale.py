@@ -134,6 +134,14 @@ def test_a_folder_of_runs_is_read(tmp_path: Path) -> None:
         scale(tmp_path)
 
 
+def test_two_arms_of_one_size_are_no_mean() -> None:
+    """As of a study that varies k, or a rate: none of them is *the* reFlow of that size."""
+    table = runs(power, lambda n: 0.05)
+    other = table[(table["factored"]) & (table["size"] == SIZES[0])].assign(arm="top_8", loss=9.0)
+    with pytest.raises(ReflowlensError, match="and reflow_800000, top_8 are as large as another of their family"):
+        answer(pd.concat([table, other], ignore_index=True), {}, [], 10)
+
+
 def test_sizes_leave_out_both_ends() -> None:
     for name in ("reflow", "gpt2_new", "llama_untied"):
         cfg = CONFIGS[name]

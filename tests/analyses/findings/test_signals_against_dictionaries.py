@@ -83,6 +83,15 @@ def test_features_that_are_there_recover_the_loss_and_rotated_ones_do_not(held):
     assert everything["recovered_zero"][0] == pytest.approx(1, abs=1e-5)
 
 
+def test_a_place_that_does_harm_has_no_share_of_what_it_is_worth(held):
+    """Without it the least likely tokens are predicted better: codes of it would "recover" all of a loss below 0."""
+    harmful = dataclasses.replace(held, target=held.logits(held.normed).argmin(dim=-1))
+    found = recovered(EXACT, harmful, held.places[STREAM].mean(dim=0), D, OVER)
+    assert np.isnan(found["recovered_mean"]).all()
+    assert np.isnan(found["recovered_zero"]).all()
+    assert np.isfinite(found["loss"]).all()
+
+
 def test_a_probe_on_one_coordinate_finds_the_feature_that_is_there(held, task):
     exact, rotated = (probed(code, held, task, 1, OVER, 0) for code in (EXACT, ROTATED))
     assert exact["auc"][0] == exact["accuracy"][0] == 1
@@ -158,7 +167,7 @@ def sparse_model() -> HookedModel:
         chosen = torch.rand(model.embed.W_recipe.shape, generator=generator).argsort(dim=1) < 4
         model.embed.W_recipe.copy_(chosen * (1 + torch.rand(chosen.shape, generator=generator)))
         model.embed.W_basis.copy_(torch.eye(32))
-        model.ln_final.w.fill_(1.0)
+        model.ln_final.w.fill_(0.4)  # as sure of itself as it is right
     return model
 
 
@@ -177,10 +186,11 @@ def autoencoder(axes: torch.Tensor, name: str) -> Dictionary:
 
 @pytest.fixture(scope="module")
 def asked():
-    texts = [f"\n\nKING {i}:\nHear, the queen of {i} towns.\n" for i in range(44)]
+    """Ends are tied, so that every byte speaks for itself: of text in which each comes eight times it is right."""
+    texts = ["".join(8 * c for c in f"\nKING {i}: Hear") for i in range(44)]
     dictionaries = [autoencoder(torch.eye(32), "exact"), autoencoder(random_rotation(32, 3), "spun")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Size, "of", classmethod(lambda cls, quick: cls(44, 24, 300, 12, 60)))
+        patch.setattr(Size, "of", classmethod(lambda cls, quick: cls(44, 60, 600, 12, 60)))
         return signals_against_dictionaries(sparse_model(), dictionaries, texts)
 
 
