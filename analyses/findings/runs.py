@@ -29,6 +29,8 @@ from reflowlens.storage.opening import file_hash
 TABLE = "runs.csv"
 MEASURED = "measured"
 _FACTS = ("arm", "seed", "complete", "step", "tokens", "val_loss", "seconds", "folder")
+# What is missing is written as nothing; an arm or a setting may be called "None", "NA" or "null".
+_AS_WRITTEN: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 Row = Mapping[str, Any]
 
 
@@ -65,7 +67,7 @@ def runs_table(study: str | Path) -> pd.DataFrame:
     """
     path = Path(study) / TABLE
     try:
-        table = pd.read_csv(path, dtype={"arm": str})
+        table = pd.read_csv(path, dtype={"arm": str}, **_AS_WRITTEN)
     except OSError as error:
         raise ReflowlensError(f"{study} is not a study's folder: {TABLE} cannot be read ({error.strerror})") from error
     except (ValueError, UnicodeDecodeError) as error:
@@ -227,7 +229,8 @@ def _identity(checkpoint: Path) -> str:
 def _read(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
     """The rows of a kept table, by run; of one that cannot be read, none."""
     try:
-        table = pd.read_csv(path, dtype={"arm": str, "weights": str, "metric": str, "verdict": str})
+        text = dict.fromkeys(("arm", "weights", "metric", "verdict"), str)
+        table = pd.read_csv(path, dtype=text, **_AS_WRITTEN)
         table = table.astype({"seed": int}).fillna({"weights": ""})
     except (OSError, ValueError, UnicodeDecodeError, KeyError):
         return {}

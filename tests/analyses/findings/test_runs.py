@@ -105,6 +105,13 @@ def test_tables_alone_are_enough_for_what_was_measured(study: Path, tmp_path_fac
         measured_by(bare, "norm", norm)
 
 
+def test_an_arm_that_is_called_like_a_missing_value(tmp_path: Path) -> None:
+    save_model(tmp_path / "seed_0_None" / "step_0000005", small("reflow", 0))
+    pd.DataFrame([_row("None", 0, tmp_path, complete=True)]).to_csv(tmp_path / "runs.csv", index=False)
+    for _ in range(2):  # measured, and kept
+        assert measured_by(tmp_path, "norm", norm).arm.tolist() == ["None"]
+
+
 def test_an_interrupted_measurement_goes_on(study: Path) -> None:
     def stopped(model: HookedModel, run: TrainedRun) -> dict[str, float]:
         if run.arm == "plain":
