@@ -24,6 +24,7 @@ PAGES = ["index.md", "tutorial.md", *sorted(f"how-to/{path.name}" for path in (D
 NO_RUN = "# no-run"
 LONG = {
     "how-to/compare.md": [pytest.mark.slow, pytest.mark.by_hand],
+    "how-to/dictionary-views.md": [pytest.mark.slow],
     "how-to/long-runs.md": [pytest.mark.slow],
     "how-to/standard-measures.md": [pytest.mark.slow],
 }
