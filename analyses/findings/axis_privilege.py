@@ -115,7 +115,7 @@ def axis_privilege(
 
     Returns a Result with the metrics `optimiser_decides` (in how many families; `families` beside it) and, for each
     deciding measure M, `privileged_ARM_M` and `lost_ARM_M`; frames `runs` (a row a run with every gap), `by_arm` (means
-    over seeds with intervals) and `contrasts`; and the figure `gaps`.
+    over seeds with intervals) and `contrasts` (`p`, and `p_adjusted`, which the verdict is by); and the figure `gaps`.
 
     Raises ReflowlensError if there is no arm `adamw`, or as `measured` does.
 
@@ -197,8 +197,9 @@ def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
     measures = [name for name in runs.columns if name not in ("arm", "seed")]
     by_arm = pd.concat([over_seeds(runs, name).assign(measure=name) for name in measures], ignore_index=True)
     table = [
-        {"claim": claim, "arm": arm, "measure": measure, **each._asdict(), "verdict": judged[claim, arm, measure]}
-        for claim, arm, measure, each in found
+        {"claim": claim, "arm": arm, "measure": measure, **each._asdict()}
+        | {"p_adjusted": p, "verdict": judged[claim, arm, measure]}
+        for (claim, arm, measure, each), p in zip(found, adjusted.tolist(), strict=True)
     ]
     shown = by_arm[by_arm["measure"].str.endswith(tuple(DECIDING))]
     return Result(

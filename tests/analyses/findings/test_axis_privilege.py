@@ -132,6 +132,9 @@ def test_the_rule(means: dict[str, float], verdict: str) -> None:
     result = answer(table(**means), {})
     assert result.verdicts["optimiser_decides"] == verdict
     assert result.controls["optimiser_decides"]["families"] == len([arm for arm in means if arm.endswith("adamw")])
+    found = result.frames["contrasts"]
+    assert (found.p_adjusted >= found.p).all()
+    assert (found.p_adjusted[found.verdict == "supported"] < 0.05).all()
 
 
 def test_families() -> None:
