@@ -143,6 +143,7 @@ def measured(
     table = pd.concat(frames, ignore_index=True)
     first = ["arm", "seed", "experiment", "metric", "value", "low", "high", "verdict"]
     table = table.reindex(columns=[*first, *(name for name in table.columns if name not in first)])
+    table = table.dropna(subset="metric").reset_index(drop=True)  # what refuses a run has a row without any
     return table.assign(verdict=table["verdict"].fillna(""))
 
 
@@ -216,8 +217,7 @@ def _kept(
         found |= {(run.arm, run.seed): [{"arm": run.arm, "seed": run.seed, "weights": weights, **row} for row in rows]}
         _write(path, kept | found)
     wanted = [found[run.arm, run.seed] for run in runs]
-    table = pd.DataFrame([row for rows in wanted for row in rows if len(row) > 3])
-    return table.drop(columns="weights", errors="ignore")
+    return pd.DataFrame([row for rows in wanted for row in rows]).drop(columns="weights")
 
 
 def _identity(checkpoint: Path) -> str:
@@ -236,8 +236,7 @@ def _read(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
         return {}
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in table.to_dict("records"):
-        own = {str(name): value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
-        found.setdefault((own["arm"], own["seed"]), []).append(own)
+        found.setdefault((row["arm"], row["seed"]), []).append({str(name): value for name, value in row.items()})
     return found
 
 

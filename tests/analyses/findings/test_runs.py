@@ -157,3 +157,12 @@ def test_a_study_that_has_not_begun(tmp_path: Path) -> None:
 def test_unknown_questions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["findings", "sparcity"]) == 2
     assert "no question 'sparcity'" in capsys.readouterr().err
+
+
+def test_a_run_without_a_value_keeps_its_row(study: Path) -> None:
+    def unknown(model: HookedModel, run: TrainedRun) -> dict[str, float]:
+        return {"share": float("nan") if run.arm == "plain" else 0.5}
+
+    first = measured_by(study, "share", unknown)
+    assert first.share.isna().tolist() == [False, True, False, True]
+    pd.testing.assert_frame_equal(measured_by(study, "share", unknown), first)
