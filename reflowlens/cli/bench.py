@@ -30,7 +30,9 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases: each below two minutes")
     check = parser.add_argument_group("of check")
     check.add_argument("--against", metavar="FILE", help="stored ratios (default: those that are packaged)")
-    check.add_argument("--of", nargs="+", choices=_NAMES, default=_NAMES, help="which benchmarks are measured")
+    check.add_argument(
+        "--of", nargs="+", choices=_NAMES, help="which benchmarks are measured (default: those stored; to --write, all)"
+    )
     check.add_argument("--write", action="store_true", help="store what is measured in that file instead")
     graph = parser.add_argument_group("of graph")
     graph.add_argument("--tokens", type=int, nargs="+", help="of the prompts (default: 16 32 64 128 256)")
@@ -56,6 +58,8 @@ def _bench(options: argparse.Namespace) -> int | None:
 
     if options.benchmark == "check":
         return _check(options)
+    if options.against or options.of or options.write:
+        raise ReflowlensError("--against, --of and --write are of `reflowlens bench check`")
     of_graph = {"n_tokens": options.tokens, "dictionaries": options.dictionary}
     given = {"graph": {name: value for name, value in of_graph.items() if value is not None}}
     for name in _NAMES if options.benchmark == "all" else [options.benchmark]:
@@ -73,17 +77,19 @@ def _check(options: argparse.Namespace) -> int:
 
     path = options.against or check.STORED
     stored = check.read_ratios(path) if not options.write or os.path.exists(path) else []
-    if not options.write and not {each.benchmark for each in stored} & {*options.of}:
+    known = _NAMES if options.write else [name for name in _NAMES if name in {each.benchmark for each in stored}]
+    names = [name for name in options.of or known if options.write or name in known]
+    if not names:
         raise ReflowlensError(f"no stored ratios of these in {path}: `reflowlens bench check --write` stores them")
     print(machine(), flush=True)
     found = []
-    for name, row, ratio in check.measured(options.of):
+    for name, row, ratio in check.measured(names):
         found.append((name, row, ratio))
         print(f"{ratio:10.4g}  {name}: {row}", flush=True)
     if options.write:
         check.write_ratios(path, found, stored)
         return 0
-    table = check.compared(stored, found, options.of)
+    table = check.compared(stored, found, names)
     wrong = table[table["what"].isin(["fell", "missing"])]
     elsewhere = sorted({each.machine for each in stored} - {machine()})
     if elsewhere:

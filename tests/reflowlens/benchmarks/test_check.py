@@ -90,3 +90,8 @@ def test_the_command_says_what_fell(monkeypatch, capsys, tmp_path) -> None:
     ratio = 5.0
     assert main(command) == 1
     assert "heads, nano" in capsys.readouterr().out.splitlines()[-1]
+    alone = str(tmp_path / "alone.json")
+    write_ratios(alone, [("sweep", "heads, nano", 5.0)], [])
+    assert main(["bench", "check", "--against", alone]) == 0  # measures what is stored, and nothing else
+    assert main(["bench", "hooks", "--write"]) == 2
+    assert "are of `reflowlens bench check`" in capsys.readouterr().err
