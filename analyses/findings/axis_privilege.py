@@ -41,7 +41,7 @@ from torch import Tensor
 from analyses.controls.bases import QUICK_ROTATIONS, ROTATIONS, check_rotations, rotated_views
 from analyses.findings.contrasts import Contrast, by_seed, contrast
 from analyses.findings.runs import TrainedRun, measured, measured_by, trained_runs
-from analyses.findings.seeds import over_seeds
+from analyses.findings.seeds import measures_over_seeds
 from analyses.measures.axis_privilege import PRIVILEGED, axis_measures
 from analyses.measures.knockout import real_tokens
 from analyses.measures.lens import residual_points, residual_stack
@@ -195,7 +195,7 @@ def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
         overall = "not supported"
     findings["optimiser_decides"] = Finding(decided, controls={"families": len(verdicts)}, verdict=overall)
     measures = [name for name in runs.columns if name not in ("arm", "seed")]
-    by_arm = pd.concat([over_seeds(runs, name).assign(measure=name) for name in measures], ignore_index=True)
+    by_arm = measures_over_seeds(runs, measures)
     table = [
         {"claim": claim, "arm": arm, "measure": measure, **each._asdict()}
         | {"p_adjusted": p, "verdict": judged[claim, arm, measure]}

@@ -37,7 +37,7 @@ import plotly.graph_objects as go
 
 from analyses.experiments.genetic_hijack.measure import Probe
 from analyses.findings.runs import TrainedRun, measured_by, runs_table, trained_runs
-from analyses.findings.seeds import Difference, over_seeds, paired_difference
+from analyses.findings.seeds import Difference, measures_over_seeds, paired_difference
 from analyses.findings.transfer import (
     Pairing,
     by_number,
@@ -145,10 +145,7 @@ def distillation(
     found["val_loss"] = [losses[arm, seed] for arm, seed in zip(found["arm"], found["seed"], strict=True)]
     found["gain"] = -found["val_loss"]
     differences = differences_of(found)
-    by_arm = pd.concat(
-        [over_seeds(found, measure).assign(measure=measure) for measure in found.columns if measure not in _KEYS],
-        ignore_index=True,
-    )
+    by_arm = measures_over_seeds(found, [name for name in found.columns if name not in _KEYS])
     findings, notes = _findings(differences, by_arm)
     complete = runs_table(study)["complete"]
     if not complete.all():

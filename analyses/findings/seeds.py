@@ -7,6 +7,7 @@ measured on. Of a few runs the interval is Student's; a bootstrap of three value
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,14 @@ def over_seeds(frame: pd.DataFrame, value: str = "value", by: str = "arm") -> pd
         ends = _over_runs(values)[0]._asdict()
         rows.append({by: name, "seeds": len(values), "mean": values.mean(), **ends, "sd": sd})
     return pd.DataFrame(rows, columns=[by, "seeds", "mean", "low", "high", "sd"])
+
+
+def measures_over_seeds(frame: pd.DataFrame, measures: Iterable[str]) -> pd.DataFrame:
+    """`over_seeds` of several columns, one below the other, with a column `measure` that names each.
+
+    Example: `measures_over_seeds(runs_table("out/sparsity"), ["val_loss", "seconds"])`
+    """
+    return pd.concat([over_seeds(frame, name).assign(measure=name) for name in measures], ignore_index=True)
 
 
 def paired_difference(frame: pd.DataFrame, arm: str, against: str, value: str = "value") -> Difference:

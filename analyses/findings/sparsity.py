@@ -51,7 +51,7 @@ from analyses.findings.contrasts import Contrast, by_seed, contrast
 from analyses.findings.frontier import frontier_figures
 from analyses.findings.recipes import recipe_measures
 from analyses.findings.runs import measured, measured_by, runs_table, trained_runs
-from analyses.findings.seeds import over_seeds
+from analyses.findings.seeds import measures_over_seeds
 from analyses.result.finding import Finding
 from analyses.result.result import Result
 from analyses.statistics.pvalues import holm
@@ -132,7 +132,7 @@ def answer(runs: pd.DataFrame, params: dict[str, object], notes: list[str]) -> R
         told["undecided"] = [arm for arm in pruned if arm not in with_both and arm not in refuted]
         notes = [*notes, "; ".join(f"{what}: {', '.join(arms) or 'none'}" for what, arms in told.items())]
     measures = [name for name in ("loss", *GAPS, "dead", "null_space", "embedding_rank") if name in runs]
-    by_arm = pd.concat([over_seeds(runs, name).assign(measure=name) for name in measures], ignore_index=True)
+    by_arm = measures_over_seeds(runs, measures)
     table = [{"contrast": name, **each._asdict(), "verdict": findings[name].verdict or ""} for name, each in
              contrasts.items() if name in findings]  # fmt: skip
     return Result(

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analyses.findings.seeds import gap, over_seeds, paired_difference
+from analyses.findings.seeds import gap, measures_over_seeds, over_seeds, paired_difference
 from reflowlens.errors import ReflowlensError
 
 VALUES = {"a": [1.0, 2.0, 4.0], "b": [0.5, 1.9, 3.0]}
@@ -23,6 +23,12 @@ def test_means_over_seeds() -> None:
     low, high = stats.t.interval(0.95, 2, loc=np.mean(VALUES["a"]), scale=stats.sem(VALUES["a"]))
     assert found.loc["a", ["seeds", "mean", "low", "high"]].tolist() == pytest.approx([3, 7 / 3, low, high])
     assert found.loc["a", "sd"] == pytest.approx(np.std(VALUES["a"], ddof=1))
+
+
+def test_several_measures_over_seeds() -> None:
+    found = measures_over_seeds(FRAME.assign(twice=2 * FRAME["value"]), ["value", "twice"])
+    assert found["measure"].tolist() == ["value", "value", "twice", "twice"]
+    assert found["mean"].tolist() == pytest.approx([7 / 3, 1.8, 14 / 3, 3.6])
 
 
 def test_runs_of_a_seed_are_paired_whatever_their_order() -> None:
