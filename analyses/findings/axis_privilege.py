@@ -24,13 +24,19 @@ each of `DECIDING`:
 Axes are the optimiser's if under AdamW they are privileged in every deciding measure of some family, `equivariant`
 loses that, and itself is nowhere privileged, p Holm-adjusted over all of these; they are not if in every family `adamw`
 is refuted in every deciding measure, or `equivariant` is privileged in any. Otherwise it is undecided.
+
+The study `rerandomised` is asked the same of training that goes on: runs whose residual stream, or signals, were
+rotated at random, so that no axis of theirs is privileged at first, continue under AdamW (`stream`, `signals`) and
+under what commutes with that rotation (`stream_equivariant`, `signals_equivariant`). `stream` and `signals` stand in
+the place of `adamw` there, and the gap is in the coordinates that were rotated: the optimiser makes axes anew, or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -57,6 +63,8 @@ from reflowlens.models.base import HookedModel
 from reflowlens.signals import SignalView, signal_view
 
 BASELINE, EQUIVARIANT = "adamw", "equivariant"
+ROTATED = {"stream": "axes", "signals": "signals"}
+"""What a run of the study `rerandomised` begins with rotated, and its arm -> whose gaps are read then."""
 EXPERIMENTS = {
     "hoyer": ("sparsity_profile", "hoyer", 1),
     "kurtosis": ("sparsity_profile", "signal_kurtosis", 1),
@@ -68,6 +76,16 @@ DECIDING = {"readout_kurtosis": 0.3, "ten_signal_share": 0.05, "remaining_after_
 """Measure -> smallest effect: a tenth of a Gaussian's kurtosis, and as of the claims of experiments 8 and 9."""
 PREDICTIONS, QUICK_PREDICTIONS = 400, 100
 _OWN = "signals"
+
+
+class Family(NamedTuple):
+    """Arms that are compared: whether the axes of `baseline` are privileged and those of `equivariant` are not, in
+    `coordinates` ("signals" or "axes")."""
+
+    baseline: str
+    equivariant: str
+    arms: list[str]
+    coordinates: str
 
 
 def privilege(
@@ -109,7 +127,7 @@ def axis_privilege(
     """Whether axes are privileged by the optimiser.
 
     Args:
-        study: what `reflowlens study optimisers` wrote; it has an arm `adamw`.
+        study: what `reflowlens study optimisers` or `rerandomised` wrote; it has an arm `adamw`, `stream` or `signals`.
         quick: a quarter of the predictions, fewer rotations, and experiments in their quick form.
         experiments: the gaps of experiments 2, 8 and 9 too, which decide nothing and take longest.
 
@@ -117,7 +135,7 @@ def axis_privilege(
     deciding measure M, `privileged_ARM_M` and `lost_ARM_M`; frames `runs` (a row a run with every gap), `by_arm` (means
     over seeds with intervals) and `contrasts` (`p`, and `p_adjusted`, which the verdict is by); and the figure `gaps`.
 
-    Raises ReflowlensError if there is no arm `adamw`, or as `measured` does.
+    Raises ReflowlensError if there is no such arm, or as `measured` does.
 
     Example: `axis_privilege("out/optimisers").frames["by_arm"]`
     """
@@ -172,9 +190,11 @@ def streams_of(model: HookedModel, n: int) -> Float[Tensor, "prompt d_model"]:
 
 def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
     """The `Result` of a table of `gaps`."""
-    if BASELINE not in set(runs["arm"]):
-        raise ReflowlensError(f"the study has no arm {BASELINE!r}, which the others are compared with")
-    found = [row for prefix, arms in families(runs).items() for row in _contrasts(runs, prefix, arms)]
+    asked = families(runs)
+    if not asked:
+        wanted = ", ".join(map(repr, (BASELINE, *ROTATED)))
+        raise ReflowlensError(f"the study has no arm {wanted}, which the others are compared with")
+    found = [row for family in asked.values() for row in _contrasts(runs, family)]
     adjusted = holm([1.0 if np.isnan(each.p) else each.p for _, _, _, each in found])
     judged = {
         (claim, arm, measure): each.verdict(p)
@@ -186,7 +206,7 @@ def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
         )
         for claim, arm, measure, each in found
     }
-    verdicts = {prefix: _verdict(judged, prefix) for prefix in families(runs)}
+    verdicts = {name: _verdict(judged, family) for name, family in asked.items()}
     decided = sum(each == "supported" for each in verdicts.values())
     overall: Verdict = "underpowered"
     if decided:
@@ -222,48 +242,60 @@ def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
             )
         },
         definitions=_definitions(findings),
-        notes=[f"{prefix or 'reflow'}: {verdict}" for prefix, verdict in verdicts.items()],
+        notes=[f"{name}: {verdict}" for name, verdict in verdicts.items()],
     )
 
 
-def families(runs: pd.DataFrame) -> dict[str, list[str]]:
-    """Arms by the prefix that they share with the `adamw` of their family: "" or "gpt2_", say."""
+def families(runs: pd.DataFrame) -> dict[str, Family]:
+    """What is compared with what in a study, by name: arms that share the prefix of an `adamw` ("reflow" without one),
+    and the place that was rotated."""
     arms = list(dict.fromkeys(runs["arm"]))
-    prefixes = sorted((arm.removesuffix(BASELINE) for arm in arms if arm.endswith(BASELINE)), key=len, reverse=True)
-    found: dict[str, list[str]] = {prefix: [] for prefix in reversed(prefixes)}
-    for arm in arms:
-        found[next(prefix for prefix in prefixes if arm.startswith(prefix))].append(arm)
+    prefixes = [arm.removesuffix(BASELINE) for arm in arms if arm.endswith(BASELINE)]
+    found = {}
+    for prefix in prefixes:
+        own = [arm for arm in arms if arm.startswith(prefix) and prefix == _longest(prefixes, arm)]
+        found[prefix.rstrip("_") or "reflow"] = Family(
+            prefix + BASELINE, prefix + EQUIVARIANT, own, _coordinates(runs, own)
+        )
+    for place, coordinates in ROTATED.items():
+        if place in arms:
+            own = [arm for arm in arms if arm.startswith(place)]
+            found[place] = Family(place, f"{place}_{EQUIVARIANT}", own, coordinates)
     return found
 
 
-def _contrasts(runs: pd.DataFrame, prefix: str, arms: list[str]) -> list[tuple[str, str, str, Contrast]]:
-    """Whether each arm is privileged, and whether it lost what `adamw` has: claim, arm, measure and contrast."""
+def _longest(prefixes: Sequence[str], arm: str) -> str:
+    return max((prefix for prefix in prefixes if arm.startswith(prefix)), key=len)
+
+
+def _coordinates(runs: pd.DataFrame, arms: Sequence[str]) -> str:
+    """Signals where the arms have them, otherwise axes."""
+    measure = next(iter(DECIDING))
+    column = f"{_OWN}_{measure}"
+    return _OWN if column in runs and runs.loc[runs["arm"].isin(arms), column].notna().any() else "axes"
+
+
+def _contrasts(runs: pd.DataFrame, family: Family) -> list[tuple[str, str, str, Contrast]]:
+    """Whether each arm is privileged, and whether it lost what the baseline has: claim, arm, measure and contrast."""
     found = []
     for measure, smallest in DECIDING.items():
-        column = _column(runs, arms, measure)
-        each = by_seed(runs[runs["arm"].isin(arms)], column)
-        for arm in arms:
+        each = by_seed(runs[runs["arm"].isin(family.arms)], f"{family.coordinates}_{measure}")
+        for arm in family.arms:
             found.append(("privileged", arm, measure, contrast(each[arm].dropna(), smallest)))
-            if arm != prefix + BASELINE:
-                lost = (each[prefix + BASELINE] - each[arm]).dropna()
+            if arm != family.baseline:
+                lost = (each[family.baseline] - each[arm]).dropna()
                 found.append(("lost", arm, measure, contrast(lost, smallest)))
     return [row for row in found if row[3].seeds]
 
 
-def _column(runs: pd.DataFrame, arms: list[str], measure: str) -> str:
-    """The gap in signals where the family has them, otherwise in axes."""
-    signals = f"{_OWN}_{measure}"
-    has = signals in runs and runs.loc[runs["arm"].isin(arms), signals].notna().any()
-    return signals if has else f"axes_{measure}"
-
-
-def _verdict(judged: Mapping[tuple[str, str, str], Verdict], prefix: str) -> Verdict:
+def _verdict(judged: Mapping[tuple[str, str, str], Verdict], family: Family) -> Verdict:
     """The rule of this module, of one family."""
 
     def of(claim: str, arm: str) -> list[Verdict]:
-        return [judged.get((claim, prefix + arm, measure), "underpowered") for measure in DECIDING]
+        return [judged.get((claim, arm, measure), "underpowered") for measure in DECIDING]
 
-    there, lost, left = of("privileged", BASELINE), of("lost", EQUIVARIANT), of("privileged", EQUIVARIANT)
+    there, left = of("privileged", family.baseline), of("privileged", family.equivariant)
+    lost = of("lost", family.equivariant)
     if "supported" in left or set(there) == {"not supported"}:
         return "not supported"
     if set(there) == set(lost) == {"supported"} and set(left) == {"not supported"}:
@@ -274,7 +306,7 @@ def _verdict(judged: Mapping[tuple[str, str, str], Verdict], prefix: str) -> Ver
 def _definitions(findings: Mapping[str, Finding]) -> dict[str, str]:
     said = {
         "privileged": "native minus rotated (for what is left of a probability, rotated minus native), mean over seeds",
-        "lost": "the gap of `adamw` less that of this arm, mean over seeds",
+        "lost": "the gap of `adamw`, `stream` or `signals` less that of this arm, mean over seeds",
         "optimiser": "families whose axes AdamW privileges and an equivariant optimiser does not",
     }
     return {metric: said[metric.split("_")[0]] for metric in findings}

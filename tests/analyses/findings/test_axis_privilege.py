@@ -139,6 +139,28 @@ def test_the_rule(means: dict[str, float], verdict: str) -> None:
 
 def test_families() -> None:
     runs = table(adamw=1, gpt2_adamw=1, sgd=1, adamw_tables=1, gpt2_sgd=1)
-    assert families(runs) == {"": ["adamw", "sgd", "adamw_tables"], "gpt2_": ["gpt2_adamw", "gpt2_sgd"]}
-    with pytest.raises(ReflowlensError, match="the study has no arm 'adamw', which the others are compared with"):
+    found = families(runs)
+    assert {name: family.arms for name, family in found.items()} == {
+        "reflow": ["adamw", "sgd", "adamw_tables"],
+        "gpt2": ["gpt2_adamw", "gpt2_sgd"],
+    }
+    assert {family.coordinates for family in found.values()} == {"axes"}
+    with pytest.raises(ReflowlensError, match="the study has no arm 'adamw', 'stream', 'signals', which the others"):
         answer(table(sgd=1.0), {})
+
+
+@pytest.mark.parametrize(
+    ("made", "equivariant", "verdict"),
+    [(3.0, 0.0, "supported"), (3.0, 3.0, "not supported"), (0.1, 0.0, "not supported")],
+)
+def test_axes_that_come_back_in_what_was_rotated(made: float, equivariant: float, verdict: str) -> None:
+    """Gaps are read in the coordinates that were rotated: signals say nothing of runs whose stream was."""
+    axes = table(as_it_was=3.0, stream=made, stream_equivariant=equivariant, signals=3.0, signals_equivariant=3.0)
+    signals = table(as_it_was=3.0, stream=3.0, stream_equivariant=3.0, signals=made, signals_equivariant=equivariant)
+    runs = axes.assign(**{f"signals_{measure}": signals[f"axes_{measure}"] for measure in DECIDING})
+    result = answer(runs, {})
+    assert result.verdicts["optimiser_decides"] == verdict
+    assert result.notes == [f"{place}: {verdict}" for place in ("stream", "signals")]
+    assert result.metrics["lost_stream_equivariant_readout_kurtosis"] == pytest.approx(
+        (made - equivariant) * DECIDING["readout_kurtosis"]
+    )
