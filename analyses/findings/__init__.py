@@ -22,6 +22,7 @@ QUESTIONS: dict[str, str] = {
     "axis_privilege": "axis_privilege",
     "claims_over_seeds": "claims_over_seeds",
     "scale": "scale",
+    "signal_stability": "signal_stability",
     "sparsity": "sparsity",
     "distillation": "distillation",
     "signals_against_dictionaries": "signals_against_dictionaries",

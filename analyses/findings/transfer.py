@@ -58,9 +58,9 @@ def by_recipe(student: SignalView, teacher: SignalView) -> Pairing:
     the frequent ones: those that :func:`codebook_agreement` does not look at."""
     rows = torch.arange(0, _frequent(student), 2)
     correlation = _columns(teacher, rows).T @ _columns(student, rows)
-    _, matched = linear_sum_assignment(-correlation.abs().double().numpy())
+    _, matched = linear_sum_assignment(-correlation.abs().numpy())
     paired = torch.from_numpy(matched)
-    return Pairing(paired, correlation.gather(1, paired[:, None])[:, 0].sign())
+    return Pairing(paired, correlation.gather(1, paired[:, None])[:, 0].sign().float())
 
 
 def codebook_agreement(student: SignalView, teacher: SignalView, pairing: Pairing, k: int = 10) -> Float[Tensor, " S"]:
@@ -70,6 +70,14 @@ def codebook_agreement(student: SignalView, teacher: SignalView, pairing: Pairin
     theirs = teacher.recipe[rows].topk(k, dim=0).indices
     ours = (student.recipe[rows][:, pairing.student] * pairing.sign).topk(k, dim=0).indices
     return (theirs[:, None] == ours[None]).any(dim=1).float().mean(dim=0)
+
+
+def recipe_agreement(student: SignalView, teacher: SignalView, pairing: Pairing) -> Float[Tensor, " S"]:
+    """The absolute correlation of each of the teacher's recipe columns with its partner's, over the tokens of
+    :func:`codebook_agreement`."""
+    rows = torch.arange(1, _frequent(student), 2)
+    products = _columns(teacher, rows) * _columns(student, rows)[:, pairing.student]
+    return products.sum(dim=0).abs()
 
 
 def shuffled_agreement(student: SignalView, teacher: SignalView, seed: int, draws: int = 20) -> float:
@@ -207,7 +215,7 @@ def _frequent(view: SignalView) -> int:
 
 
 def _columns(view: SignalView, rows: Int[Tensor, " row"]) -> Float[Tensor, "row S"]:
-    """Recipe columns over some tokens, centred and of length 1."""
-    centred = view.recipe[rows].float()
+    """Recipe columns over some tokens, centred and of length 1; in float64, for they are summed over thousands."""
+    centred = view.recipe[rows].double()
     centred = centred - centred.mean(dim=0)
     return centred / centred.norm(dim=0).clamp(min=1e-12)
