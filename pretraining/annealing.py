@@ -33,6 +33,20 @@ def topk_of_step(step: int, cfg: TrainConfig) -> int | None:
     return annealed_topk(step, cfg.model.n_signals or 0, cfg.model.topk, steps)
 
 
+def topk_stages(cfg: TrainConfig) -> list[tuple[int, int]]:
+    """The first step of each stage and the signals that a token keeps from there on; empty of a k that stays.
+
+    >>> from pretraining.config import load_config
+    >>> settings = ["model.architecture=reflow_topk", "model.topk=32", "run.topk_anneal_fraction=0.5", "run.steps=80"]
+    >>> topk_stages(load_config("reflow_micro", settings))  # 128 signals
+    [(0, 128), (20, 64), (40, 32)]
+    """
+    if not cfg.run.topk_anneal_fraction:
+        return []
+    kept = [topk_of_step(step, cfg) or 0 for step in range(cfg.run.steps)]
+    return [(step, k) for step, k in enumerate(kept) if step == 0 or k != kept[step - 1]]
+
+
 @contextlib.contextmanager
 def keeping(model: HookedModel, topk: int | None) -> Iterator[None]:
     """Have a reFlow-TopK keep so many signals a token, for a while; nothing for other models."""

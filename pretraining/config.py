@@ -76,8 +76,8 @@ class OptimizerConfig:
             AdamW whose scale all coordinates of a token's row share, and all entries of anything else (the basis, a
             norm's weight); or ``muon`` for tables and basis, with AdamW for vectors. Which of them single out no axis:
             :mod:`pretraining.optimizers`.
-        freeze_norms: leave the norms' weights at one. Elsewhere each scales an axis of the stream by itself, whatever
-            trains them.
+        freeze_norms: leave the norms' weights as the run finds them: at one, or as ``run.start_from`` has them. Where
+            they are not one number a norm, each scales an axis of the stream by itself, whatever trains them.
         learning_rate: the peak rate of what Muon does not update.
         embedding_learning_rate: that of the tables at both ends (embedding, recipe, pairs and values of tokens); 0: the
             same as of the rest of their optimiser.
@@ -138,7 +138,8 @@ class RunConfig:
             and checkpoints are of the model that keeps ``model.topk``.
         eval_tokens: validation tokens of an intermediate evaluation; the last one reads all of them.
         start_from: a checkpoint or a run's folder whose weights the first step finds, instead of fresh ones; ``{seed}``
-            in it stands for ``seed``. Optimisers and schedule begin anew.
+            in it stands for ``seed``. Optimisers and schedule begin anew. Checkpoints record the step and the hash of
+            what was found; of a run that is not at its end the checkpoint is to be named.
         start_rotation: turn what such weights are written in by a random rotation that leaves every logit as it is:
             ``signals``, the gauge of recipe and basis; or ``stream``, the axes of the residual stream
             (:mod:`reflowlens.rotations`). ``none``: as they are.
@@ -203,8 +204,6 @@ class TrainConfig:
         for path in _SHARES:
             if not 0 <= self._get(path) <= 1:
                 raise ReflowlensError(f"{path} must be between 0 and 1, got {self._get(path)!r}")
-        if self.optimizer.average and self.run.sharding == "zero1":
-            raise ReflowlensError("optimizer.average goes with run.sharding none or fsdp: of zero1 no process has all")
         if self.run.topk_anneal_fraction and self.model.topk is None:
             raise ReflowlensError(
                 f"run.topk_anneal_fraction must be 0 for architecture {self.model.architecture!r}: only reflow_topk "
@@ -217,8 +216,6 @@ class TrainConfig:
                 "run.start_from fills all weights, and "
                 f"distillation.basis={self.distillation.basis!r} is the teacher's: give one of them"
             )
-        if self.optimizer.rest == "adam_rows" and self.run.sharding == "fsdp":
-            raise ReflowlensError("optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows")
         if self.optimizer.rest == "sgd" and self.optimizer.decay_all:
             raise ReflowlensError("optimizer.rest sgd decays nothing: set optimizer.decay_all to false")
         if self.data.context > self.model.n_ctx:
@@ -238,6 +235,15 @@ class TrainConfig:
     def weights_seed(self) -> int:
         """Of the first weights: the run's own, of a student moved away from its teacher's."""
         return self.run.seed + (self.distillation.seed_offset if self.distillation else 0)
+
+    def check_sharding(self, world_size: int) -> None:
+        """Raise unless so many processes can share out what ``run.sharding`` says; alone, one has everything."""
+        if world_size == 1:
+            return
+        if self.optimizer.average and self.run.sharding == "zero1":
+            raise ReflowlensError("optimizer.average goes with run.sharding none or fsdp: of zero1 no process has all")
+        if self.optimizer.rest == "adam_rows" and self.run.sharding == "fsdp":
+            raise ReflowlensError("optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows")
 
     def rows_per_process(self, world_size: int) -> int:
         """Examples that a process reads in one forward pass.

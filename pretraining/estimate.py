@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 
+from pretraining.annealing import topk_of_step, topk_stages
 from pretraining.config import AUTO, TrainConfig
 from pretraining.memory import Memory, loss_chunk, memory_per_gpu
 from reflowlens.errors import ReflowlensError
@@ -27,7 +28,7 @@ class Estimate:
         rows: examples of one forward pass on one GPU.
         parameters_outside_embedding: without what reads and writes the vocabulary, and without learned positions.
         flops_per_token: of forward and backward, as :func:`reflowlens.flops.training_flops_per_token` counts them.
-        memory: of each GPU.
+        memory: of each GPU; of a k that is annealed, while it is largest.
         rate: tokens a second of all GPUs together, if given or derived from a peak.
     """
 
@@ -56,6 +57,14 @@ class Estimate:
     def _sums_whole(self) -> bool:
         return self.gpus > 1 and self.cfg.run.sharding == "fsdp" and self.cfg.run.accumulation > 1
 
+    def _annealing(self) -> list[str]:
+        """What an annealed k does, in a line."""
+        (_, first), *later = topk_stages(self.cfg) or [(0, 0)]
+        if not later:
+            return []
+        falls = ", ".join(f"{k} from step {step:,}" for step, k in later)
+        return [_line("signals a token keeps", f"{first} at first", f"{falls}; evaluated and saved: {later[-1][1]}")]
+
     def __str__(self) -> str:
         cfg, run = self.cfg, self.cfg.run
         passes = f"{run.accumulation} forward pass{'es' * (run.accumulation > 1)} a step"
@@ -67,6 +76,7 @@ class Estimate:
             _line("tokens a step", f"{cfg.tokens_per_step:,}", f"{run.batch_size} examples of {cfg.data.context}"),
             _line("  a GPU and pass", f"{self.rows * cfg.data.context:,}", f"{self.rows} examples, {passes}"),
             _line("tokens in all", f"{self.tokens:,}", f"{run.steps:,} steps"),
+            *self._annealing(),
             _line("FLOPs a token", f"{self.flops_per_token:.4g}", "matrix products, forward and backward; causal"),
             _line("FLOPs in all", f"{self.flops:.4g}"),
             _line("memory per GPU", _gib(self.memory.total), "plus CUDA's context and workspaces"),
@@ -106,7 +116,8 @@ def estimate(
         mfu: the share of the peak that training reaches; 0.4 unless given.
 
     Raises:
-        ReflowlensError: the batch does not divide among the GPUs, or a rate cannot be derived from what is given.
+        ReflowlensError: the batch does not divide among the GPUs, they cannot share out what ``run.sharding`` says, or
+            a rate cannot be derived from what is given.
 
     >>> from pretraining.config import load_config
     >>> found = estimate(load_config("reflow_1_big"), gpus=4, flops="A100")
@@ -117,8 +128,10 @@ def estimate(
         raise ReflowlensError(f"gpus must be positive, got {gpus}")
     if cfg.run.dtype == AUTO:  # what it is on a GPU
         cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dtype="bfloat16"))
+    cfg.check_sharding(gpus)
     rows = cfg.rows_per_process(gpus)
     model = build_model(cfg.model, device="meta")
+    at_first = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, topk=topk_of_step(0, cfg)))
     flops_per_token = training_flops_per_token(cfg.model, cfg.data.context, batch=rows)
     return Estimate(
         cfg=cfg,
@@ -127,7 +140,7 @@ def estimate(
         parameters=model.n_parameters,
         parameters_outside_embedding=parameters_outside_embedding(model),
         flops_per_token=flops_per_token,
-        memory=memory_per_gpu(cfg, gpus),
+        memory=memory_per_gpu(at_first, gpus),
         rate=_given(rate, mfu) if flops is None else gpus * _reached(cfg, rate, flops, mfu) / flops_per_token,
     )
 

@@ -10,15 +10,16 @@ embedding       E → E Q                     ``sgd``, ``adam_rows``, ``muon``; 
 recipe, basis   gauge R → R Q, B → Qᵀ B;    the same: ``adam_rows`` has one scale for all of B, whose rows the gauge
                 stream B → B Q              mixes
 block matrices  W → Qᵀ W, W → W Q           ``muon``; not ``adamw``
-norm weights    none                        nothing: x ∘ w scales axes, whatever trains w. ``freeze_norms`` leaves w = 1
+norm weights    none                        nothing: x ∘ w scales axes, whatever trains w. ``freeze_norms`` leaves w
+                                            as it is: one, unless ``run.start_from`` brings others
 ==============  ==========================  ======================================================================
 
 Decoupled weight decay, clipping by the norm of the whole gradient, averaging, and the Gaussian and orthogonal
 initialisation single out no axis either. A run with ``name = "muon"``, a ``rest`` other than ``adamw`` and
-``freeze_norms`` on a decoder with RMSNorm is therefore equivariant as a whole, up to rounding (``matrix_dtype``,
-``run.dtype``: float32) and given a model that is: a LayerNorm, which subtracts the mean over axes, ReLU or top-k on a
-recipe, and the refiners of ``ttt_flow`` are not. Under ``rest = "muon"`` biases and other vectors are AdamW's, and
-single out axes where there are any.
+``freeze_norms`` on a decoder with RMSNorm, each norm's weights one number, is therefore equivariant as a whole, up to
+rounding (``matrix_dtype``, ``run.dtype``: float32) and given a model that is: a LayerNorm, which subtracts the mean
+over axes, ReLU or top-k on a recipe, and the refiners of ``ttt_flow`` are not. Under ``rest = "muon"`` biases and other
+vectors are AdamW's, and single out axes where there are any.
 """
 
 from __future__ import annotations

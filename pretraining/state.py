@@ -18,12 +18,11 @@ from pretraining.annealing import topk_of_step
 from pretraining.config import OptimizerConfig, TrainConfig
 from pretraining.optimizers import schedule
 from pretraining.shards import cut_like
+from pretraining.starting import check_same_start, describe_start
 from pretraining.token_files import Manifest
-from reflowlens.checkpoints import WEIGHTS, is_as_written, load_model, save_model
+from reflowlens.checkpoints import WEIGHTS, is_as_written, save_model
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.rotations import rotate_signals, rotate_stream
-from reflowlens.signals import random_rotation
 from reflowlens.storage.atomic import replacing
 from reflowlens.storage.folders import MANIFEST, leftovers, write_folder, write_tensors
 
@@ -53,38 +52,34 @@ def start_fresh(out: Path) -> int:
     return 0
 
 
-def start_from(cfg: TrainConfig, model: HookedModel) -> None:
-    """Fill a model with the weights that ``run.start_from`` names, rotated as ``run.start_rotation`` says.
-
-    Of a parameter that processes hold in parts, each takes its own.
-
-    Raises:
-        ReflowlensError: there is no such checkpoint, it is of another model, or its weights cannot be rotated so.
-    """
-    folder = cfg.run.start_from.replace("{seed}", str(cfg.run.seed))
-    start = load_model(folder)
-    named = {"model_name": ""}
-    if start.cfg.to_dict() | named != cfg.model.to_dict() | named:
-        raise ReflowlensError(f"run.start_from: {folder} holds another model than the configuration describes")
-    if cfg.run.start_rotation == "signals":
-        start = rotate_signals(start, random_rotation(start.cfg.n_signals or 0, cfg.run.seed))
-    if cfg.run.start_rotation == "stream":
-        start = rotate_stream(start, random_rotation(start.cfg.d_model, cfg.run.seed))
-    weights = dict(start.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(cut_like(weights[name].to(parameter.device), like=parameter))
-
-
 def training_data(manifest: Manifest) -> dict[str, Any]:
     """What tells the tokens that a run reads from any others: how many, and the hash of each file of them."""
     split = manifest.splits["train"]
     return {"tokens": split.tokens, "sha256": [shard.sha256 for shard in split.shards]}
 
 
+def origin(cfg: TrainConfig, manifest: Manifest, resume: bool) -> dict[str, Any]:
+    """Where a run comes from, as the manifests of its checkpoints say: ``training_data`` and, of a run that began with
+    the weights of another, ``started_from`` (:func:`pretraining.starting.describe_start`).
+
+    Args:
+        resume: it began before, and is said to come from where it came from then.
+
+    Raises:
+        ReflowlensError: there is nothing to begin with or to resume.
+    """
+    if resume:
+        folder = newest_checkpoint(Path(cfg.run.out))
+        with _readable(folder):
+            started = json.loads((folder / MANIFEST).read_text(encoding="utf8")).get("started_from")
+    else:
+        started = describe_start(cfg) if cfg.run.start_from else None
+    return {"training_data": training_data(manifest)} | ({"started_from": started} if started else {})
+
+
 def save_state(
     cfg: TrainConfig,
-    data: Mapping[str, Any],
+    origin: Mapping[str, Any],
     model: HookedModel,
     optimizer_state: Mapping[str, Tensor],
     step: int,
@@ -93,7 +88,7 @@ def save_state(
     """A checkpoint folder: the model as anyone may load it, and beside it what resuming needs.
 
     Args:
-        data: :func:`training_data`.
+        origin: :func:`origin`.
         optimizer_state: by ``"{index of the optimiser}/{parameter}/{entry}"``.
         record: the step's measurements, for the manifest.
     """
@@ -104,7 +99,7 @@ def save_state(
         "tokens_seen": step * cfg.tokens_per_step,
         **record,
         "training": cfg.to_dict(),
-        "training_data": dict(data),
+        **origin,
         "overrides": dict(cfg.overrides),
     }
 
@@ -193,7 +188,7 @@ def resume_state(
 
     Raises:
         ReflowlensError: there is none or it is damaged, the configuration describes another model or other steps than
-            were taken, or the tokens (`training_data`) are others.
+            were taken, or the tokens (`training_data`) or the weights it names to begin with are others.
     """
     from safetensors import safe_open
 
@@ -274,6 +269,9 @@ def _check_same_run(folder: Path, cfg: TrainConfig, manifest: dict[str, Any]) ->
         free |= _SCHEDULE - (given.keys() - cfg.overrides.keys())  # what --set gave is not to be forgotten
     if "training_data" in manifest or "data.folder" not in {*given, *cfg.overrides}:
         free.add("data.folder")  # a folder may move: the tokens in it are compared apart
+    started = manifest.get("started_from")  # older checkpoints do not say
+    if started and cfg.run.start_from and check_same_start(folder, cfg, started):
+        free.add("run.start_from")
     before, now = ("with" if "distillation" in tables else "without" for tables in (theirs, ours))
     if before != now:
         raise ReflowlensError(

@@ -34,18 +34,18 @@ from pretraining.optimizers import averaged, momentum, schedule, set_rates
 from pretraining.prefetch import prefetched
 from pretraining.replicas import Replica, make_replica
 from pretraining.shards import whole
+from pretraining.starting import start_from
 from pretraining.state import (
     awaits_validation,
     begun_with,
     how_to_go_on,
     newest_checkpoint,
+    origin,
     record_validation,
     resume_state,
     save_average,
     save_state,
     start_fresh,
-    start_from,
-    training_data,
     writing,
 )
 from pretraining.stopping import StopRequests, stop_requests
@@ -89,14 +89,16 @@ def train(cfg: TrainConfig, *, resume: bool = False, progress: bool | None = Non
 
 
 def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: bool, progress: bool) -> Path:
+    asked.check_sharding(group.world_size)
     asked.rows_per_process(group.world_size)  # an error if the processes cannot share a pass evenly
     out, train_data, val_data = Path(asked.run.out), _open(asked, "train"), _open(asked, "val")
     cfg = from_first_process(group, partial(_decide, asked, group, resume))
     if group.device.type == "cuda" and cfg.run.dtype == "bfloat16":
         torch.set_float32_matmul_precision("high")  # TF32 for the few products that autocast leaves in float32
     cfg, objective = objective_of(cfg, train_data.tokens, group.device)
+    comes_from = from_first_process(group, partial(origin, cfg, train_data.manifest, resume))
     replica = make_replica(cfg, group, objective)
-    start = _first_step(replica, training_data(train_data.manifest), resume)
+    start = _first_step(replica, comes_from["training_data"], resume)
     log = Log(out, start, cfg, enabled=group.is_first)
     validate = partial(_validate, replica, val_data.tokens, log, progress)
     if resume and awaits_validation(out):
@@ -117,7 +119,7 @@ def _train(asked: TrainConfig, group: Processes, stop: StopRequests, resume: boo
             stopping, last = any_rank(stop(), group), done == cfg.run.steps
             saving = stopping or last or done % cfg.run.checkpoint_interval == 0
             if saving:  # before the evaluation, which takes long: killed there, no step is lost
-                _save(replica, training_data(train_data.manifest), done, record)
+                _save(replica, comes_from, done, record)
             if last or (done % cfg.run.eval_interval == 0 and not stopping):
                 validate(done, saved=saving)
             if stopping:
@@ -148,7 +150,7 @@ def _first_step(replica: Replica, data: Mapping[str, Any], resume: bool) -> int:
     """The step to begin with: 0, or that of the newest checkpoint, from which model and optimisers are filled.
 
     Args:
-        data: :func:`training_data`.
+        data: :func:`pretraining.state.training_data`.
 
     Raises:
         ReflowlensError: a new run finds another in its folder, a resumed one nothing to go on from or what another
@@ -163,10 +165,10 @@ def _first_step(replica: Replica, data: Mapping[str, Any], resume: bool) -> int:
     return start
 
 
-def _save(replica: Replica, data: Mapping[str, Any], step: int, record: dict[str, float]) -> None:
+def _save(replica: Replica, comes_from: Mapping[str, Any], step: int, record: dict[str, float]) -> None:
     """Write the checkpoint of a step: the processes put it together, the first writes it."""
     model, state = replica.gather()
-    on_first_process(replica.group, partial(save_state, replica.cfg, data, model, state, step, record))
+    on_first_process(replica.group, partial(save_state, replica.cfg, comes_from, model, state, step, record))
     if replica.cfg.optimizer.average:
         with averaged(replica.optimizers):
             model, _ = replica.gather()

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from pretraining.config import CONFIGS, list_configs, load_config
+from pretraining.estimate import estimate
 from pretraining.optimizers import schedule
+from pretraining.train import train
 from reflowlens.config import PRESETS, preset
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
@@ -124,10 +126,6 @@ def test_a_preset_with_changes(write: Callable[..., Path]) -> None:
             "optimizer.rest sgd decays nothing: set optimizer.decay_all",
         ),
         (
-            {"optimizer": {"rest": "adam_rows"}, "run": {"sharding": "fsdp"}},
-            "optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts its rows",
-        ),
-        (
             {"run": {"start_rotation": "axes"}},
             "run.start_rotation must be one of 'none', 'signals', 'stream', got 'axes'",
         ),
@@ -142,6 +140,28 @@ def test_a_preset_with_changes(write: Callable[..., Path]) -> None:
 def test_errors_of_a_configuration(write: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ReflowlensError, match=re.escape(message)):
         load_config(write(**changes))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sharding", "message"),
+    [
+        ({"rest": "adam_rows"}, "fsdp", "optimizer.rest adam_rows goes with run.sharding none or zero1: fsdp cuts"),
+        (
+            {"average": 0.9},
+            "zero1",
+            "optimizer.average goes with run.sharding none or fsdp: of zero1 no process has all",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_share_out_one_has(
+    write: Callable[..., Path], optimizer: dict[str, Any], sharding: str, message: str
+) -> None:
+    cfg = load_config(write(optimizer=optimizer, run={"sharding": sharding, "steps": 2}))
+    assert train(cfg).name == "step_0000002"
+    for asked in (cfg.check_sharding, lambda n: estimate(cfg, gpus=n)):
+        asked(1)
+        with pytest.raises(ReflowlensError, match=re.escape(message)):
+            asked(2)
 
 
 @pytest.mark.parametrize(

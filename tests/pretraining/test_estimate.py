@@ -188,6 +188,20 @@ def test_the_command_prints_it_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_annealed_k_is_told_and_takes_the_memory_of_its_first_steps() -> None:
+    settings = ["model.architecture=reflow_topk", "model.topk=20", "run.steps=4000"]
+    usual, annealed, all_kept = (
+        estimate(load_config("reflow_micro", [*settings, setting]))
+        for setting in ("run.seed=0", "run.topk_anneal_fraction=0.5", "model.topk=128")
+    )
+    lines = [line for line in str(annealed).splitlines() if line.startswith("signals a token keeps")]
+    assert [line[24:].split(maxsplit=3) for line in lines] == [
+        ["128", "at", "first", "64 from step 667, 32 from step 1,334, 20 from step 2,000; evaluated and saved: 20"]
+    ]
+    assert "signals a token" not in str(usual)
+    assert annealed.memory == all_kept.memory != usual.memory
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -175,6 +175,56 @@ def test_weights_to_begin_with_that_are_not_of_this_model(write: Callable[..., P
         train(free)
 
 
+@pytest.fixture
+def longer(write: Callable[..., Path], tmp_path: Path) -> Callable[[int], TrainConfig]:
+    """Two steps of a run, and the same run to more steps."""
+    run = {"out": str(tmp_path / "first"), "checkpoint_interval": 2}
+    train(load_config(write(optimizer=PLAIN, run=run | {"steps": 2})))
+    return lambda steps: load_config(write(optimizer=PLAIN, run=run | {"steps": steps}))
+
+
+def test_an_unfinished_run_is_no_start_unless_its_checkpoint_is_named(
+    write: Callable[..., Path], longer: Callable[[int], TrainConfig], tmp_path: Path
+) -> None:
+    """Stopped at step 2 of 4: the run's folder is refused, the checkpoint taken and recorded."""
+    checkpoint = tmp_path / "first" / "step_0000002"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["training"]["run"]["steps"] = 4
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    refused = load_config(write(optimizer=PLAIN, run={"steps": 2, "start_from": str(tmp_path / "first")}))
+    with pytest.raises(ReflowlensError, match=r"is a run that stands at step 2 of 4: .*begin with, .*step_0000002"):
+        train(refused)
+    assert not any((tmp_path / "out").glob("step_*"))
+    named = load_config(write(optimizer=PLAIN, run={"steps": 2, "start_from": str(checkpoint)}))
+    assert read_manifest(train(named))["started_from"] == {
+        "model": str(checkpoint),
+        "step": 2,
+        "weights_sha256": manifest["weights_sha256"],
+    }
+
+
+def test_a_run_is_resumed_only_with_the_start_that_it_had(
+    write: Callable[..., Path], longer: Callable[[int], TrainConfig], tmp_path: Path
+) -> None:
+    """Another name of the same weights is the same start; the same name of others, as of a run trained on, is not."""
+
+    def begun(start: str, steps: int) -> TrainConfig:
+        return load_config(write(optimizer=PLAIN, run={"steps": steps, "start_from": str(tmp_path / start)}))
+
+    train(begun("first", 2))
+    first = read_manifest(tmp_path / "first" / "step_0000002")
+    resumed = train(begun("first/step_0000002", 3), resume=True)
+    assert read_manifest(resumed)["started_from"] == {
+        "model": str(tmp_path / "first"),
+        "step": 2,
+        "weights_sha256": first["weights_sha256"],
+    }
+    train(longer(4), resume=True)
+    with pytest.raises(ReflowlensError, match=r"began with the weights of .*first at step 2, and run.start_from"):
+        train(begun("first", 4), resume=True)
+    assert train(begun("first/step_0000002", 4), resume=True).name == "step_0000004"
+
+
 # ------------------------------------------------------------------------------------------------ stopping and resuming
 
 
@@ -252,11 +302,6 @@ def test_the_average_of_the_weights_is_validated_and_written(write: Callable[...
     val = open_tokens(cfg.data.folder, "val").tokens
     assert evaluate(model, val, cfg, ALONE) == pytest.approx(records(cfg.run.out)[-1]["val_loss"], abs=1e-6)
     assert evaluate(load_model(last), val, cfg, ALONE) != pytest.approx(records(cfg.run.out)[-1]["val_loss"], abs=1e-4)
-
-
-def test_an_average_needs_all_weights_in_one_place(write: Callable[..., Path]) -> None:
-    with pytest.raises(ReflowlensError, match=r"run\.sharding none or fsdp"):
-        load_config(write(optimizer=AVERAGED, run={"sharding": "zero1"}))
 
 
 def test_a_run_killed_while_it_evaluates_loses_no_step(
