@@ -50,7 +50,7 @@ import pandas as pd
 from analyses.findings.contrasts import Contrast, by_seed, contrast
 from analyses.findings.frontier import frontier_figures
 from analyses.findings.recipes import recipe_measures
-from analyses.findings.runs import measured, measured_by, runs_table, trained_runs
+from analyses.findings.runs import TrainedRun, measured, measured_by, runs_table, trained_runs
 from analyses.findings.seeds import measures_over_seeds
 from analyses.result.finding import Finding
 from analyses.result.result import Result
@@ -72,6 +72,8 @@ GAPS = {
 }
 """Measure -> experiment, its metric, the control that is taken away, and the sign of what is better."""
 _TRAINING = {"model.topk_ends": "both", "model.topk_gradient": "kept", "run.topk_anneal_fraction": 0.0}
+_ALIKE = ["topk", "n_signals", "d_model", "otherwise"]
+_COMPUTED = ("run.compile", "run.dtype")  # how, and not what: an annealed k is not compiled
 
 
 def sparsity(study: str | Path, *, quick: bool = True, progress: bool | None = None) -> Result:
@@ -94,8 +96,8 @@ def sparsity(study: str | Path, *, quick: bool = True, progress: bool | None = N
 
 
 def measured_runs(study: str | Path, *, quick: bool = True, progress: bool | None = None) -> pd.DataFrame:
-    """A row a run: `arm`, `seed`, its sizes and what prunes it (`recipe_measures` and the settings of `_TRAINING`), and
-    every measure of this module, NaN where an experiment refuses the model."""
+    """A row a run: `arm`, `seed`, its sizes and what prunes it (`recipe_measures` and the settings of `_TRAINING`; what
+    else its arm sets, in `otherwise`), and every measure of this module, NaN where an experiment refuses the model."""
     found = measured(study, sorted({experiment for experiment, *_ in GAPS.values()}), quick=quick, progress=progress)
     runs = measured_by(study, "recipes", recipe_measures, progress=progress)
     trained = {(run.arm, run.seed): run for run in trained_runs(study)}
@@ -103,11 +105,19 @@ def measured_runs(study: str | Path, *, quick: bool = True, progress: bool | Non
     runs["loss"] = [run.val_loss for run in own]
     for name, usual in _TRAINING.items():
         runs[name] = [run.settings.get(name, usual) for run in own]
+    runs["otherwise"] = [_otherwise(run) for run in own]
     for name, (experiment, metric, control, sign) in GAPS.items():
         rows = found[(found["experiment"] == experiment) & (found["metric"] == metric)].set_index(["arm", "seed"])
         values = rows["value"] if control is None else sign * (rows["value"] - rows[f"control_{control}"])
         runs[name] = values.reindex(pd.MultiIndex.from_frame(runs[["arm", "seed"]])).to_numpy()
     return runs
+
+
+def _otherwise(run: TrainedRun) -> str:
+    """The settings of a run's arm that do not say how its recipe is pruned, in one text: equal of arms that differ in
+    nothing else."""
+    apart = {*_TRAINING, *_COMPUTED}
+    return ", ".join(f"{name}={value}" for name, value in sorted(run.settings.items()) if name not in apart)
 
 
 def answer(runs: pd.DataFrame, params: dict[str, object], notes: list[str]) -> Result:
@@ -165,13 +175,14 @@ def _costs(runs: pd.DataFrame) -> dict[str, Contrast]:
 
 
 def _spared(runs: pd.DataFrame) -> dict[str, Contrast]:
-    """The share of the published recipe's damage at the same k that an arm trained otherwise does not have; only where
-    there is damage in every seed, for it is divided by it."""
+    """The share of the published recipe's damage that an arm trained otherwise does not have, of arms that are alike in
+    all else: k, sizes and every other setting; only where there is damage in every seed, for it is divided by it."""
     losses, found = by_seed(runs, "loss"), {}
     arms = runs.drop_duplicates("arm").set_index("arm")
     usual = (arms[list(_TRAINING)] == pd.Series(_TRAINING)).all(axis=1) & (arms["topk"] > 0)
     for arm in arms.index[~usual & (arms["topk"] > 0)]:
-        for published in arms.index[usual & (arms["topk"] == arms["topk"][arm])]:
+        alike = (arms[_ALIKE] == arms.loc[arm, _ALIKE]).all(axis=1)
+        for published in arms.index[usual & alike]:
             damage = (losses[published] - losses[DENSE]).dropna()
             if len(damage) and (damage > 0).all():
                 found[f"spared_{arm}"] = contrast(((losses[published] - losses[arm]) / damage).dropna(), SHARE)

@@ -37,6 +37,7 @@ def folder(path: Path, arms: Mapping[str, Mapping[str, Any]], seeds: int = 3) ->
             runs.append({**named, "complete": True, "tokens": 1, "val_loss": planted["loss"] + noise, **settings})
             sizes = {"n_signals": 128, "d_model": 128, "dead": 0.0, "null_space": 0.0, "embedding_rank": 90.0}
             own = {name: planted[name] for name in ("topk", "kept", "prunes")}
+            sizes |= {name: planted[name] for name in sizes if name in planted}
             recipes.append({**named, "weights": "", **sizes, **own})
             for name, (experiment, metric, control, sign) in GAPS.items():
                 value = planted.get(name, 0.3) + noise
@@ -109,6 +110,23 @@ def test_what_of_the_damage_is_training(tmp_path: Path) -> None:
     assert result.metrics["spared_straight_through"] == pytest.approx(0.0, abs=0.01)
     assert result.verdicts["spared_straight_through"] == "not supported"
     assert not {"spared_top_4", "spared_top_8", "spared_dense"} & result.metrics.keys()
+
+
+def test_damage_is_that_of_the_arm_that_is_alike_in_all_else(tmp_path: Path) -> None:
+    """Of three arms with k = 8 as published one has other sizes and one another rate: neither is the annealed arm's."""
+    arms = {
+        "dense": DENSE,
+        "top_8": PRUNED,
+        "annealed": PRUNED | {"loss": 4.25, "run.topk_anneal_fraction": 0.5, "run.compile": False},
+        "wide": PRUNED | {"loss": 4.3, "n_signals": 256},
+        "slow": PRUNED | {"loss": 5.0, "optimizer.learning_rate": 0.001},
+        "slow_annealed": PRUNED | {"loss": 4.9, "optimizer.learning_rate": 0.001, "run.topk_anneal_fraction": 0.5},
+        "alone": PRUNED | {"loss": 4.2, "optimizer.learning_rate": 0.1, "model.topk_ends": "input"},
+    }
+    found = sparsity(folder(tmp_path / "study", arms)).metrics
+    assert found["spared_annealed"] == pytest.approx(0.5, abs=0.02)
+    assert found["spared_slow_annealed"] == pytest.approx(0.1, abs=0.02)
+    assert "spared_alone" not in found
 
 
 def test_contrasts_are_those_of_students_t() -> None:
