@@ -218,11 +218,12 @@ def dictionary_view(
     Args:
         model: the one that the dictionary was trained on.
         layer: of which block, the features that it has there; default the last.
-        of_layer: instead of ``layer``, the number of a layer of the dictionary.
+        of_layer: instead of ``layer``, the number of a layer of the dictionary, of which a block may have several.
 
     Raises:
-        ReflowlensError: the dictionary is another model's, has no layer there or another width than the residual
-            stream, its features write at several layers, or the model's logits are no sums over its last stream.
+        ReflowlensError: the dictionary is another model's, has no layer there, or several, or another width than the
+            residual stream, its features write at several layers, or the model's logits are no sums over its last
+            stream.
 
     Example: ``dictionary_view(model, rl.load_dictionary("reflow-nano-sae"), layer=3).error_share()``
     """
@@ -281,7 +282,14 @@ def _index(dictionary: Dictionary, layer: Any) -> int:
         raise ReflowlensError(
             f"layer must be one of the dictionary's blocks, {', '.join(map(str, blocks))}, got {layer!r}"
         )
-    return blocks.index(int(layer))
+    found = [index for index, block in enumerate(blocks) if block == int(layer)]
+    if len(found) > 1:
+        points = " and ".join(f"{dictionary.cfg.writes[index]!r} (of_layer={index})" for index in found)
+        raise ReflowlensError(
+            f"block {layer} has several of the dictionary's layers, which write {points}: name one of them, "
+            "dictionary_view(model, dictionary, of_layer=...)"
+        )
+    return found[0]
 
 
 class _Alone(NamedTuple):

@@ -31,7 +31,7 @@ from reflowlens.metrics import read_positions
 from reflowlens.models.text import TextInput, read_once
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, SignalView, view_of
 from reflowlens.sweeps.reading import check_readout_is_free
 from reflowlens.sweeps.stages import READOUT_SIGNAL
 from reflowlens.tokenizers.targets import Target
@@ -46,7 +46,7 @@ def ablate_readout(
     prompt: TextInput,
     *,
     position: int | Literal["last"] = "last",
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     by: By = "zero",
     reference: Source = None,
     seed: int = 0,
@@ -89,7 +89,7 @@ def ablate_progressively(
     counts: Sequence[int] | None = None,
     keep: bool = False,
     position: int | Literal["last"] = "last",
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     by: By = "zero",
     reference: Source = None,
     seed: int = 0,
@@ -133,7 +133,7 @@ def _read(
     model: Any,
     prompt: TextInput,
     position: int | Literal["last"],
-    view: SignalView | ViewName | None,
+    view: AnyView,
     ablation: Ablate,
 ) -> tuple[SignalView, Float[Tensor, "prompt S"], Float[Tensor, "prompt S"]]:
     """A view, each prompt's signals at a position, and what the ablation puts in their place there."""

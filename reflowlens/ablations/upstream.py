@@ -37,7 +37,7 @@ from reflowlens.models.residual import Readout, ResidualModel
 from reflowlens.models.text import TextInput
 from reflowlens.models.threads import changing
 from reflowlens.models.unwrapping import guarded, hooked_model
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, SignalView, view_of
 from reflowlens.sweeps.batching import in_batches
 from reflowlens.sweeps.injections import stream_points
 from reflowlens.sweeps.packed import Packed, UnpatchedRun
@@ -58,7 +58,7 @@ def ablate_upstream(
     site: Site,
     *,
     signals: int | Sequence[int] | None = None,
-    view: SignalView | ViewName | None = None,
+    view: AnyView = None,
     memory: float | None = None,
     progress: bool | None = None,
 ) -> PatchingResult:
@@ -73,7 +73,8 @@ def ablate_upstream(
             run.
         site: ``"embed"``, ``"everywhere"``, or a layer (module docstring).
         signals: which, one or several; default every one.
-        view: whose signals; default the model's own, or the residual axes of a model without any.
+        view: whose signals; default the model's own, or the residual axes of a model without any. Of a dictionary the
+            features.
         memory: bytes that the rows may take; default: a share of what is free. Halved when memory runs out.
         progress: show a bar; by default on a terminal.
 

@@ -21,7 +21,7 @@ from reflowlens.models.attention import Attention
 from reflowlens.models.base import HookedModel
 from reflowlens.models.hook_names import point_name
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.signals import SignalView, ViewName, view_of
+from reflowlens.signals import AnyView, SignalView, view_of
 from reflowlens.storage.model_hash import model_hash
 from reflowlens.storage.tensor_folder import open_tensors, save_tensors
 
@@ -130,9 +130,7 @@ class ActivationCache(transformer_lens.ActivationCache):
             raise ReflowlensError(f"layer must be between 0 and {n_layers} (the end of the model), got {layer!r}")
         return self["resid_post", n_layers - 1] if index == n_layers else self["resid_pre", index]
 
-    def signals(
-        self, layer: int | None = None, view: SignalView | ViewName | None = None
-    ) -> Float[Tensor, "*batch pos S"]:
+    def signals(self, layer: int | None = None, view: AnyView = None) -> Float[Tensor, "*batch pos S"]:
         """The readout a = B norm_final(x) of the residual stream x that block ``layer`` reads.
 
         After the last block of a reFlow this is ``unembed.hook_signal``; at earlier layers it is the factored logit
@@ -154,7 +152,7 @@ class ActivationCache(transformer_lens.ActivationCache):
         self,
         target: str | int | Int[Tensor, "*batch pos"],
         layer: int | None = None,
-        view: SignalView | ViewName | None = None,
+        view: AnyView = None,
     ) -> Float[Tensor, "*batch pos S"]:
         """What each signal adds to the target's logit at every position: aₛ · R[target, s], in logits.
 
@@ -179,7 +177,7 @@ class ActivationCache(transformer_lens.ActivationCache):
             )
         return self._view(view).contributions(resid, target)
 
-    def _view(self, view: SignalView | ViewName | None) -> SignalView:
+    def _view(self, view: AnyView) -> SignalView:
         return view_of(self._hooked_model(), view)
 
     # -- parts --------------------------------------------------------------------------------------------------------

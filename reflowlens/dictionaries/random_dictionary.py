@@ -15,8 +15,9 @@ from reflowlens.dictionaries.dictionary import Dictionary
 def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
     """A dictionary whose encoder and decoder rows have the norms of a trained one's and random directions.
 
-    An autoencoder's decoder row goes along its encoder row, as far as the trained one's does. Biases, thresholds, k and
-    the hook points are the trained one's, so that it is spliced, evaluated and viewed as that is.
+    An autoencoder's decoder row goes along its encoder row, as far as the trained one's does. The rows of a skip are
+    random too, each of its norm: a trained skip alone says much of an MLP. Biases, thresholds, k and the hook points
+    are the trained one's, so that it is spliced, evaluated and viewed as that is.
 
     Example: ``rl.signal_view(model, random_dictionary(rl.load_dictionary("reflow-nano-sae")))``
     """
@@ -32,4 +33,7 @@ def random_dictionary(dictionary: Dictionary, seed: int = 0) -> Dictionary:
             decoder = (cosine * encoder + (1 - cosine.square()).clamp(min=0).sqrt() * beside)[:, None]
         layer.W_enc.copy_(encoder * layer.W_enc.norm(dim=1, keepdim=True))
         layer.W_dec.copy_(decoder * layer.W_dec.norm(dim=2, keepdim=True))
+        if layer.W_skip is not None:
+            skip = F.normalize(torch.randn(layer.W_skip.shape, generator=generator), dim=1).to(layer.W_skip)
+            layer.W_skip.copy_(skip * layer.W_skip.norm(dim=1, keepdim=True))
     return found.eval().requires_grad_(False)

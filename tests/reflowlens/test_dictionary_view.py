@@ -9,6 +9,7 @@ import torch
 
 import reflowlens as rl
 from reflowlens.dictionaries.dictionary import Dictionary
+from reflowlens.dictionary_view import dictionary_view
 from reflowlens.errors import ReflowlensError
 from reflowlens.signals import SignalView, random_rotation, rotate, signal_view, varimax_view, view_of
 from tests.support.dictionaries import dictionary_of
@@ -183,6 +184,30 @@ def test_another_models_dictionary_or_width_is_refused():
         signal_view(model, dictionary_of(model, "sae"), layer=7)
     with pytest.raises(ReflowlensError, match="layer chooses among those of a dictionary"):
         signal_view(model, "svd", layer=1)
+
+
+def test_two_points_of_a_block_are_told_apart():
+    """The stream before a block and behind it: the block alone names neither."""
+    model = random_model("reflow")
+    points = ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post")
+    dictionary = dictionary_of(model, "sae", reads=points, writes=points)
+    with pytest.raises(ReflowlensError, match=r"'blocks.1.hook_resid_pre' \(of_layer=1\) and .*post' \(of_layer=2\)"):
+        signal_view(model, dictionary, layer=1)
+    assert [view.site for view in (signal_view(model, dictionary, layer=0), signal_view(model, dictionary))] == [0, 2]
+    assert dictionary_view(model, dictionary, of_layer=1).site == 1
+
+
+def test_a_dictionary_stands_where_a_view_does():
+    model = random_model("reflow")
+    dictionary = dictionary_of(model, "sae")
+    view = signal_view(model, dictionary)
+    found, expected = (
+        rl.ablate_upstream(model, PROMPT, rl.metrics.target_prob("e"), view.site, view=one).values
+        for one in (dictionary, view)
+    )
+    assert torch.equal(found, expected)
+    _, cache = model.run_with_cache(PROMPT)
+    assert torch.equal(cache.signals(view=dictionary), view.readout(cache.resid()))
 
 
 def test_a_transcoder_has_recipes_and_no_readout():

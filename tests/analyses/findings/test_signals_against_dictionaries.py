@@ -159,6 +159,16 @@ def test_a_random_dictionary_has_the_norms_of_the_trained_one():
         assert float(across.abs().mean()) < 0.4
 
 
+def test_a_random_transcoder_has_no_trained_matrix_left():
+    """Not the skip's either, which would say of an MLP what was trained."""
+    trained = dictionary_of(random_model("gpt2"), "skip")
+    for own, other in zip(trained.each_layer(), random_dictionary(trained).each_layer(), strict=True):
+        for name, dim in (("W_enc", 1), ("W_dec", 2), ("W_skip", 1)):
+            before, after = getattr(own, name), getattr(other, name)
+            assert_close(after.norm(dim=dim), before.norm(dim=dim), 1e-5)
+            assert float(torch.nn.functional.cosine_similarity(before, after, dim=dim).abs().mean()) < 0.4
+
+
 def sparse_model() -> HookedModel:
     """Every byte is four of 32 signals, which are the axes, and no block adds anything."""
     model = silent_blocks(random_model("reflow"))
