@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reflowlens.config import ModelConfig
-from reflowlens.decoder_options import RotaryScaling
+from reflowlens.decoder_options import RotaryScaling, is_positive
 from reflowlens.errors import ReflowlensError
 
 ACTIVATIONS = {
@@ -219,6 +219,9 @@ LOGITS_CAP = Trait(
 
 
 def _multipliers(hf: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    for name in ("attention_multiplier", "logits_scaling"):  # which something is divided by
+        if not is_positive(value := getattr(hf, name)):
+            raise ReflowlensError(f"{name} must be a positive number, got {value!r}")
     scale = float(f"{1 / hf.attention_multiplier:.12g}")  # the same after its inverse was written and read
     usual = math.isclose(scale, ours["d_head"] ** 0.5, rel_tol=1e-9)
     return {"embed_scale": float(hf.embedding_multiplier), "attn_scale": None if usual else scale}

@@ -396,7 +396,13 @@ def test_operations_of_windows_and_tables_of_layers_that_turn() -> None:
         ("phi", {"qk_layernorm": True}, "qk_layernorm is True"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm is True"),
         ("cohere", {"logit_scale": -0.5}, r"ln_final\.w is multiplied by must be a positive number, got -0\.5"),
-        ("granite", {"attention_multiplier": 0.0}, r"config\.json"),
+        (
+            "granite",
+            {"attention_multiplier": 0.0},
+            r"json: attention_multiplier must be a positive number, got 0\.0",
+        ),
+        ("granite", {"logits_scaling": 0.0}, r"json: logits_scaling must be a positive number, got 0\.0"),
+        ("granite", {"residual_multiplier": 0.0}, r"attn\.W_O is multiplied by must be a positive number, got 0\.0"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         (
             "olmo2",
