@@ -23,18 +23,21 @@ def group_frames(
     seed: int,
     *,
     rows: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
     rates: Collection[str] = (),
 ) -> dict[str, pd.DataFrame]:
     """The frame ``groups``, by its name; none where the prompts have no groups.
 
     Args:
         values: metric -> one value a prompt.
-        rows: the prompts that the values are of, in their order; default all.
+        rows: the prompts that the values are of, in their order; default all. A prompt may have several values.
+        units: of each value the number of what it is averaged over first, and intervals are of then; default each is by
+            itself.
         rates: metrics whose values are 0 and 1, which have exact intervals; others are resampled.
 
     Returns:
-        A row a group, ``all`` first, and metric: ``group``, ``metric``, ``prompts``, mean ``value``, ``low`` and
-        ``high``, NaN of a single prompt.
+        A row a group, ``all`` first, and metric: ``group``, ``metric``, ``prompts`` (of several values a unit, units),
+        mean ``value``, ``low`` and ``high``, NaN of a single one.
 
     Example: ``group_frames(prompts, {"accuracy": correct}, seed=0, rates=["accuracy"])["groups"]``
     """
@@ -47,6 +50,8 @@ def group_frames(
         here = np.ones(len(groups), dtype=bool) if group == "all" else groups == group
         for metric, each in values.items():
             own = np.asarray(each, dtype=float)[here]
+            if units is not None:
+                own = pd.Series(own).groupby(np.asarray(units)[here]).mean().to_numpy()
             interval = rate_interval if metric in rates else bootstrap_interval
             low, high = interval(own, seed=seed) if len(own) > 1 else (np.nan, np.nan)
             found.append((group, metric, len(own), own.mean(), low, high))

@@ -41,6 +41,7 @@ from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
 from analyses.tasks.answered import shown
+from analyses.tasks.by_group import group_figures, group_frames
 from reflowlens.arguments import number_of_runs, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.heatmap import heatmap
@@ -88,7 +89,8 @@ def head_patterns(
         ``where_possible``, ``uniform``, ``shuffled`` and ``excess``, means over sequences, and ``score_low``,
         ``score_high``, ``excess_low``, ``excess_high``. Metrics such as ``induction_random``: the excess of the head
         that is strongest on one half of the sequences, measured on the other half; verdicts ask for 0.05 at least.
-        Figures: a source and kind each, layer × head.
+        Figures: a source and kind each, layer × head. Of prompts with groups the frame and figure ``groups``: the same
+        excess, of the texts that it is measured on, which are half of each group.
 
     Raises:
         ReflowlensError: the attention of this model is no distribution over keys, or there are fewer than four
@@ -109,12 +111,15 @@ def head_patterns(
         listed = texts.clean if isinstance(texts, Prompts) else [texts] if isinstance(texts, str) else list(texts)
         begin = hooked.text_start()
         read = [(begin + hooked.tokenizer.encode(text))[:longest] for text in listed]
-        rows["text"] = [row for row in read if len(row) > 1]
+        prompt = [number for number in _by_group(texts, len(listed)) if len(read[number]) > 1]
+        rows["text"] = [read[number] for number in prompt]
     frames: list[pd.DataFrame] = []
+    groups: dict[str, pd.DataFrame] = {}
     findings: dict[str, Finding] = {}
     figures: dict[str, Any] = {}
     for source, some in rows.items():
-        some = some[:: 4 if quick and len(some) >= 16 else 1]
+        every = 4 if quick and len(some) >= 16 else 1
+        some = some[::every]
         if len(some) < 4:
             raise ReflowlensError(f"scores have intervals over sequences, and need four at least, got {len(some)}")
         measured = _measure(hooked, some, _shuffled(hooked, some, source, seed), shown(progress), source)
@@ -122,6 +127,9 @@ def head_patterns(
         frames.append(frame)
         findings |= {f"{kind}_{source}": _finding(measured, kind, seed) for kind in KINDS}
         figures |= {f"{kind}_{source}": _figure(frame, kind, source) for kind in KINDS}
+        if source == "text" and isinstance(texts, Prompts):
+            values = {f"{kind}_text": _judged(measured, kind)[1] for kind in KINDS}
+            groups = group_frames(texts, values, seed, rows=prompt[::every][1::2])
     return Result(
         "head_patterns",
         "Patterns of heads",
@@ -134,8 +142,8 @@ def head_patterns(
             "model_hash": hash_of(hooked),
         },
         findings=findings,
-        frames={"heads": pd.concat(frames, ignore_index=True)},
-        figures=figures,
+        frames={"heads": pd.concat(frames, ignore_index=True), **groups},
+        figures=figures | group_figures(groups, "Excess of the strongest head of each kind"),
         notes=[] if texts is not None else ["random tokens alone: give texts to see what heads do there"],
     )
 
@@ -252,9 +260,7 @@ def _frame(measured: Measured, source: str, seed: int) -> pd.DataFrame:
 
 def _finding(measured: Measured, kind: str, seed: int) -> Finding:
     """The head that is strongest on every other sequence, measured on those between."""
-    excess = measured.excess(kind)
-    layer, head = np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:])
-    values = excess[1::2, layer, head]
+    (layer, head), values = _judged(measured, kind)
     interval = bootstrap_interval(values, seed=seed)
     smallest = bound_of("head_patterns", kind, {})
     p = paired_permutation_pvalue(values - smallest, seed=seed)
@@ -265,13 +271,20 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
         {
             "uniform": float(measured.uniform[kind][1::2].mean()),
             "shuffled": float(measured.shuffled[kind][1::2, layer, head].mean()),
-            "mean_head": float(excess[1::2].mean()),
+            "mean_head": float(measured.excess(kind)[1::2].mean()),
         },
         verdict(interval, smallest, p, minimum_units=_MINIMUM, units=len(values)),
         f"share of attention at the places of the kind, less that of {beside}, of the head that is strongest on half "
         f"of the sequences (layer {layer}, head {head}), on the other half. uniform, shuffled: shares; mean_head: the "
         "excess of all heads",
     )
+
+
+def _judged(measured: Measured, kind: str) -> tuple[tuple[int, int], Float[np.ndarray, " sequence"]]:
+    """Layer and head that are strongest on every other sequence, and its excess in those between."""
+    excess = measured.excess(kind)
+    layer, head = map(int, np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:]))
+    return (layer, head), excess[1::2, layer, head]
 
 
 def _figure(frame: pd.DataFrame, kind: str, source: str) -> Any:
@@ -285,6 +298,13 @@ def _figure(frame: pd.DataFrame, kind: str, source: str) -> Any:
         hover=["score_low", "score_high", "where_possible", "uniform", "shuffled"],
         title=f"Attention to the {kind} token, {'random tokens, repeated' if source == 'random' else 'text'}",
     )
+
+
+def _by_group(texts: str | Sequence[str] | Prompts, n: int) -> list[int]:
+    """Numbers of n texts, those of a group together, so that every other one is half of each group."""
+    groups = texts.groups if isinstance(texts, Prompts) and "group" in texts.frame else [0] * n
+    first = {group: number for number, group in reversed(list(enumerate(groups)))}
+    return sorted(range(n), key=lambda number: first[groups[number]])
 
 
 def _length_read(model: HookedModel, length: int) -> int:

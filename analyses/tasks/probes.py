@@ -29,6 +29,7 @@ from analyses.statistics.intervals import bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
 from analyses.tasks.answered import MINIMUM_PROMPTS, one_or_several, shown, some_prompts, task_params
+from analyses.tasks.by_group import group_figures, group_frames
 from analyses.tasks.fitted_probes import (
     COORDINATE,
     EMBEDDING,
@@ -134,7 +135,7 @@ def linear_probes(
         accuracy that is supported exceeds by 0.05, and ``control_task``.
         Frames ``layers`` (a row a model and layer: ``accuracy``, ``control_task``, ``selectivity``, each with ``_low``
         and ``_high``, and ``majority``), ``classes`` (``examples`` and ``share``), ``examples`` and ``directions``;
-        figure ``layers``.
+        figure ``layers``. Of prompts with groups the frame and figure ``groups``, of the same two metrics.
 
     Raises:
         ReflowlensError: there is no such column, position or layer, one label alone, or too few groups for the folds.
@@ -159,6 +160,7 @@ def linear_probes(
     }
     majority = held_out(np.zeros((len(places), 1), np.float32), places.label, fold, None) == places.label
     table = pd.concat([_layer_frame(name, one, places, majority, seed) for name, one in read.items()])
+    groups = _group_frames(chosen, _chosen(read["trained"], fold), places, seed)
     return Probes(
         "linear_probes",
         "Linear probes",
@@ -169,8 +171,9 @@ def linear_probes(
             "classes": _classes(places),
             "examples": places.frame(hooked, fold),
             "directions": pd.DataFrame([row for one in read["trained"] for row in one.directions]),
+            **groups,
         },
-        figures={"layers": _figure(table)},
+        figures={"layers": _figure(table)} | group_figures(groups, "Held-out accuracy and selectivity"),
         notes=[
             f"{len(places):,} examples of {places.group.max() + 1:,} groups, which are held out together; the control "
             f"task gives each {places.kind_name} a label"
@@ -246,6 +249,16 @@ def _chosen(read: Sequence[ProbedLayer], fold: NDArray[np.int64]) -> dict[str, N
     layer = np.array([correct[:, fold != number].mean(axis=1).argmax() for number in range(fold.max() + 1)])[fold]
     each = np.arange(len(fold))
     return {"correct": correct[layer, each], "control": control[layer, each]}
+
+
+def _group_frames(
+    prompts: Prompts, best: dict[str, NDArray[np.bool_]], places: Places, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Accuracy and selectivity in each group of prompts, over what of it is held out together."""
+    values = {"accuracy": best["correct"], "selectivity": best["correct"] - np.asarray(best["control"], float)}
+    return group_frames(
+        prompts, values, seed, rows=places.prompt.tolist(), units=places.group.tolist(), rates=["accuracy"]
+    )
 
 
 def _classes(places: Places) -> pd.DataFrame:

@@ -32,6 +32,16 @@ def test_groups_are_what_each_is_alone():
     assert group_figures(group_frames(without, {"effect": VALUES}, seed=3), "Effects") == {}
 
 
+def test_several_values_of_a_unit_count_as_one():
+    """Units 0 and 1 in group a, 1 again in b: each is averaged where it is before groups are."""
+    values = {"right": np.array([1.0, 0.0, 1.0, 0.0, 1.0])}
+    found = group_frames(PROMPTS, values, seed=3, rows=[0, 0, 3, 1, 2], units=[0, 0, 1, 1, 1], rates=["right"])
+    table = found["groups"].set_index("group")
+    assert table["prompts"].to_dict() == {"all": 2, "a": 2, "b": 1}
+    assert table["value"].to_dict() == pytest.approx({"all": (0.5 + 2 / 3) / 2, "a": 0.75, "b": 0.5})
+    assert table["low"].isna().to_dict() == {"all": False, "a": False, "b": True}
+
+
 @pytest.mark.parametrize("measure", [direct_logit_attribution, head_ablation])
 def test_measures_of_a_task_tell_their_results_by_group(measure):
     prompts = copying_prompts(12)

@@ -78,6 +78,24 @@ def test_heads_made_by_hand_are_found():
     assert set(result.figures) == {f"{kind}_{source}" for kind in KINDS for source in ("random", "text")}
 
 
+def test_groups_of_prompts_are_told_apart_and_each_is_in_both_halves():
+    """Texts with and without repeated letters, in turns: the induction head has something to do in one group alone."""
+    repeated, different = ["abcabc", "dedede", "fghfgh", "ijijij"], ["abcdef", "ghijkl", "mnopqr", "stuvwx"]
+    rows = [
+        {"clean": text, "group": name}
+        for pair in zip(repeated, different, strict=True)
+        for text, name in zip(pair, ("repeated", "different"), strict=True)
+    ]
+    result = head_patterns(induction_model(), rl.Prompts.of(rows))
+    groups = result.frames["groups"].set_index(["group", "metric"])
+    assert groups["prompts"].unstack()["induction_text"].to_dict() == {"all": 4, "repeated": 2, "different": 2}
+    for kind in KINDS:
+        assert groups.loc[("all", f"{kind}_text"), "value"] == pytest.approx(result.metrics[f"{kind}_text"])
+    assert groups.loc[("repeated", "induction_text"), "value"] > 0.2
+    assert abs(groups.loc[("different", "induction_text"), "value"]) < 0.05
+    assert "groups" in result.figures
+
+
 def test_a_head_of_a_fixed_offset_is_no_induction_head():
     """It attends length - 1 positions back: where an induction head does, and with shuffled tokens too."""
     model, n = induction_model(), 12

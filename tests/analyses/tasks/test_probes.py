@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -49,6 +50,24 @@ def labelled(**more: Any) -> rl.Prompts:
         for letter in "ab":
             rows.append({"clean": f"{letter}{''.join(letters)}.", "label": f"is {letter}", "pair": i, **more})
     return rl.Prompts.of(rows)
+
+
+def test_results_by_group_of_prompts():
+    """One group's labels are as the letter says, the other's are drawn: accuracy hides that, groups tell it."""
+    drawn = np.random.default_rng(0).choice(["is a", "is b"], 48)
+    told, guessed = (labelled(group=name).frame for name in ("told", "guessed"))
+    rows = pd.concat([told, guessed.assign(label=drawn, clean="h" + guessed["clean"])], ignore_index=True)
+    probes = linear_probes(carrying_model(), rl.Prompts.of(rows), "label", layers=LAYER, kind="ridge")
+    groups = probes.frames["groups"].set_index(["group", "metric"])
+    for metric in ("accuracy", "selectivity"):
+        assert groups.loc[("all", metric), "value"] == pytest.approx(probes.metrics[metric])
+        assert (groups.loc[("all", metric), "low"], groups.loc[("all", metric), "high"]) == pytest.approx(
+            probes.intervals[metric]
+        )
+    assert groups.loc[("told", "accuracy"), "value"] > groups.loc[("guessed", "accuracy"), "value"] + 0.2
+    assert groups["prompts"].unstack()["accuracy"].to_dict() == {"all": 96, "told": 48, "guessed": 48}
+    assert "groups" in probes.figures
+    assert "groups" not in linear_probes(carrying_model(), labelled(), "label", layers=LAYER, kind="ridge").frames
 
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge"])
