@@ -23,7 +23,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from reflowlens.circuits.attribution.edges.table import nodes_of
+from reflowlens.circuits.attribution.explained.attention import WhyAttended
 from reflowlens.circuits.attribution.graph import INPUTS, LEFT_OUT, AttributionGraph
+from reflowlens.circuits.attribution.traced import traced_of
+from reflowlens.conversion.qk_tracing import qk_tracing_results
 from reflowlens.errors import ReflowlensError
 from reflowlens.notebook.feature import cantor
 from reflowlens.storage.atomic import replacing
@@ -68,6 +72,7 @@ def graph_json(
     pinned: Iterable[str] = (),
     labels: Mapping[str, str] | None = None,
     features: str | None = None,
+    attended: Iterable[WhyAttended] = (),
 ) -> dict[str, Any]:
     """A graph as plain lists and dictionaries, by the published schema, version 1.
 
@@ -78,12 +83,19 @@ def graph_json(
         pinned: names of nodes that are shown in the subgraph from the start.
         labels: of nodes by their names; of other features a viewer shows what the feature's file says.
         features: the address of a folder of feature files, ``{features}/{number}.json``.
+        attended: explanations of heads that are nodes (``graph.why_attended``), which become their
+            ``qk_tracing_results`` (:mod:`reflowlens.conversion.qk_tracing`); at most one a head and query.
 
     Raises:
-        ReflowlensError: a group or a pinned node names something that is not in the graph.
+        ReflowlensError: a group, a pinned node or an explanation names something that is not in the graph.
+
+    Example: ``graph_json(graph, "capital", attended=[graph.why_attended(layer=3, head=0, query=12, key=3)])``
     """
+    attended = list(attended)
     nodes, links = _folded(graph)
     ids = dict(zip(nodes["node"], nodes["id"], strict=True))
+    heads = nodes["node"][nodes["kind"] == "head"]
+    traced = qk_tracing_results(attended, heads, _ids_of_sources(graph)) if attended else {}
     features_and_errors = nodes["cumulative"][nodes["kind"].isin(_TYPES)]
     scores = ", ".join(f"{name} {value:.3f}" for name, value in graph.scores().items())
     metadata = {
@@ -111,7 +123,11 @@ def graph_json(
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": [_node(node, len(graph.tokens), labels or {}) for node in _records(nodes)],
+        "nodes": [
+            _node(node, len(graph.tokens), labels or {})
+            | ({"qk_tracing_results": traced[node["node"]]} if node["node"] in traced else {})
+            for node in _records(nodes)
+        ],
         "links": [{"source": ids[source], "target": ids[target], "weight": weight} for source, target, weight in links],
     }
 
@@ -142,6 +158,14 @@ def _folded(graph: AttributionGraph) -> tuple[pd.DataFrame, list[tuple[str, str,
         nodes.loc[kinds == "logit", "layer"] += 1  # there is a layer of the readout between
     nodes = nodes[drawn_as == np.arange(len(nodes))]
     return nodes.assign(id=[_id(node, graph) for node in _records(nodes)]), links
+
+
+def _ids_of_sources(graph: AttributionGraph) -> dict[str, str]:
+    """Ids of all nodes of the whole graph, pruned or not; of what is folded into a token, the token's."""
+    nodes = nodes_of(traced_of(graph))
+    token = nodes["kind"].isin(INPUTS)
+    nodes = nodes.assign(kind=nodes["kind"].mask(token, "embedding"))
+    return {node["node"]: _id(node, graph) for node in _records(nodes)}
 
 
 def _records(nodes: pd.DataFrame) -> list[dict[str, Any]]:

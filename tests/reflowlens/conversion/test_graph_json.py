@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import reflowlens as rl
+from reflowlens.circuits.attribution.graph import INPUTS
 from reflowlens.conversion.graph_json import LIST, graph_json, write_graph_json
 from reflowlens.errors import ReflowlensError
 from tests.support.dictionaries import dictionary_of
@@ -122,3 +123,55 @@ def test_a_folder_lists_its_graphs_once(tiny_models, tmp_path):
     with pytest.raises(ReflowlensError, match="is no list of graphs"):
         write_graph_json(graph, tmp_path / "c.json")
     assert not (tmp_path / "c.json").exists()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["gpt2_biased", "reflow"])
+def test_why_a_head_attended_stands_at_its_node(name, layer, tiny_models):
+    """By the ids of nodes; positions and recipes' signals are added up in their token."""
+    graph = graph_of(tiny_models, name, "plt", heads=True)
+    why = graph.why_attended(layer, 2, 5, 3, top=10**6)
+    found = {node["node_id"]: node for node in graph_json(graph, "slug", attended=[why])["nodes"]}
+    (own,) = [node for node in found.values() if "qk_tracing_results" in node]
+    assert own["node_id"] == f"head:{layer}.2@5"
+    results = own["qk_tracing_results"]
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert set(results) == set(why.top(1))
+
+    def id_of(source: str) -> str:
+        kind, _, place = source.partition(":") if source.startswith("feature") else (source.split("@")[0], "", "")
+        if kind == "feature":
+            return place.replace(".", "_").replace("@", "_")
+        if kind.split(":")[0] in INPUTS:
+            position = int(source.rsplit("@", 1)[1])
+            return f"E_{int(graph.traced.tokens[position])}_{position}"
+        return source
+
+    for key, frame in (("top_q_marginal_contributors", why.queries), ("top_k_marginal_contributors", why.keys)):
+        sums: dict[str, float] = defaultdict(float)
+        for source, weight in zip(frame["source"], frame["weight"], strict=True):
+            sums[id_of(source)] += weight
+        largest = sorted(sums.items(), key=lambda each: -abs(each[1]))[:10]
+        assert [id for id, _ in results[key]] == [id for id, _ in largest]
+        np.testing.assert_allclose([weight for _, weight in results[key]], [weight for _, weight in largest], rtol=1e-5)
+        assert {id for id, _ in results[key] if not id.startswith("bias")} <= set(found)
+    pairs: dict[tuple[str, str], float] = defaultdict(float)
+    for query, key, weight in why.pairs.iloc[:-1].itertuples(index=False):
+        pairs[id_of(query), id_of(key)] += weight
+    query, key, weight = results["pair_wise_contributors"][0]
+    assert weight == pytest.approx(pairs[query, key], rel=1e-5)
+    assert abs(weight) == pytest.approx(max(map(abs, pairs.values())), rel=1e-5)
+    if layer == 0:
+        assert any(id.startswith("E_") for id, _ in results["top_k_marginal_contributors"])
+    assert not any("qk_tracing_results" in node for node in graph_json(graph, "slug")["nodes"])
+
+
+def test_what_cannot_stand_at_a_node_is_refused(tiny_models):
+    graph = graph_of(tiny_models, "gpt2_biased", "plt", heads=True)
+    why = graph.why_attended(1, 2, 5, 3)
+    for twice in ([why, why], [why.compared(2)]):
+        with pytest.raises(ReflowlensError, match="a node has one score to explain"):
+            graph_json(graph, "slug", attended=twice)
+    without = graph_of(tiny_models, "gpt2_biased", "plt")
+    with pytest.raises(ReflowlensError, match=r"no node 'head:1\.2@5' in the graph that is drawn"):
+        graph_json(without, "slug", attended=[without.why_attended(1, 2, 5, 3)])
