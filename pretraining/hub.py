@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from pretraining.local_files import Selection, Source, builder_files, chosen_split, documents_of, file_source
 from pretraining.readers import HUB_SCHEME, READABLE, one_line, quiet_libraries
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 
 _TIMEOUT_SECONDS = 10
 _PARQUET_EXPORT = "refs/convert/parquet"  # where the hub keeps what it converted itself

@@ -29,8 +29,7 @@ from jaxtyping import Bool, Int
 
 from pretraining.chat import ChatFormat, Message, Part, Tokenised, tokenise
 from pretraining.readers import TEXT_ENCODING
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.storage.opening import file_hash
 from reflowlens.tokenizers.base import Tokenizer
 

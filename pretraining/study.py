@@ -39,8 +39,7 @@ from pretraining.command import add_study_arguments, run_study, start
 from pretraining.config import TrainConfig, load_config, read_toml
 from pretraining.train import train
 from reflowlens.arguments import whole_number
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 
 STUDIES = Path(__file__).parent / "studies"
 TABLE = "runs.csv"

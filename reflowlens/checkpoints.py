@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reflowlens.config import ModelConfig, nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models import MODEL_CLASSES, check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model

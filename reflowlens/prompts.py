@@ -25,8 +25,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.arguments import integer, path_given, random_seed, real_number
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 
 if TYPE_CHECKING:
     from reflowlens.models.text import TextModel

@@ -14,10 +14,9 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from analyses.units.points import default_points, kind_of, level_of, points_named, written_by
-from reflowlens.config import nearest
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.dictionary import Dictionary, DictionaryLayer
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import wide
 

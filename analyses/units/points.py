@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 
 

@@ -15,8 +15,7 @@ from transformer_lens.utilities.slice import Slice
 
 from reflowlens.activations.cache_functions import with_checked_arguments
 from reflowlens.arguments import integer
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.attention import Attention
 from reflowlens.models.base import HookedModel
 from reflowlens.models.hook_names import point_name

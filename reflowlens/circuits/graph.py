@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.architecture import HEADS_AND_MLPS
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model

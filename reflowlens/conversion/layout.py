@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from reflowlens.config import ModelConfig, nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.config import ModelConfig
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models import check_memory, parameter_shapes
 from reflowlens.models.numerics import wide
 from reflowlens.models.parts import is_bias

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reflowlens.config import nearest
 from reflowlens.dictionaries.dictionary import Dictionary
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.model_hash import model_hash

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "topk", "batchtopk"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)

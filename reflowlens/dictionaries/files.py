@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reflowlens.config import nearest
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.dictionaries.packing import uses_of
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models import float32_by_default, moved
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.storage.opening import (

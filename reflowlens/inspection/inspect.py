@@ -10,9 +10,8 @@ from typing import Any
 import pandas as pd
 
 from reflowlens.checkpoints import ASSETS, PACKED, WEIGHTS, list_models, weights_in
-from reflowlens.config import nearest
 from reflowlens.dictionaries.files import find_dictionary, holds_dictionary, is_dictionary, list_dictionaries
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.inspection import kinds
 from reflowlens.inspection.dictionaries import read_dictionary
 from reflowlens.inspection.folders import (

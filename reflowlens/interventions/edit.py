@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import integer
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.interventions.fields import fit
 from reflowlens.models.base import HookedModel
 from reflowlens.models.threads import changing

@@ -24,8 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.arguments import integer, random_seed
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.interventions.fields import as_factor, check_number, fit, from_plain, integers, same, selector, to_plain
 from reflowlens.models.text import read_once
 

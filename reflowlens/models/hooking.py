@@ -15,8 +15,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tensors import remove_batch_dim as drop_batch_dim
 
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.hook_names import ModelHooks, point_name
 from reflowlens.models.text import TextModel
 from reflowlens.models.threads import changing

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reflowlens.arguments import integer
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.notebook.feature import (
     FeatureLayerFacts,
     FeatureRecord,

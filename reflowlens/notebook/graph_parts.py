@@ -13,8 +13,7 @@ from jaxtyping import Float, Int
 from reflowlens.circuits.attribution.graph import LEFT_OUT, PROMPT
 from reflowlens.circuits.attribution.scores.influence import Shares
 from reflowlens.circuits.attribution.scores.sums import sums_of
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.notebook.feature_files import digits
 from reflowlens.notebook.graph_words import words_of
 

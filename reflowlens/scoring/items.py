@@ -15,8 +15,7 @@ import numpy as np
 import pandas as pd
 
 from reflowlens.arguments import integer
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.scoring.score import Scores, score

@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from reflowlens.config import nearest
 from reflowlens.dictionaries.splice import spliced_layers
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.interventions.values import Intervention, Patch
 from reflowlens.models.base import HookedModel
 from reflowlens.sweeps.alignment import PositionAxis

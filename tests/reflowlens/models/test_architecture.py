@@ -19,10 +19,9 @@ from analyses.units.firing import unit_statistics
 from analyses.units.points import default_points
 from pretraining.config import OptimizerConfig
 from pretraining.optimizers import make_optimizers
-from reflowlens import config
 from reflowlens.ablations.upstream import ablate_upstream
 from reflowlens.circuits.graph import Graph
-from reflowlens.config import ModelConfig
+from reflowlens.config import ModelConfig, architectures
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import forward_flops_per_token
 from reflowlens.models import MODEL_CLASSES
@@ -119,7 +118,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that it takes outside its own file: a line of the classes, and one of the configuration's defaults."""
     for name, kind, like in (("mixer", Mixer, "gpt2"), ("scaled", Scaled, "gpt2_new")):
         monkeypatch.setitem(MODEL_CLASSES, name, kind)
-        monkeypatch.setitem(config._DEFAULTS, name, config._DEFAULTS[like])
+        monkeypatch.setitem(architectures.DEFAULTS, name, architectures.DEFAULTS[like])
 
 
 def toy(name: str) -> HookedModel:

@@ -29,8 +29,7 @@ from reflowlens.circuits.attribution.linear.frozen_model import at_positions
 from reflowlens.circuits.attribution.linear.refined import FrozenRefined
 from reflowlens.circuits.attribution.linear.ways import Ways, dense
 from reflowlens.circuits.attribution.traced import Traced, traced_of
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.out_of_memory import lower_if_it_does_not_fit
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from reflowlens.circuits.attribution.grouped.alike import UNITS, Numbers, at_lea
 from reflowlens.circuits.attribution.grouped.jointly import JointRemoval, Removals
 from reflowlens.circuits.attribution.performed.performing import PERFORMED, Free, level_of
 from reflowlens.circuits.attribution.traced import traced_of
-from reflowlens.config import nearest
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 
 if TYPE_CHECKING:
     from reflowlens.notebook.feature_pages import FeaturePages
