@@ -16,15 +16,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from analyses.claims import bound_of
 from analyses.result.finding import Finding
@@ -35,7 +32,6 @@ from analyses.statistics.pvalues import paired_permutation_pvalue, permutation_p
 from analyses.statistics.verdicts import verdict
 from analyses.tasks.answered import (
     MINIMUM_PROMPTS,
-    Answered,
     Scores,
     layers_given,
     numbers,
@@ -44,6 +40,7 @@ from analyses.tasks.answered import (
     task_params,
 )
 from analyses.tasks.by_group import group_figures, group_frames
+from analyses.tasks.in_context import TEMPLATE, Alone, Pairs
 from analyses.tasks.writers import check_heads_and_mlps, component_names, layers_by_writers, mean_head_outputs
 from reflowlens.arguments import number_of_runs
 from reflowlens.errors import ReflowlensError
@@ -54,11 +51,8 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
-from reflowlens.sweeps.injections import Injections
 from reflowlens.sweeps.sweep import sweep
 
-TEMPLATE = "{input}:{answer}\n"
-_PLACES = ("{input}", "{answer}")
 _CONTEXTS = 32  # prompts with examples that means and effects are taken over, at least
 DEFINITIONS = {
     "accuracy": "share of held-out inputs whose answer is the most probable token behind examples. shuffled_labels: "
@@ -235,102 +229,6 @@ def head_sets(others: NDArray[np.int64], size: int, draws: int, rng: np.random.G
         heads = np.sort(rng.choice(others, size, replace=False))
         found.setdefault(tuple(heads.tolist()), heads)
     return list(found.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Inputs and outputs of a function, how a pair is written, and which rows of the prompts these are."""
-
-    model: HookedModel
-    inputs: list[str]
-    outputs: list[str]
-    template: str
-    rows: list[int]
-
-    @classmethod
-    def of(cls, model: HookedModel, prompts: Prompts, template: str) -> Pairs:
-        """Check the pairs and the template."""
-        Answered.of(model, prompts, least=8)
-        places = [template.count(place) for place in _PLACES] if isinstance(template, str) else []
-        if places != [1, 1] or template.index(_PLACES[0]) > template.index(_PLACES[1]):
-            raise ReflowlensError(f"the template must have {{input}} and behind it {{answer}}, once, got {template!r}")
-        outputs = [
-            answer if isinstance(answer, str) else model.to_single_str_token(int(answer)) for answer in prompts.answers
-        ]
-        if len(set(outputs)) < 2:
-            raise ReflowlensError(f"every answer is {outputs[0]!r}: there is no function to show")
-        return cls(model, prompts.clean, outputs, template, list(range(len(outputs))))
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def halves(self, seed: int) -> tuple[Pairs, Pairs]:
-        """Two halves drawn at random: to find heads on, and held out."""
-        order = derive_rng(seed, "function_vectors", "halves").permutation(len(self)).tolist()
-        return self._part(order[: len(order) // 2]), self._part(order[len(order) // 2 :])
-
-    def _part(self, rows: list[int]) -> Pairs:
-        inputs, outputs = ([each[row] for row in rows] for each in (self.inputs, self.outputs))
-        return Pairs(self.model, inputs, outputs, self.template, rows)
-
-    def alone(self) -> Answered:
-        """Inputs without any example."""
-        return self._answered([self._asked(text) for text in self.inputs], range(len(self)))
-
-    def in_context(self, rows: Sequence[int], shown_from: Pairs, n: int, seed: int, shuffled: bool = False) -> Answered:
-        """Some inputs, each behind examples.
-
-        Args:
-            rows: of the inputs that are asked for.
-            shown_from: pairs that examples are drawn from, never the one that is asked for.
-            n: examples.
-            seed: the same draws the same examples, shuffled or not.
-            shuffled: each example has the output of another pair, one that is not its own.
-        """
-        rng, labels = (derive_rng(seed, "function_vectors", part) for part in ("examples", "labels"))
-        texts = []
-        for row in rows:
-            free = [i for i, text in enumerate(shown_from.inputs) if text != self.inputs[row]]
-            examples = []
-            for i in rng.permutation(free)[:n]:
-                output = shown_from.outputs[i]
-                if shuffled:
-                    output = str(labels.choice([other for other in shown_from.outputs if other != output]))
-                examples.append(self._written(shown_from.inputs[i], output))
-            texts.append("".join(examples) + self._asked(self.inputs[row]))
-        return self._answered(texts, rows)
-
-    def _answered(self, texts: Sequence[str], rows: Sequence[int]) -> Answered:
-        frame = [{"clean": text, "answer": self.outputs[row]} for text, row in zip(texts, rows, strict=True)]
-        return Answered.of(self.model, Prompts.of(frame))
-
-    def _written(self, text: str, output: str) -> str:
-        before, behind = self.template.split(_PLACES[1])
-        return before.replace(_PLACES[0], text) + output + behind
-
-    def _asked(self, text: str) -> str:
-        return self.template.split(_PLACES[1])[0].replace(_PLACES[0], text)
-
-
-@dataclass(frozen=True, eq=False)
-class Alone:
-    """Inputs without any example, read once, to add vectors to at their last tokens."""
-
-    answered: Answered
-    runs: Injections
-    before: Scores
-
-    @classmethod
-    def of(cls, pairs: Pairs) -> Alone:
-        answered = pairs.alone()
-        runs = Injections(answered.model, answered.texts, "last")
-        return cls(answered, runs, answered.scores(runs.unsteered(runs.layers[-1])))
-
-    def with_vectors(self, layer: int, vectors: Float[Tensor, "vector d_model"]) -> Scores:
-        """With each vector added to the stream that a layer reads, [vector * input]."""
-        prompt = self.answered.each.repeat(len(vectors))
-        end = self.runs.final(layer, prompt, vectors.repeat_interleave(len(self.answered), dim=0))
-        return self.answered.scores(end, prompt)
 
 
 def _findings(

@@ -10,7 +10,8 @@ import torch
 
 import reflowlens as rl
 from analyses.statistics.draws import derive_rng
-from analyses.tasks.function_vectors import Pairs, function_vectors, head_sets
+from analyses.tasks.function_vectors import function_vectors, head_sets
+from analyses.tasks.in_context import Pairs
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
