@@ -40,7 +40,7 @@ from reflowlens.dictionaries.dictionary import Dictionary, DictionaryLayer
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import wide, without_autocast
-from reflowlens.signals import SignalView, _check_vectors
+from reflowlens.signals.view import SignalView, check_vectors
 
 _STREAM = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 _TOKENS_AT_ONCE = 1024
@@ -109,7 +109,7 @@ class DictionaryView(SignalView):
         Example: ``view.readout(cache["resid_post", -1])[..., : view.n_signals]  # the features alone``
         """
         self._checked_stream()
-        _check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
+        check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
             x = resid.to(self.basis.dtype)
             assert self.norm is not None

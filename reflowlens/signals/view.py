@@ -1,66 +1,24 @@
-"""Signals: the coordinates in which a prediction is read.
-
-A :class:`SignalView` is a recipe R [d_vocab, S] and a basis B [S, d_model] with R B = W_E. (Where a model has an
-unembedding of its own, or prunes R at one end alone, W_E stands for W_Uᵀ here; a bias b_U is no signal's.) A reFlow
-model was trained with one, its ``native`` view. The other views are computed from any model's weights, of reFlow's too,
-so that a claim about signals can be compared with coordinates that were not trained:
-
-=============  =================  =============  ==================================================================
-view           recipe             basis          what it is for
-=============  =================  =============  ==================================================================
-``native``     R                  B              the signals that the model was trained with
-``identity``   W_E                I              every model: the residual stream's own axes
-``svd``        U                  Σ Vᵀ           every model: principal directions of the embedding
-``rotated``    R A                Aᵀ B           the same logits for every orthogonal A: the null of any
-                                                 statement about single signals
-``varimax``    R A                Aᵀ B           the A with the largest kurtosis of the columns of R A: how sparse
-                                                 single signals can be without training
-=============  =================  =============  ==================================================================
-
-A dictionary's features are a view too (:mod:`reflowlens.dictionary_view`), of which R B = W_E does not hold: what its
-features leave out is carried along behind its signals in every readout and every row that logits are read off with.
-
-A view reads a residual stream through the final norm. Where a model refines that stream before it reads logits off it
-(``ttt_flow``), this is a logit lens and no prediction; ``view.final`` reads ``model.final_stream`` instead, of which
-logits in front of the cap are exact sums.
-
-Readout coordinates, a = B norm_final(x), and write coordinates, r in x = r B, differ unless B Bᵀ = I; each function
-says which it uses.
-"""
+"""A model's logits written in signals: what each says, writes and adds."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import FactoredMatrix
 
-from reflowlens.arguments import integer, is_one_of, random_seed, whole_number
+from reflowlens.arguments import integer, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import capped
-from reflowlens.models.numerics import wide, without_autocast
+from reflowlens.models.numerics import without_autocast
 from reflowlens.models.parts import Norm, plus
-from reflowlens.models.unwrapping import hooked_model
 from reflowlens.tokenizers.targets import target_ids
-from reflowlens.varimax import varimax_rotation
-
-if TYPE_CHECKING:
-    from reflowlens.dictionaries.dictionary import Dictionary
-
-ViewName = Literal["native", "identity", "svd", "rotated", "varimax"]
-AnyView: TypeAlias = "SignalView | Dictionary | str | None"
-"""What a ``view=`` argument may be: a view, the name of one, a dictionary, or a dictionary's name or folder."""
-VIEWS: tuple[ViewName, ...] = ("native", "identity", "svd", "rotated", "varimax")
-_TURNED = 256
 
 
 @dataclass(frozen=True)
@@ -153,7 +111,7 @@ class SignalView:
 
         Example: ``view.readout(cache["resid_post", -1])  # [batch, pos, S]``
         """
-        _check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
+        check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
             x = resid.to(self.basis.dtype)
             return (x if self.norm is None else self.norm(x, hooked=False)) @ self.basis.T
@@ -167,7 +125,7 @@ class SignalView:
         Example: ``view.logits(view.readout(cache["resid_post", -1]))  # the model's logits, up to rounding``
         """
         rows = self.logit_rows
-        _check_vectors("a readout", signals, "S", rows.shape[1])
+        check_vectors("a readout", signals, "S", rows.shape[1])
         with without_autocast(rows):
             return capped(plus(signals @ rows.T, self.bias), self.cap)
 
@@ -195,7 +153,7 @@ class SignalView:
 
         Example: ``view.write(view.rows([" king"]))  # the embedding of " king", [1, d_model]``
         """
-        _check_vectors("a recipe", recipe_vector, "S", self.n_signals)
+        check_vectors("a recipe", recipe_vector, "S", self.n_signals)
         with without_autocast(self.basis):
             return recipe_vector @ self.basis
 
@@ -346,159 +304,8 @@ class SignalView:
         return titled("SignalView", self._summary(), table(columns, rows))
 
 
-@torch.no_grad()
-def signal_view(
-    model: HookedModel, name: ViewName | Dictionary | str | None = None, *, layer: int | None = None, seed: int = 0
-) -> SignalView:
-    """A model's signals: a recipe R [d_vocab, S] and a basis B [S, d_model] whose product is the (un)embedding.
-
-    Of a dictionary, its features with what they leave out (:func:`reflowlens.dictionary_view.dictionary_view`).
-
-    Both are float32 or wider; the weights of a 16-bit model are widened, not rounded again. The native view of a
-    float32 model shares the weights' memory and follows their changes; any other view is of the weights as they are
-    now.
-
-    Args:
-        model: a hooked model.
-        name: ``native``, ``identity``, ``svd``, ``rotated`` or ``varimax`` (defined at the top of this module); by
-            default ``native`` if the model has it, otherwise ``identity``. The last two rotate that default. Or a
-            dictionary of the model: itself, its packaged name or its folder.
-        layer: of a dictionary, which block's features; default the last that it has.
-        seed: of the random rotation, and of the rows that varimax samples from a large vocabulary.
-
-    Raises:
-        ReflowlensError: the name is unknown, the model has no native signals, or the dictionary is another model's.
-
-    Example: ``rl.signal_view(model, "svd").codebook(0)``
-    """
-    model = hooked_model(model)
-    if (dictionary := _dictionary(name)) is not None:
-        from reflowlens.dictionary_view import dictionary_view
-
-        return dictionary_view(model, dictionary, layer)
-    if layer is not None:
-        raise ReflowlensError(f"layer chooses among those of a dictionary, and {name!r} is none")
-    factored = isinstance(model.W_E, FactoredMatrix)
-    if name is None:
-        name = "native" if factored else "identity"
-    if not is_one_of(name, VIEWS):
-        raise ReflowlensError(
-            f"view must be one of {', '.join(map(repr, VIEWS))}, a dictionary, or a dictionary's name or folder, got "
-            f"{name!r}"
-        )
-    if name == "native":
-        factors = model.unembedding
-        if not isinstance(factors, FactoredMatrix):
-            raise ReflowlensError(
-                f"{model.cfg.architecture!r} has no native signals: its embedding is not factored; "
-                "use the 'identity' or 'svd' view"
-            )
-        return SignalView("native", wide(factors.A.detach()), wide(factors.B.detach()), model.ln_final, model)
-    if name == "rotated":
-        view = signal_view(model)
-        return rotate(view, random_rotation(view.n_signals, seed))
-    if name == "varimax":
-        return varimax_view(signal_view(model), seed=seed)
-    with without_autocast(model.ln_final.w):
-        embedding = wide(model.W_U.T.detach())
-    bias = wide(model.b_U.detach()) if model.cfg.unembed_bias else None
-    cap = getattr(model.unembed, "cap", None)
-    if name == "identity":
-        identity = torch.eye(embedding.shape[1], device=embedding.device, dtype=embedding.dtype)
-        return SignalView("identity", embedding, identity, model.ln_final, model, bias, cap)
-    U, singular_values, Vh = torch.linalg.svd(embedding, full_matrices=False)
-    return SignalView("svd", U, singular_values[:, None] * Vh, model.ln_final, model, bias, cap)
-
-
-def view_of(model: HookedModel, view: AnyView, *, seed: int = 0, exact_for: str = "") -> SignalView:
-    """The view that a ``view=`` argument means: a view itself, or the one of that name (:func:`signal_view`).
-
-    Args:
-        exact_for: what asks for it, if it takes only views whose signals make up the embedding without a rest.
-
-    Raises:
-        ReflowlensError: the view was made from another model, whose norm and weights would be mixed with this one's; or
-            something is carried behind its signals, which what asks for it does not take.
-    """
-    found = view if isinstance(view, SignalView) else signal_view(model, view, seed=seed)
-    if found.model is not hooked_model(model):
-        raise ReflowlensError("this view was made from another model: make one with rl.signal_view(model)")
-    if exact_for and found.n_carried:
-        raise ReflowlensError(
-            f"{exact_for} takes views whose signals make up the embedding exactly ({', '.join(VIEWS)}), and the "
-            f"features of {found.name} leave an error"
-        )
-    return found
-
-
-def _dictionary(name: object) -> Dictionary | None:
-    """The dictionary that a view's name stands for, if it is no view's."""
-    if name is None or is_one_of(name, VIEWS):
-        return None
-    from reflowlens.dictionaries.dictionary import Dictionary
-    from reflowlens.dictionaries.files import holds_dictionary, load_dictionary
-
-    if isinstance(name, Dictionary):
-        return name
-    return load_dictionary(name) if isinstance(name, str | Path) and holds_dictionary(name) else None
-
-
-def rotate(view: SignalView, rotation: Float[Tensor, "S S"]) -> SignalView:
-    """The view (R A, Aᵀ B) in a basis that is rotated by A: every logit stays, every single signal changes.
-
-    Args:
-        rotation: A, orthogonal; not checked beyond its shape.
-
-    Raises:
-        ReflowlensError: the rotation is not a matrix [S, S].
-    """
-    if not isinstance(rotation, Tensor) or rotation.shape != (view.n_signals, view.n_signals):
-        got = list(rotation.shape) if isinstance(rotation, Tensor) else repr(rotation)
-        raise ReflowlensError(f"a rotation of this view is a matrix [S, S], S={view.n_signals}, got {got}")
-    A = rotation.to(view.recipe)
-    with without_autocast(A):
-        return view._rotated(A)
-
-
-def varimax_of(view: SignalView, *, seed: int = 0) -> Float[Tensor, "S S"]:
-    """The rotation that :func:`varimax_view` turns a view by.
-
-    Of a dictionary's features it turns the 256 that most tokens have, and leaves the others: among thousands of
-    features, which no rotation makes much sparser, the search would take hours.
-    """
-    rows = view.recipe[: view.n_tokens]
-    with without_autocast(rows):
-        if not view.n_carried or view.n_signals <= _TURNED:
-            return varimax_rotation(rows, seed=random_seed(seed))
-        often = (rows != 0).sum(dim=0).topk(_TURNED).indices
-        turn = torch.eye(view.n_signals, device=rows.device, dtype=rows.dtype)
-        some = rows[:, often]
-        turn[often[:, None], often] = varimax_rotation(some[some.any(dim=1)], seed=random_seed(seed)).to(turn)
-        return turn
-
-
-def varimax_view(view: SignalView, *, seed: int = 0) -> SignalView:
-    """The view in the basis that :func:`reflowlens.varimax.varimax_rotation` finds for the recipes of its real tokens.
-
-    By varimax's criterion its signals are at least as sparse as the view's own, and every logit stays: an upper bound
-    of the sparsity that a basis with these logits can show, as ``rotated`` is the lower one.
-
-    Args:
-        seed: of the rows that are sampled from a large vocabulary.
-
-    Example: ``varimax_view(signal_view(model)).codebook(0)``
-    """
-    return dataclasses.replace(rotate(view, varimax_of(view, seed=seed)), name="varimax")
-
-
-def random_rotation(n: int, seed: int) -> Float[Tensor, "n n"]:
-    """A Haar-distributed orthogonal matrix: QR of a Gaussian one, signs fixed by the diagonal of R (Mezzadri, 2007)."""
-    gaussian = torch.randn(n, n, generator=torch.Generator().manual_seed(random_seed(seed)), dtype=torch.float64)
-    Q, R = torch.linalg.qr(gaussian)
-    return (Q * R.diagonal().sign()).float()
-
-
-def _check_vectors(what: str, x: Tensor, axis: str, size: int) -> None:
+def check_vectors(what: str, x: Tensor, axis: str, size: int) -> None:
+    """Raise unless the last axis of a tensor has this size."""
     if not isinstance(x, Tensor) or not x.ndim or x.shape[-1] != size:
         got = list(x.shape) if isinstance(x, Tensor) else repr(x)
         raise ReflowlensError(f"{what} is a tensor [..., {axis}] with {axis}={size}, got {got}")
