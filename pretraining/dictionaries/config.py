@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretraining.config import AUTO, OptimizerConfig, section
-from reflowlens.config import nearest
+from pretraining.config import AUTO, OptimizerConfig, read_toml, section
+from pretraining.config.toml import toml_value
 from reflowlens.dictionaries.config import ACTIVATIONS, WITH_K, DictionaryConfig
-from reflowlens.errors import ReflowlensError
+from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 from reflowlens.storage.model_hash import model_hash
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CONFIGS = Path(__file__).parent / "configs"
 KINDS = ("sae", "transcoder", "cross_layer")
@@ -243,10 +237,7 @@ def load_run(name: str | Path, settings: Sequence[str] = ()) -> DictionaryRun:
             is not allowed.
     """
     path = _find(name)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ReflowlensError(f"{path} is not a readable TOML file: {error}") from error
+    tables = read_toml(path)
     for table in tables:
         if table not in _TABLES:
             raise ReflowlensError(f"{path}: unknown table [{table}]{nearest(table, list(_TABLES))}")
@@ -303,12 +294,8 @@ def _override(tables: dict[str, Any], settings: Sequence[str]) -> None:
         if not equals or place not in known:
             what = f"unknown field {place!r}" if equals else "expected table.field=value"
             raise ReflowlensError(f"--set {text}: {what}{nearest(place, known)}")
-        try:
-            value = tomllib.loads(f"value = {written}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = written
         for fields in tables[table] if table == "dictionary" else [tables.setdefault(table, {})]:
-            fields[name] = value
+            fields[name] = toml_value(written)
 
 
 def _width(model: HookedModel, name: str) -> int:
