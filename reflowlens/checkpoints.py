@@ -28,7 +28,7 @@ from reflowlens.storage.opening import (
     check_shapes,
     file_hash,
     open_safetensors,
-    read_json,
+    read_json_object,
     shown,
     stated_config,
 )
@@ -222,10 +222,7 @@ def read_manifest(name_or_path: str | Path) -> dict[str, Any]:
     manifest = path.with_name(MANIFEST)
     if path.name != WEIGHTS or not manifest.is_file():
         return {}
-    found = read_json(manifest)
-    if not isinstance(found, dict):
-        raise ReflowlensError(f"{manifest} is damaged: it holds no JSON object")
-    return found
+    return read_json_object(manifest)
 
 
 def find_model(name_or_path: str | Path) -> Path:

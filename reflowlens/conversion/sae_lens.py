@@ -24,7 +24,7 @@ from reflowlens.dictionaries.files import dictionary_of
 from reflowlens.dictionaries.thresholds import stored_thresholds
 from reflowlens.errors import ReflowlensError
 from reflowlens.storage.folders import check_replaceable, write_folder, write_tensors
-from reflowlens.storage.opening import as_path, read_json, read_safetensors, shown
+from reflowlens.storage.opening import as_path, read_json_object, read_safetensors, shown
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 POINTS = ("reads", "writes")
@@ -144,9 +144,7 @@ class _Layer(NamedTuple):
 
 
 def _read_layer(folder: Path) -> _Layer:
-    config = read_json(folder / CONFIG)
-    if not isinstance(config, dict):
-        raise ReflowlensError(f"{folder / CONFIG} is damaged: it holds no JSON object")
+    config = read_json_object(folder / CONFIG)
     architecture, k = config.get("architecture", "standard"), config.get("k")
     activation_fn = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # before version 6
     if activation_fn not in ("relu", "topk"):

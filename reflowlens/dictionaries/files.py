@@ -27,7 +27,7 @@ from reflowlens.storage.opening import (
     as_path,
     check_shapes,
     file_hash,
-    read_json,
+    read_json_object,
     read_safetensors,
     shown,
     stated_config,
@@ -180,10 +180,7 @@ def dictionary_manifest(name_or_folder: str | Path) -> dict[str, Any]:
     manifest = path.with_name(MANIFEST)
     if path.name not in (WEIGHTS, PACKED) or not manifest.is_file():
         return {}
-    found = read_json(manifest)
-    if not isinstance(found, dict):
-        raise ReflowlensError(f"{manifest} is damaged: it holds no JSON object")
-    return found
+    return read_json_object(manifest)
 
 
 def find_dictionary(name_or_folder: str | Path) -> Path:

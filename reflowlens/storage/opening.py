@@ -70,6 +70,18 @@ def read_json(path: Path) -> Any:
         raise ReflowlensError(f"{path} is damaged: {error}") from error
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file that holds an object holds.
+
+    Raises:
+        ReflowlensError: as :func:`read_json`, or it holds something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ReflowlensError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
 def open_safetensors(path: Path) -> Any:
     """A safetensors file as ``safetensors.safe_open`` gives it, its header read and checked, which is at most 100 MB.
 
