@@ -35,13 +35,14 @@ def describe_start(cfg: TrainConfig) -> dict[str, Any]:
     name = named_start(cfg)
     weights = find_model(name)
     manifest = read_manifest(weights)
-    step, steps = manifest.get("step"), manifest.get("training", {}).get("run", {}).get("steps")
-    is_a_runs_newest = weights.parent.parent == Path(name)
-    if is_a_runs_newest and step is not None and steps is not None and step < steps:
-        raise ReflowlensError(
-            f"run.start_from: {name} is a run that stands at step {step} of {steps}: train it to its end, or name the "
-            f"checkpoint to begin with, {weights.parent}"
-        )
+    step = manifest.get("step")
+    if weights.parent.parent == Path(name) and "training" in manifest:  # the newest checkpoint of a run
+        steps = manifest["training"]["run"]["steps"]
+        if step < steps:
+            raise ReflowlensError(
+                f"run.start_from: {name} is a run that stands at step {step} of {steps}: train it to its end, or name "
+                f"the checkpoint to begin with, {weights.parent}"
+            )
     return {"model": name, "step": step, "weights_sha256": file_hash(weights)}
 
 

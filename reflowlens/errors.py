@@ -1,4 +1,5 @@
-"""The one error type that means "the input was wrong", shown by the command line without a traceback."""
+"""The one error type that means "the input was wrong", shown by the command line without a traceback, and how the
+nearest right choice is named in its message."""
 
 from __future__ import annotations
 
