@@ -19,18 +19,12 @@ others it is that over ``uniform``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
-from torch import Tensor
-from transformer_lens.hook_points import HookPoint
+from jaxtyping import Float
 
 from analyses.claims import bound_of
 from analyses.result.finding import Finding
@@ -41,19 +35,15 @@ from analyses.statistics.intervals import bootstrap_band, bootstrap_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
 from analyses.statistics.verdicts import verdict
 from analyses.tasks.answered import shown
+from analyses.tasks.attention_shares import BY_TOKENS, KINDS, Shares, measured_shares, pattern_points
 from analyses.tasks.by_group import group_figures, group_frames
 from reflowlens.arguments import number_of_runs, whole_number
 from reflowlens.errors import ReflowlensError
 from reflowlens.figures.heatmap import heatmap
-from reflowlens.interventions.passes import is_intervened
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.progress import bar
 from reflowlens.prompts import Prompts
-from reflowlens.scoring.batches import by_length
 
-KINDS = ("previous", "duplicate", "induction", "current", "first")
-_BY_TOKENS = ("duplicate", "induction")
 _MINIMUM = 10  # sequences in a half, below which no verdict is given
 _LONGEST = 128  # tokens of a text: attention is a square of them
 
@@ -99,7 +89,7 @@ def head_patterns(
     Example: ``head_patterns(model).frames["heads"].query("kind == 'induction'").nlargest(5, "score")``
     """
     hooked = hooked_model(model)
-    if not all(name in hooked.hook_dict for name in _points(hooked)):
+    if not all(name in hooked.hook_dict for name in pattern_points(hooked)):
         raise ReflowlensError(
             f"the attention of a {type(hooked).__name__} is no distribution over keys: shares of it say nothing of "
             "where heads attend"
@@ -122,7 +112,7 @@ def head_patterns(
         some = some[::every]
         if len(some) < 4:
             raise ReflowlensError(f"scores have intervals over sequences, and need four at least, got {len(some)}")
-        measured = _measure(hooked, some, _shuffled(hooked, some, source, seed), shown(progress), source)
+        measured = measured_shares(hooked, some, _shuffled(hooked, some, source, seed), shown(progress), source)
         frame = _frame(measured, source, seed)
         frames.append(frame)
         findings |= {f"{kind}_{source}": _finding(measured, kind, seed) for kind in KINDS}
@@ -148,99 +138,7 @@ def head_patterns(
     )
 
 
-def pattern_of(kind: str, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row query key"]:
-    """The keys that a kind of head attends to.
-
-    >>> pattern_of("induction", torch.tensor([[5, 6, 5]]))[0].nonzero().tolist()
-    [[2, 1]]
-    """
-    n = tokens.shape[1]
-    query, key = torch.arange(n)[:, None], torch.arange(n)
-    if kind == "duplicate":
-        return (tokens[:, :, None] == tokens[:, None]) & (key < query)
-    if kind == "induction":
-        follows = torch.zeros(len(tokens), n, n, dtype=torch.bool)
-        follows[:, :, 1:] = pattern_of("duplicate", tokens)[:, :, :-1]
-        return follows
-    place = {"previous": key == query - 1, "current": key == query, "first": (key == 0) & (query >= 0)}[kind]
-    return place.expand(len(tokens), -1, -1)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Shares of attention by kind, of all sequences' queries that have a key, and of attending to all keys alike."""
-
-    score: Mapping[str, Float[np.ndarray, "sequence layer head"]]
-    where_possible: Mapping[str, Float[np.ndarray, "layer head"]]
-    shuffled: Mapping[str, Float[np.ndarray, "sequence layer head"]]
-    uniform: Mapping[str, Float[np.ndarray, " sequence"]]
-
-    def excess(self, kind: str) -> Float[np.ndarray, "sequence layer head"]:
-        """Over the control that is the kind's own."""
-        beside = self.shuffled[kind] if kind in _BY_TOKENS else self.uniform[kind][:, None, None]
-        return self.score[kind] - beside
-
-
-def _measure(
-    model: HookedModel,
-    rows: Sequence[Sequence[int]],
-    shuffled: Sequence[Sequence[int]],
-    progress: bool,
-    desc: str,
-) -> Measured:
-    """Both runs of each sequence, its own and the shuffled one, at the places that its own tokens name."""
-    shape = len(rows), model.cfg.n_layers, model.cfg.n_heads
-    found = [{kind: np.zeros(shape) for kind in KINDS} for _ in range(2)]
-    possible, uniform = ({kind: np.zeros(len(rows)) for kind in KINDS} for _ in range(2))
-
-    @torch.no_grad()
-    def run(chosen: list[int]) -> None:
-        lengths = torch.tensor([len(rows[i]) for i in chosen])
-        own, other = (_padded([some[i] for i in chosen]) for some in (rows, shuffled))
-        is_query = torch.arange(own.shape[1]) < lengths[:, None]
-        places = {kind: pattern_of(kind, own) & is_query[:, :, None] for kind in KINDS}
-        for kind, place in places.items():
-            counts = place.sum(dim=2)
-            possible[kind][chosen] = (counts > 0).sum(dim=1).numpy()
-            alike = counts / torch.arange(1, own.shape[1] + 1)
-            uniform[kind][chosen] = (alike.sum(dim=1) / lengths).numpy()
-        stacked = torch.stack([places[kind] for kind in KINDS]).to(model.cfg.device)
-        for scores, tokens in zip(found, (own, other), strict=True):
-            hooks = [
-                (name, partial(_share, stacked, scores, chosen, layer)) for layer, name in enumerate(_points(model))
-            ]
-            with model.hooks(hooks):
-                model(tokens.to(model.cfg.device), return_type=None, stop_at_layer=model.cfg.n_layers)
-
-    with bar(show=progress, total=len(rows), unit="sequence", desc=f"attention, {desc}") as shown_bar:
-        lengths = [len(row) for row in rows]
-        device = next(model.parameters()).device
-        for chosen, _ in by_length(lengths, run, device, alike=is_intervened(model)):
-            shown_bar.update(len(chosen))
-    sums, of_shuffled = found
-    n = np.array([len(row) for row in rows])[:, None, None]
-    return Measured(
-        {kind: x / n for kind, x in sums.items()},
-        {kind: x.sum(axis=0) / (possible[kind].sum() or np.nan) for kind, x in sums.items()},
-        {kind: x / n for kind, x in of_shuffled.items()},
-        uniform,
-    )
-
-
-def _share(
-    places: Bool[Tensor, "kind row query key"],
-    scores: Mapping[str, NDArray[np.float64]],
-    chosen: Sequence[int],
-    layer: int,
-    pattern: Float[Tensor, "row head query key"],
-    hook: HookPoint,
-) -> None:
-    for kind, place in zip(KINDS, places, strict=True):
-        share = torch.einsum("rhqk,rqk->rh", pattern.float(), place.float())
-        scores[kind][list(chosen), layer] = share.cpu().numpy()
-
-
-def _frame(measured: Measured, source: str, seed: int) -> pd.DataFrame:
+def _frame(measured: Shares, source: str, seed: int) -> pd.DataFrame:
     parts = []
     for kind in KINDS:
         score, excess = measured.score[kind], measured.excess(kind)
@@ -258,13 +156,13 @@ def _frame(measured: Measured, source: str, seed: int) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _finding(measured: Measured, kind: str, seed: int) -> Finding:
+def _finding(measured: Shares, kind: str, seed: int) -> Finding:
     """The head that is strongest on every other sequence, measured on those between."""
     (layer, head), values = _judged(measured, kind)
     interval = bootstrap_interval(values, seed=seed)
     smallest = bound_of("head_patterns", kind, {})
     p = paired_permutation_pvalue(values - smallest, seed=seed)
-    beside = "the same places in shuffled tokens" if kind in _BY_TOKENS else "uniform attention"
+    beside = "the same places in shuffled tokens" if kind in BY_TOKENS else "uniform attention"
     return Finding(
         values.mean(),
         interval,
@@ -280,7 +178,7 @@ def _finding(measured: Measured, kind: str, seed: int) -> Finding:
     )
 
 
-def _judged(measured: Measured, kind: str) -> tuple[tuple[int, int], Float[np.ndarray, " sequence"]]:
+def _judged(measured: Shares, kind: str) -> tuple[tuple[int, int], Float[np.ndarray, " sequence"]]:
     """Layer and head that are strongest on every other sequence, and its excess in those between."""
     excess = measured.excess(kind)
     layer, head = map(int, np.unravel_index(excess[::2].mean(axis=0).argmax(), excess.shape[1:]))
@@ -325,11 +223,3 @@ def _shuffled(model: HookedModel, rows: Sequence[Sequence[int]], source: str, se
     rng, begin = derive_rng(seed, "shuffled_tokens", source), len(model.text_start())
     starts = [begin + (len(row) - begin) // 2 if source == "random" else begin for row in rows]
     return [[*row[:start], *rng.permutation(row[start:]).tolist()] for row, start in zip(rows, starts, strict=True)]
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "row pos"]:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-
-
-def _points(model: HookedModel) -> list[str]:
-    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]

@@ -13,7 +13,8 @@ from transformer_lens.head_detector import (
 )
 
 import reflowlens as rl
-from analyses.tasks.head_patterns import KINDS, head_patterns, pattern_of
+from analyses.tasks.attention_shares import KINDS, pattern_of
+from analyses.tasks.head_patterns import head_patterns
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
