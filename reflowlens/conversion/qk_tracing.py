@@ -54,6 +54,6 @@ def qk_tracing_results(
 def _largest(frame: pd.DataFrame, sources: list[str], ids: Mapping[str, str]) -> list[list[Any]]:
     """The largest weights behind the ids of their sources, summed where several have one id."""
     named = frame[[*sources, "weight"]].assign(**{name: frame[name].map(ids) for name in sources})
-    summed = named.groupby(sources, sort=False, as_index=False)["weight"].sum()
+    summed = named.groupby(sources, sort=False)["weight"].sum().reset_index()
     kept = summed.sort_values("weight", key=np.abs, ascending=False, kind="stable").head(SHOWN)
     return [[*names, float(weight)] for *names, weight in kept.itertuples(index=False, name=None)]
