@@ -1,4 +1,4 @@
-"""The figures of `analyses.findings.sparsity`: loss against meaning and purity, a point a run, and published ones."""
+"""The figures of `analyses.findings.sparsity`: loss, meaning and purity, a point a run, and published ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import plotly.graph_objects as go
 
 from reflowlens.figures.scatter import scatter
 
-NANO = "packaged nano models, 21.8M tokens (docs/baselines.md)"
-REFLOW = "published reFlow-1-Big and TopK, 515M parameters"
+NANO = "packaged nano models"
+"""21.8M tokens (docs/baselines.md)."""
+REFLOW = "published models"
+"""reFlow-1-Big and TopK, 515M parameters."""
 ELSEWHERE = pd.DataFrame(
     [
         {"source": NANO, "arm": "dense", "more_loss": 0.0, "neighbours": 0.728, "purity": -0.004, "share": 1.0},
@@ -22,17 +24,23 @@ ELSEWHERE = pd.DataFrame(
 """Points of other models, each with its source; of the published ones the loss under top-k is not known."""
 
 
-def frontier_figures(runs: pd.DataFrame) -> dict[str, go.Figure]:
-    """`frontier` and `purity`: what a run loses to dense of its seed against meaning and against purity; `silhouette`
-    and `cosine`: what is published, against the share of signals that a token keeps. Colours are k of S."""
-    dense = runs[runs["arm"] == "dense"].set_index("seed")["loss"]
+def frontier_figures(runs: pd.DataFrame, kept: float, pure: float) -> dict[str, go.Figure]:
+    """Points are runs, a colour an arm, and published or packaged models.
+
+    `frontier`: pure signals against the share of dense's neighbours that is left, with the corner in which both are
+    more than `pure` and `kept`; `meaning` and `purity`: either against what a run loses to dense of its seed;
+    `silhouette` and `cosine`: what is published, against the share of signals that a token keeps.
+    """
+    dense = runs[runs["arm"] == "dense"].set_index("seed").reindex(runs["seed"])
     points = runs.assign(
-        more_loss=runs["loss"] - dense.reindex(runs["seed"]).to_numpy(),
+        more_loss=runs["loss"] - dense["loss"].to_numpy(),
+        meaning=runs["neighbours"] / dense["neighbours"].to_numpy(),
         share=runs["kept"] / runs["n_signals"],
-        source=[f"{kept:g} of {S:g}" for kept, S in zip(runs["kept"], runs["n_signals"], strict=True)],
+        source=runs["arm"],
         order=runs["kept"] / runs["n_signals"] + runs["n_signals"] / 1e6,
-    ).sort_values("order", kind="stable")
-    every = pd.concat([points, ELSEWHERE], ignore_index=True)
+    ).sort_values(["order", "arm"], kind="stable")
+    elsewhere = ELSEWHERE.assign(meaning=ELSEWHERE["neighbours"] / ELSEWHERE["neighbours"].iloc[0])
+    every = pd.concat([points, elsewhere], ignore_index=True)
 
     def drawn(x: str, y: str, title: str, x_title: str, y_title: str) -> go.Figure | None:
         rows = every.dropna(subset=[x, y])
@@ -50,10 +58,20 @@ def frontier_figures(runs: pd.DataFrame) -> dict[str, go.Figure]:
         return figure
 
     loss, share = "held-out loss less that of dense, nats", "share of signals that a token keeps"
+    left, purer = "neighbours, of those of dense", "purity of codebooks beyond rotations"
     wanted = {
-        "frontier": drawn("more_loss", "neighbours", "What meaning costs", loss, "neighbours beyond chance"),
-        "purity": drawn("more_loss", "purity", "What pure signals cost", loss, "purity beyond rotations"),
+        "frontier": drawn("purity", "meaning", "Meaning against pure signals", purer, left),
+        "meaning": drawn("more_loss", "meaning", "What meaning costs", loss, left),
+        "purity": drawn("more_loss", "purity", "What pure signals cost", loss, purer),
         "silhouette": drawn("share", "silhouette", "Meaning against sparsity", share, "silhouette"),
         "cosine": drawn("share", "three_four", "Meaning against sparsity", share, "cosine of three and four"),
     }
-    return {name: figure for name, figure in wanted.items() if figure is not None}
+    figures = {name: figure for name, figure in wanted.items() if figure is not None}
+    if "frontier" in figures:
+        right, top = 0.06 + max(pure, points["purity"].max()), max(1.2, 0.1 + points["meaning"].max())
+        corner = {"x0": pure, "x1": right, "y0": kept, "y1": top}
+        figures["frontier"].add_shape(
+            type="rect", layer="below", line_width=0, fillcolor="gray", opacity=0.12, **corner
+        )
+        figures["frontier"].update_xaxes(range=[-0.02, right]).update_yaxes(range=[0, top])
+    return figures

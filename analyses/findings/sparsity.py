@@ -85,7 +85,7 @@ def sparsity(study: str | Path, *, quick: bool = True, progress: bool | None = N
 
     Returns a Result with metrics `arms_with_both`, `kept_ARM`, `purity_ARM`, `cost_ARM` and `spared_ARM`; frames
     `runs` (a row a run with every measure), `by_arm` (means over seeds with intervals), `contrasts`; and figures
-    `frontier`, `purity`, `silhouette` and `cosine`.
+    `frontier`, `meaning`, `purity`, `silhouette` and `cosine`.
 
     Raises ReflowlensError if there is no arm `dense`, or as `measured` does.
 
@@ -151,7 +151,7 @@ def answer(runs: pd.DataFrame, params: dict[str, object], notes: list[str]) -> R
         params=params,
         findings=findings,
         frames={"runs": runs, "by_arm": by_arm, "contrasts": pd.DataFrame(table)},
-        figures=frontier_figures(runs),
+        figures=frontier_figures(runs, KEPT, PURITY),
         definitions=_definitions(findings),
         notes=notes,
     )

@@ -64,7 +64,7 @@ def test_a_planted_arm_that_has_both_is_found(tmp_path: Path) -> None:
     assert result.verdicts["cost_top_8"] == "supported"
     assert result.verdicts["cost_top_32"] == "not supported"
     assert result.verdicts["purity_dense"] == "not supported"
-    assert set(result.figures) == {"frontier", "purity", "silhouette", "cosine"}
+    assert set(result.figures) == {"frontier", "meaning", "purity", "silhouette", "cosine"}
     assert len(result.frames["runs"]) == 9
     assert result.frames["runs"].knockout[0] == pytest.approx(0.3 + NOISE[0])  # less is more: the sign is turned
 
