@@ -67,6 +67,7 @@ def without_hook_points(model: HookedModel) -> HookedModel:
 
 class _Nothing:
     fwd_hooks = bwd_hooks = ()
+    keep = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return x

@@ -6,6 +6,7 @@ TransformerLens's patching, attribution and lens functions take it as it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
@@ -252,7 +253,8 @@ class HookedModel(Architecture, HookingModel):
         activations, fwd, bwd = self.get_caching_hooks(
             names_filter, incl_bwd, device, remove_batch_dim, pos_slice=pos_slice, dtype=dtype
         )
-        with self._attached(fwd, bwd, reset_hooks_end, clear_contexts):
+        kept = self._showing(fwd, activations) if reset_hooks_end else contextlib.nullcontext()
+        with kept, self._attached([] if reset_hooks_end else fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(*args, **kwargs)
             if incl_bwd:
                 if not isinstance(out, Tensor) or out.numel() != 1 or not out.requires_grad:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tensors import remove_batch_dim as drop_batch_dim
 
 from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.hook_names import ModelHooks, point_name
+from reflowlens.models.parts import HookPoint
 from reflowlens.models.text import TextModel
 from reflowlens.models.threads import changing
 
@@ -60,6 +60,7 @@ OF_DICTIONARIES = ("hook_features", "hook_reconstruction", "hook_reconstruction_
 class HookingModel(TextModel):
     """A model whose activations have names, to which hooks are attached."""
 
+    hook_dict: dict[str, HookPoint]  # type: ignore[assignment] # TransformerLens's are wider
     point_axes = AXES  # a family with points of its own adds theirs
 
     def check_hook_name(self, name: str) -> None:
@@ -136,11 +137,32 @@ class HookingModel(TextModel):
             finally:
                 if reset_hooks_end:
                     self.reset_hooks(clear_contexts, level=level)
-        silent = [name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str)]
-        if silent and reset_hooks_end:
-            raise ReflowlensError(
-                f"the hook on {silent[0]!r} never ran: no forward pass reached it (see start_at_layer, stop_at_layer)"
-            )
+        if reset_hooks_end:
+            _check_ran(name for i, (name, _) in enumerate(fwd_hooks) if i not in fired and isinstance(name, str))
+
+    @contextlib.contextmanager
+    def _showing(self, fwd_hooks: Hooks, shown: Container[str]) -> Iterator[None]:
+        """As :meth:`_attached` with hooks that change nothing, which come behind all others.
+
+        A short pass takes hardly longer than attaching a hook to each of its points, torch's way.
+
+        Args:
+            shown: the points that the hooks have been shown, after the block.
+        """
+        named = [name for name, _ in fwd_hooks if isinstance(name, str)]
+        chosen = [([name] if isinstance(name, str) else filter(name, self.hook_dict), hook) for name, hook in fwd_hooks]
+        hooks = [(self.hook_dict[name], hook) for names, hook in chosen for name in names]
+        with changing(self):
+            before = [point.keep for point, _ in hooks]
+            try:
+                for point, hook in hooks:
+                    vars(point)["keep"] = hook  # neither a parameter nor a module, which torch would ask first
+                yield
+            finally:
+                for (point, _), former in zip(hooks, before, strict=True):
+                    vars(point)["keep"] = former
+                self.is_caching = False
+        _check_ran(name for name in named if name not in shown)
 
     def default_names(self, name: str) -> bool:
         """Whether a hook point is cached by default: all but attention squares and per-head residual copies."""
@@ -222,7 +244,7 @@ class HookingModel(TextModel):
                 kept = kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
             cache[name + suffix] = drop_batch_dim(kept) if remove_batch_dim else kept
 
-        fwd = [(name, save) for name in found] if names else [(matches, save)]
+        fwd = [(name, save) for name in found] if names else [(frozenset(found).__contains__, save)]
         return cache, fwd, [(name, partial(save, suffix="_grad")) for name in found] if incl_bwd else []
 
 
@@ -234,6 +256,14 @@ def _hooks(hooks: Any, what: str) -> list[tuple[str | Callable[[str], bool], Cal
         if not (isinstance(name, str) or callable(name)) or not callable(hook):
             raise ReflowlensError(f"{what} must be a list of pairs (hook point, function), got {pair!r}")
     return pairs
+
+
+def _check_ran(silent: Iterable[str]) -> None:
+    """Raise of the first of the points that a hook was attached to by name and that no pass reached."""
+    for name in silent:
+        raise ReflowlensError(
+            f"the hook on {name!r} never ran: no forward pass reached it (see start_at_layer, stop_at_layer)"
+        )
 
 
 def _check_device(device: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,12 +19,19 @@ class HookPoint(hook_points.HookPoint):
     """TransformerLens's, which passes a tensor on at once where no hook is attached, to it or to all modules.
 
     Most points of most passes have none, and torch's way to call a module takes longer than to look.
+
+    Attributes:
+        keep: is shown what passes, as hooks left it, and this point; None: nothing is kept.
     """
+
+    keep: Callable[[Tensor, Any], None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         own = self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks
         if own or _has_any_global_hook() or torch.compiler.is_compiling():  # a compiler sees torch's own call
-            return super().__call__(x)
+            x = super().__call__(x)
+        if self.keep is not None:
+            self.keep(x, self)
         return x
 
     def remove_hooks(
@@ -33,10 +41,10 @@ class HookPoint(hook_points.HookPoint):
             super().remove_hooks(dir, including_permanent, level)
 
 
-def is_hooked(*points: hook_points.HookPoint) -> bool:
-    """Whether anything is attached to one of the points."""
+def is_hooked(*points: HookPoint) -> bool:
+    """Whether anything is attached to one of the points, or what passes it is kept."""
     for point in points:  # noqa: SIM110 # a generator takes longer than what it asks
-        if point.fwd_hooks or point.bwd_hooks:
+        if point.fwd_hooks or point.bwd_hooks or point.keep is not None:
             return True
     return False
 

@@ -381,3 +381,42 @@ def test_a_point_passes_on_at_once_and_hooks_of_every_kind_still_fire(tiny_model
         point.remove_hooks("forward")  # type: ignore[arg-type] # as TransformerLens's own
     point.remove_hooks("both")
     assert point(x) is x
+
+
+def test_a_cache_holds_what_plain_hooks_see_behind_all_others(model: HookedModel, tokens: Tensor) -> None:
+    """Kept without hooks of its own, of every point, also where others change what passes."""
+    seen: dict[str, Tensor] = {}
+    changes = [("blocks.0.hook_mlp_out", lambda x, hook: 2 * x), ("blocks.1.attn.hook_z", lambda x, hook: x + 1)]
+    with model.hooks(changes):
+        logits, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
+        with model.hooks([(lambda name: True, lambda x, hook: seen.update({hook.name: x.clone()}))]):
+            plain = model(tokens)
+    assert_close(logits, plain)
+    assert list(cache) == list(seen)
+    for name, expected in seen.items():
+        assert_close(cache[name].nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0))  # scores of later keys
+
+
+def test_keeping_ends_with_its_pass(model: HookedModel, tokens: Tensor) -> None:
+    """Also of one that fails, or that runs within another's: each cache holds its own."""
+    inner: dict[str, Tensor] = {}
+
+    def run_another(x: Tensor, hook: HookPoint) -> None:
+        if not inner:
+            inner["other"] = x  # so that the inner pass does not come here again
+            inner.update(model.run_with_cache(tokens[:1], names_filter="blocks.1.hook_resid_post")[1])
+
+    def fail(x: Tensor, hook: HookPoint) -> None:
+        raise KeyboardInterrupt
+
+    with model.hooks([("blocks.0.hook_resid_post", run_another)]):
+        _, cache = model.run_with_cache(tokens)
+    assert inner["blocks.1.hook_resid_post"].shape[0] == 1
+    assert len(cache["blocks.1.hook_resid_post"]) == len(tokens)
+    with pytest.raises(KeyboardInterrupt), model.hooks([("blocks.0.hook_resid_post", fail)]):
+        model.run_with_cache(tokens)
+    assert all(point.keep is None for point in model.hook_dict.values())
+    kept = len(cache)
+    model(tokens[:, :1])
+    assert len(cache) == kept
+    assert cache["blocks.1.hook_resid_post"].shape[1] == tokens.shape[1]
