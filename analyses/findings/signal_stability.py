@@ -78,9 +78,10 @@ def signal_stability(study: str | Path, *, quick: bool = True, progress: bool | 
 
 def answer(pairs: pd.DataFrame, params: dict[str, object]) -> Result:
     """The `Result` of a table of pairs."""
-    judged = {arm: contrast(own["words_gap"], SMALLEST) for arm, own in pairs.groupby("arm", sort=False)}
+    judged = {str(arm): contrast(own["words_gap"], SMALLEST) for arm, own in pairs.groupby("arm", sort=False)}
     adjusted = holm([1.0 if np.isnan(each.p) else each.p for each in judged.values()])
-    findings, definitions = {}, {}
+    findings: dict[str, Finding] = {}
+    definitions: dict[str, str] = {}
     for (arm, words), p in zip(judged.items(), adjusted.tolist(), strict=True):
         recipes = contrast(pairs.loc[pairs["arm"] == arm, "recipes_gap"])
         smallest = {"smallest_effect": words.smallest}
@@ -137,7 +138,7 @@ def _measured(one: SignalView, other: SignalView) -> dict[str, float]:
 
 def _nexts(runs: list[TrainedRun]) -> dict[tuple[str, int], TrainedRun]:
     """The run that each is compared with: the next seed of its arm, of the last the first; two seeds are one pair."""
-    found = {}
+    found: dict[tuple[str, int], TrainedRun] = {}
     for arm in dict.fromkeys(run.arm for run in runs):
         own = sorted((run for run in runs if run.arm == arm), key=lambda run: run.seed)
         pairs = zip(own, [*own[1:], own[0]], strict=True) if len(own) > 2 else pairwise(own)

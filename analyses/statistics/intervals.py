@@ -112,6 +112,7 @@ def t_interval(values: ArrayLike) -> tuple[Interval, float]:
     -0.484...
     """
     sample = several(np.asarray(values, dtype=float), "values")
-    half = float(stats.sem(sample) * stats.t(len(sample) - 1).ppf(0.975))
-    p = float(stats.ttest_1samp(sample, 0.0).pvalue) if half > 0 else float(not sample.any())
-    return Interval(float(sample.mean() - half), float(sample.mean() + half)), p
+    mean, error, student = float(sample.mean()), float(stats.sem(sample)), stats.t(len(sample) - 1)
+    half = error * float(student.ppf(0.975))
+    p = 2 * float(student.sf(abs(mean) / error)) if error > 0 else float(not sample.any())
+    return Interval(mean - half, mean + half), p
