@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from transformer_lens import hook_points
 from transformer_lens.utilities.slice import Slice
 from transformer_lens.utilities.tensors import remove_batch_dim as drop_batch_dim
 
@@ -62,6 +63,13 @@ class HookingModel(TextModel):
 
     hook_dict: dict[str, HookPoint]  # type: ignore[assignment] # TransformerLens's are wider
     point_axes = AXES  # a family with points of its own adds theirs
+
+    def setup(self) -> None:
+        """Find the points, and make those of TransformerLens's class, which an architecture may have, of ours."""
+        super().setup()
+        for point in self.hook_dict.values():
+            if type(point) is hook_points.HookPoint:
+                point.__class__ = HookPoint
 
     def check_hook_name(self, name: str) -> None:
         """Raise unless the model has a hook point of this full name; the message suggests similar ones."""
