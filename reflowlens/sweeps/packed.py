@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.sweeps.products import OneDNNProducts
 from reflowlens.sweeps.stages import stages_of
 from reflowlens.sweeps.suffixes import Layout
 
@@ -138,7 +139,7 @@ class UnpatchedRun:
                 packed = packed.extended(rows)
             if stage == readout or not len(packed.layout.row):
                 continue
-            with hooking(stage, packed):
+            with hooking(stage, packed), OneDNNProducts():
                 resid = self.stages.run(stage, packed.resid, packed.layout, self.cache)
             packed = dataclasses.replace(packed, resid=resid)
             if is_read is not None and stage == self.stages.last_mixing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,19 @@ class LazyLogits:
         return self.readout.logits()
 
 
+@dataclass(frozen=True)
+class LogitsOnDemand:
+    """Logits of a run that is made when a metric asks for them: most do not."""
+
+    run: Callable[[], Logits]
+
+    def tokens(self, ids: Int[Tensor, "#row #pos n"]) -> Float[Tensor, "row pos n"]:
+        return self.run().tokens(ids)
+
+    def vocabulary(self) -> Float[Tensor, "row pos d_vocab"]:
+        return self.run().vocabulary()
+
+
 class Reader:
     """A metric bound to a model and the prompts that are patched.
 
@@ -54,11 +68,11 @@ class Reader:
         self.column = torch.full(tokens.shape, -1, device=tokens.device).scatter(1, self.positions, reading)
         self.last_position = self.positions.max(dim=1).values
         self.each = torch.arange(len(prompts), device=tokens.device)
-        clean_logits = None
+        clean_logits: Logits | None = None
         if clean is not None:
             self._check_comparable(metric)
             clean_read = read_positions(metric.position, clean_lengths, clean.shape[1]).to(tokens.device)
-            clean_logits = self._logits(clean, clean_read)
+            clean_logits = LogitsOnDemand(lambda: self._logits(clean, clean_read))
         self._score = metric.bind(model, Reference(tokens, lengths, clean_logits, metric.rows))
         self.ends: tuple[Tensor, Tensor] | None = None
         if metric.normalised:
