@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.patching import PatchingResult
 
 from reflowlens.ablations.readout import ablate_readout
+from reflowlens.benchmarks.sweep_floor import plain_rate, suffixes_flops, whole_passes_flops
+from reflowlens.benchmarks.sweep_nnsight import has_nnsight, nnsight_resid_pre
 from reflowlens.benchmarks.table import Row
 from reflowlens.benchmarks.timing import comparison
 from reflowlens.checkpoints import load_model
 from reflowlens.config import ModelConfig
-from reflowlens.flops import forward_flops_by_part
 from reflowlens.interventions.values import Patch
 from reflowlens.metrics import logit_diff
 from reflowlens.models import build_model
@@ -29,6 +33,7 @@ from reflowlens.progress import bar
 from reflowlens.sweeps.sweep import sweep
 
 _SECONDS = 60  # of a comparison, after which it takes no further round
+_NO_NNSIGHT: Row = {"of": "resid_pre against nnsight", "case": "left out: pip install reflowlens[bench]"}
 RIGHT, WRONG = 64, 118  # any two tokens: the cost is the same
 _SHAPES = {
     "gpt2-small shape": ModelConfig(
@@ -43,16 +48,33 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and prompts, random and different at every position: no cell is spared for changing nothing."""
+    """A model and prompts, random and different at every position: no cell is spared for changing nothing.
+
+    Args:
+        positions: those that are patched; None for all.
+    """
 
     name: str
     model: HookedModel
     clean: Tensor
     corrupted: Tensor
+    positions: tuple[int, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """What a row says of it."""
+        batch, pos = self.corrupted.shape
+        some = "" if self.positions is None else f", {len(self.positions)} positions"
+        return f"{self.name}, T {pos}, batch {batch}{some}"
+
+    @property
+    def places(self) -> Sequence[int]:
+        """The positions that are patched."""
+        return range(self.corrupted.shape[1]) if self.positions is None else self.positions
 
     @property
     def is_small(self) -> bool:
-        return self.model.cfg.d_model <= 256 and self.corrupted.numel() <= 128
+        return self.model.cfg.d_model <= 256 and self.corrupted.numel() <= 128 and self.positions is None
 
 
 def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rounds: int = 5) -> Iterator[Row]:
@@ -66,8 +88,10 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
 
     Yields:
         One row a comparison: ``cells``, ``ours_ms`` and ``other_ms`` (medians), ``ratio`` (median of other / ours),
-        ``difference``, the largest between the two results, ``flops`` (the ratio in matrix products alone, where it is
-        defined: what the engine leaves out), ``case`` and ``of``.
+        ``difference``, the largest between the two results, ``case`` and ``of``; of grids also ``flops``, the ratio in
+        matrix products alone of whole passes to what has to be computed, and ``floor``, the share of ``ours_ms`` that
+        these products would take at the rate of a plain product of the model's shape (:func:`.plain_rate`). Without
+        nnsight its rows are left out, and a row without numbers says so.
     """
     cases = cases or default_cases()
     comparisons: list[Callable[[], Row]] = []
@@ -79,6 +103,8 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
         comparisons.append(heads)
     comparisons.append(partial(_signal_patches, cases[0], patches, rounds))
     comparisons.append(partial(_readout_ablation, cases[0], rounds))
+    small = [case for case in cases if case.is_small]
+    comparisons += [partial(_nnsight, case, rounds) for case in small] if has_nnsight() else [lambda: _NO_NNSIGHT]
     for compare in bar(comparisons, show=True, unit="comparison"):
         yield compare()
 
@@ -86,11 +112,13 @@ def bench_sweep(cases: Sequence[Case] | None = None, *, patches: int = 1000, rou
 def default_cases() -> list[Case]:
     """Those that the README's table is of, beginning with the quick ones."""
     nano, small = load_model("reflow-nano"), build_model(_SHAPES["gpt2-small shape"])
+    long = build_model(dataclasses.replace(_SHAPES["6 layers, d 256"], n_ctx=1024))
     return [
         *quick_cases(),
         make_case("gpt2-small shape", small, batch=1, pos=16),
         make_case("reflow-nano", nano, batch=64, pos=16),
-        make_case("reflow-nano", nano, batch=1, pos=256),
+        make_case("6 layers, d 256", long, batch=1, pos=256, positions=range(15, 256, 16)),
+        make_case("6 layers, d 256", long, batch=1, pos=1024, positions=range(127, 1024, 128)),
     ]
 
 
@@ -103,24 +131,56 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def make_case(name: str, model: HookedModel, batch: int, pos: int) -> Case:
-    """A model with two batches of random prompts."""
+def make_case(name: str, model: HookedModel, batch: int, pos: int, positions: Sequence[int] | None = None) -> Case:
+    """A model with two batches of random prompts, of which some positions are patched, or all."""
     generator, tokens = torch.Generator().manual_seed(0), min(8000, model.cfg.d_vocab)
     clean, corrupted = (torch.randint(0, tokens, (batch, pos), generator=generator) for _ in range(2))
-    return Case(name, model.eval(), clean, corrupted)
+    return Case(name, model.eval(), clean, corrupted, None if positions is None else tuple(positions))
 
 
 def _grid(case: Case, grid: str, reference: Any, rounds: int) -> Row:
     def theirs() -> PatchingResult:
         _, cache = case.model.run_with_cache(case.clean, return_type=None)
+        options: dict[str, Any] = {"reduce": "none", "baseline": True}
+        if case.positions is not None:
+            places = itertools.product(range(case.model.cfg.n_layers), case.positions)
+            options["index_df"] = pd.DataFrame(places, columns=["layer", "pos"])
+            options["index_axis_names"] = None
         with _quiet():
-            return reference(case.model, case.corrupted, cache, _difference, reduce="none", baseline=True)
+            return reference(case.model, case.corrupted, cache, _difference, **options)
 
     def ours() -> PatchingResult:
-        return sweep(case.model, case.clean, case.corrupted, grid, logit_diff(RIGHT, WRONG), progress=False)
+        return _sweep(case, grid)
 
-    return _row(case, grid, ours, theirs, lambda result: result.values, rounds) | (
-        {"flops": _flop_ratio(case, grid)} if case.model.sublayers == HEADS_AND_MLPS else {}
+    row = _row(case, grid, ours, theirs, _per_cell, rounds)
+    return row | _floor(case, grid, row)
+
+
+def _per_cell(result: PatchingResult) -> Tensor:
+    return result.values.flatten(0, -2)
+
+
+def _nnsight(case: Case, rounds: int) -> Row:
+    """The grid of the residual stream as nnsight batches it."""
+
+    def theirs() -> Tensor:
+        return nnsight_resid_pre(case.model, case.clean, case.corrupted, _difference).flatten(0, 1)
+
+    def ours() -> Tensor:
+        return _per_cell(_sweep(case, "resid_pre"))
+
+    return _row(case, "resid_pre against nnsight", ours, theirs, lambda values: values, rounds)
+
+
+def _sweep(case: Case, grid: str) -> PatchingResult:
+    return sweep(
+        case.model,
+        case.clean,
+        case.corrupted,
+        grid,
+        logit_diff(RIGHT, WRONG),
+        positions=None if case.positions is None else list(case.positions),
+        progress=False,
     )
 
 
@@ -198,30 +258,21 @@ def _row(
     return row | {
         "cells": a[..., 0].numel(),
         "difference": float((a - b).abs().max()),
-        "case": f"{case.name}, T {case.corrupted.shape[1]}, batch {case.corrupted.shape[0]}",
+        "case": case.label,
     }
 
 
-def _flop_ratio(case: Case, grid: str) -> float:
-    """Matrix products of one whole pass a cell, over those of the suffixes that a cell changes.
-
-    A suffix of n positions that enters at a block's first half costs n tokens in that and every later block, but in the
-    last block's MLP only the one that is read; a head's output enters at the second half.
-    """
-    cfg, pos = case.model.cfg, case.corrupted.shape[1]
-    parts = forward_flops_by_part(cfg, pos)
-    attention = (parts["attention_projections"] + parts["attention_mixing"]) / cfg.n_layers
-    mlp = parts["mlp"] / cfg.n_layers
-    heads = cfg.n_heads if grid.startswith("attn_head") else 1
-    naive = suffixes = 0.0
-    for layer in range(cfg.n_layers):
-        later = cfg.n_layers - layer - (grid != "resid_pre")
-        for start in range(pos):
-            n = pos - start
-            mlps = later + (grid != "resid_pre")
-            naive += heads * pos * sum(parts.values())
-            suffixes += heads * (n * (later * attention + max(mlps - 1, 0) * mlp) + mlp)
-    return round(naive / suffixes, 1)
+def _floor(case: Case, grid: str, row: Row) -> Row:
+    """``flops`` and ``floor`` of a comparison of grids."""
+    n_prompts, n_tokens = case.corrupted.shape
+    places = list(itertools.product(range(case.model.cfg.n_layers), case.places))
+    cells = places * (row["cells"] // len(places))  # of heads: once a head
+    needed = suffixes_flops(case.model, grid, cells, n_tokens)
+    share = needed * n_prompts / plain_rate(case.model) / (row["ours_ms"] / 1000)
+    return {
+        "flops": round(whole_passes_flops(case.model, len(cells), n_tokens) / needed, 1),
+        "floor": float(f"{share:.3g}"),
+    }
 
 
 @contextlib.contextmanager

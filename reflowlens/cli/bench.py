@@ -34,6 +34,14 @@ def add_commands(commands: Commands) -> None:
         "--of", nargs="+", choices=_NAMES, help="which benchmarks are measured (default: those stored; to --write, all)"
     )
     check.add_argument("--write", action="store_true", help="store what is measured in that file instead")
+    parser.add_argument_group(
+        "of sweep",
+        "other_ms: TransformerLens's functions or, with the extra `bench`, nnsight, each cell an invoke and a layer's "
+        "invokes one batch. difference: the largest between the two results. flops: matrix products of a whole pass a "
+        "cell over those of what a cell changes and the metric reads, the ratio that arithmetic alone gives. floor: "
+        "the share of ours_ms that the latter would take at the rate of one plain product of the model's shape, "
+        "measured beside it: 1 is the floor itself",
+    )
     graph = parser.add_argument_group("of graph")
     graph.add_argument("--tokens", type=int, nargs="+", help="of the prompts (default: 16 32 64 128 256)")
     graph.add_argument("--dictionary", nargs="+", help="packaged transcoders (default: all)")

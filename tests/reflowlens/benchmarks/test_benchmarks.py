@@ -22,11 +22,13 @@ from reflowlens.benchmarks import (
     bench_train,
     machine,
 )
+from reflowlens.benchmarks import sweep as sweep_module
 from reflowlens.benchmarks import train as train_module
 from reflowlens.benchmarks.load import print_costs
 from reflowlens.benchmarks.peak_memory import peak_memory
 from reflowlens.benchmarks.steps import VARIANTS, model_and_loss, training_step
 from reflowlens.benchmarks.sweep import make_case
+from reflowlens.benchmarks.sweep_floor import suffixes_flops
 from reflowlens.benchmarks.table import lines
 from reflowlens.benchmarks.timing import alternate, comparison, ratio
 from reflowlens.benchmarks.train import measured_peak
@@ -34,9 +36,10 @@ from reflowlens.benchmarks.variants import NANO, forming, without_hook_points
 from reflowlens.checkpoints import load_model
 from reflowlens.cli import main
 from reflowlens.errors import ReflowlensError
-from reflowlens.flops import training_flops_per_token
+from reflowlens.flops import forward_flops_by_part, training_flops_per_token
 from reflowlens.models import build_model
 from tests.reference import hugging_face
+from tests.support.exactness import BDH
 from tests.support.tiny import assert_close, random_model, random_tokens, tiny_config
 
 
@@ -226,9 +229,12 @@ def test_lines_of_a_table():
     assert found == [["11.63", "4,096", "-", "a"], ["-", "-", "5.2e-07", "b,", "heads"]]
 
 
-def test_sweeps_are_compared_with_equal_results():
+def test_sweeps_are_compared_with_equal_results(monkeypatch):
     case = make_case("tiny", random_model("reflow"), batch=2, pos=5)
-    frame = pd.DataFrame(bench_sweep([case], patches=7, rounds=1)).set_index("of")
+    monkeypatch.setattr(sweep_module, "has_nnsight", lambda: False)
+    *rows, left_out = bench_sweep([case], patches=7, rounds=1)
+    assert left_out == {"of": "resid_pre against nnsight", "case": "left out: pip install reflowlens[bench]"}
+    frame = pd.DataFrame(rows).set_index("of")
     assert frame["cells"].to_dict() == {
         "resid_pre": 2 * 5,
         "attn_head_out_by_pos": 2 * 5 * 4,
@@ -239,6 +245,37 @@ def test_sweeps_are_compared_with_equal_results():
     assert (frame[["ours_ms", "other_ms", "ratio"]] > 0).all(axis=None)
     # What 5 suffixes of 1 to 5 positions leave out at least: all but 3 tokens of 5 in the mean.
     assert frame.loc["resid_pre", "flops"] > 5 / 3
+    assert (frame.loc[["resid_pre", "attn_head_out_by_pos"], "floor"] > 0).all()
+
+
+def test_a_band_of_positions_is_compared_with_equal_results():
+    case = make_case("tiny", random_model("reflow"), batch=1, pos=6, positions=[1, 4])
+    first, *_ = bench_sweep([case], patches=1, rounds=1)
+    assert (first["cells"], first["case"]) == (2 * 2, "tiny, T 6, batch 1, 2 positions")
+    assert first["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["reflow", "gpt2", "reflow_lite", "bdh"])
+def test_the_floor_of_one_token_is_its_blocks(name):
+    """And a later cell needs less."""
+    model = random_model(BDH if name == "bdh" else name)
+    n_layers, parts = model.cfg.n_layers, forward_flops_by_part(model.cfg, 1)
+    blocks = sum(flops for part, flops in parts.items() if part not in ("embedding", "forming", "readout"))
+    for layer in range(n_layers):
+        needed = suffixes_flops(model, "resid_pre", [(layer, 0)], 1)
+        assert needed == pytest.approx(blocks * (n_layers - layer) / n_layers)
+    needed_at = lambda *cell: suffixes_flops(model, "resid_pre", [cell], 6)  # noqa: E731
+    of_six = torch.tensor([[needed_at(layer, p) for p in range(6)] for layer in range(n_layers)])
+    assert (of_six.diff(dim=0) < 0).all()
+    assert (of_six[:-1].diff(dim=1) < 0).all()  # in the last layer a cell needs one position, whichever it changes
+
+
+def test_nnsight_finds_the_same():
+    pytest.importorskip("nnsight")
+    case = make_case("tiny", random_model("reflow"), batch=2, pos=4)
+    *_, row = bench_sweep([case], patches=1, rounds=1)
+    assert row["of"] == "resid_pre against nnsight"
+    assert row["difference"] < 1e-5
 
 
 def test_scores_are_those_of_each_sentence_by_itself():
