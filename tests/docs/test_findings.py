@@ -2,49 +2,74 @@
 
 from __future__ import annotations
 
+import pytest
+
 from analyses.findings.axis_privilege import axis_privilege
+from analyses.findings.claims_over_seeds import claims_over_seeds
 from analyses.findings.runs import runs_table
+from analyses.findings.signal_stability import signal_stability
 from analyses.findings.sparsity import sparsity
+from analyses.result.result import Result
 from tests.support import ROOT
 
 FOLDER = ROOT / "docs" / "findings"
 PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf8").replace("−", "-")
+ARMS = {
+    "unfactored": "not factored",
+    "dense": "dense",
+    "top_128": "ReLU alone",
+    "top_32": "k = 32",
+    "top_8": "k = 8",
+}
 
 
-def in_row(name: str) -> str:
-    """The page's row of an arm."""
-    return next(line for line in PAGE.splitlines() if line.startswith("|") and name in line.split("|")[1])
+def rows(name: str) -> str:
+    """The page's rows of an arm."""
+    return "\n".join(line for line in PAGE.splitlines() if line.startswith("|") and name in line.split("|")[1])
+
+
+def with_interval(result: Result, metric: str, digits: int) -> str:
+    """As the page writes a value; -0 is 0."""
+    value, low, high = (round(x, digits) + 0.0 for x in (result.metrics[metric], *result.intervals[metric]))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def test_losses_are_those_of_the_runs() -> None:
-    names = {
-        "unfactored": "not factored",
-        "dense": "dense",
-        "top_128": "ReLU alone",
-        "top_32": "k = 32",
-        "top_8": "k = 8",
-    }
     for arm, own in runs_table(FOLDER / "sparsity").groupby("arm"):
-        assert ", ".join(f"{loss:.3f}" for loss in own.sort_values("seed").val_loss) in in_row(names[str(arm)])
+        assert ", ".join(f"{loss:.3f}" for loss in own.sort_values("seed").val_loss) in rows(ARMS[str(arm)])
 
 
 def test_what_is_said_of_sparsity() -> None:
     result = sparsity(FOLDER / "sparsity")
-    assert f"{result.metrics['cost_top_128']:.2f} nats of the {result.metrics['cost_top_8']:.2f} that" in PAGE
-    assert f"keeps is {result.metrics['kept_top_128']:.2f} of" in PAGE
-    assert set(result.verdicts.values()) == {"underpowered"}
-    runs = result.frames["runs"].sort_values("seed")
-    purity = ", ".join(f"{value:.3f}" for value in runs[runs["arm"] == "top_32"]["purity"])
-    assert purity in in_row("k = 32")
+    assert f"it costs {result.metrics['cost_top_128']:.2f} nats of the {result.metrics['cost_top_8']:.2f}" in PAGE
+    assert result.verdicts["arms_with_both"] == "underpowered"
+    for arm, name in ARMS.items():
+        if arm != "dense":
+            assert with_interval(result, f"kept_{arm}", 2) in rows(name)
+            assert with_interval(result, f"purity_{arm}", 3) in rows(name)
+            assert f"{result.verdicts[f'kept_{arm}']}, {result.verdicts[f'purity_{arm}']}" in rows(name)
 
 
-def test_what_is_said_of_axes() -> None:
+def test_what_is_said_of_another_seed() -> None:
+    result = signal_stability(FOLDER / "sparsity")
+    assert set(result.verdicts.values()) == {"not supported"}
+    for arm, name in ARMS.items():
+        assert with_interval(result, f"words_{arm}", 3) in rows(name)
+
+
+def test_what_is_said_of_verdicts() -> None:
+    result = claims_over_seeds(str(FOLDER / "sparsity"), arm="dense")
+    assert len(result.frames["claims"]) == 42
+    assert result.verdicts["stable_share"] == "supported"
+    for metric in ("stable_share", "supported_on_all", "supported_on_some"):
+        dealt = result.controls[metric]["shuffled_claims"]
+        assert f"{with_interval(result, metric, 2)} | {dealt:.2f} |" in PAGE
+
+
+@pytest.mark.parametrize(("prefix", "family"), [("", "reFlow"), ("gpt2_", "GPT-2-New")])
+def test_what_is_said_of_axes(prefix: str, family: str) -> None:
     result = axis_privilege(FOLDER / "optimisers")
     runs = result.frames["runs"].sort_values("seed")
-    for prefix, family in (("", "reFlow"), ("gpt2_", "GPT-2-New")):
-        for arm in ("adamw", "equivariant", "adamw_tables"):
-            own = runs[runs["arm"] == prefix + arm]["axes_remaining_after_one"]
-            assert ", ".join(f"{value:.3f}" for value in own) in in_row(f"{family}, `{arm}`")
-    tables = runs[runs["arm"].str.endswith("adamw_tables")]["axes_remaining_after_one"]
-    assert tables.between(0.1, 0.32).all()
-    assert runs[runs["arm"].str.endswith("equivariant")]["axes_remaining_after_one"].abs().max() < 0.05
+    for arm in ("adamw", "equivariant", "adamw_tables"):
+        own = runs[runs["arm"] == prefix + arm]["axes_remaining_after_one"]
+        assert ", ".join(f"{value:.3f}" for value in own) in rows(f"{family}, `{arm}`")
