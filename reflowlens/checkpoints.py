@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models import MODEL_CLASSES, check_memory, moved, parameter_shapes, unfilled_model
 from reflowlens.models.base import HookedModel
+from reflowlens.models.numerics import only_finite
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
 from reflowlens.storage.model_hash import model_hash as model_hash
@@ -29,8 +30,10 @@ from reflowlens.storage.opening import (
     file_hash,
     open_safetensors,
     read_json_object,
+    read_tensor,
     shown,
     stated_config,
+    unchanged,
 )
 from reflowlens.storage.packed_file import is_packed, read_packed_file, recorded_in
 from reflowlens.tokenizers.file import OPENED, TOKENIZER, open_tokenizer
@@ -80,25 +83,29 @@ def load_model(
     if is_packed(path):
         cfg, weights = read_packed_model(path)
         _open_tokenizer(path, cfg)
-        return model_from_weights(cfg, weights, device=device, dtype=dtype)
-    file = open_safetensors(path)
-    cfg = ModelConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
-    _check_fit(path, cfg, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (it is no dictionary)
-    if verify and not is_as_written(path):
-        raise ReflowlensError(
-            f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or take "
-            "it as it is: load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
-        )
-    _open_tokenizer(path, cfg)
-    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_finite(path, weights)
-    return model_from_weights(cfg, weights, device=device, dtype=dtype)
+        each = ((name, weights.pop(name)) for name in list(weights))  # none is kept beside the model's own
+        return model_from_weights(cfg, each, device=device, dtype=dtype)
+    with unchanged([path]):
+        file = open_safetensors(path)
+        cfg = ModelConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
+        stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        _check_fit(path, cfg, stored)
+        if verify and not is_as_written(path):
+            raise ReflowlensError(
+                f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or "
+                "take it as it is: load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
+            )
+        _open_tokenizer(path, cfg)
+        # The largest first: while it is there twice, the model is hardly there at all.
+        names = sorted(stored, key=lambda name: math.prod(stored[name].get_shape()), reverse=True)
+        each = ((name, _finite(path, name, read_tensor(path, name))) for name in names)
+        return model_from_weights(cfg, each, device=device, dtype=dtype)
 
 
-def _check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
+def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if not only_finite(tensor):
+        raise ReflowlensError(f"{path}: {name} holds NaN or infinite values")
+    return tensor
 
 
 def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -115,8 +122,7 @@ def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         return cfg, parameter_shapes(cfg)
 
     cfg, weights = read_packed_file(path, "model", configured)
-    _check_finite(path, weights)
-    return cfg, weights
+    return cfg, {name: _finite(path, name, tensor) for name, tensor in weights.items()}
 
 
 def is_as_written(path: Path) -> bool:
@@ -127,21 +133,30 @@ def is_as_written(path: Path) -> bool:
 
 def model_from_weights(
     cfg: ModelConfig,
-    weights: Mapping[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> HookedModel:
     """A model in evaluation mode with these weights, whose names and shapes are known to fit.
 
+    Args:
+        weights: every parameter by name, taken one after the other, so that no more than one need be held twice.
+
     Raises:
         ReflowlensError: there is no such device, or the model is larger than the machine's memory.
     """
     check_memory(cfg, dtype)
-    model = moved(unfilled_model(cfg), "cpu", dtype)  # before they are filled: no weight is rounded twice
+    model = unfilled_model(cfg)
+    if dtype.is_floating_point:
+        for parameter in model.parameters():  # before they are filled: no weight is rounded twice
+            parameter.data = torch.empty_like(parameter.data, dtype=dtype)  # nothing to convert: memory is not touched
+    model = moved(model, "cpu", dtype)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensor in weights:
+            parameters.pop(name).copy_(tensor)
+    assert not parameters
     return moved(model, device).eval()
 
 
@@ -174,7 +189,7 @@ def save_model(
     check_replaceable(folder, (WEIGHTS, MANIFEST))
     weights = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in all_parameters(model).items()}
     for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+        if not only_finite(tensor):
             raise ReflowlensError(f"{name} holds values that are not finite in {tensor.dtype}: the model is not saved")
     config = model.cfg.to_dict()
 

@@ -77,7 +77,7 @@ class Packed:
         """The model that the file is opened as; of a dictionary there is :meth:`dictionary`."""
         if not isinstance(self.cfg, ModelConfig):
             raise ReflowlensError("a dictionary was packed: .dictionary() is what its file is opened as")
-        return model_from_weights(self.cfg, unrounded(self.tensors, self.shapes))
+        return model_from_weights(self.cfg, unrounded(self.tensors, self.shapes).items())
 
     def dictionary(self) -> Dictionary:
         """The dictionary that the file is opened as; of a model there is :meth:`model`."""

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +27,18 @@ from reflowlens.conversion.hf_tokenizer import read_tokenizer, write_tokenizer
 from reflowlens.conversion.layout import Reader, check_type, same, times, to_ours, to_theirs
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.numerics import only_finite
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.folders import check_replaceable, write_folder, write_tensors
-from reflowlens.storage.opening import as_path, holds_file, open_safetensors, read_json, shown
+from reflowlens.storage.opening import (
+    as_path,
+    holds_file,
+    open_safetensors,
+    read_json,
+    read_tensor,
+    shown,
+    unchanged,
+)
 from reflowlens.tokenizers.by_name import check_tokenizer_fits
 
 CONFIG, GENERATION_CONFIG, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
@@ -72,7 +81,7 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
         for name, tensor in to_theirs(family.layout(cfg), _merged(model), cfg).items()
     }
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not only_finite(tensor):
             raise ReflowlensError(f"{name} holds values that are not finite in {dtype}: the model is not exported")
     tokenizer = model.tokenizer
     begin = next((i for i in (tokenizer.bos_token, tokenizer.named_bos) if i is not None), tokenizer.eot_token)
@@ -134,22 +143,28 @@ def import_hf(
         )
     if not learned:
         cfg = dataclasses.replace(cfg, n_ctx=limit, original_n_ctx=cfg.n_ctx if limit < cfg.n_ctx else None)
-    with _stored_tensors(folder, family) as readers:
+    files = weight_files(folder)
+    with unchanged(files):
+        readers = _readers(files, family)
         if cfg.n_layers > len(readers):  # told before there is a list of what each layer needs
             raise ReflowlensError(f"{folder / CONFIG} has {cfg.n_layers:,} layers, its files {len(readers):,} tensors")
         if cfg.tie_word_embeddings:
             _take_tied_head(readers, family.embedding, folder)
-        weights = to_ours(family.layout(cfg), readers, cfg, str(folder))
-    with _reading(folder / CONFIG):
-        weights = {name: times(weight, family.factor(hf, name)) for name, weight in weights.items()}
-    if learned:
-        cfg, weights["pos_embed.W_pos"] = dataclasses.replace(cfg, n_ctx=limit), weights["pos_embed.W_pos"][:limit]
-    name = read_tokenizer(folder, fields, tokenizer)
-    check_tokenizer_fits(name, cfg.d_vocab, str(folder))
-    cfg = dataclasses.replace(cfg, tokenizer_name=name, model_name=_model_name(folder.resolve()))
-    if family not in (LLAMA, GPT2):  # others than the two that an export falls back on
-        cfg = dataclasses.replace(cfg, original_architecture=family.class_name)
-    return model_from_weights(cfg, weights, dtype=dtype or weights["embed.W_E"].dtype)
+        layout = family.layout(cfg)
+        weights = to_ours(layout, readers, cfg, str(folder))
+        with _reading(folder / CONFIG):
+            factors = {piece.ours: family.factor(hf, piece.ours) for item in layout for piece in item.pieces}
+        name = read_tokenizer(folder, fields, tokenizer)
+        check_tokenizer_fits(name, cfg.d_vocab, str(folder))
+        cfg = dataclasses.replace(cfg, n_ctx=limit, tokenizer_name=name, model_name=_model_name(folder.resolve()))
+        if family not in (LLAMA, GPT2):  # others than the two that an export falls back on
+            cfg = dataclasses.replace(cfg, original_architecture=family.class_name)
+
+        def kept(name: str, weight: Tensor) -> Tensor:
+            return weight[:limit] if name == "pos_embed.W_pos" else times(weight, factors[name])
+
+        each = ((name, kept(name, weight)) for name, weight in weights)
+        return model_from_weights(cfg, each, dtype=dtype or readers[family.embedding]().dtype)
 
 
 def _family_of(cfg: ModelConfig) -> Family:
@@ -227,17 +242,14 @@ def _reading(path: Path) -> Iterator[None]:
         raise ReflowlensError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-@contextlib.contextmanager
-def _stored_tensors(folder: Path, family: Family) -> Iterator[dict[str, Reader]]:
+def _readers(files: Sequence[Path], family: Family) -> dict[str, Reader]:
     """How to read each tensor of a folder, under the names of the whole model and without its buffers."""
-    readers: dict[str, Reader] = {}
-    with contextlib.ExitStack() as stack:
-        for path in weight_files(folder):
-            file = stack.enter_context(open_safetensors(path))
-            for name in file.keys():  # noqa: SIM118 (it is not a mapping)
-                if not re.fullmatch(family.buffers, name):
-                    readers[_full_name(name, family)] = partial(file.get_tensor, name)
-        yield readers
+    return {
+        _full_name(name, family): partial(read_tensor, path, name)
+        for path in files
+        for name in open_safetensors(path).keys()  # noqa: SIM118 (it is not a mapping)
+        if not re.fullmatch(family.buffers, name)
+    }
 
 
 def _take_tied_head(readers: dict[str, Reader], tied: str, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models import check_memory, parameter_shapes
-from reflowlens.models.numerics import wide
+from reflowlens.models.numerics import only_finite, wide
 from reflowlens.models.parts import is_bias
 from reflowlens.storage.opening import shown
 
@@ -106,6 +106,8 @@ def times(weight: Tensor, factor: float) -> Tensor:
 
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors hold the same numbers, in types that may differ."""
+    if one.dtype == two.dtype:
+        return torch.equal(one, two)  # without a copy
     return one.shape == two.shape and bool((one == two).all())
 
 
@@ -120,11 +122,14 @@ def to_theirs(layout: Sequence[Entry], weights: Mapping[str, Tensor], cfg: Model
     return {item.theirs: item.join([piece.to_theirs(ours(piece.ours)) for piece in item.pieces]) for item in layout}
 
 
-def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelConfig, where: str) -> dict[str, Tensor]:
-    """Their tensors as our weights; every one must have its place.
+def to_ours(
+    layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelConfig, where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors as our weights, by name; every one must have its place.
 
     Args:
-        readers: functions that return the tensors, each called once, so that no more than one is held twice.
+        readers: functions that return the tensors. All are asked for their shapes and types at once, and then each
+            again when the one before was taken: a file, mapped into memory anew each time, is never held whole.
         where: what holds the tensors, for messages.
 
     Raises:
@@ -140,7 +145,7 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
         )
     check_memory(cfg, torch.float16)  # the least that it takes
     shapes = parameter_shapes(cfg)  # once it is known that the file has a tensor for every layer
-    weights: dict[str, Tensor] = {}
+    widths: dict[str, list[int]] = {}
     for item in layout:
         tensor = readers[item.theirs]()
         parts = [piece.to_theirs(torch.empty(shapes[piece.ours], device="meta")) for piece in item.pieces]
@@ -148,8 +153,14 @@ def to_ours(layout: Sequence[Entry], readers: Mapping[str, Reader], cfg: ModelCo
         if tensor.shape != shape:
             raise ReflowlensError(f"{where}: {item.theirs} has shape {list(tensor.shape)}, expected {list(shape)}")
         check_type(tensor, f"{where}: {item.theirs}")
-        if not torch.isfinite(tensor).all():
-            raise ReflowlensError(f"{where}: {item.theirs} holds NaN or infinite values")
-        split = item.split(tensor, [part.shape[item.axis] for part in parts])
-        weights |= {piece.ours: piece.to_ours(part) for piece, part in zip(item.pieces, split, strict=True)}
-    return weights
+        widths[item.theirs] = [part.shape[item.axis] for part in parts]
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for item in layout:
+            tensor = readers[item.theirs]()
+            if not only_finite(tensor):
+                raise ReflowlensError(f"{where}: {item.theirs} holds NaN or infinite values")
+            for piece, part in zip(item.pieces, item.split(tensor, widths[item.theirs]), strict=True):
+                yield piece.ours, piece.to_ours(part)
+
+    return weights()

@@ -99,7 +99,7 @@ def import_nanogpt(
     )
     readers: dict[str, Reader] = {name: partial(state.__getitem__, name) for name in names.values()}
     weights = to_ours(_layout(cfg, names, shapes), readers, cfg, where)
-    return model_from_weights(cfg, weights, dtype=dtype or weights["ln_final.w"].dtype)
+    return model_from_weights(cfg, weights, dtype=dtype or state[names["final_norm"]].dtype)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -29,6 +29,11 @@ def all_finite(*tensors: Tensor) -> bool:
     return math.isfinite(sum(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors))
 
 
+def only_finite(x: Tensor) -> bool:
+    """Whether there is neither an infinity nor NaN, told from the extremes: without a copy, or a sum that overflows."""
+    return x.numel() == 0 or all(math.isfinite(extreme) for extreme in torch.aminmax(x))
+
+
 def weighted_sum(
     weights: Float[Tensor, "*batch query key"], values: Float[Tensor, "*#batch key feature"]
 ) -> Float[Tensor, "*batch query feature"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,40 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ReflowlensError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, mapped into memory for as long as it is kept.
+
+    The file is opened for it alone: of one that stays open all that was read counts as memory of the process, and a
+    model beside its whole file takes twice its size.
+
+    Raises:
+        ReflowlensError: the file cannot be opened.
+    """
+    return open_safetensors(path).get_tensor(name)
+
+
+@contextlib.contextmanager
+def unchanged(paths: Sequence[Path]) -> Iterator[None]:
+    """A block that opens files more than once, and would mix what was there with what is.
+
+    Raises:
+        ReflowlensError: one was written or replaced meanwhile.
+    """
+
+    def states() -> list[tuple[int, ...]]:
+        return [(at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns) for at in map(Path.stat, paths)]
+
+    try:
+        before = states()
+        yield
+        after = states()
+    except OSError as error:
+        raise ReflowlensError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for path, old, new in zip(paths, before, after, strict=True):
+        if old != new:
+            raise ReflowlensError(f"{path} was written while it was read: open it again")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

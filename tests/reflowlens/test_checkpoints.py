@@ -31,13 +31,14 @@ from reflowlens.checkpoints import (
     write_tensors,
 )
 from reflowlens.cli import main
-from reflowlens.conversion import import_hf, import_nanogpt
+from reflowlens.conversion import export_hf, import_hf, import_nanogpt
 from reflowlens.errors import ReflowlensError
 from reflowlens.inspection import inspect_path
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
-from reflowlens.storage.opening import file_hash
+from reflowlens.storage.opening import file_hash, read_tensor
 from reflowlens.storage.tensor_folder import open_tensors, save_tensors
+from tests.support.runs import run_python
 from tests.support.tiny import CONFIGS, random_model, random_tokens
 
 
@@ -581,3 +582,41 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert "cannot be read: it is no file" in "".join(inspect_path(folder).problems)
     with pytest.raises(ReflowlensError, match="is neither a file nor a folder"):
         inspect_path(folder / "x.safetensors")
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not forget a process's peak")
+def test_no_model_is_held_twice_while_it_is_opened(tmp_path: Path) -> None:
+    """The largest size of a process of its own, which has opened a tiny model of the kind before."""
+    tiny = random_model("llama_untied")
+    large = build_model(dataclasses.replace(tiny.cfg, n_layers=12, d_model=512, d_mlp=2048, d_vocab=4096))
+    for name, model in (("tiny", tiny), ("large", large)):
+        for dtype in (torch.float32, torch.bfloat16):
+            save_model(tmp_path / f"ours {dtype} {name}", model, dtype=dtype)
+            export_hf(model, tmp_path / f"theirs {dtype} {name}", dtype)
+    kinds = sorted(str(path).removesuffix(" tiny") for path in tmp_path.glob("* tiny"))
+    call = "import sys; from reflowlens.benchmarks.load import print_costs; "
+    call += "[print_costs(f'{kind} large', f'{kind} tiny') for kind in sys.argv[1:]]"
+    found = run_python("-c", call, *kinds)
+    for kind, line in zip(kinds, found.stdout.splitlines(), strict=True):
+        costs = json.loads(line)
+        assert costs["weights_mb"] == pytest.approx(4 * large.n_parameters / 1e6, rel=1e-3)
+        assert 0.9 < costs["relative"] < 1.35, kind  # 2 and more with the file beside the model
+
+
+def test_a_file_that_is_replaced_while_it_is_read(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of two models are never put together."""
+    other = save_model(tmp_path / "other", build_model(load_model(saved).cfg, seed=1)) / "model.safetensors"
+
+    def read(path: Path, name: str) -> Tensor:
+        tensor = read_tensor(path, name)
+        if other.is_file():
+            other.replace(path)
+        return tensor
+
+    monkeypatch.setattr(checkpoints, "read_tensor", read)
+    with pytest.raises(ReflowlensError, match=r"model\.safetensors was written while it was read: open it again"):
+        load_model(saved)

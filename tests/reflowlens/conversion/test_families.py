@@ -62,7 +62,11 @@ def test_gradients_of_every_parameter(name: str) -> None:
     stored = {family.aliases.get(key, key): value for key, value in zip(parameters, gradients, strict=True)}
     layout = family.layout(model.cfg)
     expected, none = (
-        to_ours(layout, {key: partial(torch.mul, value.double(), x) for key, value in stored.items()}, model.cfg, "")
+        dict(
+            to_ours(
+                layout, {key: partial(torch.mul, value.double(), x) for key, value in stored.items()}, model.cfg, ""
+            )
+        )
         for x in (1.0, 0.0)
     )
     for (key, _), gradient in zip(model.named_parameters(), found, strict=True):
