@@ -1,4 +1,4 @@
-"""What keeping statistics of activations and evaluating a loss cost beside the forward passes that they take."""
+"""What statistics of activations, a loss and counts of units cost beside the forward passes that they take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from reflowlens.activations.collect import collect
@@ -18,12 +19,14 @@ from reflowlens.models.base import HookedModel
 
 
 def bench_collection(cfg: ModelConfig = NANO, batch: int = 16, batches: int = 4, rounds: int = 5) -> Iterator[Row]:
-    """``collect`` and evaluation over random batches of a full context, and bare forward passes over the same.
+    """``collect``, evaluation and ``units`` over random batches of a full context, and bare forward passes over the
+    same.
 
     Yields:
         Rows as of :func:`~reflowlens.benchmarks.timing.comparison`: the ratio is that of tokens a second, a bare pass's
         being 1. The bare pass of ``collect`` ends at the layer whose activations are kept; that of the evaluation has
-        a loss. ``difference`` is that of the means, and of the losses.
+        a loss; of units, which read a text twice, it is two passes. ``difference`` is that of the means, of the losses,
+        and of the firing rates.
     """
     model, generator = build_model(cfg).eval(), torch.Generator().manual_seed(0)
     tokens = torch.randint(cfg.d_vocab, (batches, batch, cfg.n_ctx + 1), generator=generator)
@@ -53,6 +56,7 @@ def bench_collection(cfg: ModelConfig = NANO, batch: int = 16, batches: int = 4,
     evaluated = partial(_evaluated, model, inputs, targets)
     gap = abs(evaluated() - float(losses().mean()))
     yield comparison(f"evaluate, {what}", evaluated, losses, rounds, difference=gap)
+    yield _units(model, inputs, rounds, what)
 
 
 def _evaluated(model: HookedModel, inputs: Tensor, targets: Tensor) -> float:
@@ -60,3 +64,25 @@ def _evaluated(model: HookedModel, inputs: Tensor, targets: Tensor) -> float:
 
     total, n = summed_loss(model, zip(inputs, targets, strict=True))
     return total / n
+
+
+def _units(model: HookedModel, inputs: Int[Tensor, "batches batch pos"], rounds: int, what: str) -> Row:
+    from analyses.units.counts import count_units
+    from analyses.units.points import default_points
+
+    points = default_points(model)
+    counted = partial(count_units, model, inputs.flatten(0, 1), points, batch_size=inputs.shape[1])
+
+    @torch.no_grad()
+    def bare() -> None:
+        for x in (*inputs, *inputs):
+            model(x, return_type=None)
+
+    with torch.no_grad():
+        caches = [model.run_with_cache(x, return_type=None, names_filter=points)[1] for x in inputs]
+    found = counted()
+    gap = max(
+        float((torch.stack([(cache[point] > 0).double().mean((0, 1)) for cache in caches]).mean(0) - rates).abs().max())
+        for point, rates in ((point, found[point].rate) for point in points)
+    )
+    return comparison(f"units, {what}", counted, bare, rounds, difference=gap)
