@@ -169,6 +169,8 @@ def _places(
     cfg: ModelConfig, shape: torch.Size, segments: Int[Tensor, "batch pos"] | None, past: ReadPositions | None
 ) -> Places:
     if segments is None:
+        if past is not None and torch.compiler.is_compiling():  # which would compile for each value in a slice anew
+            return Places(torch.arange(past.length, past.length + shape[1], device=cfg.device)[None])
         offset = past.length if past is not None else 0
         return Places(slice(offset, offset + shape[1]))
     if past is not None:

@@ -5,6 +5,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import reflowlens as rl
 from reflowlens.errors import ReflowlensError
@@ -253,3 +254,14 @@ def test_graphs_of_many_passes_keep_no_room_for_positions_to_come():
             model(token[None], past_kv_cache=past)
     assert saved
     assert room not in saved
+
+
+def test_a_compiled_model_writes_the_same_and_is_compiled_once_for_all_lengths(tiny_models):
+    """A graph for the prompt, one for one token more at any place: traced, without running a compiler."""
+    model, counted = tiny_models["reflow"], CompileCounter()
+    torch.compiler.reset()
+    settings = {"return_type": "tokens", "temperature": 0, "stop_at_eos": False}
+    written = rl.generate(torch.compile(model, backend=counted), "The cap", 7, **settings)
+    torch.compiler.reset()
+    assert torch.equal(written, model.generate("The cap", 7, **settings))
+    assert counted.frame_count == 2
