@@ -16,6 +16,7 @@ from reflowlens.benchmarks.steps import DTYPES, OURS, VARIANTS, TrainBench, trai
 from reflowlens.benchmarks.timing import alternate, ratio
 from reflowlens.errors import ReflowlensError
 from reflowlens.flops import mfu, peak_flops, training_flops_per_token
+from reflowlens.models.products import product
 from reflowlens.progress import bar
 
 _FORMATS = {"tokens_per_s": "{:,.0f}", "ratio": "{:.2f}", "memory_mb": "{:,.0f}", "memory_ratio": "{:.2f}"}
@@ -125,6 +126,6 @@ def measured_peak(dtype: torch.dtype, sizes: tuple[int, ...] = (512, 1024, 2048)
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         end = time.perf_counter() + seconds / len(sizes)
         while (began := time.perf_counter()) < end:
-            a @ b
+            product(a, b)
             fastest = max(fastest, 2 * size**3 / (time.perf_counter() - began))
     return fastest

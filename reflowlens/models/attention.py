@@ -18,6 +18,7 @@ from reflowlens.models.numerics import all_finite, weighted_sum, wide
 from reflowlens.models.parts import HookPoint, Norm, bias, is_hooked, plus, through_copy
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
+from reflowlens.models.products import product
 
 
 class Rotary(nn.Module):
@@ -209,7 +210,7 @@ class Attention(nn.Module):
         """What the heads add to the residual stream."""
         if is_hooked(self.hook_result):
             return plus(self.hook_result(torch.einsum("bphe,hed->bphd", z, self.W_O)).sum(dim=2), self.b_O)
-        return plus(z.flatten(2) @ rearrange(self.W_O, "head d_head d_model -> (head d_head) d_model"), self.b_O)
+        return plus(product(z.flatten(2), self.W_O.flatten(0, 1)), self.b_O)
 
     def queries_keys_values(
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm
@@ -234,7 +235,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         if copies is None:
             if not is_hooked(fork):
-                return (x @ rearrange(W, "head d_model d_head -> d_model (head d_head)")).unflatten(-1, W.shape[::2])
+                matrix = W.transpose(0, 1).flatten(1)  # [d_model, head * d_head], a view: see _head_matrix
+                return product(x, matrix).unflatten(-1, W.shape[::2])
             copies = resid.unsqueeze(2).expand(-1, -1, W.shape[0], -1)
         copies = through_copy(fork, copies)
         # What ln1's own points made of the stream is x, and they run once: an edited copy adds what it changes.

@@ -17,6 +17,7 @@ from reflowlens.config import ModelConfig
 from reflowlens.models.attention import Attention, Past
 from reflowlens.models.parts import HookPoint, NoNorm, Norm, SharedNorm, bias, plus, through_copy
 from reflowlens.models.places import Places
+from reflowlens.models.products import product
 
 
 def _gelu_new(x: Tensor) -> Tensor:  # no lambda, which a model could not be pickled with
@@ -50,7 +51,8 @@ class MLP(nn.Module):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        return plus(self.hook_post(self.act(self.hook_pre(plus(x @ self.W_in, self.b_in)))) @ self.W_out, self.b_out)
+        post = self.hook_post(self.act(self.hook_pre(plus(product(x, self.W_in), self.b_in))))
+        return plus(product(post, self.W_out), self.b_out)
 
 
 class GatedMLP(nn.Module):
@@ -70,9 +72,9 @@ class GatedMLP(nn.Module):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp], their product after the activation
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        gate = self.hook_pre(plus(x @ self.W_gate, self.b_gate))
-        linear = self.hook_pre_linear(plus(x @ self.W_in, self.b_in))
-        return plus(self.hook_post(self.act(gate) * linear) @ self.W_out, self.b_out)
+        gate = self.hook_pre(plus(product(x, self.W_gate), self.b_gate))
+        linear = self.hook_pre_linear(plus(product(x, self.W_in), self.b_in))
+        return plus(product(self.hook_post(self.act(gate) * linear), self.W_out), self.b_out)
 
 
 class Block(nn.Module):

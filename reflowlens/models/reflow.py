@@ -19,6 +19,7 @@ from reflowlens.models.architecture import FLOAT32
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import HookPoint, is_hooked, through_copy
 from reflowlens.models.places import Positions
+from reflowlens.models.products import product
 from reflowlens.models.residual import Readout, Unembed
 
 
@@ -41,8 +42,8 @@ class RecipeUnembed(Unembed):
     def readout(self, x: Float[Tensor, "batch pos d_model"], weights: tuple[Tensor, ...]) -> Readout:
         recipe, basis = weights
         if not is_hooked(self.hook_signal) and forming_is_cheaper(x.shape[0] * x.shape[1], recipe, basis):
-            return Readout(x, recipe @ basis, None)
-        return Readout(self.hook_signal(x @ basis.T), recipe, None)
+            return Readout(x, product(recipe, basis), None)
+        return Readout(self.hook_signal(product(x, basis.T)), recipe, None)
 
 
 def forming_is_cheaper(n: int, recipe: Float[Tensor, "d_vocab S"], basis: Float[Tensor, "S d_model"]) -> bool:
@@ -116,7 +117,7 @@ class ReFlow(Decoder):
         self, tokens: Int[Tensor, "batch pos"], weights: tuple[Tensor, ...], positions: Positions
     ) -> Float[Tensor, "batch pos d_model"]:
         recipe, basis = weights
-        mixed = self.hook_recipe(self.input_rows(tokens, recipe)) @ basis
+        mixed = product(self.hook_recipe(self.input_rows(tokens, recipe)), basis)
         # Under autocast the product is 16 bits wide; the residual stream stays as wide as the parameters.
         return self.hook_embed(mixed.to(basis.dtype))
 

@@ -22,6 +22,7 @@ from reflowlens.models.numerics import dense, wide
 from reflowlens.models.parts import HookPoint, is_hooked, plus
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
+from reflowlens.models.products import product
 from reflowlens.models.text import PaddingSide, TextInput
 from reflowlens.models.threads import reading_forward
 
@@ -40,7 +41,7 @@ class Readout(NamedTuple):
     cap: float | None = None
 
     def logits(self) -> Float[Tensor, "batch pos d_vocab"]:
-        return capped(plus(self.features @ self.matrix.T, self.bias), self.cap)
+        return capped(plus(product(self.features, self.matrix.T), self.bias), self.cap)
 
     def logits_of(self, tokens: Int[Tensor, "batch pos n"]) -> Float[Tensor, "batch pos n"]:
         """Those of a few tokens, which cost a few rows of the matrix."""
@@ -121,7 +122,7 @@ class Unembed(nn.Module):
         if self.cap is None or not is_hooked(self.hook_logits_pre_cap):
             return Readout(x, matrix, bias, self.cap)
         unread = matrix[:, :1].expand(-1, len(matrix))  # where others have a matrix; it takes no memory
-        return FormedReadout(self.hook_logits_pre_cap(plus(x @ matrix.T, bias)), unread, None, self.cap)
+        return FormedReadout(self.hook_logits_pre_cap(plus(product(x, matrix.T), bias)), unread, None, self.cap)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.readout(x, self.tied_weights()).logits()

@@ -1,0 +1,76 @@
+"""Matrix products in float32, by that of torch's two libraries which makes use of the processor.
+
+On a CPU torch multiplies float32 by MKL, which leaves the AVX-512 instructions of processors that are not Intel's
+unused and takes twice as long there as oneDNN, which torch carries too.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)  # other kinds of tensors have products of their own
+_SMALL = 2**20  # multiplications, below which a call of oneDNN takes longer than one of MKL
+
+
+def product(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float[Tensor, "*batch n"]:
+    """``x @ matrix``, with gradients of any order.
+
+    Under autocast and in a compiled graph the product is torch's own, of the types and kernels that these choose.
+    """
+    if not _in_float32_by_onednn(x, matrix):
+        return x @ matrix
+    if torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad):
+        return _Product.apply(x, matrix)
+    return _by_onednn(x, matrix)
+
+
+def _in_float32_by_onednn(x: Tensor, matrix: Tensor) -> bool:
+    if _is_traced() or x.numel() * matrix.shape[1] < _SMALL or not onednn_is_faster():
+        return False
+    if x.dtype != torch.float32 or matrix.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.is_cpu and matrix.is_cpu and type(x) in _PLAIN and type(matrix) in _PLAIN
+
+
+def _is_traced() -> bool:
+    """Whether a compiler, a transform (``torch.func``) or a mode such as ``FlopCounterMode`` follows what is computed,
+    which know torch's own products.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether this processor has AVX-512 and is not Intel's; the same for all runs, whatever else the machine does."""
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not has_both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "GenuineIntel" not in info.read_text(encoding="utf8")
+
+
+def _by_onednn(x: Tensor, matrix: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        return _by_onednn(x, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, matrix = ctx.saved_tensors
+        (grad,) = grad_outputs
+        needs_x, needs_matrix = ctx.needs_input_grad
+        of_matrix = product(x.flatten(0, -2).T, grad.flatten(0, -2)) if needs_matrix else None
+        return product(grad, matrix.T) if needs_x else None, of_matrix
