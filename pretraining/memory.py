@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,9 +12,9 @@ from pretraining.optimizers import is_block_matrix, updated_by
 from pretraining.replicas import owners
 from reflowlens.models import MODEL_CLASSES, build_model
 from reflowlens.models.architecture import FLOAT32
-from reflowlens.models.loss import cross_entropy
+from reflowlens.models.loss import CHUNK
 
-_LOGIT_COPIES = 3  # float32 copies of a chunk's logits that the loss holds at once: logits, log-probabilities, gradient
+_LOGIT_COPIES = 1  # float32 copies of a chunk's logits that the loss holds at once: it works in place
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _state_width(cfg: TrainConfig, name: str, parameter: Tensor) -> int:
 
 def loss_chunk() -> int:
     """Positions whose logits the loss holds at once."""
-    return int(inspect.signature(cross_entropy).parameters["chunk"].default)
+    return CHUNK
 
 
 def _width(cfg: TrainConfig) -> int:

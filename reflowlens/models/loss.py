@@ -16,8 +16,11 @@ from torch import Tensor
 
 from reflowlens.models.numerics import wide
 from reflowlens.models.parts import plus
+from reflowlens.models.products import product
 
 IGNORE = -100  # torch's own convention for a target that does not count
+CHUNK = 1024  # positions
+_CPU_CHUNK = 256  # on a CPU, so that logits stay in its caches between one operation and the next
 
 
 def capped(logits: Float[Tensor, "*batch d_vocab"], cap: float | None) -> Float[Tensor, "*batch d_vocab"]:
@@ -29,13 +32,13 @@ def cross_entropy(
     features: Float[Tensor, "n k"],
     matrix: Float[Tensor, "d_vocab k"],
     targets: Int[Tensor, " n"],
-    chunk: int = 1024,
+    chunk: int | None = None,
     bias: Float[Tensor, " d_vocab"] | None = None,
     cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of ``-log softmax(features @ matrix.T + bias)[target]`` in nats, over the targets that are not negative.
 
-    With a cap logits are ``cap * tanh(logits / cap)``.
+    With a cap logits are ``cap * tanh(logits / cap)``. So many positions as ``chunk`` says are read out at once.
 
     Under autocast the products run in its dtype; the softmax and the sums are float32 at least.
 
@@ -45,6 +48,8 @@ def cross_entropy(
     True
     """
     targets = targets.masked_fill(targets < 0, IGNORE)  # others mark what does not count by -1
+    if chunk is None:  # a compiler makes one operation of several, and has more to compile the more chunks there are
+        chunk = _CPU_CHUNK if features.is_cpu and not torch.compiler.is_compiling() else CHUNK
     needs_bias = bias is not None and bias.requires_grad
     if torch.is_grad_enabled() and (features.requires_grad or matrix.requires_grad or needs_bias):
         return _ChunkedCrossEntropy.apply(features, matrix, targets, chunk, bias, cap)
@@ -63,7 +68,7 @@ def token_losses(
     cap: float | None = None,
 ) -> Float[Tensor, " n"]:
     """Cross-entropy of each position in nats, 0 where the target is ``IGNORE``."""
-    logits = capped(wide(plus(features @ matrix.T, bias)), cap)
+    logits = capped(wide(plus(product(features, matrix.T), bias)), cap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
@@ -91,19 +96,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, features.shape[0], chunk):
             rows = slice(start, start + chunk)
             x = features[rows].to(dtype).masked_fill(~counted[rows, None], 0.0)  # 0 · NaN would count
-            share = weight[rows, None]
-            target = targets[rows, None].clamp(min=0)
-            logits = capped(wide(plus(x @ W.T, bias)), cap)
-            log_p = logits.log_softmax(dim=-1)
-            loss = loss - (log_p.gather(1, target) * share).sum()
-            grad_logits = (log_p.exp() * share).scatter_add(1, target, -share)
-            if cap is not None:
-                grad_logits *= 1 - (logits / cap).square()  # of tanh, 1 - tanh²
+            share, target = weight[rows, None], targets[rows, None].clamp(min=0)
+            logits = capped(wide(plus(product(x, W.T), bias)), cap)
+            slope = None if cap is None else 1 - (logits / cap).square()  # of tanh, 1 - tanh²
+            # In place: passes over logits, and fresh memory for them, take longer than the products.
+            of_target, highest = logits.gather(1, target), logits.amax(dim=-1, keepdim=True)
+            p = logits.sub_(highest).exp_()
+            total = p.sum(dim=-1, keepdim=True)
+            loss = loss - ((of_target - highest - total.log()) * share).sum()
+            grad_logits = p.div_(total).scatter_add_(1, target, torch.full_like(share, -1))  # before rows are weighted
+            if slope is not None:
+                grad_logits *= slope
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
+                grad_bias += (grad_logits * share).sum(dim=0)
             grad_logits = grad_logits.to(dtype)
-            grad_features[rows] = (grad_logits @ W).to(features.dtype)
-            grad_matrix += grad_logits.T @ x
+            grad_features[rows] = (product(grad_logits, W) * share).to(features.dtype)
+            grad_matrix += product(grad_logits.T, (x * share).to(dtype))
         ctx.save_for_backward(grad_features, grad_matrix, grad_bias)
         return loss
 
