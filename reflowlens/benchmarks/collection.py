@@ -17,6 +17,8 @@ from reflowlens.config import ModelConfig
 from reflowlens.models import build_model
 from reflowlens.models.base import HookedModel
 
+_ROWS = 8  # that `reflowlens units` reads at once
+
 
 def bench_collection(cfg: ModelConfig = NANO, batch: int = 16, batches: int = 4, rounds: int = 5) -> Iterator[Row]:
     """``collect``, evaluation and ``units`` over random batches of a full context, and bare forward passes over the
@@ -70,12 +72,12 @@ def _units(model: HookedModel, inputs: Int[Tensor, "batches batch pos"], rounds:
     from analyses.units.counts import count_units
     from analyses.units.points import default_points
 
-    points = default_points(model)
-    counted = partial(count_units, model, inputs.flatten(0, 1), points, batch_size=inputs.shape[1])
+    points, rows = default_points(model), inputs.flatten(0, 1)
+    counted = partial(count_units, model, rows, points, batch_size=_ROWS)
 
     @torch.no_grad()
     def bare() -> None:
-        for x in (*inputs, *inputs):
+        for x in 2 * rows.split(_ROWS):
             model(x, return_type=None)
 
     with torch.no_grad():
