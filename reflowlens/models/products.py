@@ -58,7 +58,7 @@ def onednn_is_faster() -> bool:
 
 
 def _by_onednn(x: Tensor, matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")  # type: ignore[no-any-return]
+    return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
