@@ -152,6 +152,7 @@ def measured_by(
     name: str,
     measure: Callable[[HookedModel, TrainedRun], Mapping[str, float]],
     *,
+    partners: Mapping[tuple[str, int], TrainedRun] | None = None,
     progress: bool | None = None,
     again: bool = False,
 ) -> pd.DataFrame:
@@ -159,6 +160,8 @@ def measured_by(
 
     Args:
         name: what it is kept under, file-safe: another one for other settings of the measure.
+        partners: by arm and seed the run that a run is compared with, if the measure compares: it is measured anew
+            where that is another, or has other weights, than when it was kept.
         progress, again: as of `measured`.
 
     Returns a row a run: `arm`, `seed` and what the measure returns.
@@ -169,7 +172,7 @@ def measured_by(
     def rows(model: HookedModel, run: TrainedRun) -> list[Row]:
         return [dict(measure(model, run))]
 
-    return _kept(study, name, rows, progress=progress, again=again)
+    return _kept(study, name, rows, partners=partners, progress=progress, again=again)
 
 
 def _rows_of(experiment: Experiment, options: Mapping[str, Any]) -> Callable[[HookedModel, TrainedRun], list[Row]]:
@@ -197,19 +200,20 @@ def _kept(
     rows_of: Callable[[HookedModel, TrainedRun], list[Row]],
     *,
     arms: Sequence[str] | None = None,
+    partners: Mapping[tuple[str, int], TrainedRun] | None = None,
     progress: bool | None,
     again: bool,
 ) -> pd.DataFrame:
-    """The rows of every complete run, or of some arms' alone: those that are kept, where the weights are as they were
-    then, otherwise measured now and kept. Written after each run, so that nothing is measured twice after an
-    interruption."""
+    """The rows of every complete run, or of some arms' alone: those that are kept, where the weights (its own and its
+    partner's) are as they were then, otherwise measured now and kept. Written after each run, so that nothing is
+    measured twice after an interruption."""
     path = Path(study) / MEASURED / f"{name}.csv"
     show = sys.stderr.isatty() if progress is None else progress
     kept = _read(path)
     found = {} if again else kept
     runs = [run for run in trained_runs(study) if arms is None or run.arm in arms]
     for run in bar(runs, show=show, unit="run", desc=f"measuring {name}", leave=False):
-        weights = "" if run.checkpoint is None else _identity(run.checkpoint)
+        weights = _identity(run, (partners or {}).get((run.arm, run.seed)))
         known = found.get((run.arm, run.seed))
         if known and weights in ("", known[0]["weights"]):
             continue
@@ -220,10 +224,11 @@ def _kept(
     return pd.DataFrame([row for rows in wanted for row in rows]).drop(columns="weights")
 
 
-def _identity(checkpoint: Path) -> str:
-    """A hash of the weights' file."""
-    path = weights_in(checkpoint)
-    return "" if path is None else file_hash(path)[:16]
+def _identity(run: TrainedRun, partner: TrainedRun | None = None) -> str:
+    """A hash of the weights' file, with its partner's behind it; nothing where one of them is not there."""
+    checkpoints = [each.checkpoint for each in (run, partner) if each is not None]
+    paths = [None if checkpoint is None else weights_in(checkpoint) for checkpoint in checkpoints]
+    return "+".join("" if path is None else file_hash(path)[:16] for path in paths) if all(paths) else ""
 
 
 def _read(path: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:

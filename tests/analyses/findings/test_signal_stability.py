@@ -83,6 +83,21 @@ def test_every_run_is_compared_with_the_next_seed(tmp_path: Path) -> None:
         signal_stability(tmp_path, progress=False)
 
 
+def test_a_pair_is_compared_anew_where_either_run_is_another(tmp_path: Path) -> None:
+    model = planted()
+
+    def pairs(seeds: dict[int, HookedModel]) -> list[list[float]]:
+        folder = stored(tmp_path, {("dense", seed): each for seed, each in seeds.items()})
+        found = signal_stability(folder, progress=False).frames["pairs"]
+        return found[["seed", "next_seed", "words"]].round(1).to_numpy().tolist()
+
+    assert pairs({0: model, 2: reordered(model)}) == [[0, 2, 1]]
+    assert pairs({0: model, 1: model, 2: reordered(model)}) == [[0, 1, 1], [1, 2, 1], [2, 0, 1]]
+    (_, _, first), (_, _, second), (_, _, third) = pairs({0: model, 1: rotated(model), 2: reordered(model)})
+    assert max(first, second) < 0.7
+    assert third == 1
+
+
 @pytest.mark.parametrize(("gap", "verdict"), [(0.3, "supported"), (0.02, "not supported"), (0.1, "underpowered")])
 def test_the_rule(gap: float, verdict: str) -> None:
     values = np.array([-0.01, 0.0, 0.01])
