@@ -59,11 +59,15 @@ class Estimate:
 
     def _annealing(self) -> list[str]:
         """What an annealed k does, in a line."""
-        (_, first), *later = topk_stages(self.cfg) or [(0, 0)]
-        if not later:
+        kept = self.cfg.model.topk
+        stages = topk_stages(self.cfg)
+        if all(k == kept for _, k in stages):
             return []
-        falls = ", ".join(f"{k} from step {step:,}" for step, k in later)
-        return [_line("signals a token keeps", f"{first} at first", f"{falls}; evaluated and saved: {later[-1][1]}")]
+        (_, first), *later = stages
+        falls = [", ".join(f"{k} from step {step:,}" for step, k in later)] if later else []
+        return [
+            _line("signals a token keeps", f"{first} at first", "; ".join([*falls, f"evaluated and saved: {kept}"]))
+        ]
 
     def __str__(self) -> str:
         cfg, run = self.cfg, self.cfg.run

@@ -203,6 +203,17 @@ def test_an_annealed_k_is_told_and_takes_the_memory_of_its_first_steps() -> None
 
 
 @pytest.mark.parametrize(
+    ("topk", "told"), [(32, "64 from step 40; evaluated and saved: 32"), (64, "evaluated and saved: 64")]
+)
+def test_a_k_that_falls_until_the_end_is_saved_as_the_model_says(topk: int, told: str) -> None:
+    settings = ["model.architecture=reflow_topk", f"model.topk={topk}", "run.steps=80", "run.topk_anneal_fraction=1.0"]
+    (line,) = (
+        line for line in str(estimate(load_config("reflow_micro", settings))).splitlines() if "a token keeps" in line
+    )
+    assert line[24:].split(maxsplit=3) == ["128", "at", "first", told]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"gpus": 0}, "gpus must be positive, got 0"),
