@@ -249,7 +249,11 @@ def answer(runs: pd.DataFrame, params: dict[str, object]) -> Result:
 def families(runs: pd.DataFrame) -> dict[str, Family]:
     """What is compared with what in a study, by name: arms that share the prefix of an `adamw` ("reflow" without one),
     and the place that was rotated."""
-    arms = list(dict.fromkeys(runs["arm"]))
+    every = list(dict.fromkeys(runs["arm"]))
+    rotated = {
+        place: [arm for arm in every if f"{arm}_".startswith(f"{place}_")] for place in ROTATED if place in every
+    }
+    arms = [arm for arm in every if not any(arm in own for own in rotated.values())]
     prefixes = [arm.removesuffix(BASELINE) for arm in arms if arm.endswith(BASELINE)]
     found = {}
     for prefix in prefixes:
@@ -257,10 +261,8 @@ def families(runs: pd.DataFrame) -> dict[str, Family]:
         found[prefix.rstrip("_") or "reflow"] = Family(
             prefix + BASELINE, prefix + EQUIVARIANT, own, _coordinates(runs, own)
         )
-    for place, coordinates in ROTATED.items():
-        if place in arms:
-            own = [arm for arm in arms if arm.startswith(place)]
-            found[place] = Family(place, f"{place}_{EQUIVARIANT}", own, coordinates)
+    for place, own in rotated.items():
+        found[place] = Family(place, f"{place}_{EQUIVARIANT}", own, ROTATED[place])
     return found
 
 

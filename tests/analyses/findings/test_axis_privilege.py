@@ -164,3 +164,12 @@ def test_axes_that_come_back_in_what_was_rotated(made: float, equivariant: float
     assert result.metrics["lost_stream_equivariant_readout_kurtosis"] == pytest.approx(
         (made - equivariant) * DECIDING["readout_kurtosis"]
     )
+
+
+def test_an_arm_is_of_one_family_and_of_no_place_whose_name_it_only_begins_with() -> None:
+    arms = ["adamw", "equivariant", "stream", "stream_equivariant", "streamlined"]
+    found = families(pd.DataFrame({"arm": arms, "seed": 0}))
+    assert {name: family.arms for name, family in found.items()} == {
+        "reflow": ["adamw", "equivariant", "streamlined"],
+        "stream": ["stream", "stream_equivariant"],
+    }
