@@ -266,8 +266,9 @@ def _findings(differences: pd.DataFrame, by_arm: pd.DataFrame) -> tuple[dict[str
         findings[row["claim"]] = Finding(row["mean"], interval, controls, row["verdict"])
     left_out = [name for name in CLAIMS if name not in findings]
     notes = [f"not measured in two arms of a seed: {', '.join(left_out)}"] if left_out else []
-    if len(differences) and differences["seeds"].min() < MINIMUM_SEEDS:
-        notes.append(f"fewer than {MINIMUM_SEEDS} seeds: differences are of these runs, and no claim is decided")
+    few = [row["claim"] for row in differences.to_dict("records") if row["seeds"] < MINIMUM_SEEDS]
+    if few:
+        notes.append(f"fewer than {MINIMUM_SEEDS} seeds, which decide nothing: {', '.join(few)}")
     return findings, notes
 
 

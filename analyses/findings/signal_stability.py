@@ -11,18 +11,19 @@ The control is the same of a second run whose signals were rotated at random: it
 predictions are the same, so that whatever remains of an agreement there comes from the space and from the pairing,
 which is the best of many. The *gap* is what native signals have beyond it. Of an embedding that is not factored the
 signals are the axes of the residual stream. Every run is compared with the next seed of its arm, the last with the
-first: each run is in two pairs, so that intervals over pairs are too narrow where gaps are a matter of single runs.
-Then one of 95% covers the mean in about 83% of simulated studies of three seeds; where pairs differ by chance alone, in
-95%. A verdict that is near its bound is to be read so.
+first. The unit is the run, of which each is in two pairs: intervals are Student's over the jackknife's pseudovalues
+n m - (n - 1) m_i, with m the mean over pairs and m_i that over the pairs without run i (Miller, 1974), which of three
+seeds are twice as wide as over pairs. One of 95% covers the mean in 95% of simulated studies of three seeds where gaps
+are a matter of single runs, and in more where pairs differ by chance alone.
 
-The rule, decided beforehand (`analyses.findings.contrasts`, over pairs): an arm's signals are *found again* if the gap
+The rule, decided beforehand (`analyses.findings.contrasts`): an arm's signals are *found again* if the gap
 of `words` exceeds 0.1, as for a teacher's signals in `analyses.findings.distillation`. With two seeds there is one
 pair, which decides nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -79,18 +80,19 @@ def signal_stability(study: str | Path, *, quick: bool = True, progress: bool | 
 
 def answer(pairs: pd.DataFrame, params: dict[str, object]) -> Result:
     """The `Result` of a table of pairs."""
-    judged = {str(arm): contrast(own["words_gap"], SMALLEST) for arm, own in pairs.groupby("arm", sort=False)}
+    measures = [f"{measure}{what}" for measure in MEASURES for what in ("", "_rotated", "_gap")]
+    runs = pseudovalues(pairs, measures)
+    judged = {str(arm): contrast(own["words_gap"], SMALLEST) for arm, own in runs.groupby("arm", sort=False)}
     adjusted = holm([1.0 if np.isnan(each.p) else each.p for each in judged.values()])
     findings: dict[str, Finding] = {}
     definitions: dict[str, str] = {}
     for (arm, words), p in zip(judged.items(), adjusted.tolist(), strict=True):
-        recipes = contrast(pairs.loc[pairs["arm"] == arm, "recipes_gap"])
+        recipes = contrast(runs.loc[runs["arm"] == arm, "recipes_gap"])
         smallest = {"smallest_effect": words.smallest}
         findings[f"words_{arm}"] = Finding(words.mean, words.interval, smallest, words.verdict(p))
         findings[f"recipes_{arm}"] = Finding(recipes.mean, recipes.interval)
         definitions |= {f"{measure}_{arm}": said for measure, said in DEFINITIONS.items()}
-    measures = [f"{measure}{what}" for measure in MEASURES for what in ("", "_rotated", "_gap")]
-    by_arm = measures_over_seeds(pairs, measures)
+    by_arm = measures_over_seeds(runs, measures)
     shown = by_arm[~by_arm["measure"].str.endswith("_gap")]
     return Result(
         name="signal_stability",
@@ -113,6 +115,23 @@ def answer(pairs: pd.DataFrame, params: dict[str, object]) -> Result:
         },
         definitions=definitions,
     )
+
+
+def pseudovalues(pairs: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+    """The jackknife's, a row a run: `arm`, `seed` and the measures. Their mean is that over pairs; of one pair, itself.
+
+    >>> ring = pd.DataFrame({"arm": "a", "seed": [0, 1, 2], "next_seed": [1, 2, 0], "words": [0.1, 0.2, 0.6]})
+    >>> pseudovalues(ring, ["words"])["words"].round(3).tolist()
+    [0.5, -0.3, 0.7]
+    """
+    rows = []
+    for arm, own in pairs.groupby("arm", sort=False):
+        mean = own[list(measures)].mean()
+        for seed in own["seed"]:
+            without = own.loc[(own["seed"] != seed) & (own["next_seed"] != seed), list(measures)]
+            values = len(own) * mean - (len(own) - 1) * without.mean() if len(own) > 1 else mean
+            rows.append({"arm": arm, "seed": seed, **values})
+    return pd.DataFrame(rows)
 
 
 def agreement(one: SignalView, other: SignalView, *, rotations: int, seed: int = 0) -> dict[str, float]:

@@ -51,7 +51,11 @@ def _is_traced() -> bool:
 def onednn_is_faster() -> bool:
     """Whether this processor has AVX-512 and is not Intel's; the same for all runs, whatever else the machine does."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not has_both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if (
+        not has_both
+        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    ):
         return False
     info = Path("/proc/cpuinfo")
     return info.exists() and "GenuineIntel" not in info.read_text(encoding="utf8")
@@ -72,5 +76,9 @@ class _Product(torch.autograd.Function):
         x, matrix = ctx.saved_tensors
         (grad,) = grad_outputs
         needs_x, needs_matrix = ctx.needs_input_grad
-        of_matrix = product(x.flatten(0, -2).T, grad.flatten(0, -2)) if needs_matrix else None
+        of_matrix = product(_rows(x).T, _rows(grad)) if needs_matrix else None
         return product(grad, matrix.T) if needs_x else None, of_matrix
+
+
+def _rows(x: Float[Tensor, "*batch k"]) -> Float[Tensor, "row k"]:
+    return x.reshape(-1, x.shape[-1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from analyses.findings.axis_privilege import axis_privilege
+import reflowlens as rl
+from analyses.findings.axis_privilege import DECIDING, axis_privilege
 from analyses.findings.claims_over_seeds import claims_over_seeds
+from analyses.findings.distillation import distillation
 from analyses.findings.runs import runs_table
 from analyses.findings.signal_stability import signal_stability
 from analyses.findings.sparsity import sparsity
@@ -52,9 +54,10 @@ def test_what_is_said_of_sparsity() -> None:
 
 def test_what_is_said_of_another_seed() -> None:
     result = signal_stability(FOLDER / "sparsity")
-    assert set(result.verdicts.values()) == {"not supported"}
     for arm, name in ARMS.items():
         assert with_interval(result, f"words_{arm}", 3) in rows(name)
+        pruned = arm.startswith("top")
+        assert result.verdicts[f"words_{arm}"] == ("not supported" if pruned else "underpowered")
 
 
 def test_what_is_said_of_verdicts() -> None:
@@ -73,3 +76,23 @@ def test_what_is_said_of_axes(prefix: str, family: str) -> None:
     for arm in ("adamw", "equivariant", "adamw_tables"):
         own = runs[runs["arm"] == prefix + arm]["axes_remaining_after_one"]
         assert ", ".join(f"{value:.3f}" for value in own) in rows(f"{family}, `{arm}`")
+    for measure, digits in (("readout_kurtosis", 2), ("ten_signal_share", 3), ("remaining_after_one", 3)):
+        assert result.verdicts[f"privileged_{prefix}equivariant_{measure}"] == "not supported"
+        assert with_interval(result, f"privileged_{prefix}adamw_{measure}", digits) in PAGE
+
+
+def test_what_is_said_of_axes_that_come_back() -> None:
+    result = axis_privilege(FOLDER / "rerandomised")
+    runs = result.frames["runs"].sort_values("seed")
+    for arm in ("as_it_was", "stream", "stream_equivariant"):
+        own = runs[runs["arm"] == arm]["axes_remaining_after_one"]
+        assert ", ".join(f"{value:.3f}" for value in own) in rows(f"`{arm}`")
+    assert {result.verdicts[f"privileged_stream_equivariant_{m}"] for m in DECIDING} == {"not supported"}
+
+
+def test_what_is_said_of_distillation() -> None:
+    result = distillation(FOLDER / "distillation", rl.load_model("reflow-nano"))
+    for claim, digits in (("logits_gain", 3), ("signals_gain", 3), ("codebook", 3), ("causal", 2), ("steering", 2)):
+        assert f"{with_interval(result, claim, digits)} |" in PAGE
+    assert result.verdicts["logits_gain"] == result.verdicts["signals_gain"] == "supported"
+    assert result.verdicts["codebook"] == "not supported"

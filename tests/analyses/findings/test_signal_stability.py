@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyses.findings.signal_stability import agreement, answer, signal_stability
+from analyses.findings.signal_stability import agreement, answer, pseudovalues, signal_stability
 from analyses.findings.transfer import by_recipe, recipe_agreement
 from reflowlens.checkpoints import save_model
 from reflowlens.errors import ReflowlensError
@@ -105,3 +105,12 @@ def test_the_rule(gap: float, verdict: str) -> None:
     gaps = {f"{m}_gap": gap + values for m in ("words", "recipes")}
     pairs = pd.DataFrame({"arm": "dense", "seed": range(3), "next_seed": [1, 2, 0], **columns, **gaps})
     assert answer(pairs, {}).verdicts == {"words_dense": verdict}
+
+
+def test_the_unit_is_the_run() -> None:
+    """Of gaps that are sums of what each run has, the jackknife finds what each has."""
+    own = np.array([0.1, 0.4, 0.2])
+    pairs = pd.DataFrame({"arm": "dense", "seed": range(3), "next_seed": [1, 2, 0], "words_gap": own + own[[1, 2, 0]]})
+    found = pseudovalues(pairs, ["words_gap"])["words_gap"]
+    assert found.to_list() == pytest.approx(list(2 * own))
+    assert found.mean() == pytest.approx(pairs["words_gap"].mean())

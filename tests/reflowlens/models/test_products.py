@@ -64,6 +64,10 @@ def test_first_and_second_derivatives(by_onednn: list[tuple[int, ...]]) -> None:
     for actual, expected in zip(derivatives(product), derivatives(torch.matmul), strict=True):
         assert_close(actual, expected)
     assert by_onednn
+    vector = leaves[0][0, 0].clone().requires_grad_()
+    matrix = leaves[1].clone().requires_grad_()
+    product(vector, matrix).sum().backward()
+    assert_close(matrix.grad, vector.detach()[:, None].expand_as(matrix))
     frozen = leaves[1].clone()
     x = leaves[0].clone().requires_grad_()
     product(x, frozen).sum().backward()
