@@ -590,7 +590,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not forget a process's peak")
 def test_no_model_is_held_twice_while_it_is_opened(tmp_path: Path) -> None:
-    """The largest size of a process of its own, which has opened a tiny model of the kind before."""
+    """The largest size of a process of its own for each kind, which has opened a tiny model of the kind before."""
     tiny = random_model("llama_untied")
     large = build_model(dataclasses.replace(tiny.cfg, n_layers=12, d_model=512, d_mlp=2048, d_vocab=4096))
     for name, model in (("tiny", tiny), ("large", large)):
@@ -598,11 +598,9 @@ def test_no_model_is_held_twice_while_it_is_opened(tmp_path: Path) -> None:
             save_model(tmp_path / f"ours {dtype} {name}", model, dtype=dtype)
             export_hf(model, tmp_path / f"theirs {dtype} {name}", dtype)
     kinds = sorted(str(path).removesuffix(" tiny") for path in tmp_path.glob("* tiny"))
-    call = "import sys; from reflowlens.benchmarks.load import print_costs; "
-    call += "[print_costs(f'{kind} large', f'{kind} tiny') for kind in sys.argv[1:]]"
-    found = run_python("-c", call, *kinds)
-    for kind, line in zip(kinds, found.stdout.splitlines(), strict=True):
-        costs = json.loads(line)
+    call = "import sys; from reflowlens.benchmarks.load import print_costs; print_costs(*sys.argv[1:])"
+    for kind in kinds:
+        costs = json.loads(run_python("-c", call, f"{kind} large", f"{kind} tiny").stdout)
         assert costs["weights_mb"] == pytest.approx(4 * large.n_parameters / 1e6, rel=1e-3)
         assert 0.9 < costs["relative"] < 1.35, kind  # 2 and more with the file beside the model
 
