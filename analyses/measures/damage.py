@@ -60,7 +60,8 @@ class NeutralTexts:
         now is reads it."""
         losses, divergences = [], []
         for before, (after, target) in zip(self.before, self._read(resid), strict=True):
-            losses.append((before - after).gather(1, target[:, None])[:, 0])
+            of_target = [log_p.gather(1, target[:, None])[:, 0] for log_p in (before, after)]
+            losses.append(of_target[0] - of_target[1])
             divergences.append((before.exp() * (before - after)).sum(dim=-1))
         return Damage(*(means_by_text(torch.cat(parts), self.targets != IGNORE) for parts in (losses, divergences)))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import FactoredMatrix
 
 from reflowlens.circuits.attribution.directions import Directions
 from reflowlens.circuits.attribution.edges.layout import End, Inputs
@@ -72,7 +74,12 @@ def end_of(
         targets = logit_targets(model, logits, tokens, against, recipe, before_cap)
         rows, bias = basis, torch.zeros_like(basis[:, 0])
     else:
-        targets = logit_targets(model, logits, tokens, against, model.W_U.T, before_cap)
+        read = model.unembedding
+        if isinstance(read, FactoredMatrix):  # the product is formed of a few rows, not of the whole vocabulary
+            targets = logit_targets(model, logits, tokens, against, read.A, before_cap)
+            targets = replace(targets, vectors=targets.vectors @ read.B)
+        else:
+            targets = logit_targets(model, logits, tokens, against, read, before_cap)
         rows, bias = targets.vectors, targets.bias
     constant = bias if norm_bias is None else bias + rows @ norm_bias
     rows = rows * norm.w
