@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.models.places import Places
@@ -55,3 +55,13 @@ class BlockStages:
         rows = layout.over(cache[self.streams[stage]], resid)
         out = self.model.blocks[stage](rows, Places(slice(0, layout.n_positions)))
         return out[layout.row, layout.position][None]
+
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
+        return self.run(stage, resid, layout, cache)[:, asked]

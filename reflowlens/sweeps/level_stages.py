@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_cheaper, remembered
 from reflowlens.models.numerics import weighted_sum
+from reflowlens.models.parts import HookPoint, is_hooked
 from reflowlens.models.places import Places, Positions
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.suffixes import Layout
@@ -26,7 +27,7 @@ class Level(Protocol):
     """A block that writes once, at ``hook_mlp_out``, and attends to earlier positions by ``past.attend``."""
 
     def __call__(
-        self, resid: Float[Tensor, "1 token d_model"], places: Places, past: StateBefore
+        self, resid: Float[Tensor, "1 token d_model"], places: Places, past: StateBefore | Suffixes
     ) -> Float[Tensor, "1 token d_model"]: ...
 
     def write(
@@ -79,6 +80,23 @@ class LevelStages(BlockStages):
         level = self._level(stage)
         return level(resid, Places(layout.position[None]), StateBefore(layout, cache[self.streams[stage]], level))
 
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
+        level = self._level(stage)
+        points = (point for point in cast(Any, level).children() if isinstance(point, HookPoint))
+        if bool(asked.all()) or any(map(is_hooked, points)):  # what is edited there is whole suffixes
+            return super().run_asked(stage, resid, layout, cache, asked)
+        before = StateBefore(layout, cache[self.streams[stage]], level)
+        keys = level.keys(resid, layout.position[None])[:, 0]
+        past = Suffixes(before, keys, resid[0], asked)
+        return level(resid[:, asked], Places(layout.position[None, asked]), past)
+
     def _level(self, layer: int) -> Level:
         return cast(Level, self.model.blocks[layer])
 
@@ -102,7 +120,7 @@ class StateBefore:
     ) -> Float[Tensor, "1 head token d_model"]:
         """Attention of each row's suffix to its prefix, by the state in front of it, and to itself."""
         d_model, out = x.shape[-1], x.new_empty(*q.shape[:3], x.shape[-1])
-        for state, tokens in self._groups(q.dtype):
+        for state, tokens in self.groups(q.dtype):
             rows, values = q[0][:, tokens], x[0][tokens]
             before = (rows.flatten(1, 2) @ state).unflatten(1, tokens.shape)
             each = rows.transpose(0, 1)
@@ -113,7 +131,7 @@ class StateBefore:
             out[0][:, tokens] = before + within.transpose(0, 1)
         return out
 
-    def _groups(
+    def groups(
         self, dtype: torch.dtype
     ) -> Iterator[tuple[Float[Tensor, "head neuron d_model"], Int[Tensor, "row pos"]]]:
         """Rows of one prompt that begin at the same position: the state there, and where their tokens lie."""
@@ -136,3 +154,34 @@ class StateBefore:
         """The keys and the stream of the unpatched run, up to a position."""
         values = self.stream[prompt, :end]
         return self.level.keys(values[None], slice(0, end))[:, 0], values
+
+
+@dataclass(frozen=True)
+class Suffixes:
+    """What some tokens of packed suffixes attend to: the state in front of their row's suffix, and the suffix.
+
+    Args:
+        before: the states.
+        keys, values: of all tokens.
+        asked: the tokens that attend.
+    """
+
+    before: StateBefore
+    keys: Float[Tensor, "head token neuron"]
+    values: Float[Tensor, "token d_model"]
+    asked: Bool[Tensor, " token"]
+
+    def attend(
+        self, layer: int, q: Float[Tensor, "1 head asked neuron"], x: Float[Tensor, "1 asked d_model"]
+    ) -> Float[Tensor, "1 head asked d_model"]:
+        out = x.new_empty(*q.shape[:3], x.shape[-1])
+        number = self.asked.cumsum(0) - 1  # of an asked token among those
+        for state, tokens in self.before.groups(q.dtype):
+            asking = self.asked[tokens[0]].nonzero()[:, 0]  # the same places in every row: they are of one prompt
+            mine = number[tokens[:, asking]]
+            queries = q[0][:, mine]
+            is_earlier = torch.arange(tokens.shape[1], device=asking.device) < asking[:, None]
+            scores = (queries @ self.keys[:, tokens].mT).where(is_earlier, 0.0)
+            found = (queries.flatten(1, 2) @ state).unflatten(1, mine.shape)
+            out[0][:, mine] = found + weighted_sum(scores, self.values[tokens])
+        return out

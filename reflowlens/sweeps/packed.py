@@ -56,10 +56,6 @@ class Packed:
         cell, resid = torch.cat([self.cell, other.cell]), torch.cat([self.resid, other.resid], dim=1)
         return Packed(self.layout.extended(other.layout), cell, resid)
 
-    def kept(self, keep: Bool[Tensor, " token"]) -> Packed:
-        """With some of the tokens only."""
-        return Packed(self.layout.kept(keep), self.cell, self.resid[:, keep])
-
 
 Hooking: TypeAlias = "Callable[[int, Packed], AbstractContextManager[Any]]"
 
@@ -139,9 +135,16 @@ class UnpatchedRun:
                 packed = packed.extended(rows)
             if stage == readout or not len(packed.layout.row):
                 continue
+            is_last = is_read is not None and stage == self.stages.last_mixing
+            asked = is_read[packed.token_prompt, packed.layout.position] if is_last else None
             with hooking(stage, packed), OneDNNProducts():
-                resid = self.stages.run(stage, packed.resid, packed.layout, self.cache)
-            packed = dataclasses.replace(packed, resid=resid)
-            if is_read is not None and stage == self.stages.last_mixing:
-                packed = packed.kept(is_read[packed.token_prompt, packed.layout.position])
+                packed = self._through(stage, packed, asked)
         return packed
+
+    def _through(self, stage: int, packed: Packed, asked: Bool[Tensor, " token"] | None) -> Packed:
+        """Rows behind a stage; of them the tokens that are asked for."""
+        layout, resid = packed.layout, packed.resid
+        if asked is None:
+            return dataclasses.replace(packed, resid=self.stages.run(stage, resid, layout, self.cache))
+        resid = self.stages.run_asked(stage, resid, layout, self.cache, asked)
+        return Packed(layout.kept(asked), packed.cell, resid)

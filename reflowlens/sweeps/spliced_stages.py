@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.dictionaries.splice import spliced_layers
@@ -81,6 +81,16 @@ class SplicedStages:
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
         return self.stages.run(stage, resid, layout, cache)
+
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
+        return self.run(stage, resid, layout, cache)[:, asked]
 
 
 def with_dictionaries(stages: Stages) -> Stages:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.models.base import HookedModel
@@ -84,6 +84,17 @@ class Stages(Protocol):
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
         """A stage on packed suffixes (:mod:`reflowlens.sweeps.suffixes`)."""
+        ...
+
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
+        """The same for some of the tokens: the others are only attended to."""
         ...
 
 
@@ -191,6 +202,16 @@ class DecoderStages:
         if stage % 2:
             return block.feed(resid)
         return attend(block, resid, layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
+
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
+        return self.run(stage, resid, layout, cache)[:, asked]
 
     def _block(self, layer: int) -> Block:
         return cast(Block, self.model.blocks[layer])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reflowlens.models.residual import ResidualModel
@@ -42,4 +42,14 @@ class WholeStages:
     def run(
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
+        raise NotImplementedError
+
+    def run_asked(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"],
+    ) -> Float[Tensor, "1 asked d_model"]:
         raise NotImplementedError
