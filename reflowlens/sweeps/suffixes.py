@@ -6,7 +6,8 @@ have entered go through the remaining blocks together. Outside attention a block
 suffixes lie end to end as one text [1, token, d_model]; in attention the keys and values of a row's prefix are those
 of the unpatched run.
 
-The blocks run as they are, hook points included: a point's activation is then the packed one.
+The blocks run as they are, hook points included: a point's activation is then the packed one. In the last block only
+what is read later asks, where that is each row's last position and nothing is attached (:class:`LastQueries`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from reflowlens.models.attention import Attention
 from reflowlens.models.components import Block
+from reflowlens.models.parts import HookPoint, is_hooked
 from reflowlens.models.places import Places
 
 
@@ -66,6 +68,11 @@ class Layout:
         """With some of the tokens only."""
         return Layout(self.prompt, self.row[keep], self.position[keep], self.n_positions)
 
+    def are_ends(self, tokens: Bool[Tensor, " token"]) -> bool:
+        """Whether these are the last position of every row, and nothing else."""
+        is_end = self.position == self.n_positions - 1
+        return torch.equal(tokens, is_end) and int(is_end.sum()) == self.n_rows
+
     def over(
         self, base: Float[Tensor, "prompt pos *rest"], packed: Float[Tensor, "1 token *rest"]
     ) -> Float[Tensor, "row pos *rest"]:
@@ -96,6 +103,35 @@ class PrefixKeysValues:
         queries[layout.row, layout.position] = q[0]
         keys, values = layout.over(self.keys[attn.layer], k), layout.over(self.values[attn.layer], v)
         return attn.mix(queries, keys, values, mask=None)[layout.row, layout.position][None]
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """What the last position of each row attends to, keys and values of its prefix and of its suffix.
+
+    Args:
+        keys, values: of the unpatched run in the block's layer.
+        resid: what the block reads of the suffixes.
+    """
+
+    layout: Layout
+    keys: Float[Tensor, "prompt pos kv_head d_head"]
+    values: Float[Tensor, "prompt pos kv_head d_head"]
+    resid: Float[Tensor, "1 token d_model"]
+    block: Block
+
+    def mix(
+        self, attn: Attention, q: Float[Tensor, "1 row head d_head"], k: Tensor, v: Tensor
+    ) -> Float[Tensor, "1 row head d_head"]:
+        q_of_all, k, v = attn.queries_keys_values(self.resid, self.block.ln1)
+        _, k = attn.placed(q_of_all, k, self.layout.position[None])
+        keys, values = self.layout.over(self.keys, k), self.layout.over(self.values, v)
+        return attn.mix(q.transpose(0, 1), keys, values, mask=None).transpose(0, 1)
+
+
+def is_anything_hooked(block: nn.Module) -> bool:
+    """Whether something is attached to a point of a block."""
+    return any(is_hooked(point) for point in block.modules() if isinstance(point, HookPoint))
 
 
 def attend(

@@ -31,7 +31,7 @@ from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns, WholeRuns
 from reflowlens.sweeps.setup import prepare_sweep
-from reflowlens.sweeps.suffixes import Layout
+from reflowlens.sweeps.suffixes import LastQueries, Layout
 from tests.support.dictionaries import features_for
 from tests.support.processes import two_processes
 from tests.support.tiny import FACTORED, NAMES, assert_close, in_turn, random_model, random_tokens
@@ -211,6 +211,25 @@ def test_cells_that_change_nothing_are_the_baseline_and_are_not_run(
     one_cell, *suffixes = entered  # the first measures what a cell takes
     assert one_cell.eq(0).all()
     assert min(int(start.min()) for start in suffixes) >= 4
+
+
+def test_in_the_last_block_only_what_is_read_asks(model: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the position that is read is not every prompt's last."""
+    asked: list[int] = []
+    mix = LastQueries.mix
+    monkeypatch.setattr(
+        LastQueries, "mix", lambda self, attn, q, k, v: asked.append(q.shape[1]) or mix(self, attn, q, k, v)
+    )
+    clean, corrupted = pair(model)
+    metric = metrics.logit_diff(A, B)
+    last = rl.sweep(model, clean, corrupted, "resid_pre", metric)
+    assert asked
+    assert_close(last.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", metric))
+    asked.clear()
+    before = dataclasses.replace(metric, position=-2)
+    actual = rl.sweep(model, clean, corrupted, "resid_pre", before)
+    assert not asked
+    assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", before))
 
 
 def test_prompts_of_different_lengths(model: HookedModel) -> None:
