@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from reflowlens.benchmarks.timing import alternate
 from reflowlens.flops import forward_flops_by_part
 from reflowlens.models.base import HookedModel
-from reflowlens.sweeps.products import OneDNNProducts
+from reflowlens.models.products import product
 
 _TOKENS = 2048  # rows of the plain product
 
@@ -79,15 +78,10 @@ def _block_flops(model: HookedModel, n_tokens: int) -> BlockFlops:
 
 
 def plain_rate(model: HookedModel) -> float:
-    """Operations a second of a plain product in float32, [2048, d_model] by [d_model, d_mlp], in this process, now: by
-    MKL or by oneDNN, whichever is faster."""
+    """Operations a second of a plain product in float32, [2048, d_model] by [d_model, d_mlp], in this process, now: of
+    torch's own product or of the model's, whichever is faster."""
     d_model, d_mlp = model.cfg.d_model, model.cfg.d_mlp or 4 * model.cfg.d_model
     x, matrix = torch.randn(_TOKENS, d_model), torch.randn(d_model, d_mlp)
-
-    def by_onednn() -> Tensor:
-        with OneDNNProducts():
-            return x @ matrix
-
     with torch.no_grad():
-        times = alternate({"MKL": lambda: x @ matrix, "oneDNN": by_onednn}, rounds=7)
+        times = alternate({"torch's": lambda: x @ matrix, "the model's": lambda: product(x, matrix)}, rounds=7)
     return 2 * _TOKENS * d_model * d_mlp / min(map(min, times.values()))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from reflowlens.sweeps.products import OneDNNProducts
 from reflowlens.sweeps.stages import stages_of
 from reflowlens.sweeps.suffixes import Layout
 
@@ -137,7 +136,7 @@ class UnpatchedRun:
                 continue
             is_last = is_read is not None and stage == self.stages.last_mixing
             asked = is_read[packed.token_prompt, packed.layout.position] if is_last else None
-            with hooking(stage, packed), OneDNNProducts():
+            with hooking(stage, packed):
                 packed = self._through(stage, packed, asked)
         return packed
 

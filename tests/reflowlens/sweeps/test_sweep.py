@@ -232,6 +232,17 @@ def test_in_the_last_block_only_what_is_read_asks(model: HookedModel, monkeypatc
     assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", before))
 
 
+def test_the_clean_run_is_made_for_metrics_that_compare_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the one that patches take their activations from."""
+    model, passes = random_model("reflow"), list[int]()
+    run = type(model).final_stream
+    monkeypatch.setattr(type(model), "final_stream", lambda self, *a, **k: passes.append(1) or run(self, *a, **k))
+    rl.sweep(model, "abc", "abd", "resid_pre", metrics.logit_diff("a", "b"))
+    assert not passes
+    rl.sweep(model, "abc", "abd", "resid_pre", metrics.kl())
+    assert len(passes) == 1
+
+
 def test_prompts_of_different_lengths(model: HookedModel) -> None:
     clean, corrupted = ["abcde", "xy"], ["fghij", "zw"]
     together = rl.sweep(model, clean, corrupted, "resid_pre", metrics.loss())
