@@ -134,8 +134,9 @@ class UnpatchedRun:
                 packed = packed.extended(rows)
             if stage == readout or not len(packed.layout.row):
                 continue
-            is_last = is_read is not None and stage == self.stages.last_mixing
-            asked = is_read[packed.token_prompt, packed.layout.position] if is_last else None
+            asked = None
+            if is_read is not None and stage == self.stages.last_mixing:
+                asked = is_read[packed.token_prompt, packed.layout.position]
             with hooking(stage, packed):
                 packed = self._through(stage, packed, asked)
         return packed
