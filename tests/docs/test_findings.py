@@ -9,6 +9,7 @@ from analyses.findings.axis_privilege import DECIDING, axis_privilege
 from analyses.findings.claims_over_seeds import claims_over_seeds
 from analyses.findings.distillation import distillation
 from analyses.findings.runs import runs_table
+from analyses.findings.scale import scale
 from analyses.findings.signal_stability import signal_stability
 from analyses.findings.sparsity import sparsity
 from analyses.result.result import Result
@@ -96,3 +97,12 @@ def test_what_is_said_of_distillation() -> None:
         assert f"{with_interval(result, claim, digits)} |" in PAGE
     assert result.verdicts["logits_gain"] == result.verdicts["signals_gain"] == "supported"
     assert result.verdicts["codebook"] == "not supported"
+
+
+def test_what_is_said_of_size() -> None:
+    result = scale(FOLDER / "scale")
+    for size, own in result.frames["gaps"].sort_values("seed").groupby("size"):
+        assert f"{', '.join(f'{gap:.3f}' for gap in own['gap'])} |" in rows(f"{size:,.0f}")
+    assert result.verdicts["gap_slope"] == "underpowered"
+    low, high = result.intervals["gap_slope"]
+    assert f"shrink by {-result.metrics['gap_slope']:.2f} ({-high:.2f} to {-low:.2f}) nats" in PAGE.replace("\n", " ")

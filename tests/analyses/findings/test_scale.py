@@ -75,6 +75,15 @@ def test_a_planted_floor_is_found_from_four_sizes_on() -> None:
     assert result.frames["predictions"].other[2] == pytest.approx(2.0 + 200 * 462_496_768**-0.4, abs=0.03)
 
 
+def test_a_family_whose_loss_rises_with_size_decides_nothing() -> None:
+    failed = runs(power, lambda n: 0.0)
+    failed.loc[(failed["size"] == SIZES[-1]) & ~failed["factored"], "loss"] += 1.0
+    result = answer(failed, {}, [], 100)
+    assert result.intervals["gap_slope"][1] < -0.02
+    assert result.verdicts["gap_slope"] == "underpowered"
+    assert any("the loss of GPT-2-New rises with size" in note for note in result.notes)
+
+
 @pytest.mark.parametrize(
     ("gap", "seeds", "verdict"),
     [
