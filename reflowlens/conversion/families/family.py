@@ -137,6 +137,8 @@ class Family:
             biases |= {"qkv_bias": True, "attn_out_bias": True}  # one flag for both
         unfactored: dict[str, Any] = {"n_signals": None, "topk": None, "topk_ends": "both", "topk_gradient": "kept"}
         unfactored["tie_word_embeddings"] = cfg.has_one_embedding
+        if cfg.kv_heads == cfg.n_heads:
+            unfactored["n_key_value_heads"] = None  # as families are read
         return dataclasses.replace(cfg, architecture=self.architecture, **unfactored, **biases)
 
     def fits(self, cfg: ModelConfig) -> bool:

@@ -590,6 +590,14 @@ def test_a_compiled_model_is_exported_with_its_own_weights(tmp_path: Path) -> No
     assert_close(load_model(tmp_path / "saved")("The"), model("The"))
 
 
+@pytest.mark.parametrize("name", ["gpt2_new", "reflow"])
+def test_one_head_of_keys_for_each_of_queries_may_be_spelled_out(name: str, tmp_path: Path) -> None:
+    cfg = tiny_config(name, n_key_value_heads=tiny_config(name).n_heads)
+    model, tokens = random_model(cfg), random_tokens(cfg)
+    exported = AutoModelForCausalLM.from_pretrained(export_hf(model, tmp_path / "exported")).eval()
+    assert_close(exported(tokens).logits, model(tokens))
+
+
 def test_a_pruned_model_is_not_exported_with_zeros(tmp_path: Path) -> None:
     model = random_model("gpt2_new")
     prune.custom_from_mask(model.blocks[0].attn, "W_Q", torch.ones_like(model.blocks[0].attn.W_Q))
