@@ -20,7 +20,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import wide
 from reflowlens.models.residual import Readout
 
-_POSITIONS = 512  # whose logits are formed at once
+_POSITIONS = 128  # whose logits are formed at once: they stay in caches, and more rows sum far slower in float64
 Rows = Sequence[NDArray[np.int64]]
 
 
