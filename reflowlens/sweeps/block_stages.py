@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reflowlens.models.places import Places
 from reflowlens.models.residual import ResidualModel
-from reflowlens.sweeps.suffixes import Layout
+from reflowlens.sweeps.suffixes import Layout, only
 
 
 class BlockStages:
@@ -50,18 +50,13 @@ class BlockStages:
         return patched
 
     def run(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
-    ) -> Float[Tensor, "1 token d_model"]:
-        rows = layout.over(cache[self.streams[stage]], resid)
-        out = self.model.blocks[stage](rows, Places(slice(0, layout.n_positions)))
-        return out[layout.row, layout.position][None]
-
-    def run_asked(
         self,
         stage: int,
         resid: Float[Tensor, "1 token d_model"],
         layout: Layout,
         cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
+        asked: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
-        return self.run(stage, resid, layout, cache)[:, asked]
+        rows = layout.over(cache[self.streams[stage]], resid)
+        out = self.model.blocks[stage](rows, Places(slice(0, layout.n_positions)))
+        return only(asked, out[layout.row, layout.position][None])

@@ -19,7 +19,7 @@ from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_chea
 from reflowlens.models.numerics import weighted_sum
 from reflowlens.models.places import Places, Positions
 from reflowlens.sweeps.block_stages import BlockStages
-from reflowlens.sweeps.suffixes import Layout, is_anything_hooked
+from reflowlens.sweeps.suffixes import Layout, is_anything_hooked, only
 
 
 class Level(Protocol):
@@ -74,23 +74,17 @@ class LevelStages(BlockStages):
         return patched
 
     def run(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
-    ) -> Float[Tensor, "1 token d_model"]:
-        level = self._level(stage)
-        return level(resid, Places(layout.position[None]), StateBefore(layout, cache[self.streams[stage]], level))
-
-    def run_asked(
         self,
         stage: int,
         resid: Float[Tensor, "1 token d_model"],
         layout: Layout,
         cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
+        asked: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
-        level = self._level(stage)
-        if bool(asked.all()) or is_anything_hooked(cast(Any, level)):  # what is edited there is whole suffixes
-            return super().run_asked(stage, resid, layout, cache, asked)
-        before = StateBefore(layout, cache[self.streams[stage]], level)
+        level, before = self._level(stage), StateBefore(layout, cache[self.streams[stage]], self._level(stage))
+        # What is edited in a level is whole suffixes.
+        if asked is None or bool(asked.all()) or is_anything_hooked(cast(Any, level)):
+            return only(asked, level(resid, Places(layout.position[None]), before))
         keys = level.keys(resid, layout.position[None])[:, 0]
         past = Suffixes(before, keys, resid[0], asked)
         return level(resid[:, asked], Places(layout.position[None, asked]), past)

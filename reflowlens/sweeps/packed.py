@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -144,7 +143,5 @@ class UnpatchedRun:
     def _through(self, stage: int, packed: Packed, asked: Bool[Tensor, " token"] | None) -> Packed:
         """Rows behind a stage; of them the tokens that are asked for."""
         layout, resid = packed.layout, packed.resid
-        if asked is None:
-            return dataclasses.replace(packed, resid=self.stages.run(stage, resid, layout, self.cache))
-        resid = self.stages.run_asked(stage, resid, layout, self.cache, asked)
-        return Packed(layout.kept(asked), packed.cell, resid)
+        resid = self.stages.run(stage, resid, layout, self.cache, asked)
+        return Packed(layout if asked is None else layout.kept(asked), packed.cell, resid)

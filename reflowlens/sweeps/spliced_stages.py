@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reflowlens.dictionaries.splice import spliced_layers
 from reflowlens.dictionaries.spliced_layer import SplicedLayer
-from reflowlens.sweeps.suffixes import Layout
+from reflowlens.sweeps.suffixes import Layout, only
 
 if TYPE_CHECKING:
     from reflowlens.sweeps.stages import Stages
@@ -78,19 +78,14 @@ class SplicedStages:
         return self.stages.entry(layer.write, (before + change).to(before.dtype), cache)
 
     def run(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
-    ) -> Float[Tensor, "1 token d_model"]:
-        return self.stages.run(stage, resid, layout, cache)
-
-    def run_asked(
         self,
         stage: int,
         resid: Float[Tensor, "1 token d_model"],
         layout: Layout,
         cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
+        asked: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
-        return self.run(stage, resid, layout, cache)[:, asked]
+        return only(asked, self.stages.run(stage, resid, layout, cache))
 
 
 def with_dictionaries(stages: Stages) -> Stages:

@@ -29,7 +29,7 @@ from reflowlens.models.places import Places
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.spliced_stages import with_dictionaries
-from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues, attend, is_anything_hooked
+from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues, attend, is_anything_hooked, only
 from reflowlens.sweeps.whole_stages import WholeStages
 
 READOUT_SIGNAL = "unembed.hook_signal"
@@ -81,20 +81,18 @@ class Stages(Protocol):
         ...
 
     def run(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
-    ) -> Float[Tensor, "1 token d_model"]:
-        """A stage on packed suffixes (:mod:`reflowlens.sweeps.suffixes`)."""
-        ...
-
-    def run_asked(
         self,
         stage: int,
         resid: Float[Tensor, "1 token d_model"],
         layout: Layout,
         cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
+        asked: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
-        """The same for some of the tokens: the others are only attended to."""
+        """A stage on packed suffixes (:mod:`reflowlens.sweeps.suffixes`).
+
+        Args:
+            asked: the tokens that are asked for, the others being only attended to. Default: all.
+        """
         ...
 
 
@@ -196,28 +194,29 @@ class DecoderStages:
         return block.ln2_post(plus(patched @ block.mlp.W_out, block.mlp.b_out))
 
     def run(
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        asked: Bool[Tensor, " token"] | None = None,
+    ) -> Float[Tensor, "1 asked d_model"]:
+        block = self._block(stage // self.per_block)
+        # What is edited in a block is whole suffixes.
+        if asked is None or not layout.are_ends(asked) or is_anything_hooked(block):
+            return only(asked, self._all(stage, resid, layout, cache))
+        past = LastQueries(
+            layout, cache[self.keys[block.attn.layer]], cache[self.values[block.attn.layer]], resid, block
+        )
+        return self._mixing(block)(resid[:, asked], Places(layout.position[None, asked]), past)
+
+    def _all(
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
         block = self._block(stage // 2)
         if stage % 2:
             return block.feed(resid)
         return attend(block, resid, layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
-
-    def run_asked(
-        self,
-        stage: int,
-        resid: Float[Tensor, "1 token d_model"],
-        layout: Layout,
-        cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
-    ) -> Float[Tensor, "1 asked d_model"]:
-        block = self._block(stage // self.per_block)
-        if not layout.are_ends(asked) or is_anything_hooked(block):  # what is edited there is whole suffixes
-            return self.run(stage, resid, layout, cache)[:, asked]
-        past = LastQueries(
-            layout, cache[self.keys[block.attn.layer]], cache[self.values[block.attn.layer]], resid, block
-        )
-        return self._mixing(block)(resid[:, asked], Places(layout.position[None, asked]), past)
 
     def _mixing(self, block: Block) -> Callable[..., Float[Tensor, "1 token d_model"]]:
         """What a stage in which positions see each other runs of a block."""
@@ -270,7 +269,7 @@ class ParallelStages(DecoderStages):
             patched = self._rewritten(block, point, patched, cache[name], written)
         return after + (patched - written)
 
-    def run(
+    def _all(
         self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
     ) -> Float[Tensor, "1 token d_model"]:
         past = PrefixKeysValues(layout, *([cache[name] for name in names] for names in (self.keys, self.values)))

@@ -129,6 +129,13 @@ class LastQueries:
         return attn.mix(q.transpose(0, 1), keys, values, mask=None).transpose(0, 1)
 
 
+def only(
+    asked: Bool[Tensor, " token"] | None, resid: Float[Tensor, "1 token d_model"]
+) -> Float[Tensor, "1 asked d_model"]:
+    """The tokens that are asked for, by default all."""
+    return resid if asked is None else resid[:, asked]
+
+
 def is_anything_hooked(block: nn.Module) -> bool:
     """Whether something is attached to a point of a block."""
     return any(is_hooked(point) for point in block.modules() if isinstance(point, HookPoint))

@@ -40,16 +40,11 @@ class WholeStages:
         raise NotImplementedError
 
     def run(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
-    ) -> Float[Tensor, "1 token d_model"]:
-        raise NotImplementedError
-
-    def run_asked(
         self,
         stage: int,
         resid: Float[Tensor, "1 token d_model"],
         layout: Layout,
         cache: Mapping[str, Tensor],
-        asked: Bool[Tensor, " token"],
+        asked: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         raise NotImplementedError
