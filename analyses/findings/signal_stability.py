@@ -13,8 +13,8 @@ which is the best of many. The *gap* is what native signals have beyond it. Of a
 signals are the axes of the residual stream. Every run is compared with the next seed of its arm, the last with the
 first. The unit is the run, of which each is in two pairs: intervals are Student's over the jackknife's pseudovalues
 n m - (n - 1) m_i, with m the mean over pairs and m_i that over the pairs without run i (Miller, 1974), which of three
-seeds are twice as wide as over pairs. One of 95% covers the mean in 95% of simulated studies of three seeds where gaps
-are a matter of single runs, and in more where pairs differ by chance alone.
+seeds are twice as wide as over pairs. Where a gap is the sum of what its two runs have, a pseudovalue of three seeds is
+twice what one run has, and independent of the others', as values of pairs are not.
 
 The rule, decided beforehand (`analyses.findings.contrasts`): an arm's signals are *found again* if the gap
 of `words` exceeds 0.1, as for a teacher's signals in `analyses.findings.distillation`. With two seeds there is one

@@ -46,7 +46,9 @@ def test_what_is_said_of_sparsity() -> None:
     result = sparsity(FOLDER / "sparsity")
     assert f"it costs {result.metrics['cost_top_128']:.2f} nats of the {result.metrics['cost_top_8']:.2f}" in PAGE
     assert result.verdicts["arms_with_both"] == "underpowered"
+    runs = result.frames["runs"].sort_values("seed")
     for arm, name in ARMS.items():
+        assert ", ".join(f"{value:.3f}" for value in runs[runs["arm"] == arm]["purity"]) in rows(name)
         if arm != "dense":
             assert with_interval(result, f"kept_{arm}", 2) in rows(name)
             assert with_interval(result, f"purity_{arm}", 3) in rows(name)
@@ -77,6 +79,9 @@ def test_what_is_said_of_axes(prefix: str, family: str) -> None:
     for arm in ("adamw", "equivariant", "adamw_tables"):
         own = runs[runs["arm"] == prefix + arm]["axes_remaining_after_one"]
         assert ", ".join(f"{value:.3f}" for value in own) in rows(f"{family}, `{arm}`")
+    left = runs.set_index("arm")["axes_remaining_after_one"]
+    assert left[[prefix + "adamw_tables"]].between(0.1, 0.32).all()
+    assert left[[prefix + "equivariant"]].abs().max() < 0.05
     for measure, digits in (("readout_kurtosis", 2), ("ten_signal_share", 3), ("remaining_after_one", 3)):
         assert result.verdicts[f"privileged_{prefix}equivariant_{measure}"] == "not supported"
         assert with_interval(result, f"privileged_{prefix}adamw_{measure}", digits) in PAGE
