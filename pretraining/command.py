@@ -66,7 +66,10 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line of a study."""
     parser.add_argument("study", help="a TOML file, or the name of a shipped study, e.g. refiners")
     parser.add_argument("--config", help="train this configuration instead of the study's")
-    parser.add_argument("--seeds", type=int, metavar="N", help="train each arm with this many seeds")
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME", help="this arm alone; repeatable")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--seeds", type=int, metavar="N", help="train each arm with this many seeds, 0 to N - 1")
+    which.add_argument("--seed", type=int, action="append", metavar="N", help="this seed alone; repeatable")
     parser.add_argument("--out", metavar="FOLDER", help="write all runs here")
     parser.add_argument(
         "--set",
@@ -75,7 +78,9 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TABLE.FIELD=VALUE",
         help="put a value in place of the configuration's, in every run; repeatable",
     )
-    parser.add_argument("--list", action="store_true", help="print what there is of each run, and train nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print what there is of each of these runs, and train nothing"
+    )
 
 
 def run_study(options: argparse.Namespace) -> None:
@@ -86,8 +91,14 @@ def run_study(options: argparse.Namespace) -> None:
     """
     from pretraining.study import by_arm, load_study, table, train_study, write_table
 
-    given = {name: getattr(options, name) for name in ("config", "seeds", "out")}
-    runs = load_study(options.study, **given, settings=options.set)
+    runs = load_study(
+        options.study,
+        config=options.config,
+        arms=options.arm,
+        seeds=options.seed if options.seeds is None else options.seeds,
+        out=options.out,
+        settings=options.set,
+    )
     if options.list:
         found = table(runs)
         shown = found[["arm", "seed", "complete", "step", "tokens", "val_loss", "seconds"]]

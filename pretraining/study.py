@@ -21,6 +21,7 @@ An arm with a `config` of its own begins from that:
 
 All arms of a seed are trained before the next seed begins, so that what is complete when time is up is a whole design
 of fewer seeds. Runs of a seed read the same data in the same order. Started again, a study goes on where it stopped.
+`--arm` and `--seed` train a part of it; the table keeps what was trained before.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from pretraining.config import TrainConfig, load_config, read_toml
 from pretraining.train import train
 from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError, nearest
+from reflowlens.storage.atomic import replacing
 
 STUDIES = Path(__file__).parent / "studies"
 TABLE = "runs.csv"
@@ -77,7 +79,8 @@ def load_study(
     name: str | Path,
     *,
     config: str | Path | None = None,
-    seeds: int | None = None,
+    arms: Sequence[str] = (),
+    seeds: int | Sequence[int] | None = None,
     out: str | Path | None = None,
     settings: Sequence[str] = (),
 ) -> list[Run]:
@@ -85,30 +88,31 @@ def load_study(
 
     Args:
         name: a TOML file, or the bare name of a shipped study.
-        config, seeds, out: in place of what the file says.
+        config, out: in place of what the file says.
+        arms: these alone, by the names that runs have; none named is all of them.
+        seeds: in place of what the file says: how many, 0 to N - 1, or which.
         settings: ``"table.field=value"`` for every run, as :func:`pretraining.config.load_config` takes them; what an
             arm sets has the last word.
 
     Raises:
-        ReflowlensError: the file is missing, is not TOML or lacks something, two arms have one name, a field is
-            unknown, or a configuration is not as it should be; the message names the arm.
+        ReflowlensError: the file is missing, is not TOML or lacks something, two arms have one name, a field or an arm
+            is unknown, or a configuration is not as it should be; the message names the arm.
 
-    >>> [(run.arm, run.seed) for run in load_study("refiners", seeds=1)]
-    [('none', 0), ('ttt', 0), ('flow', 0), ('both', 0)]
+    >>> [(run.arm, run.seed) for run in load_study("refiners", arms=["ttt", "flow"], seeds=[3])]
+    [('ttt', 3), ('flow', 3)]
     """
     path = _find(name)
     stated = _tables(path)
     base = config if config is not None else stated.get("config")
     if not isinstance(base, str | Path):
         raise ReflowlensError(f"{path}: config must name a configuration, got {base!r}")
-    count = whole_number(seeds if seeds is not None else stated.get("seeds", 1), "seeds", 1)
     folder = Path(out if out is not None else stated.get("out", f"out/{path.stem}"))
     shared = [*settings, *_written(stated.get("set", {}))]
-    arms = _arms(stated, path)
+    chosen = _chosen(_arms(stated, path), arms, path)
     return [
         Run(arm=arm, seed=seed, settings=own, cfg=_config(base, shared, own, arm, seed, folder / f"seed_{seed}_{arm}"))
-        for seed in range(count)
-        for arm, own in arms.items()
+        for seed in _seeds(seeds if seeds is not None else stated.get("seeds", 1))
+        for arm, own in chosen.items()
     ]
 
 
@@ -120,8 +124,9 @@ def train_study(runs: Sequence[Run], *, progress: bool | None = None) -> pd.Data
 
     Raises:
         KeyboardInterrupt: a run was asked to stop; it was saved.
-        ReflowlensError: as :func:`pretraining.train.train`.
+        ReflowlensError: as :func:`pretraining.train.train`, or the study's folder has another ``runs.csv``.
     """
+    _others(runs)  # hours before it is needed
     for number, run in enumerate(runs, start=1):
         print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed} ({run.folder})", file=sys.stderr)
         last = train(run.cfg, resume=any(run.folder.glob("step_*")), progress=progress)
@@ -141,11 +146,33 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def write_table(runs: Sequence[Run]) -> Path:
-    """Write :func:`table` as ``runs.csv`` into the folder of the study, and return its path."""
+    """Write :func:`table` as ``runs.csv`` into the folder of the study, and return its path.
+
+    Rows of other runs that were there before, of an arm or a seed that is not named now, stay as they were.
+
+    Raises:
+        ReflowlensError: what is there is no table of runs.
+    """
     path = runs[0].folder.parent / TABLE
-    partial = path.with_name(f".{TABLE}.partial")
-    table(runs).to_csv(partial, index=False)
-    return partial.replace(path)
+    rows = pd.concat([table(runs), _others(runs)]).sort_values("seed", kind="stable", key=lambda each: each.astype(int))
+    rows.insert(len(rows.columns) - 1, "folder", rows.pop("folder"))  # behind the settings, whosever they are
+    with replacing(path) as temporary:
+        rows.to_csv(temporary, index=False)
+    return path
+
+
+def _others(runs: Sequence[Run]) -> pd.DataFrame:
+    """The rows of ``runs.csv`` that are of none of these runs, as text, so that they are written as they were read."""
+    path = runs[0].folder.parent / TABLE
+    if not path.is_file():
+        return pd.DataFrame()
+    named = {(run.arm, str(run.seed)) for run in runs}
+    try:
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+        is_other = [(arm, str(int(seed))) not in named for arm, seed in zip(rows.arm, rows.seed, strict=True)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ReflowlensError(f"{path} is no table of runs, and would be lost: move it away ({error})") from error
+    return rows[is_other]
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -211,6 +238,23 @@ def _arms(stated: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
                 raise ReflowlensError(f"{path}: two arms are called {arm!r}")
             arms[arm] = {**own, **chosen}
     return arms
+
+
+def _chosen(arms: dict[str, dict[str, Any]], names: Sequence[str], path: Path) -> dict[str, dict[str, Any]]:
+    """The named arms, or all, in the study's order."""
+    for name in names:
+        if name not in arms:
+            raise ReflowlensError(
+                f"{path.name} has no arm {name!r}{nearest(name, list(arms))}; it has {', '.join(arms)}"
+            )
+    return {name: own for name, own in arms.items() if name in (names or arms)}
+
+
+def _seeds(given: Any) -> Sequence[int]:
+    """0 to N - 1 for a number, or those that are listed."""
+    if isinstance(given, list | tuple) and given:
+        return sorted({whole_number(seed, "a seed", 0) for seed in given})
+    return range(whole_number(given, "seeds", 1))
 
 
 def _written(settings: Mapping[str, Any]) -> list[str]:

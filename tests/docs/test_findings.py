@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 import reflowlens as rl
@@ -13,6 +15,8 @@ from analyses.findings.scale import scale
 from analyses.findings.signal_stability import signal_stability
 from analyses.findings.sparsity import sparsity
 from analyses.result.result import Result
+from pretraining.study import Run
+from reflowlens.cli import build_parser
 from tests.support import ROOT
 
 FOLDER = ROOT / "docs" / "findings"
@@ -35,6 +39,31 @@ def with_interval(result: Result, metric: str, digits: int) -> str:
     """As the page writes a value; -0 is 0."""
     value, low, high = (round(x, digits) + 0.0 for x in (result.metrics[metric], *result.intervals[metric]))
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def named_by(command: str, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that a command `reflowlens study` would train."""
+    options = build_parser().parse_args(shlex.split(command, comments=True)[1:])
+    asked: list[Run] = []
+
+    def keep(runs: list[Run], **_: object) -> None:
+        asked.extend(runs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretraining.study.train_study", keep)
+    with pytest.raises(KeyboardInterrupt):
+        options.command(options)
+    return asked
+
+
+def test_the_commands_train_the_runs_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [line for line in PAGE.replace("\\\n", "").splitlines() if line.startswith("reflowlens study ")]
+    assert sorted(command.split()[2] for command in commands) == sorted(path.name for path in FOLDER.iterdir())
+    for command in commands:
+        asked = {(r.arm, r.seed, r.cfg.run.steps, r.cfg.run.steps * r.cfg.tokens_per_step)
+                 for r in named_by(command, monkeypatch)}  # fmt: skip
+        table = runs_table(FOLDER / command.split()[2])
+        assert asked == set(table[["arm", "seed", "step", "tokens"]].itertuples(index=False, name=None)), command
 
 
 def test_losses_are_those_of_the_runs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,66 @@ def test_a_study_goes_on_where_it_stopped(
     monkeypatch.setattr("pretraining.study.train", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_study(runs)
+
+
+def lines_of(table: Path) -> dict[tuple[str, str], str]:
+    """The rows of a table as they are written, by arm and seed."""
+    rows = table.read_text(encoding="utf8").splitlines()[1:]
+    return {(row.split(",")[0], row.split(",")[1]): row for row in rows}
+
+
+def test_a_part_of_a_study_keeps_the_rows_of_the_rest(
+    write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"config = {str(write(run={'steps': 1}))!r}\nseeds = 2\n[arms.a]\n[arms.b]\n'optimizer.weight_decay' = 0.3\n"
+    out = tmp_path / "out"
+    asked = [str(study(tmp_path, text)), "--out", str(out)]
+    main([*asked, "--arm", "b", "--seed", "0"])
+    first = lines_of(out / "runs.csv")
+    assert list(first) == [("b", "0")]
+    main([*asked, "--arm", "a", "--arm", "b", "--seed", "1"])
+    main([*asked, "--arm", "a", "--seed", "3", "--seed", "0"])
+    found = pd.read_csv(out / "runs.csv")
+    assert sorted(path.name for path in out.glob("seed_*")) == [
+        "seed_0_a",
+        "seed_0_b",
+        "seed_1_a",
+        "seed_1_b",
+        "seed_3_a",
+    ]
+    assert list(zip(found.arm, found.seed, strict=True)) == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 3)]
+    assert lines_of(out / "runs.csv")[("b", "0")] == first[("b", "0")]
+    assert found.complete.all()
+    assert found.val_loss.notna().all()
+    assert found["optimizer.weight_decay"].fillna(0).tolist() == [0, 0.3, 0, 0.3, 0]
+    capsys.readouterr()
+    main([*asked, "--arm", "a", "--seed", "3", "--list"])
+    assert [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:2]] == [["a", "3", "True", "1"]]
+    before = lines_of(out / "runs.csv")
+    main(asked)  # the whole study, seeds 0 and 1: the run of seed 3 stays
+    assert lines_of(out / "runs.csv") == before
+
+
+def test_a_file_that_is_no_table_of_runs_is_not_replaced(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text("my own notes\n1\n")
+    with pytest.raises(ReflowlensError, match=r"runs\.csv is no table of runs, and would be lost"):
+        train_study(load_study("refiners", config=config, seeds=[0], out=tmp_path))
+    assert (tmp_path / "runs.csv").read_text() == "my own notes\n1\n"
+    assert not any(tmp_path.glob("seed_*"))
+
+
+def test_the_arms_and_seeds_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = load_study("refiners", arms=["both", "ttt"], seeds=(4, 2, 4))
+    assert [(run.arm, run.seed) for run in runs] == [("ttt", 2), ("both", 2), ("ttt", 4), ("both", 4)]
+    message = "refiners.toml has no arm 'tt'; did you mean 'ttt'?; it has none, ttt, flow, both"
+    with pytest.raises(ReflowlensError, match=re.escape(message)):
+        load_study("refiners", arms=["both", "tt"])
+    for seeds, told in (([-1], "a seed must be an integer and at least 0, got -1"), ([], "seeds must be an integer")):
+        with pytest.raises(ReflowlensError, match=told):
+            load_study("refiners", seeds=seeds)
+    with pytest.raises(SystemExit):
+        main(["refiners", "--seed", "1", "--seeds", "2", "--list"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def _other(run: Any) -> Any:
