@@ -21,7 +21,8 @@ MINIMUM_SEEDS = 3
 
 
 class Contrast(NamedTuple):
-    """Mean over seeds, its 95% interval and the two-sided p of its being `smallest`, both NaN of one seed."""
+    """Mean over seeds, its 95% interval and the two-sided p of its being `smallest`, both NaN of one seed or if a value
+    is NaN."""
 
     mean: float
     low: float
@@ -32,7 +33,7 @@ class Contrast(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The interval, or None of one seed."""
+        """The interval, or None if there is none."""
         return None if math.isnan(self.low) else (self.low, self.high)
 
     def verdict(self, p: float | None = None) -> Verdict:

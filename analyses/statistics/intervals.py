@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,11 +109,18 @@ def t_interval(values: ArrayLike) -> tuple[Interval, float]:
     """Student's 95% interval of the mean of `values` [units], and the two-sided p-value of its being 0: for a few units
     whose values are near normal, such as training runs. Raises ReflowlensError for fewer than 2 units.
 
+    A value that is not finite leaves nothing to say: all three are NaN, of which no rule makes a verdict. Values all
+    alike have what ever smaller spreads come to: a point, and p = 0, or 1 where they are 0. Two runs may well agree by
+    chance, which is why a verdict asks for a minimum number of them too.
+
     >>> t_interval([1.0, 2.0, 3.0])[0].low
     -0.484...
     """
     sample = several(np.asarray(values, dtype=float), "values")
+    if not np.isfinite(sample).all():
+        return Interval(math.nan, math.nan), math.nan
+    if sample.min() == sample.max():  # whose mean can differ from them by rounding
+        return Interval(float(sample[0]), float(sample[0])), float(sample[0] == 0)
     mean, error, student = float(sample.mean()), float(stats.sem(sample)), stats.t(len(sample) - 1)
     half = error * float(student.ppf(0.975))
-    p = 2 * float(student.sf(abs(mean) / error)) if error > 0 else float(not sample.any())
-    return Interval(mean - half, mean + half), p
+    return Interval(mean - half, mean + half), 2 * float(student.sf(abs(mean) / error))

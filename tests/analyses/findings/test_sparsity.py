@@ -138,6 +138,17 @@ def test_contrasts_are_those_of_students_t() -> None:
     assert contrast([0.0, 0.01, 0.02], smallest=0.1).verdict() == "not supported"
 
 
+def test_contrasts_of_what_is_nan_or_all_alike() -> None:
+    unknown = contrast([0.5, np.nan, 0.5, 0.5], smallest=0.1)
+    assert unknown.interval is None
+    assert np.isnan(unknown.p)
+    assert {unknown.verdict(), unknown.verdict(p=0.0), unknown.verdict(p=1.0)} == {"underpowered"}
+    assert contrast([0.1, 0.1, 0.1], smallest=0.1)[1:4] == (0.1, 0.1, 1.0)
+    alike = {value: contrast([value] * 3, smallest=0.1).verdict() for value in (0.0, 0.1, 0.2)}
+    assert alike == {0.0: "not supported", 0.1: "underpowered", 0.2: "supported"}
+    assert contrast([0.2, 0.2], smallest=0.1).verdict() == "underpowered"
+
+
 def planted_view(recipe: torch.Tensor, basis: torch.Tensor) -> SignalView:
     model = random_model(tiny_config("reflow", n_signals=basis.shape[0], d_model=basis.shape[1]))
     with torch.no_grad():

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analyses.statistics.intervals import Interval, bootstrap_band, bootstrap_interval, rate_band, rate_interval
+from analyses.statistics.intervals import (
+    Interval,
+    bootstrap_band,
+    bootstrap_interval,
+    rate_band,
+    rate_interval,
+    t_interval,
+)
 from analyses.statistics.pvalues import (
     benjamini_hochberg,
     holm,
@@ -242,3 +249,25 @@ def test_a_band_of_means_is_that_of_a_bootstrap(monkeypatch):
     np.testing.assert_allclose(high, wanted[1], atol=0.03)
     monkeypatch.setattr("analyses.statistics.resampling._COLUMNS", 2)
     np.testing.assert_allclose(mean_band(values, resamples=4000), (low, high), atol=1e-5)
+
+
+def test_students_interval_is_scipys():
+    values = [0.3, -0.1, 0.8, 0.4]
+    (low, high), p = t_interval(values)
+    found = stats.ttest_1samp(values, 0.0)
+    assert (low, high, p) == pytest.approx((*found.confidence_interval(), found.pvalue), rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[1.0, np.nan, 1.2], [np.nan, np.nan], [0.0, np.nan], [1.0, np.inf, 2.0]])
+def test_of_what_is_not_finite_students_t_says_nothing(values):
+    (low, high), p = t_interval(values)
+    assert np.isnan([low, high, p]).all()
+
+
+def test_students_t_of_values_all_alike_is_where_ever_smaller_spreads_lead():
+    assert t_interval([-0.05, -0.05, -0.05]) == ((-0.05, -0.05), 0.0)  # whose mean rounds to another number
+    assert t_interval([0.0, 0.0, 0.0]) == ((0.0, 0.0), 1.0)
+    ends, pvalues = zip(*(t_interval([-0.05 - d, -0.05, -0.05 + d]) for d in (1e-3, 1e-6, 1e-9)), strict=True)
+    assert list(pvalues) == sorted(pvalues, reverse=True)
+    assert pvalues[-1] < 1e-15
+    assert ends[-1] == pytest.approx((-0.05, -0.05), rel=1e-6)
