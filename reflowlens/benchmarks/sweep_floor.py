@@ -44,8 +44,9 @@ def suffixes_flops(model: HookedModel, grid: str, cells: Iterable[tuple[int, int
     """Operations in matrix products of what cells change and the last logits need, of a prompt.
 
     A patch of the stream in front of a block changes queries, keys and values there at its own position alone, from the
-    next block on at every later one; in the last block only the last query is needed. That of a head's output enters
-    between attention and MLP.
+    next block on at every later one; in the last block only the last query is needed. That of a head's output changes
+    the MLP at its position, and is then one of the stream in front of the next block; in the last block it is needed at
+    the last position alone.
 
     Args:
         grid: ``"resid_pre"``, or one of heads' outputs.
@@ -54,10 +55,11 @@ def suffixes_flops(model: HookedModel, grid: str, cells: Iterable[tuple[int, int
     block, n_layers, total = _block_flops(model, n_tokens), model.cfg.n_layers, 0.0
     for layer, position in cells:
         from_stream, suffix = grid == "resid_pre", n_tokens - position
-        if not from_stream:
-            total += block.mlp * (1 if layer == n_layers - 1 else suffix)
-        for at in range(layer + (not from_stream), n_layers):
-            changed = 1 if from_stream and at == layer else suffix
+        enters = layer if from_stream else layer + 1
+        if not from_stream and (enters < n_layers or suffix == 1):
+            total += block.mlp
+        for at in range(enters, n_layers):
+            changed = 1 if at == enters else suffix
             asked = 1 if at == n_layers - 1 else suffix
             pairs = sum(range(n_tokens - asked, n_tokens)) + asked * block.own_key
             total += changed * block.keys + min(changed, asked) * block.queries

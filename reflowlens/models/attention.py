@@ -195,12 +195,28 @@ class Attention(nn.Module):
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as scores are products of them: normalised where the model does so, and turned."""
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._normalised(self.q_norm, q), self._normalised(self.k_norm, k)
+        if self.q_norm is not None:
+            q = self._normalised(self.q_norm, q)
         if self.cfg.positional_embedding_type == "rotary":
             q = self.hook_rot_q(q if self.rotary is None else self.rotary(q, positions))
+        return q, self._placed_keys(k, positions)
+
+    def _placed_keys(
+        self, k: Float[Tensor, "batch pos kv_head d_head"], positions: Positions
+    ) -> Float[Tensor, "batch pos kv_head d_head"]:
+        if self.k_norm is not None:
+            k = self._normalised(self.k_norm, k)
+        if self.cfg.positional_embedding_type == "rotary":
             k = self.hook_rot_k(k if self.rotary is None else self.rotary(k, positions))
-        return q, k
+        return k
+
+    def keys_values(
+        self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, positions: Positions
+    ) -> tuple[Float[Tensor, "batch pos kv_head d_head"], Float[Tensor, "batch pos kv_head d_head"]]:
+        """Keys, placed, and values of positions that do not ask; what forks the stream for one of them is not seen."""
+        x = ln1(resid)
+        k, v = (product(x, _as_matrix(W)).unflatten(-1, W.shape[::2]) for W in (self.W_K, self.W_V))
+        return self._placed_keys(self.hook_k(plus(k, self.b_K)), positions), self.hook_v(plus(v, self.b_V))
 
     def _normalised(self, norm: Norm, x: Float[Tensor, "batch pos head d_head"]) -> Tensor:
         """Each head alone, or all of them as one vector."""
@@ -235,8 +251,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "batch pos head d_head"]:
         if copies is None:
             if not is_hooked(fork):
-                matrix = W.transpose(0, 1).flatten(1)  # [d_model, head * d_head], a view: see _head_matrix
-                return product(x, matrix).unflatten(-1, W.shape[::2])
+                return product(x, _as_matrix(W)).unflatten(-1, W.shape[::2])
             copies = resid.unsqueeze(2).expand(-1, -1, W.shape[0], -1)
         copies = through_copy(fork, copies)
         # What ln1's own points made of the stream is x, and they run once: an edited copy adds what it changes.
@@ -313,3 +328,8 @@ class Attention(nn.Module):
 def _causal(new: int, total: int, device: torch.device) -> Tensor:
     """[new, total] mask, True where one of the last ``new`` positions may look."""
     return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+
+
+def _as_matrix(W: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "d_model head_and_d_head"]:
+    """The heads' matrices side by side: a view, see :func:`_head_matrix`."""
+    return W.transpose(0, 1).flatten(1)

@@ -56,6 +56,7 @@ class BlockStages:
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         rows = layout.over(cache[self.streams[stage]], resid)
         out = self.model.blocks[stage](rows, Places(slice(0, layout.n_positions)))

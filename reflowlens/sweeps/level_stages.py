@@ -80,6 +80,7 @@ class LevelStages(BlockStages):
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         level, before = self._level(stage), StateBefore(layout, cache[self.streams[stage]], self._level(stage))
         # What is edited in a level is whole suffixes.

@@ -49,6 +49,11 @@ class Packed:
         """The prompt of each token."""
         return self.layout.prompt[self.layout.row]
 
+    def differs(self, unpatched: Float[Tensor, "prompt pos d_model"]) -> Bool[Tensor, " token"] | None:
+        """The tokens whose stream is not the unpatched run's; None if they all are."""
+        differs = (self.resid[0] != unpatched[self.token_prompt, self.layout.position]).any(dim=-1)
+        return None if bool(differs.all()) else differs
+
     def extended(self, other: Packed) -> Packed:
         """With the rows of another behind."""
         cell, resid = torch.cat([self.cell, other.cell]), torch.cat([self.resid, other.resid], dim=1)
@@ -143,5 +148,6 @@ class UnpatchedRun:
     def _through(self, stage: int, packed: Packed, asked: Bool[Tensor, " token"] | None) -> Packed:
         """Rows behind a stage; of them the tokens that are asked for."""
         layout, resid = packed.layout, packed.resid
-        resid = self.stages.run(stage, resid, layout, self.cache, asked)
+        differs = packed.differs(self.cache[self.stages.streams[stage]])
+        resid = self.stages.run(stage, resid, layout, self.cache, asked, differs)
         return Packed(layout if asked is None else layout.kept(asked), packed.cell, resid)

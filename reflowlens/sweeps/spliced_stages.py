@@ -84,6 +84,7 @@ class SplicedStages:
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         return only(asked, self.stages.run(stage, resid, layout, cache))
 

@@ -29,7 +29,7 @@ from reflowlens.models.places import Places
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.level_stages import LevelStages
 from reflowlens.sweeps.spliced_stages import with_dictionaries
-from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues, attend, is_anything_hooked, only
+from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues, is_anything_hooked, only
 from reflowlens.sweeps.whole_stages import WholeStages
 
 READOUT_SIGNAL = "unembed.hook_signal"
@@ -87,11 +87,14 @@ class Stages(Protocol):
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         """A stage on packed suffixes (:mod:`reflowlens.sweeps.suffixes`).
 
         Args:
             asked: the tokens that are asked for, the others being only attended to. Default: all.
+            differs: the tokens whose stream is not the unpatched run's, of which alone more than attention needs to be
+                computed. Default: all.
         """
         ...
 
@@ -128,9 +131,11 @@ class DecoderStages:
         layers = range(model.cfg.n_layers)
         self.streams = [f"blocks.{layer}.hook_resid_{half}" for layer in layers for half in ("pre", "mid")]
         self.streams.append(f"blocks.{layers[-1]}.hook_resid_post")
-        key = "hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "hook_k"
-        self.keys, self.values = ([f"blocks.{layer}.attn.{point}" for layer in layers] for point in (key, "hook_v"))
-        self.remembered = [*self.keys, *self.values]
+        turned = "rot_" if model.cfg.positional_embedding_type == "rotary" else ""
+        self.queries, self.keys, self.values = (
+            [f"blocks.{layer}.attn.hook_{point}" for layer in layers] for point in (f"{turned}q", f"{turned}k", "v")
+        )
+        self.remembered = [*self.queries, *self.keys, *self.values]
         self.last_mixing = 2 * layers[-1]
 
     def stage(self, name: str) -> int | None:
@@ -200,23 +205,55 @@ class DecoderStages:
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         block = self._block(stage // self.per_block)
-        # What is edited in a block is whole suffixes.
-        if asked is None or not layout.are_ends(asked) or is_anything_hooked(block):
-            return only(asked, self._all(stage, resid, layout, cache))
-        past = LastQueries(
-            layout, cache[self.keys[block.attn.layer]], cache[self.values[block.attn.layer]], resid, block
-        )
+        if is_anything_hooked(block):  # what is edited in a block is whole suffixes
+            return only(asked, self._all(stage, resid, layout, cache, None))
+        if asked is None or not layout.are_ends(asked):
+            return only(asked, self._all(stage, resid, layout, cache, differs))
+        _, keys, values = self._of_layer(block.attn.layer, cache)
+        past = LastQueries(_kept(layout, differs), keys, values, only(differs, resid), block)
         return self._mixing(block)(resid[:, asked], Places(layout.position[None, asked]), past)
 
     def _all(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        differs: Bool[Tensor, " token"] | None,
     ) -> Float[Tensor, "1 token d_model"]:
         block = self._block(stage // 2)
-        if stage % 2:
+        if stage % 2 == 0:
+            return self._attending(block.attend, block, resid, layout, cache, differs)
+        if differs is None:
             return block.feed(resid)
-        return attend(block, resid, layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
+        after = cache[self.streams[stage + 1]][layout.prompt[layout.row], layout.position][None]
+        after[:, differs] = block.feed(resid[:, differs])
+        return after
+
+    def _attending(
+        self,
+        run: Callable[..., Float[Tensor, "1 token d_model"]],
+        block: Block,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        differs: Bool[Tensor, " token"] | None,
+    ) -> Float[Tensor, "1 token d_model"]:
+        """``run``, which is the block or its half, on packed suffixes, or what it comes to where some tokens do not
+        differ."""
+        differing = _kept(layout, differs)
+        past = PrefixKeysValues(layout, differing, *self._of_layer(block.attn.layer, cache))
+        places = Places(differing.position[None])
+        if differs is None:
+            return run(resid, places, past)
+        return resid + block.attention_written(resid[:, differs], places, past)
+
+    def _of_layer(self, layer: int, cache: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the unpatched run."""
+        return cache[self.queries[layer]], cache[self.keys[layer]], cache[self.values[layer]]
 
     def _mixing(self, block: Block) -> Callable[..., Float[Tensor, "1 token d_model"]]:
         """What a stage in which positions see each other runs of a block."""
@@ -270,13 +307,23 @@ class ParallelStages(DecoderStages):
         return after + (patched - written)
 
     def _all(
-        self, stage: int, resid: Float[Tensor, "1 token d_model"], layout: Layout, cache: Mapping[str, Tensor]
+        self,
+        stage: int,
+        resid: Float[Tensor, "1 token d_model"],
+        layout: Layout,
+        cache: Mapping[str, Tensor],
+        differs: Bool[Tensor, " token"] | None,
     ) -> Float[Tensor, "1 token d_model"]:
-        past = PrefixKeysValues(layout, *([cache[name] for name in names] for names in (self.keys, self.values)))
-        return self._block(stage)(resid, Places(layout.position[None]), past)
+        block = self._block(stage)
+        after = self._attending(block, block, resid, layout, cache, differs)
+        return after if differs is None else after + block.mlp_written(resid)
 
     def _mixing(self, block: Block) -> Callable[..., Float[Tensor, "1 token d_model"]]:
         return block
+
+
+def _kept(layout: Layout, tokens: Bool[Tensor, " token"] | None) -> Layout:
+    return layout if tokens is None else layout.kept(tokens)
 
 
 # Points of a block that reach the rest of the pass only through the residual stream, and the stage, counted from the

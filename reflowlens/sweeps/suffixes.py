@@ -4,7 +4,8 @@ A patched run (a *row*) equals the unpatched one in every layer below the patch,
 row enters at the layer where it is patched, and only with its positions from the patched one on: its suffix. Rows that
 have entered go through the remaining blocks together. Outside attention a block treats every position alike, so the
 suffixes lie end to end as one text [1, token, d_model]; in attention the keys and values of a row's prefix are those
-of the unpatched run.
+of the unpatched run. So is what a suffix has in common with that run where the row enters: until attention has carried
+a patched position's change to those behind it, only that position is computed.
 
 The blocks run as they are, hook points included: a point's activation is then the packed one. In the last block only
 what is read later asks, where that is each row's last position and nothing is attached (:class:`LastQueries`).
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from reflowlens.models.attention import Attention
 from reflowlens.models.components import Block
 from reflowlens.models.parts import HookPoint, is_hooked
-from reflowlens.models.places import Places
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class PrefixKeysValues:
-    """Keys (rotated) and values of the unpatched run, one pair a layer: what rows attend to before their suffix."""
+    """What rows attend to before their suffix, and what of the suffix is the unpatched run's.
+
+    Args:
+        layout: of the suffixes.
+        differing: of those of their tokens whose stream is not the unpatched run's.
+        queries, keys, values: of the unpatched run in the layer, the first two rotated.
+    """
 
     layout: Layout
-    keys: list[Float[Tensor, "prompt pos kv_head d_head"]]
-    values: list[Float[Tensor, "prompt pos kv_head d_head"]]
+    differing: Layout
+    queries: Float[Tensor, "prompt pos head d_head"]
+    keys: Float[Tensor, "prompt pos kv_head d_head"]
+    values: Float[Tensor, "prompt pos kv_head d_head"]
 
     def mix(
         self,
         attn: Attention,
-        q: Float[Tensor, "1 token head d_head"],
-        k: Float[Tensor, "1 token kv_head d_head"],
-        v: Float[Tensor, "1 token kv_head d_head"],
+        q: Float[Tensor, "1 differing head d_head"],
+        k: Float[Tensor, "1 differing kv_head d_head"],
+        v: Float[Tensor, "1 differing kv_head d_head"],
     ) -> Float[Tensor, "1 token head d_head"]:
         """Attention of each row's suffix to its prefix and itself."""
-        layout = self.layout
-        queries = q.new_zeros(layout.n_rows, layout.n_positions, *q.shape[2:])
-        queries[layout.row, layout.position] = q[0]
-        keys, values = layout.over(self.keys[attn.layer], k), layout.over(self.values[attn.layer], v)
-        return attn.mix(queries, keys, values, mask=None)[layout.row, layout.position][None]
+        of_rows = zip((self.queries, self.keys, self.values), (q, k, v), strict=True)
+        queries, keys, values = (self.differing.over(unpatched, own) for unpatched, own in of_rows)
+        return attn.mix(queries, keys, values, mask=None)[self.layout.row, self.layout.position][None]
 
 
 @dataclass(frozen=True)
@@ -110,22 +116,22 @@ class LastQueries:
     """What the last position of each row attends to, keys and values of its prefix and of its suffix.
 
     Args:
+        differing: the tokens of the suffixes whose stream is not the unpatched run's.
         keys, values: of the unpatched run in the block's layer.
-        resid: what the block reads of the suffixes.
+        resid: what the block reads of the differing tokens.
     """
 
-    layout: Layout
+    differing: Layout
     keys: Float[Tensor, "prompt pos kv_head d_head"]
     values: Float[Tensor, "prompt pos kv_head d_head"]
-    resid: Float[Tensor, "1 token d_model"]
+    resid: Float[Tensor, "1 differing d_model"]
     block: Block
 
     def mix(
         self, attn: Attention, q: Float[Tensor, "1 row head d_head"], k: Tensor, v: Tensor
     ) -> Float[Tensor, "1 row head d_head"]:
-        q_of_all, k, v = attn.queries_keys_values(self.resid, self.block.ln1)
-        _, k = attn.placed(q_of_all, k, self.layout.position[None])
-        keys, values = self.layout.over(self.keys, k), self.layout.over(self.values, v)
+        k, v = attn.keys_values(self.resid, self.block.ln1, self.differing.position[None])
+        keys, values = self.differing.over(self.keys, k), self.differing.over(self.values, v)
         return attn.mix(q.transpose(0, 1), keys, values, mask=None).transpose(0, 1)
 
 
@@ -139,15 +145,3 @@ def only(
 def is_anything_hooked(block: nn.Module) -> bool:
     """Whether something is attached to a point of a block."""
     return any(is_hooked(point) for point in block.modules() if isinstance(point, HookPoint))
-
-
-def attend(
-    block: Block,
-    resid: Float[Tensor, "1 token d_model"],
-    layout: Layout,
-    keys: list[Tensor],
-    values: list[Tensor],
-) -> Float[Tensor, "1 token d_model"]:
-    """The attention half of a block on packed suffixes."""
-    past = PrefixKeysValues(layout, keys, values)
-    return block.attend(resid, Places(layout.position[None]), past)

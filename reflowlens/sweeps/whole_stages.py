@@ -46,5 +46,6 @@ class WholeStages:
         layout: Layout,
         cache: Mapping[str, Tensor],
         asked: Bool[Tensor, " token"] | None = None,
+        differs: Bool[Tensor, " token"] | None = None,
     ) -> Float[Tensor, "1 asked d_model"]:
         raise NotImplementedError

@@ -270,6 +270,17 @@ def test_the_floor_of_one_token_is_its_blocks(name):
     assert (of_six[:-1].diff(dim=1) < 0).all()  # in the last layer a cell needs one position, whichever it changes
 
 
+@pytest.mark.parametrize("position", [0, 5])
+def test_the_floor_of_a_head_is_the_mlp_at_its_position_and_what_the_next_block_reads(position: int) -> None:
+    """In the last block it is needed where logits are read alone."""
+    model = random_model("gpt2")
+    n_layers, mlp = model.cfg.n_layers, forward_flops_by_part(model.cfg, 6)["mlp"] / model.cfg.n_layers
+    for layer in range(n_layers):
+        behind = suffixes_flops(model, "resid_pre", [(layer + 1, position)], 6) if layer + 1 < n_layers else 0.0
+        needed = behind + mlp * (layer + 1 < n_layers or position == 5)
+        assert suffixes_flops(model, "attn_head_out_by_pos", [(layer, position)], 6) == pytest.approx(needed)
+
+
 def test_nnsight_finds_the_same():
     pytest.importorskip("nnsight")
     case = make_case("tiny", random_model("reflow"), batch=2, pos=4)

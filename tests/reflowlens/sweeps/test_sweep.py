@@ -24,6 +24,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.interventions.values import Intervention
 from reflowlens.metrics import Metric
 from reflowlens.models.base import HookedModel
+from reflowlens.models.components import Block
 from reflowlens.sweeps import sweep as sweep_module
 from reflowlens.sweeps.alignment import from_left
 from reflowlens.sweeps.batching import in_batches, measure_peak
@@ -31,7 +32,7 @@ from reflowlens.sweeps.grids import GRIDS, make_cells
 from reflowlens.sweeps.reading import Reader
 from reflowlens.sweeps.runs import PackedRuns, WholeRuns
 from reflowlens.sweeps.setup import prepare_sweep
-from reflowlens.sweeps.suffixes import LastQueries, Layout
+from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues
 from tests.support.dictionaries import features_for
 from tests.support.processes import two_processes
 from tests.support.tiny import FACTORED, NAMES, assert_close, in_turn, random_model, random_tokens
@@ -230,6 +231,30 @@ def test_in_the_last_block_only_what_is_read_asks(model: HookedModel, monkeypatc
     actual = rl.sweep(model, clean, corrupted, "resid_pre", before)
     assert not asked
     assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", before))
+
+
+@pytest.mark.parametrize(("point", "projected", "fed"), [("resid_pre", [3, 15], [15, 3]), ("z", [3], [3, 3])])
+def test_where_a_row_enters_only_what_differs_is_computed(
+    point: str, projected: list[int], fed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One position of each of three prompts until attention carries its change to all five behind; at the end one."""
+    model = MODELS["llama_untied"]
+    clean, corrupted = random_tokens(model.cfg, batch=3, seed=1), random_tokens(model.cfg, batch=3, seed=2)
+    metric, cells = metrics.logit_diff(A, B, position=-2), [rl.Patch(point, layer=0, position=2)]
+    expected = whole(model, clean, corrupted, cells, metric)
+    setup = prepare_sweep(model, clean, corrupted, cells)
+    runs = PackedRuns(setup.cells.cells, Reader(model, metric, setup.prompts))  # type: ignore[arg-type]
+    tokens: dict[str, list[int]] = {"projected": [], "fed": []}
+    mix, mlp_written = PrefixKeysValues.mix, Block.mlp_written
+    monkeypatch.setattr(
+        PrefixKeysValues, "mix", lambda *args: tokens["projected"].append(args[2].shape[1]) or mix(*args)
+    )
+    monkeypatch.setattr(
+        Block, "mlp_written", lambda *args: tokens["fed"].append(args[1].shape[1]) or mlp_written(*args)
+    )
+    with torch.no_grad():
+        assert_close(runs.run([plan for plan in runs.plans if plan]), expected)
+    assert tokens == {"projected": projected, "fed": fed}
 
 
 def test_the_clean_run_is_made_for_metrics_that_compare_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
