@@ -124,6 +124,12 @@ class Splice:
                     "blocks of its own, with layers="
                 )
             taken.add(layer.block)
+            for point in self._own_points(layer):
+                if type(point) is not HookPoint:  # which it is made again afterwards
+                    raise ReflowlensError(
+                        f"{point.name!r} is of class {type(point).__name__}: a dictionary is spliced in at points of "
+                        "class reflowlens.models.parts.HookPoint"
+                    )
 
     def attach(self) -> None:
         """Add the points, and listen at those that are read and written."""

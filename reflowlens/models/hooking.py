@@ -152,23 +152,31 @@ class HookingModel(TextModel):
     def _showing(self, fwd_hooks: Hooks, shown: Container[str]) -> Iterator[None]:
         """As :meth:`_attached` with hooks that change nothing, which come behind all others.
 
-        A short pass takes hardly longer than attaching a hook to each of its points, torch's way.
+        A short pass takes hardly longer than attaching a hook to each of its points, torch's way: that is for points of
+        a class of somebody's own.
 
         Args:
             shown: the points that the hooks have been shown, after the block.
         """
         named = [name for name, _ in fwd_hooks if isinstance(name, str)]
         chosen = [([name] if isinstance(name, str) else filter(name, self.hook_dict), hook) for name, hook in fwd_hooks]
-        hooks = [(self.hook_dict[name], hook) for names, hook in chosen for name in names]
+        every = [(self.hook_dict[name], hook) for names, hook in chosen for name in names]
+        hooks = [(point, hook) for point, hook in every if isinstance(point, HookPoint)]
+        foreign = [(point, hook) for point, hook in every if not isinstance(point, HookPoint)]
+        level = next(_LEVELS)
         with changing(self):
             before = [point.keep for point, _ in hooks]
             try:
                 for point, hook in hooks:
                     vars(point)["keep"] = hook  # neither a parameter nor a module, which torch would ask first
+                for point, hook in foreign:
+                    point.add_hook(hook, "fwd", level=level)
                 yield
             finally:
                 for (point, _), former in zip(hooks, before, strict=True):
                     vars(point)["keep"] = former
+                for point, _ in foreign:
+                    point.remove_hooks("fwd", level=level)
                 self.is_caching = False
         _check_ran(name for name in named if name not in shown)
 

@@ -41,15 +41,15 @@ class HookPoint(hook_points.HookPoint):
             super().remove_hooks(dir, including_permanent, level)
 
 
-def is_hooked(*points: HookPoint) -> bool:
+def is_hooked(*points: hook_points.HookPoint) -> bool:
     """Whether anything is attached to one of the points, or what passes it is kept."""
     for point in points:  # noqa: SIM110 # a generator takes longer than what it asks
-        if point.fwd_hooks or point.bwd_hooks or point.keep is not None:
+        if point.fwd_hooks or point.bwd_hooks or getattr(point, "keep", None) is not None:
             return True
     return False
 
 
-def through_copy(point: HookPoint, x: Tensor) -> Tensor:
+def through_copy(point: hook_points.HookPoint, x: Tensor) -> Tensor:
     """Pass a tensor that others read too: a hook that writes in place then changes only what this point feeds."""
     return point(x.clone() if is_hooked(point) else x)
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from reflowlens.models.attention import Attention
 from reflowlens.models.components import Block
-from reflowlens.models.parts import HookPoint, is_hooked
+from reflowlens.models.parts import is_hooked
 
 
 @dataclass(frozen=True)

@@ -532,6 +532,15 @@ def test_bad_input_is_one_clear_error_and_leaves_the_model_alone() -> None:
         with pytest.raises(ReflowlensError, match=message), make():
             pass
         assert_as_before(model, points)
+    strange = random_model("gpt2_new")
+    strange.blocks[1].hook_mlp_out = type("OwnPoint", (HookPoint,), {})()
+    strange.setup()
+    with (
+        pytest.raises(ReflowlensError, match=r"'blocks\.1\.hook_mlp_out' is of class OwnPoint"),
+        other.spliced(strange),
+    ):
+        pass
+    assert list(strange.hook_dict) == points
     collision = pytest.raises(ReflowlensError, match="block 1 has the features")
     with other.spliced(model, layers=1), collision, other.spliced(model):
         pass

@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from reflowlens.activations.cache import ActivationCache
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
-from tests.support.tiny import FACTORED, assert_close, bias, random_model, random_tokens
+from tests.support.tiny import FACTORED, assert_close, bias, random_model, random_tokens, tiny_config
 
 BLOCK = {
     "hook_resid_pre": "b p d",
@@ -395,6 +395,42 @@ def test_a_cache_holds_what_plain_hooks_see_behind_all_others(model: HookedModel
     assert list(cache) == list(seen)
     for name, expected in seen.items():
         assert_close(cache[name].nan_to_num(neginf=0.0), expected.nan_to_num(neginf=0.0))  # scores of later keys
+
+
+class Doubling(HookPoint):
+    """A point of somebody's own class, which has a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("kind", [HookPoint, Doubling])
+def test_points_of_other_classes_are_cached_as_ours_are(kind: type[HookPoint]) -> None:
+    """A point of the stream, of a fork, and one that is put in place without `setup`."""
+    plain, model = (random_model(tiny_config("reflow")) for _ in range(2))
+    tokens = random_tokens(plain.cfg)
+    name, fork, scale = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_in", 2 if kind is Doubling else 1
+    for block, point in ((1, "hook_resid_post"), (0, "hook_mlp_in")):
+        setattr(model.blocks[block], point, kind())
+    model.setup()
+    change = [(name, lambda x, hook: x + 1)]
+    with plain.hooks([(fork, lambda x, hook: scale * x), (name, lambda x, hook: scale * x + 1)]):
+        logits, expected = plain.run_with_cache(tokens, names_filter=lambda name: True)
+    with model.hooks(change):
+        found, cache = model.run_with_cache(tokens, names_filter=lambda name: True)
+    assert list(cache) == list(expected)
+    assert_close(found, logits)
+    for each in (name, fork):
+        assert_close(cache[each], expected[each])
+    model.run_with_cache(tokens, names_filter=name)
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    model.blocks[0].hook_mlp_in = HookPoint()  # as it is put there, without a name
+    assert_close(model(tokens), _without_the_fork(plain, name, scale, tokens))
+
+
+def _without_the_fork(plain: HookedModel, name: str, scale: int, tokens: Tensor) -> Tensor:
+    with plain.hooks([(name, lambda x, hook: scale * x)]):
+        return plain(tokens)
 
 
 def test_keeping_ends_with_its_pass(model: HookedModel, tokens: Tensor) -> None:
