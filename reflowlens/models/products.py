@@ -15,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)  # other kinds of tensors have products of their own
+_SCHEMA = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
 _SMALL = 2**20  # multiplications, below which a call of oneDNN takes longer than one of MKL
 
 
@@ -49,16 +52,20 @@ def _is_traced() -> bool:
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether this processor has AVX-512 and is not Intel's; the same for all runs, whatever else the machine does."""
-    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if (
-        not has_both
-        or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
-    ):
+    """Whether this processor has AVX-512 and is not Intel's, and this torch has the operation that is called; the same
+    for all runs, whatever else the machine does."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and _operation_is_known()):
         return False
     info = Path("/proc/cpuinfo")
     return info.exists() and "GenuineIntel" not in info.read_text(encoding="utf8")
+
+
+def _operation_is_known() -> bool:
+    """Whether it takes what is passed to it: it is torch's own affair, and another version may have another."""
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return str(getattr(getattr(operation, "default", None), "_schema", None)) == _SCHEMA
 
 
 def _by_onednn(x: Tensor, matrix: Tensor) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ from tests.support.tiny import assert_close, random_model, random_tokens
 @pytest.fixture
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """As on a processor where oneDNN is faster, also for small products; gives the shapes that it multiplied."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this torch has no oneDNN")
+    if not (torch.backends.mkldnn.is_available() and products._operation_is_known()):
+        pytest.skip("this torch has no oneDNN, or another operation of it")
     shapes: list[tuple[int, ...]] = []
 
     def watched(x: Tensor, matrix: Tensor) -> Tensor:
@@ -92,6 +95,54 @@ def test_other_types_and_passes_are_torchs_own(by_onednn: list[tuple[int, ...]])
         product(x, matrix)
     assert counter.get_total_flops() == 2 * 16 * 4 * 5
     assert not by_onednn
+
+
+KNOWN = (
+    "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+)
+
+
+def operations(schema: str | None) -> SimpleNamespace:
+    """`torch.ops.mkldnn` of a torch whose operation has another schema, or that has none; calling it is an error."""
+
+    class Operation:
+        default = SimpleNamespace(_schema=schema)
+
+        def __call__(self, *arguments: object) -> Tensor:
+            raise AssertionError("called")
+
+    return SimpleNamespace() if schema is None else SimpleNamespace(_linear_pointwise=Operation())
+
+
+@pytest.mark.parametrize(
+    ("capability", "schema", "processor", "expected"),
+    [
+        ("AVX512", KNOWN, "AuthenticAMD", True),
+        ("AVX512", KNOWN, "GenuineIntel", False),
+        ("AVX512", KNOWN.replace(", str? algorithm", ""), "AuthenticAMD", False),
+        ("AVX512", None, "AuthenticAMD", False),
+        ("AVX2", KNOWN, "AuthenticAMD", False),
+        ("DEFAULT", KNOWN, "AuthenticAMD", False),
+    ],
+)
+def test_another_torch_or_processor_multiplies_as_torch_does(
+    capability: str, schema: str | None, processor: str, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is asked once, and where the answer is no the operation is not tried, however large the product."""
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {processor}")
+    monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", operations(schema))
+    monkeypatch.setattr(products, "onednn_is_faster", functools.cache(products.onednn_is_faster.__wrapped__))
+    x, matrix = torch.ones(1024, 64), torch.ones(64, 64)
+    assert products.onednn_is_faster() is expected
+    if expected:
+        with pytest.raises(AssertionError, match="called"):
+            product(x, matrix)
+    else:
+        assert torch.equal(product(x, matrix), x @ matrix)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "reflow", "reflow_topk"])
