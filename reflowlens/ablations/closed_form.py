@@ -8,6 +8,8 @@ caps its logits, this is so in front of the cap; logits here are the model's, be
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +29,8 @@ from reflowlens.sweeps.batching import in_batches
 from reflowlens.tokenizers.targets import Target, target_ids
 
 _BLOCK = 2**19  # entries of a piece of the recipe: small enough to stay in a processor's cache
+_PROMPTS = 16  # of which logits are held at once: a product of several reads the recipe once
+_FAR = 30.0  # nats that a logit may move where exponentials are summed that have not been scaled
 
 
 def contribution_order(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, "prompt S"]:
@@ -115,8 +119,9 @@ class SingleAblations(ReadoutAblations):
     """Each signal replaced alone; the cells are the signals.
 
     With p the distribution before and ``m = Rᵀ p``, the KL divergence of replacing signal s is a cumulant generating
-    function, ``log Σ_v p_v exp(d_s (R_vs - m_s))``, and ``log p'_v = log p_v + d_s (R_vs - m_s) - KL_s``. Behind a cap
-    nothing is of that form, and all logits are formed, for some signals at a time.
+    function, ``log Σ_v p_v exp(d_s (R_vs - m_s))``. Logits move by ``d_s R_vs``, and the logarithm of the sum of their
+    exponentials by ``log Σ_v p_v exp(d_s R_vs)``. Behind a cap nothing is of that form, and all logits are formed, for
+    some signals at a time.
     """
 
     @property
@@ -129,13 +134,12 @@ class SingleAblations(ReadoutAblations):
     def probability(self, target: Target) -> Float[Tensor, "prompt S"]:
         if self.view.cap is not None:
             return self._each_alone().probability(target)
-        kl, mean, log_normaliser = self._divergence
-        rows = self._rows(target)
-        log_p = (self._before(target) - log_normaliser)[:, None]
-        return (log_p + self._change * (rows - mean) - kl).exp()
+        log_normaliser, growth = self._normalisers
+        log_p = self._before(target) - log_normaliser
+        return (log_p[:, None] + (self._change * self._rows(target) - growth)).exp()
 
     def kl(self) -> Float[Tensor, "prompt S"]:
-        return self._divergence[0] if self.view.cap is None else self._each_alone().kl()
+        return self._divergence if self.view.cap is None else self._each_alone().kl()
 
     @torch.no_grad()
     def rank(self, target: Target) -> Int[Tensor, "prompt S"]:
@@ -155,17 +159,32 @@ class SingleAblations(ReadoutAblations):
 
     @cached_property
     @torch.no_grad()
-    def _divergence(self) -> tuple[Float[Tensor, "prompt S"], Float[Tensor, "prompt S"], Float[Tensor, " prompt"]]:
-        """KL, ``m``, and the logarithm of the sum of exponentials of the logits before."""
+    def _normalisers(self) -> tuple[Float[Tensor, " prompt"], Float[Tensor, "prompt S"]]:
+        """The logarithm of the sum of exponentials of the logits before, and by how much each replacement moves it."""
         with without_autocast(self.signals):
-            found = [self._divergence_of(a, d) for a, d in zip(self.signals, self._change, strict=True)]
-        kl, mean, log_normaliser = (torch.stack(values) for values in zip(*found, strict=True))
-        return kl, mean, log_normaliser
+            found = [self._normalisers_of(*some) for some in self._with_logits()]
+        before, growth = (torch.stack(values) for values in zip(*found, strict=True))
+        return before, growth
 
-    def _divergence_of(
-        self, a: Float[Tensor, " S"], d: Float[Tensor, " S"]
-    ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Float[Tensor, ""]]:
-        logits = self._logits(a[None])[0]
+    def _normalisers_of(
+        self, logits: Float[Tensor, " d_vocab"], d: Float[Tensor, " S"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " S"]]:
+        before = logits.logsumexp(dim=-1)
+        growth, d_of_base_2 = torch.zeros_like(d), d / math.log(2)  # powers of 2 take half as long as those of e
+        for recipe, p in self._pieces((logits - before).exp()):
+            growth += p @ (recipe * d_of_base_2).exp2_()
+        growth = growth.log()
+        for s in (d.abs() * self._reach > _FAR).nonzero()[:, 0].tolist():  # too far apart for float32
+            growth[s] = (logits - before + d[s] * self._own_rows[:, s]).logsumexp(dim=-1)
+        return before, growth
+
+    @cached_property
+    @torch.no_grad()
+    def _divergence(self) -> Float[Tensor, "prompt S"]:
+        with without_autocast(self.signals):
+            return torch.stack([self._divergence_of(*some) for some in self._with_logits()])
+
+    def _divergence_of(self, logits: Float[Tensor, " d_vocab"], d: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         log_normaliser = logits.logsumexp(dim=-1)
         p = (logits - log_normaliser).exp()
         mean = p @ self._own_rows
@@ -177,7 +196,18 @@ class SingleAblations(ReadoutAblations):
         kl = growth.log1p() - d * off
         for s in (~kl.isfinite()).nonzero()[:, 0].tolist():  # too large for an exponential
             kl[s] = (logits - log_normaliser + d[s] * (self._own_rows[:, s] - mean[s])).logsumexp(dim=-1)
-        return kl.clamp(min=0), mean + off, log_normaliser
+        return kl.clamp(min=0)
+
+    def _with_logits(self) -> Iterator[tuple[Float[Tensor, " d_vocab"], Float[Tensor, " S"]]]:
+        """Of each prompt the logits before, and what its signals change by."""
+        for signals, changes in zip(self.signals.split(_PROMPTS), self._change.split(_PROMPTS), strict=True):
+            yield from zip(self._logits(signals), changes, strict=True)
+
+    @cached_property
+    def _reach(self) -> Float[Tensor, " S"]:
+        """The largest entry of each signal in the recipe, by its size."""
+        least, most = self._own_rows.aminmax(dim=0)
+        return torch.maximum(-least, most)
 
     @cached_property
     def _change(self) -> Float[Tensor, "prompt S"]:
@@ -219,11 +249,7 @@ class FormedAblations(ReadoutAblations):
     def probability(self, target: Target) -> Float[Tensor, "prompt cell"]:
         ids = _target_ids(self.view, self.signals, target)[:, None]
 
-        def probability(signals: Tensor, prompts: Tensor) -> Tensor:
-            logits = self._logits(signals)
-            return (logits.gather(1, ids[prompts])[:, 0] - logits.logsumexp(dim=-1)).exp()
-
-        return self._of_cells(probability)
+        return self._of_cells(lambda signals, prompts: _probability(self._logits(signals), ids[prompts]))
 
     def rank(self, target: Target) -> Int[Tensor, "prompt cell"]:
         ids = _target_ids(self.view, self.signals, target)[:, None]
@@ -295,6 +321,26 @@ class ProgressiveAblations(FormedAblations):
     def cells(self) -> tuple[str, Sequence[int]]:
         return "count", self.counts
 
+    def probability_and_kept(self, target: Target) -> tuple[Float[Tensor, "prompt cell"], Float[Tensor, "prompt cell"]]:
+        """Probability of a token, and the same with ``keep`` the other way, for little more than one of them.
+
+        What is replaced in one is left in the other, so that their logits add up to those with nothing and with
+        everything replaced, where they are not capped.
+        """
+        if self.view.cap is not None:
+            other = dataclasses.replace(self, keep=not self.keep)
+            return self.probability(target), other.probability(target)
+        ids = _target_ids(self.view, self.signals, target)[:, None]
+        whole = self._logits(self.signals) + self._logits(self._replacement)
+
+        def both(signals: Tensor, prompts: Tensor) -> Tensor:
+            logits = self._logits(signals)
+            others = whole[prompts].sub_(logits)
+            return torch.stack([_probability(each, ids[prompts]) for each in (logits, others)], dim=-1)
+
+        own, kept = self._of_cells(both).unbind(dim=-1)
+        return own, kept
+
     @torch.no_grad()
     def _of_cells(self, of_signals: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """A function of the signals that are left in some cells and of the cells' prompts, for all, [prompt, count]."""
@@ -312,7 +358,11 @@ class ProgressiveAblations(FormedAblations):
 
         every = range(len(self.signals) * len(cuts))
         values = torch.cat([part for _, part in in_batches(every, run, device, self.memory)])
-        return values.reshape(len(self.signals), len(cuts))
+        return values.unflatten(0, (len(self.signals), len(cuts)))
+
+
+def _probability(logits: Float[Tensor, "cell d_vocab"], ids: Int[Tensor, "cell 1"]) -> Float[Tensor, " cell"]:
+    return logits.log_softmax(dim=-1).gather(1, ids)[:, 0].exp()
 
 
 def _target_ids(view: SignalView, signals: Float[Tensor, "prompt S"], target: Target) -> Int[Tensor, " prompt"]:

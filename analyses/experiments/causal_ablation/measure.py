@@ -74,8 +74,10 @@ def measure_knockout(
         **({"matched": matched_order(by_contribution, norms)} if matched else {}),
         "random": random_order(tuple(left.shape), seed),
     }
-    curves = {name: ProgressiveAblations(view, a, 0.0, order, counts) for name, order in orders.items()}
-    curves["keep"] = ProgressiveAblations(view, a, 0.0, by_contribution, counts, keep=True)
+    removed = {name: ProgressiveAblations(view, a, 0.0, order, counts) for name, order in orders.items()}
+    contributing, kept = removed.pop("contribution").probability_and_kept(targets)
+    others = {name: each.probability(targets) for name, each in removed.items()}
+    curves = {"contribution": contributing, **others, "keep": kept}
     return Measured(
         counts,
         worst.numpy(),
@@ -84,5 +86,5 @@ def measure_knockout(
             "random_signal": left.mean(dim=-1).double().numpy(),
             "matched_signal": left[rows, partner].double().numpy(),
         },
-        {name: (curve.probability(targets) / before).double().cpu().numpy() for name, curve in curves.items()},
+        {name: (curve / before).double().cpu().numpy() for name, curve in curves.items()},
     )

@@ -20,6 +20,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.signals import signal_view
 from reflowlens.sweeps.stages import DecoderStages
+from tests.support.exactness import MODELS
 from tests.support.tiny import FACTORED, NAMES, assert_close, random_model
 
 PROMPTS = ["The capital", "Of all the days"]
@@ -121,6 +122,34 @@ def test_signals_whose_removal_overflows_an_exponential() -> None:
     alone = SingleAblations(view, a, 0.0)
     assert_close(alone.kl().double(), kl)
     assert (alone.probability(TARGET).double() - log_p[..., TARGET].exp()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0, 3000.0])
+def test_probabilities_however_far_logits_move(scale: float) -> None:
+    view = signal_view(random_model("reflow"))
+    a = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * scale
+    a[:, 16:] /= scale  # signals of both kinds
+    without = (a[:, None] * (1 - torch.eye(32))).double() @ view.recipe.double().T
+    for ids in (torch.full((3,), TARGET), (a @ view.recipe.T).argmax(-1)):
+        expected = without.log_softmax(-1)[torch.arange(3), :, ids].exp()
+        ours = SingleAblations(view, a, 0.0).probability(ids).double()
+        rounded = 1e-6 * (10 + scale)  # of a float32 logit, as large as the signals are
+        assert ((ours - expected).abs() <= rounded * expected + 1e-30).all()
+
+
+@pytest.mark.parametrize("name", ["reflow", "reflow_lite", "norms_behind"])
+@pytest.mark.parametrize("replacement", [0.0, "mean"])
+def test_what_is_kept_is_what_is_not_removed(name: str, replacement: str | float) -> None:
+    view = signal_view(random_model(MODELS[name]))
+    n = view.n_signals
+    generator = torch.Generator().manual_seed(0)
+    a, mean = torch.randn(3, n, generator=generator), torch.randn(1, n, generator=generator)
+    order = torch.stack([torch.randperm(n, generator=generator) for _ in range(3)])
+    for keep in (False, True):
+        cells = ProgressiveAblations(view, a, mean if replacement == "mean" else 0.0, order, [0, 1, 5, n], keep)
+        own, others = cells.probability_and_kept(TARGET)
+        assert_close(own, cells.probability(TARGET))
+        assert_close(others, dataclasses.replace(cells, keep=not keep).probability(TARGET))
 
 
 def test_a_trained_model_in_double_precision() -> None:
