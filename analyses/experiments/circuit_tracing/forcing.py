@@ -12,15 +12,18 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from analyses.experiments.circuit_tracing.writers import Writers, log_probabilities_with
+from analyses.experiments.circuit_tracing.additions import ends_with, log_probabilities
+from analyses.experiments.circuit_tracing.writers import Writers
 from analyses.statistics.draws import derive_generator
 from analyses.statistics.intervals import bootstrap_band
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.base import HookedModel
 
 DOSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 BOUNDS = (1, 5, 100)  # doses up to which a unit is asked to lift a token
 PROMOTED = 10  # tokens of a unit, of which it must lift one
 LIFTED, BEFORE = 0.5, 0.1  # the probability that a token must reach, and be below before
+_AT_ONCE = 128  # rows that are read over the vocabulary
 _ALIKE = 16  # units of the nearest norm, among which a control is drawn
 
 
@@ -133,13 +136,16 @@ class Forced:
             by = doses - present[:, None]
             added = torch.einsum("nx,nbd->nxbd", by, pushes.written).flatten(0, 1)
             added = torch.cat([torch.zeros_like(added[:1]), added])[:, :, None]
-            first, p = log_probabilities_with(writers.model, prompt, added).exp().tensor_split([1])
-            lifted = (p > LIFTED) & (first < BEFORE)
+            ends = ends_with(writers.model, prompt, added)
+            first = log_probabilities(writers.model, ends[:1])[0].exp()
             watched = pushes.tokens.repeat_interleave(len(doses), dim=0)
-            before.append(first[0, pushes.tokens[:, 0]])
-            after.append(p.gather(1, watched[:, :1])[:, 0])
-            lifts.append(lifted.gather(1, watched).any(dim=1))
-            lifts_any.append(lifted.any(dim=1))
+            read = zip(ends[1:].split(_AT_ONCE), watched.split(_AT_ONCE), strict=True)
+            p, likeliest = map(torch.cat, zip(*(_read(writers.model, *some) for some in read), strict=True))
+            lifted = (p > LIFTED) & (first < BEFORE)[torch.cat([watched, likeliest], dim=1)]
+            before.append(first[pushes.tokens[:, 0]])
+            after.append(p[:, 0])
+            lifts.append(lifted[:, :-1].any(dim=1))
+            lifts_any.append(lifted[:, -1])
         own, other = (torch.stack(each).unflatten(1, (-1, len(doses))) for each in (lifts, lifts_any))
         shares = [(each[:, :, None] & within).any(dim=3).double().mean(dim=0) for each in (own, other)]
         probability = torch.stack(after).mean(dim=0).unflatten(0, (-1, len(doses)))
@@ -155,6 +161,15 @@ def dose_frame(forced: dict[str, Forced], seed: int) -> pd.DataFrame:
         mean = each.probability.mean(0)
         frames.append(pd.DataFrame({"series": series, "dose": DOSES, "probability": mean, "low": low, "high": high}))
     return pd.concat(frames, ignore_index=True)
+
+
+def _read(
+    model: HookedModel, ends: Float[Tensor, "row d_model"], watched: Int[Tensor, "row token"]
+) -> tuple[Float[Tensor, "row token_and_likeliest"], Int[Tensor, "row 1"]]:
+    """Probabilities of the watched tokens and of the likeliest, and which that is: none but it can be above a half."""
+    log_p = log_probabilities(model, ends)
+    top = log_p.max(dim=1, keepdim=True)
+    return torch.cat([log_p.gather(1, watched), top.values], dim=1).exp(), top.indices
 
 
 def _present(writers: Writers, sample: Sample, prompt: Int[Tensor, " pos"]) -> Float[Tensor, " n"]:

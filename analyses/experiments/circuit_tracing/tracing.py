@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from analyses.experiments.circuit_tracing.writers import Writers, log_probabilities_with
+from analyses.experiments.circuit_tracing.additions import ends_with, log_probabilities
+from analyses.experiments.circuit_tracing.writers import Writers
 from analyses.statistics.draws import derive_rng
 from reflowlens.circuits.attribution.attribute import attribute
 from reflowlens.circuits.attribution.graph import AttributionGraph
@@ -99,7 +100,8 @@ def removal_effects(
     activation = torch.tensor(units["activation"].to_numpy(np.float32))
     added[1 + rows, :, position] = -writers.written(block, index, activation)
     target = int(graph.nodes["feature"].iloc[-1])
-    log_p = log_probabilities_with(writers.model, tokens, added)[:, target].double().cpu().numpy()
+    ends = ends_with(writers.model, tokens, added)
+    log_p = log_probabilities(writers.model, ends)[:, target].double().cpu().numpy()
     change = dict(zip(units["node"], np.abs(log_p[1:] - log_p[0]), strict=True))
     return {name: float(np.mean([change[node] for node in own["node"]])) for name, own in chosen.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -114,59 +114,3 @@ def _of_refined(model: TTTFlow) -> tuple[list[str], list[Float[Tensor, "unit d_m
     if model.flow is not None:
         points, writes = [*points, "flow.hook_flow_post"], [*writes, flow_writes(model.flow)]
     return points, writes
-
-
-def _whole_passes(
-    model: HookedModel, tokens: Int[Tensor, " pos"], added: Float[Tensor, "row block place d_model"]
-) -> Float[Tensor, "row token"]:
-    """Where a pass cannot start from a block."""
-    points = [f"blocks.{block}.hook_mlp_out" for block in range(model.cfg.n_layers)]
-    points += [point for point in ("ttt.hook_delta", "flow.hook_delta") if point in model.hook_dict]
-    places, found = added.shape[2], []
-    for some in added.split(max(1, _AT_ONCE // (len(tokens) * model.cfg.d_model))):
-
-        def add(y: Tensor, hook: Any, some: Tensor = some) -> Tensor:
-            return torch.cat([y[:, :-places], y[:, -places:] + some[:, points.index(hook.name)].to(y)], dim=1)
-
-        with model.hooks([(point, add) for point in points[: added.shape[1]]]):
-            final = model.final_stream(tokens.expand(len(some), -1))
-        logits = model.read_final(final[:, -1:]).logits()[:, 0, : model.tokenizer.n_vocab]
-        found.append(logits.float().log_softmax(dim=-1))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def log_probabilities_with(
-    model: HookedModel, tokens: Int[Tensor, " pos"], added: Float[Tensor, "row block place d_model"]
-) -> Float[Tensor, "row token"]:
-    """What a prompt is continued with when vectors are added to the outputs of its MLPs.
-
-    Args:
-        added: to which block (of a TTTFlow refiners too), at the last so many positions; each row is a run of its own,
-            from its first block on that anything is added to.
-    """
-    if model.stages == "whole":
-        return _whole_passes(model, tokens, added)
-    n_layers, n_tokens, places = model.cfg.n_layers, model.tokenizer.n_vocab, added.shape[2]
-    points = [f"blocks.{block}.hook_resid_pre" for block in range(n_layers)]
-    end, cache = model.run_with_cache(tokens[None], names_filter=points, stop_at_layer=n_layers)
-    streams = [*(cache[point] for point in points), end]
-    found = added.new_empty(len(added), n_tokens)
-    changes = torch.cat([added.flatten(2).any(dim=2), added.new_ones(len(added), 1, dtype=torch.bool)], dim=1)
-    first = changes.int().argmax(dim=1)
-    for begin in first.unique().tolist():
-        for rows in (first == begin).nonzero()[:, 0].split(max(1, _AT_ONCE // streams[0].numel())):
-            some = added[rows]
-
-            def add(y: Tensor, hook: Any, some: Tensor = some) -> Tensor:
-                return torch.cat([y[:, :-places], y[:, -places:] + some[:, hook.layer()].to(y)], dim=1)
-
-            stream = streams[begin].expand(len(rows), -1, -1)
-            with model.hooks([(f"blocks.{block}.hook_mlp_out", add) for block in range(begin, n_layers)]):
-                stream = model(stream, start_at_layer=begin, stop_at_layer=n_layers)
-            logits = model(stream[:, -1:], start_at_layer=n_layers)[:, 0, :n_tokens]
-            found[rows] = logits.float().log_softmax(dim=-1)
-    return found
-
-
-_AT_ONCE = 2**21  # entries of a [row, pos, d_model] block

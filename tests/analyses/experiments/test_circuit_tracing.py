@@ -7,16 +7,18 @@ import torch
 
 import reflowlens as rl
 from analyses.experiments.circuit_tracing import experiment, forcing, tracing
+from analyses.experiments.circuit_tracing.additions import ends_with, log_probabilities
 from analyses.experiments.circuit_tracing.experiment import circuit_tracing
-from analyses.experiments.circuit_tracing.writers import Writers, log_probabilities_with
+from analyses.experiments.circuit_tracing.writers import Writers
 from analyses.words.lexicon import FactualPrompt, Lexicon
 from reflowlens.config import ModelConfig
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.planted_results import TRACING, missed
 from tests.support.dictionaries import dictionary_of
+from tests.support.exactness import MODELS
 from tests.support.planted import CONFIG, chained_model, concepts, turning_model
-from tests.support.tiny import assert_close, random_tokens
+from tests.support.tiny import assert_close, random_model, random_tokens
 
 TOKENS = random_tokens(None, 1, 6)[0]  # type: ignore[arg-type] # of the models' bytes
 FEW = Lexicon(
@@ -225,12 +227,26 @@ def test_the_same_seed_gives_the_same_frames_and_leaves_the_weights():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_rows_are_runs_of_their_own(tiny_models):
-    model = tiny_models["gpt2"]
-    added = torch.randn(5, 2, 1, 32, generator=torch.Generator().manual_seed(0))
-    together = log_probabilities_with(model, TOKENS, added)
-    alone = torch.cat([log_probabilities_with(model, TOKENS, row[None]) for row in added])
-    assert_close(together, alone, 1e-4)
+@pytest.mark.parametrize("n_places", [1, 4])
+@pytest.mark.parametrize("name", ["gpt2", "reflow_lite", "llama_untied", "parallel_shared", "norms_behind", "bdh"])
+def test_rows_are_whole_passes_of_their_own(name, n_places):
+    model = random_model(MODELS[name])
+    n_layers, width = model.cfg.n_layers, model.cfg.d_model
+    added = torch.randn(7, n_layers, n_places, width, generator=torch.Generator().manual_seed(0))
+    for row in range(5):  # none, one block alone, from a block on
+        added[row, : row % n_layers] = 0.0
+        added[row, row % n_layers + 1 :] *= row > 2
+    added[0], added[1:, :, -2:-1] = 0.0, 0.0
+    found = ends_with(model, TOKENS, added)
+    for row in range(len(added)):
+
+        def add(y, hook, row=row):
+            return torch.cat([y[:, :-n_places], y[:, -n_places:] + added[row, hook.layer()]], dim=1)
+
+        with model.hooks([(f"blocks.{block}.hook_mlp_out", add) for block in range(n_layers)]):
+            assert_close(found[row], model.final_stream(TOKENS[None])[0, -1], 1e-5)
+            logits = model(TOKENS[None])[0, -1, : model.tokenizer.n_vocab]
+        assert_close(log_probabilities(model, found)[row], logits.log_softmax(-1), 1e-5)
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from analyses.experiments.causal_ablation.experiment import causal_ablation
+from analyses.experiments.circuit_tracing.additions import ends_with, log_probabilities
 from analyses.experiments.circuit_tracing.experiment import circuit_tracing
-from analyses.experiments.circuit_tracing.writers import Writers, log_probabilities_with
+from analyses.experiments.circuit_tracing.writers import Writers
 from analyses.experiments.emotion_surgery.carriers import SteeredTexts
 from analyses.experiments.layer_evolution.context_length import crystallisation_shares
 from analyses.experiments.signal_flow.contributions import read_contributions
@@ -52,7 +53,7 @@ def test_what_is_added_to_blocks_and_refiners_reaches_the_prediction():
     model = filled()
     added = torch.zeros(3, 7, 1, 16)
     added[1, 2], added[2, 6] = 1.0, 0.5
-    found = log_probabilities_with(model, TOKENS, added)
+    found = log_probabilities(model, ends_with(model, TOKENS, added))
     for row, point in ((0, None), (1, "blocks.2.hook_mlp_out"), (2, "flow.hook_delta")):
         hooks = []
         if point is not None:
