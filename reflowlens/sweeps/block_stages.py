@@ -60,4 +60,4 @@ class BlockStages:
     ) -> Float[Tensor, "1 asked d_model"]:
         rows = layout.over(cache[self.streams[stage]], resid)
         out = self.model.blocks[stage](rows, Places(slice(0, layout.n_positions)))
-        return only(asked, out[layout.row, layout.position][None])
+        return only(asked, layout.of_rows(out))

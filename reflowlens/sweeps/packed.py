@@ -42,7 +42,7 @@ class Packed:
     ) -> Packed:
         """Each row from its position ``start`` on, of its whole stream."""
         layout = Layout.of_suffixes(prompt, start, resid.shape[1])
-        return cls(layout, cell, resid[layout.row, layout.position][None])
+        return cls(layout, cell, layout.of_rows(resid))
 
     @property
     def token_prompt(self) -> Int[Tensor, " token"]:
@@ -51,7 +51,7 @@ class Packed:
 
     def differs(self, unpatched: Float[Tensor, "prompt pos d_model"]) -> Bool[Tensor, " token"] | None:
         """The tokens whose stream is not the unpatched run's; None if they all are."""
-        differs = (self.resid[0] != unpatched[self.token_prompt, self.layout.position]).any(dim=-1)
+        differs = (self.resid != self.layout.of_prompts(unpatched))[0].any(dim=-1)
         return None if bool(differs.all()) else differs
 
     def extended(self, other: Packed) -> Packed:
@@ -141,13 +141,21 @@ class UnpatchedRun:
             asked = None
             if is_read is not None and stage == self.stages.last_mixing:
                 asked = is_read[packed.token_prompt, packed.layout.position]
+            differs = None
+            if entering.get(stage) or entering.get(stage - 1):  # of two stages one lets positions see each other
+                differs = packed.differs(self.cache[self.stages.streams[stage]])
             with hooking(stage, packed):
-                packed = self._through(stage, packed, asked)
+                packed = self._through(stage, packed, asked, differs)
         return packed
 
-    def _through(self, stage: int, packed: Packed, asked: Bool[Tensor, " token"] | None) -> Packed:
+    def _through(
+        self,
+        stage: int,
+        packed: Packed,
+        asked: Bool[Tensor, " token"] | None,
+        differs: Bool[Tensor, " token"] | None,
+    ) -> Packed:
         """Rows behind a stage; of them the tokens that are asked for."""
         layout, resid = packed.layout, packed.resid
-        differs = packed.differs(self.cache[self.stages.streams[stage]])
         resid = self.stages.run(stage, resid, layout, self.cache, asked, differs)
         return Packed(layout if asked is None else layout.kept(asked), packed.cell, resid)

@@ -179,9 +179,10 @@ class PackedRuns:
         if not len(member):
             return None
         if plans[0].direct:
-            resid = unpatched.stages.entry(name, patched, unpatched.cache)[member, prompt]
+            resid = unpatched.stages.entry(name, patched, unpatched.cache).flatten(0, 1)
+            resid = resid.index_select(0, member * patched.shape[1] + prompt)
         else:
-            resid = unpatched.cache[unpatched.stages.streams[plans[0].stage]][prompt]
+            resid = unpatched.cache[unpatched.stages.streams[plans[0].stage]].index_select(0, prompt)
         cell = torch.tensor(cells, device=member.device)[member]
         return Packed.suffixes(cell, prompt, start[member, prompt], resid)
 

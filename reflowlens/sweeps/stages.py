@@ -214,7 +214,7 @@ class DecoderStages:
             return only(asked, self._all(stage, resid, layout, cache, differs))
         _, keys, values = self._of_layer(block.attn.layer, cache)
         past = LastQueries(_kept(layout, differs), keys, values, only(differs, resid), block)
-        return self._mixing(block)(resid[:, asked], Places(layout.position[None, asked]), past)
+        return self._mixing(block)(only(asked, resid), Places(layout.position[None, asked]), past)
 
     def _all(
         self,
@@ -229,8 +229,8 @@ class DecoderStages:
             return self._attending(block.attend, block, resid, layout, cache, differs)
         if differs is None:
             return block.feed(resid)
-        after = cache[self.streams[stage + 1]][layout.prompt[layout.row], layout.position][None]
-        after[:, differs] = block.feed(resid[:, differs])
+        after = layout.of_prompts(cache[self.streams[stage + 1]])
+        after[:, differs] = block.feed(only(differs, resid))
         return after
 
     def _attending(
@@ -249,7 +249,7 @@ class DecoderStages:
         places = Places(differing.position[None])
         if differs is None:
             return run(resid, places, past)
-        return resid + block.attention_written(resid[:, differs], places, past)
+        return resid + block.attention_written(only(differs, resid), places, past)
 
     def _of_layer(self, layer: int, cache: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the unpatched run."""

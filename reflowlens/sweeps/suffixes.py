@@ -13,6 +13,7 @@ what is read later asks, where that is each row's last position and nothing is a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -74,13 +75,29 @@ class Layout:
         is_end = self.position == self.n_positions - 1
         return torch.equal(tokens, is_end) and int(is_end.sum()) == self.n_rows
 
+    # A list of single numbers selects whole stretches of memory, in a fourth of the time of indices of several axes.
+
+    @functools.cached_property
+    def _place(self) -> Int[Tensor, " token"]:
+        """The number of each token among all positions of all rows."""
+        return self.row * self.n_positions + self.position
+
     def over(
         self, base: Float[Tensor, "prompt pos *rest"], packed: Float[Tensor, "1 token *rest"]
     ) -> Float[Tensor, "row pos *rest"]:
         """Each row in full: the unpatched run with the row's own positions over it."""
-        whole = base[self.prompt]
-        whole[self.row, self.position] = packed[0].to(whole.dtype)
+        whole = base.index_select(0, self.prompt)
+        whole.flatten(0, 1).index_copy_(0, self._place, packed[0].to(whole.dtype))
         return whole
+
+    def of_rows(self, whole: Float[Tensor, "row pos *rest"]) -> Float[Tensor, "1 token *rest"]:
+        """Each token, of rows in full."""
+        return whole.flatten(0, 1).index_select(0, self._place)[None]
+
+    def of_prompts(self, whole: Float[Tensor, "prompt pos *rest"]) -> Float[Tensor, "1 token *rest"]:
+        """What the unpatched run has where each token is."""
+        place = self.prompt[self.row] * self.n_positions + self.position
+        return whole.flatten(0, 1).index_select(0, place)[None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ class PrefixKeysValues:
         """Attention of each row's suffix to its prefix and itself."""
         of_rows = zip((self.queries, self.keys, self.values), (q, k, v), strict=True)
         queries, keys, values = (self.differing.over(unpatched, own) for unpatched, own in of_rows)
-        return attn.mix(queries, keys, values, mask=None)[self.layout.row, self.layout.position][None]
+        return self.layout.of_rows(attn.mix(queries, keys, values, mask=None))
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,7 @@ def only(
     asked: Bool[Tensor, " token"] | None, resid: Float[Tensor, "1 token d_model"]
 ) -> Float[Tensor, "1 asked d_model"]:
     """The tokens that are asked for, by default all."""
-    return resid if asked is None else resid[:, asked]
+    return resid if asked is None else resid.index_select(1, asked.nonzero()[:, 0])
 
 
 def is_anything_hooked(block: nn.Module) -> bool:
