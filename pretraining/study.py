@@ -245,7 +245,7 @@ def _chosen(arms: dict[str, dict[str, Any]], names: Sequence[str], path: Path) -
     for name in names:
         if name not in arms:
             raise ReflowlensError(
-                f"{path.name} has no arm {name!r}{nearest(name, list(arms))}; it has {', '.join(arms)}"
+                f"{path.name} has no arm {name!r}; it has {', '.join(arms)}{nearest(name, list(arms))}"
             )
     return {name: own for name, own in arms.items() if name in (names or arms)}
 

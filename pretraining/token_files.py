@@ -200,7 +200,9 @@ def read_manifest(folder: str | Path, name: str = MANIFEST_NAME) -> Manifest:
     """The manifest of a prepared folder. Raises ReflowlensError if there is none, or it cannot be understood."""
     path = Path(folder) / name
     if not path.is_file():
-        raise ReflowlensError(f"no prepared data in {str(folder)!r}: it has no finished {name}")
+        raise ReflowlensError(
+            f"no prepared data in {str(folder)!r}: it has no finished {name}; reflowlens prepare makes it of text"
+        )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format_version"]

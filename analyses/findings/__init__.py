@@ -35,5 +35,5 @@ def question(name: str) -> Callable[..., Result]:
     Raises ReflowlensError for one that is not among `QUESTIONS`.
     """
     if name not in QUESTIONS:
-        raise ReflowlensError(f"no question {name!r}{nearest(name, list(QUESTIONS))}; there are {', '.join(QUESTIONS)}")
+        raise ReflowlensError(f"no question {name!r}; there are {', '.join(QUESTIONS)}{nearest(name, list(QUESTIONS))}")
     return getattr(importlib.import_module(f"analyses.findings.{QUESTIONS[name]}"), name)

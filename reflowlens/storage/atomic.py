@@ -37,8 +37,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def sole_writer(folder: str | Path, doing: str) -> Iterator[None]:
     """Make the folder, if need be, and hold it until the block ends or the process does, however that comes.
 
-    Where the file system or the operating system has no locks, nobody is kept out. A folder that was made and in which
-    nothing was written is removed.
+    Where the file system or the operating system has no locks, nobody is kept out. Folders that were made and in which
+    nothing was written are removed, those above it too.
 
     Args:
         doing: what an error says of the process that holds it, e.g. "writing into".
@@ -50,7 +50,7 @@ def sole_writer(folder: str | Path, doing: str) -> Iterator[None]:
     Example: ``with sole_writer("out/run", "training in"): ...``
     """
     folder = Path(folder)
-    is_new = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY) if fcntl else None  # the lock goes with it, also when the process is killed
     try:
@@ -60,9 +60,9 @@ def sole_writer(folder: str | Path, doing: str) -> Iterator[None]:
             )
         yield
     finally:
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()  # nothing was written
+        with suppress(OSError):  # something was written
+            for each in made:
+                each.rmdir()
         if handle is not None:
             os.close(handle)
 

@@ -171,10 +171,21 @@ def test_a_file_that_is_no_table_of_runs_is_not_replaced(config: Path, tmp_path:
     assert not any(tmp_path.glob("seed_*"))
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Nor those above its own, which were made for it; a folder that was there stays."""
+    (tmp_path / "old").mkdir()
+    path = study(tmp_path, f"config = {str(write(data={'folder': str(tmp_path / 'none')}))!r}\n[arms.a]\n")
+    for out in (tmp_path / "new" / "deep", tmp_path / "old"):
+        with pytest.raises(ReflowlensError, match=r"no prepared data in .* reflowlens prepare makes it of text"):
+            train_study(load_study(path, out=out))
+    assert sorted(each.name for each in tmp_path.iterdir() if each.is_dir()) == ["old"]
+    assert not any((tmp_path / "old").iterdir())
+
+
 def test_the_arms_and_seeds_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
     runs = load_study("refiners", arms=["both", "ttt"], seeds=(4, 2, 4))
     assert [(run.arm, run.seed) for run in runs] == [("ttt", 2), ("both", 2), ("ttt", 4), ("both", 4)]
-    message = "refiners.toml has no arm 'tt'; did you mean 'ttt'?; it has none, ttt, flow, both"
+    message = "refiners.toml has no arm 'tt'; it has none, ttt, flow, both; did you mean 'ttt'?"
     with pytest.raises(ReflowlensError, match=re.escape(message)):
         load_study("refiners", arms=["both", "tt"])
     for seeds, told in (([-1], "a seed must be an integer and at least 0, got -1"), ([], "seeds must be an integer")):
