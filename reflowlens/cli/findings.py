@@ -52,11 +52,14 @@ def add_commands(commands: Commands) -> None:
 
 def _findings(options: argparse.Namespace) -> None:
     from analyses.findings import QUESTIONS, question
+    from reflowlens.storage.folders import check_makeable
 
     if options.question is None:
         for name in QUESTIONS:
             print(f"{name}: {(question(name).__doc__ or '').strip().splitlines()[0]}")
         return
+    if options.out:
+        check_makeable(options.out)  # before minutes are spent
     ask = question(options.question)
     result: Result = ask(**_arguments(ask, options), quick=not options.full)
     print(_told(result))

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from reflowlens.cli.arguments import Commands, add_command, add_device, add_model
-from reflowlens.errors import ReflowlensError
 
 
 def add_commands(commands: Commands) -> None:
@@ -43,9 +42,9 @@ def _graph(options: argparse.Namespace) -> None:
     from reflowlens.circuits.attribution.attribute import attribute
     from reflowlens.dictionaries.files import load_dictionary
     from reflowlens.storage.atomic import replacing
+    from reflowlens.storage.folders import check_makeable
 
-    if options.out.exists() and not options.out.is_dir():
-        raise ReflowlensError(f"--out {options.out} is a file: name a folder")
+    check_makeable(options.out)  # before minutes are spent
     model = load_model(options.model, device=options.device)
     graph = attribute(
         model,

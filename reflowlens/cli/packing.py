@@ -72,7 +72,9 @@ def add_commands(commands: Commands) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     from reflowlens.dictionaries.files import holds_dictionary
+    from reflowlens.storage.folders import check_makeable
 
+    check_makeable(options.out.absolute().parent)  # before minutes are spent
     limit = None if options.limit is None else _bytes(options.limit)
     if options.method == "gptq" and options.data is None:
         raise ReflowlensError(

@@ -57,7 +57,10 @@ def add_commands(commands: Commands) -> None:
 
 def _units(options: argparse.Namespace) -> None:
     from reflowlens.checkpoints import load_model
+    from reflowlens.storage.folders import check_makeable
 
+    if options.out:
+        check_makeable(options.out)  # before minutes are spent
     for name in ("batches", "batch_size", "context", "events", "top"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ReflowlensError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import struct
@@ -26,6 +27,20 @@ def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpo
         raise ReflowlensError(
             f"{folder} holds other files and no {kind} to replace ({', '.join(files)}): choose a new folder"
         )
+
+
+def check_makeable(folder: Path) -> None:
+    """Raise if a folder is a file, or could not be made or written in: before the work whose results it is to hold.
+
+    Nothing is made. What can be known beforehand is known of the nearest folder above it that exists.
+
+    Example: ``check_makeable(Path("out/units"))``
+    """
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not nearest.is_dir():
+        raise ReflowlensError(f"{nearest} is a file: choose a new folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ReflowlensError(f"cannot write to {nearest}: choose a folder that may be written to")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
