@@ -45,7 +45,7 @@ def test_a_command_says_so_before_it_works(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes").write_text("kept")
-    assert main([*command, "--out", str(tmp_path / "notes" / "out")]) == 1
+    assert main([*command, "--out", str(tmp_path / "notes" / "out")]) == 2
     error = capsys.readouterr().err
     assert "notes is a file: choose a new folder" in error
     assert "no-such" not in error
