@@ -28,6 +28,7 @@ ARMS = {
     "top_128": "ReLU alone",
     "top_32": "k = 32",
     "top_8": "k = 8",
+    "straight_through": "all entries learn",
 }
 
 
@@ -59,14 +60,15 @@ def named_by(command: str, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 def test_the_commands_train_the_runs_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = [line for line in PAGE.replace("\\\n", "").splitlines() if line.startswith("reflowlens study ")]
-    asked: dict[str, set[tuple[str, int, int, int]]] = {}
-    for command in commands:
-        asked.setdefault(command.split()[2], set()).update(
-            (r.arm, r.seed, r.cfg.run.steps, r.cfg.run.steps * r.cfg.tokens_per_step)
-            for r in named_by(command, monkeypatch)
-        )
+    runs = [run for command in commands for run in named_by(command, monkeypatch)]
+    asked: dict[str, set[tuple[str, int, int, int]]] = {run.folder.parent.name: set() for run in runs}
+    for run in runs:
+        steps = run.cfg.run.steps
+        asked[run.folder.parent.name].add((run.arm, run.seed, steps, steps * run.cfg.tokens_per_step))
     trained = {path.name: set(table_of(path)) for path in FOLDER.iterdir()}
-    assert trained.pop("stability") == {run for run in trained["sparsity"] if run[1] < 3}  # of its first three seeds
+    assert trained.pop("stability") == {
+        run for run in trained["sparsity"] if run[1] < 3 and run[0] != "straight_through"
+    }
     assert trained == asked
 
 
@@ -83,7 +85,10 @@ def test_losses_are_those_of_the_runs() -> None:
 def test_what_is_said_of_sparsity() -> None:
     result = sparsity(FOLDER / "sparsity")
     assert f"it costs {result.metrics['cost_top_128']:.2f} nats of the {result.metrics['cost_top_8']:.2f}" in PAGE
-    assert result.verdicts["arms_with_both"] == "not supported"
+    assert result.verdicts["arms_with_both"] == result.verdicts["spared_straight_through"] == "supported"
+    spared = with_interval(result, "spared_straight_through", 2)
+    assert f"a share of {spared.replace(')', ' over seeds)')} is spared" in PAGE.replace("\n", " ")
+    assert result.metrics["arms_with_both"] == 1
     runs = result.frames["runs"].sort_values("seed")
     for arm, name in ARMS.items():
         assert ", ".join(f"{value:.3f}" for value in runs[runs["arm"] == arm]["purity"]) in rows(name)
@@ -95,8 +100,8 @@ def test_what_is_said_of_sparsity() -> None:
 
 def test_what_is_said_of_another_seed() -> None:
     result = signal_stability(FOLDER / "stability")
-    for arm, name in ARMS.items():
-        assert with_interval(result, f"words_{arm}", 3) in rows(name)
+    for arm in sorted(set(ARMS) - {"straight_through"}):
+        assert with_interval(result, f"words_{arm}", 3) in rows(ARMS[arm])
         pruned = arm.startswith("top")
         assert result.verdicts[f"words_{arm}"] == ("not supported" if pruned else "underpowered")
 
