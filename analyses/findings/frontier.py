@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from reflowlens.figures.scatter import scatter
+from reflowlens.figures.style import CONTROL_GREYS
 
 NANO = "packaged nano models"
 """21.8M tokens (docs/baselines.md)."""
@@ -53,8 +54,8 @@ def frontier_figures(runs: pd.DataFrame, kept: float, pure: float) -> dict[str, 
         if x == "share":
             figure.update_xaxes(type="log")
         for trace in figure.data:
-            if trace.name in (NANO, REFLOW):
-                trace.marker.symbol, trace.marker.size = "star", 12
+            if trace.name in (NANO, REFLOW):  # no arms: none of their colours
+                trace.marker.update(symbol="star", size=12, color=CONTROL_GREYS[trace.name == REFLOW])
         return figure
 
     loss, share = "held-out loss less that of dense, nats", "share of signals that a token keeps"
