@@ -56,8 +56,11 @@ def test_metrics_are_those_of_plain_loops_over_documents(architecture: str, kind
 def test_batches_of_any_size_give_the_same_metrics(reflow: HookedModel) -> None:
     dictionary = dictionary_of(reflow, "clt")
     one, all_at_once = (evaluated(reflow, dictionary, batch_size=size).frames["layers"] for size in (1, 5))
-    numbers = [column for column in one if column not in ("dictionary", "layer")]
-    np.testing.assert_allclose(one[numbers], all_at_once[numbers], rtol=2e-4, atol=1e-5)
+    # But for the bounds of what is recovered: in some resamples zeros cost next to nothing, by which it is divided.
+    # What they are made of, the losses and their bounds, is compared.
+    unbounded = {f"recovered_{by}_{bound}" for by in ("zero", "mean") for bound in ("low", "high")}
+    numbers = [column for column in one if column not in {"dictionary", "layer", *unbounded}]
+    np.testing.assert_allclose(one[numbers], all_at_once[numbers], rtol=1e-4, atol=1e-6)
 
 
 def test_dead_and_dense_shares_are_counts_of_features(reflow: HookedModel) -> None:
@@ -159,10 +162,14 @@ def test_a_dictionary_of_the_untrained_model_is_measured_on_that_model(reflow: H
     )
 
 
-def test_a_perfect_dictionary_recovers_everything(reflow: HookedModel) -> None:
+def test_a_perfect_dictionary_recovers_everything() -> None:
     """An autoencoder whose features are the coordinates of the stream, of either sign."""
+    reflow = random_model("reflow")
     dictionary = dictionary_of(reflow, "sae", "relu", 64)
     with torch.no_grad():
+        reflow.ln_final.w *= (
+            10  # so that zeros change the loss by nats, not by thousandths that nothing can be divided by
+        )
         for layer in dictionary.each_layer():
             both = torch.cat([torch.eye(32), -torch.eye(32)])
             layer.W_enc.copy_(both)
