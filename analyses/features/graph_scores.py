@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from analyses.features.graph_nulls import RandomFeatures, strongest_units, without_features
 from analyses.statistics.intervals import Interval, bootstrap_interval, rate_interval
 from analyses.statistics.pvalues import paired_permutation_pvalue
-from reflowlens.circuits.attribution.attribute import attribute
+from reflowlens.circuits.attribution.attribute import attribute, trace, unrounded
 from reflowlens.circuits.attribution.graph import AttributionGraph
 from reflowlens.circuits.attribution.many import USABLE, with_prompt
 from reflowlens.circuits.attribution.scores.redrawn import redrawn
@@ -126,8 +126,7 @@ def _nulls(graph: AttributionGraph, random: RandomFeatures) -> dict[str, Attribu
     read = [x[0] for x in model.run_with_cache(tokens, names_filter=reads, return_cache_object=False)[1].values()]
     counts = [units.position[units.activation > 0].bincount(minlength=len(tokens)) for units in own.units]
     most = max(int(count.max()) for count in counts)
-    of_neurons = attribute(model, tokens, neurons=most, signals=False, progress=False).traced
-    assert of_neurons is not None
+    of_neurons = unrounded(trace)(model, tokens, None, None, None, most, False, False, False)[0]
     neurons = strongest_units(of_neurons.engine.replacement, counts)
     return {
         "neurons": redrawn(of_neurons, neurons),

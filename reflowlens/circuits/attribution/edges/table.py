@@ -63,7 +63,8 @@ def nodes_of(traced: Traced) -> pd.DataFrame:
         names, labels = [each.node for each in asked], [each.name for each in asked]
         positions = directions.positions.tolist()
         parts.append(_nodes("direction", names, directions.layer, positions, None, labels, value, value))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True).astype(_INTEGERS)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return pd.DataFrame(columns).astype(_INTEGERS)
 
 
 def graph_of(traced: Traced, rows: SparseRows, asked: Sequence[Asked]) -> AttributionGraph:
@@ -104,9 +105,19 @@ def _nodes(
     label: Any = "",
     activation: Any = np.nan,
     value: Any = np.nan,
-) -> pd.DataFrame:
+) -> dict[str, np.ndarray]:
+    """Columns, of which a value that is one for all stands in every row."""
     columns = {"node": names, "kind": kind, "layer": layer, "pos": pos, "feature": feature, "label": label}
-    return pd.DataFrame(columns | {"activation": activation, "value": value}, index=range(len(names)))
+    numbers = {"activation": activation, "value": value}
+    return {name: _column(each, len(names), object) for name, each in columns.items()} | {
+        name: _column(each, len(names), np.float64) for name, each in numbers.items()
+    }
+
+
+def _column(values: Any, n: int, dtype: Any) -> np.ndarray:
+    column = np.empty(n, dtype)
+    column[:] = values
+    return column
 
 
 def _check_sums(nodes: pd.DataFrame, matrix: Any) -> None:
