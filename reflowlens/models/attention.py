@@ -182,7 +182,8 @@ class Attention(nn.Module):
 
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], ln1: Norm, places: Places, past: Past | None
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch mixed_pos d_model"]:
+        """``mixed_pos`` is ``pos``, unless ``past`` has queries of its own: a sweep reads anew only what differs."""
         q, k, v = self.queries_keys_values(resid, ln1)
         q, k = self.placed(q, k, places.positions)
         mixed = self.mix(q, k, v, places.mask) if past is None else past.mix(self, q, k, v)

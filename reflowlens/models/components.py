@@ -124,7 +124,7 @@ class Block(nn.Module):
 
     def attention_written(
         self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch mixed_pos d_model"]:
         """What attention adds to the stream that it reads."""
         out = self.hook_attn_out(self.after_attention(self.attn(resid, self.ln1, places, past)))
         return F.dropout(out, self.dropout, self.training)
