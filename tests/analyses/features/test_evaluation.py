@@ -167,9 +167,7 @@ def test_a_perfect_dictionary_recovers_everything() -> None:
     reflow = random_model("reflow")
     dictionary = dictionary_of(reflow, "sae", "relu", 64)
     with torch.no_grad():
-        reflow.ln_final.w *= (
-            10  # so that zeros change the loss by nats, not by thousandths that nothing can be divided by
-        )
+        reflow.ln_final.w *= 10  # zeros then change the loss by nats, not by thousandths, by which it is divided
         for layer in dictionary.each_layer():
             both = torch.cat([torch.eye(32), -torch.eye(32)])
             layer.W_enc.copy_(both)
