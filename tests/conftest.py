@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import inspect
 import platform
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tests.support.shapes import check_shapes
 
+gc.disable()  # until everything is imported: what imports make stays
 check_shapes("reflowlens", "analyses")  # before anything imports them
 
 from reflowlens.models.base import HookedModel  # noqa: E402
@@ -31,11 +33,20 @@ def pytest_report_header() -> str:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that assert equality to the last bit: `make exact` repeats them with fewer instructions."""
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests that assert equality to the last bit: `make exact` repeats them with fewer instructions.
+
+    Only where marks are asked for by that name: to find the sources takes a second.
+    """
+    for item in items if "exact" in config.getoption("markexpr") else ():
         if isinstance(item, pytest.Function) and _is_exact(item.function):
             item.add_marker(pytest.mark.exact)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is collected from here on, and never among the million objects of the imported modules."""
+    gc.freeze()
+    gc.enable()
 
 
 @cache  # a source is found anew at every call, some milliseconds, and most functions have several cases

@@ -26,6 +26,7 @@ LONG = {
     "how-to/compare.md": [pytest.mark.slow, pytest.mark.by_hand],
     "how-to/dictionary-views.md": [pytest.mark.slow],
     "how-to/long-runs.md": [pytest.mark.slow],
+    "how-to/prompts.md": [pytest.mark.slow],
     "how-to/standard-measures.md": [pytest.mark.slow],
 }
 

@@ -47,10 +47,11 @@ def code(notebook: NotebookNode) -> list[str]:
 # -- they run ---------------------------------------------------------------------------------------------------------
 
 
-# Nothing of the one before: neither names nor settings of libraries.
+# Nothing of the one before: neither names nor settings of libraries. %reset collects garbage; what is imported is none.
 AFRESH = """\
 %reset -f
-import os, pandas, torch
+import gc, os, pandas, reflowlens.models, torch
+if not gc.get_freeze_count(): gc.freeze()
 os.chdir({folder!r})
 torch.set_grad_enabled(True)
 pandas.reset_option("^display")

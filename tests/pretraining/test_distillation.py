@@ -33,7 +33,9 @@ from reflowlens.models import build_model
 from reflowlens.models.reflow import ReFlow
 from reflowlens.models.residual import Readout
 from reflowlens.signals import signal_view
-from tests.support.runs import MODEL, measured, records, run_two_processes, same_files, with_out
+from tests.support.launched import train_all
+from tests.support.processes import two_processes
+from tests.support.runs import MODEL, measured, records, same_files, with_out
 from tests.support.tiny import assert_close, random_model
 
 ALL = {"tokens": 0.3, "logits": 0.5, "signals": 0.2, "temperature": 2.0}
@@ -293,8 +295,7 @@ def test_two_processes_train_the_student_of_one(write_student: Callable[..., Pat
         write_student(f"{name}.toml", **asked, run={"out": str(tmp_path / name), "sharding": name, "accumulation": 2})
         for name in shardings
     ]
-    done = run_two_processes("-m", "tests.support.launched", *jobs)
-    assert done.returncode == 0, done.stderr
+    two_processes(train_all, *jobs)
     for name in shardings:
         for one, two in zip(measured(alone.parent), measured(tmp_path / name), strict=True):
             assert two == pytest.approx(one, rel=1e-4, abs=1e-5), name

@@ -19,6 +19,8 @@ from pretraining.state import newest_checkpoint
 from pretraining.token_files import open_tokens
 from pretraining.train import train
 from reflowlens.checkpoints import load_model
+from tests.support.launched import train_all
+from tests.support.processes import two_processes
 from tests.support.runs import measured, run_tables, run_two_processes, same_files, with_out, write_toml
 
 SHARDINGS = ("none", "zero1", "fsdp")
@@ -81,8 +83,7 @@ def runs(tokens_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for sharding in SHARDINGS:
         begun(folder / "one-adamw", folder / f"more-{sharding}")
         jobs.append(f"{config(f'more-{sharding}', 'adamw', sharding=sharding)}+resume")
-    done = run_two_processes("-m", "tests.support.launched", *jobs)
-    assert done.returncode == 0, done.stderr
+    two_processes(train_all, *jobs)
     return folder
 
 

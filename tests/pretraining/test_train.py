@@ -31,7 +31,7 @@ from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from tests.support.processes import exit_code
-from tests.support.runs import ROOT, STEPS, measured, records, run_python, same_files, with_out
+from tests.support.runs import ROOT, STEPS, measured, records, same_files, with_out
 
 TTT_FLOW = "ttt_heads = 2\nttt_chunk = 4\nrotary_channels = 8\nvalue_layers = 1\nexclusive_layers = 1\nflow_width = 8"
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -737,6 +737,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(write: Callable[..., Path]) -> 
 
 
 def test_the_program_shows_one_line_for_an_error(tmp_path: Path) -> None:
-    done = run_python("-m", "pretraining.train", tmp_path / "nowhere.toml")
-    assert done.returncode == 1
-    assert done.stderr.strip() == f"error: no configuration file '{tmp_path / 'nowhere.toml'}'"
+    """With a text as its code the interpreter prints it and ends with 1."""
+    with pytest.raises(SystemExit) as ended:
+        train_module.main([str(tmp_path / "nowhere.toml")])
+    assert ended.value.code == f"error: no configuration file '{tmp_path / 'nowhere.toml'}'"

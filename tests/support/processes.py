@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-multiprocessing.set_forkserver_preload(["pretraining.train", "reflowlens.models", "tests.support.tiny"])
+# torch._dynamo takes more than a second: DistributedDataParallel imports it.
+_PRELOADED = ["pretraining.train", "reflowlens.models", "tests.support.launched", "tests.support.tiny", "torch._dynamo"]
+multiprocessing.set_forkserver_preload(_PRELOADED)
 
 
 def exit_code(function: Callable[..., Any], *arguments: Any) -> int | None:
@@ -23,22 +25,32 @@ def exit_code(function: Callable[..., Any], *arguments: Any) -> int | None:
     return process.exitcode
 
 
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> None:
+    """``function(*arguments)`` in a process in which nothing of the tests has happened; of code: ``exec`` and the code.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: it raised, whose trace this holds.
+    """
+    mp.start_processes(_alone, (function, *arguments), nprocs=1, start_method="forkserver")
+
+
 def two_processes(function: Callable[..., Any], *arguments: Any) -> None:
     """``function(rank, *arguments)`` in each of two processes that find each other as torchrun's do.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: one raised, whose trace this holds.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_of_two, (port, function, *arguments), nprocs=2, start_method="forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives groups, as torchrun's does
+    mp.start_processes(_of_two, (store.port, function, *arguments), nprocs=2, start_method="forkserver")
+
+
+def _alone(_: int, function: Callable[..., Any], *arguments: Any) -> None:
+    _on_one_thread(function, *arguments)
 
 
 def _of_two(rank: int, port: int, function: Callable[..., Any], *arguments: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     _on_one_thread(function, rank, *arguments)
     if dist.is_initialized():
         dist.destroy_process_group()  # a process that ends with threads of gloo at work may abort
@@ -46,4 +58,5 @@ def _of_two(rank: int, port: int, function: Callable[..., Any], *arguments: Any)
 
 def _on_one_thread(function: Callable[..., Any], *arguments: Any) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported: every group of processes that ends collects garbage
     function(*arguments)

@@ -34,6 +34,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.storage.atomic import sole_writer
 from tests.support.planted import empty_model
+from tests.support.processes import in_a_process
 from tests.support.tiny import tiny_config
 
 ALL = ["semantic_algebra", "layer_evolution", "causal_ablation"]
@@ -726,12 +727,6 @@ def _card(run):
 # -- the package ------------------------------------------------------------------------------------------------------
 
 
-def check(code):
-    """Run in a fresh interpreter: what is imported first matters here."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(
     "before",
     [
@@ -741,22 +736,27 @@ def check(code):
     ],
 )
 def test_an_experiments_name_is_its_function_whatever_was_imported_first(before):
-    check(f"""if True:
+    code = f"""if True:
+        import sys
+        assert "analyses" not in sys.modules
         import analyses, inspect
         {before}
         from analyses import layer_evolution
         assert inspect.isfunction(layer_evolution)
         from analyses.experiments.layer_evolution import layer_evolution as again
         assert analyses.layer_evolution is layer_evolution is again
-    """)
+    """
+    in_a_process(exec, code)
 
 
 def test_importing_the_package_and_choosing_experiments_is_light():
-    check("""if True:
+    code = """if True:
         import sys, analyses, analyses.registry
         analyses.registry.parse_selection("all")
         assert not {"torch", "plotly", "pandas", "transformer_lens"} & sys.modules.keys()
-    """)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_packages_names():
@@ -778,5 +778,5 @@ def test_a_run_hashes_its_model_once(three, monkeypatch, tmp_path):
     assert {result.params["model_hash"] for result in run.results.values()} == {model_hash(model)}
     with torch.no_grad():
         model.embed.W_basis[0] *= 2
-    again = EXPERIMENTS[7].load()(model, quick=True)
-    assert again.params["model_hash"] == model_hash(model) != run.results["layer_evolution"].params["model_hash"]
+    again = EXPERIMENTS[5].load()(model, quick=True)
+    assert again.params["model_hash"] == model_hash(model) != run.results["semantic_algebra"].params["model_hash"]

@@ -4,8 +4,6 @@ import dataclasses
 import errno
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
 from reflowlens.storage.model_hash import model_hash
 from reflowlens.storage.opening import file_hash
+from tests.support.processes import in_a_process
 from tests.support.tiny import random_model, tiny_config
 
 READS = tuple(f"blocks.{layer}.ln2.hook_normalized" for layer in range(2))
@@ -276,11 +275,15 @@ def test_packed_and_plain_replace_each_other(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == ["dictionary.safetensors", "manifest.json"]
 
 
+def sums(folder: Path) -> list[float]:
+    return [parameter.double().sum().item() for parameter in load_dictionary(folder).parameters()]
+
+
+def write_sums(folder: Path, written: Path) -> None:
+    written.write_text(json.dumps(sums(folder)))
+
+
 def test_a_fresh_process_computes_the_same(tmp_path: Path) -> None:
     folder = save_dictionary(tmp_path / "packed", random_dictionary(), bits=4.3)
-    code = (
-        "import sys, torch, reflowlens as rl\n"
-        "print([p.double().sum().item() for p in rl.load_dictionary(sys.argv[1]).parameters()])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True).stdout
-    assert json.loads(shown) == [p.double().sum().item() for p in load_dictionary(folder).parameters()]
+    in_a_process(write_sums, folder, tmp_path / "sums")
+    assert json.loads((tmp_path / "sums").read_text()) == sums(folder)

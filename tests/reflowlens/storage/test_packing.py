@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import subprocess
 import sys
 
 import pytest
@@ -26,6 +25,7 @@ from reflowlens.storage.quantised import entropy, quantise
 from reflowlens.storage.rounding import rounded
 from tests.reflowlens.dictionaries.test_files import KINDS, inputs, random_dictionary
 from tests.reflowlens.models.test_bdh import random_bdh
+from tests.support.processes import in_a_process
 from tests.support.tiny import NAMES, random_model, random_tokens
 
 
@@ -83,12 +83,14 @@ def test_16_bits_keep_what_float16_holds_in_less(compressor_name, tmp_path):
     assert (packed.table()["bits"] == 16).all()
 
 
+def write_loss(packed, written):
+    written.write_text(repr(rl.load_model(packed)("to be or not", "loss").item()))
+
+
 def test_another_process_opens_the_same_function(tmp_path):
-    model = random_model("reflow")
-    path = pack_model(model, 5).save(tmp_path / "m.packed")
-    program = "import sys, reflowlens as rl; print(repr(rl.load_model(sys.argv[1])('to be or not', 'loss').item()))"
-    printed = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
-    assert float(printed.stdout) == rl.load_model(path)("to be or not", "loss").item()
+    path = pack_model(random_model("reflow"), 5).save(tmp_path / "m.packed")
+    in_a_process(write_loss, path, tmp_path / "loss")
+    assert float((tmp_path / "loss").read_text()) == rl.load_model(path)("to be or not", "loss").item()
 
 
 def test_bytes_are_told_by_tensor_and_near_what_is_stored():
