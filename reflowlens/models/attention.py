@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -25,6 +24,9 @@ class Rotary(nn.Module):
     """Rotary positions: channel pair i of position p turns by ``p * base ** (-2 i / d_head)`` (Su et al., 2021).
 
     Llama 3.1 slows the slow pairs down: see :class:`reflowlens.config.RotaryScaling`.
+
+    Attributes:
+        cos, sin: [n_ctx, 1, n] of each position's angles, for all heads; ``sin`` negative at a pair's first channel.
 
     Args:
         n_channels: of a head that turn, the first ones, where they are not the configuration's ``rotary_dim``.
@@ -45,8 +47,9 @@ class Rotary(nn.Module):
             frequency = frequency / cfg.rotary_linear_factor
         angle = torch.outer(torch.arange(cfg.n_ctx, dtype=torch.float64, device="cpu"), frequency)
         pairs = angle.repeat_interleave(2, -1) if self.adjacent else angle.repeat(1, 2)
-        self.register_buffer("cos", pairs.cos().float(), persistent=False)
-        self.register_buffer("sin", pairs.sin().float(), persistent=False)
+        is_first = torch.arange(n, device="cpu") % 2 == 0 if self.adjacent else torch.arange(n, device="cpu") < n // 2
+        self.register_buffer("cos", pairs.cos().float()[:, None], persistent=False)
+        self.register_buffer("sin", torch.where(is_first, -1, 1) * pairs.sin().float()[:, None], persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         cos, sin = self.cos, self.sin
@@ -60,15 +63,9 @@ class Rotary(nn.Module):
         n = self.cos.shape[-1]
         if n < x.shape[-1]:
             return torch.cat([self(x[..., :n], positions), x[..., n:]], dim=-1)
-        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
         pairs = wide(x)
-        if self.adjacent:
-            even, odd = pairs[..., 0::2], pairs[..., 1::2]
-            quarter_turn = torch.stack((-odd, even), dim=-1).flatten(-2)
-        else:
-            first, second = pairs.chunk(2, dim=-1)
-            quarter_turn = torch.cat((-second, first), dim=-1)
-        return (pairs * cos + quarter_turn * sin).to(x.dtype)
+        swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if self.adjacent else pairs.roll(n // 2, -1)
+        return (pairs * self.cos[positions] + swapped * self.sin[positions]).to(x.dtype)
 
 
 def scaled(frequency: Float[Tensor, " pair"], scaling: RotaryScaling) -> Float[Tensor, " pair"]:
@@ -272,7 +269,7 @@ class Attention(nn.Module):
         scaled and capped, as the configuration says.
         """
         dropped = self.cfg.dropout if self.training else 0.0
-        q, k, v = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [batch, head, pos, d_head]
         new, total = q.shape[2], k.shape[2]
         mask = self._near(new, total, mask, q.device)
         scale, cap = self.cfg.attn_scale, self.cfg.attn_scores_soft_cap
@@ -295,13 +292,13 @@ class Attention(nn.Module):
                 scale=None if scale is None else 1 / scale,
                 enable_gqa=grouped,
             )
-        return rearrange(z, "batch head pos d_head -> batch pos head d_head")
+        return z.transpose(1, 2)
 
     def pattern_of(
         self, q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]
     ) -> Float[Tensor, "batch head pos pos"]:
         """The pattern of queries and keys of whole texts, whatever is attached to the model."""
-        q, k = (rearrange(x, "batch pos head d_head -> batch head pos d_head") for x in (q, k))
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         return self._scores(q, k, self._near(q.shape[2], k.shape[2], None, q.device)).softmax(dim=-1)
 
     def _near(

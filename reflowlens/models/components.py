@@ -126,13 +126,15 @@ class Block(nn.Module):
         self, resid: Float[Tensor, "batch pos d_model"], places: Places, past: Past | None
     ) -> Float[Tensor, "batch mixed_pos d_model"]:
         """What attention adds to the stream that it reads."""
-        out = self.hook_attn_out(self.after_attention(self.attn(resid, self.ln1, places, past)))
-        return F.dropout(out, self.dropout, self.training)
+        return self._dropped(self.hook_attn_out(self.after_attention(self.attn(resid, self.ln1, places, past))))
 
     def mlp_written(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """What the MLP adds to the stream that it reads."""
-        out = self.hook_mlp_out(self.after_mlp(self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid)))))
-        return F.dropout(out, self.dropout, self.training)
+        written = self.mlp(self.ln2(through_copy(self.hook_mlp_in, resid)))
+        return self._dropped(self.hook_mlp_out(self.after_mlp(written)))
+
+    def _dropped(self, out: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return F.dropout(out, self.dropout) if self.training and self.dropout else out
 
     def after_attention(self, out: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What of attention's output is added: normalised by ``ln1_post``, where there is one."""

@@ -18,7 +18,7 @@ def dense(matrix: Tensor | FactoredMatrix) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """In float32 at least: what sums over many entries is not left to 16 bits."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def all_finite(*tensors: Tensor) -> bool:

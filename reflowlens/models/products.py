@@ -26,7 +26,8 @@ def product(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float
 
     Under autocast and in a compiled graph the product is torch's own, of the types and kernels that these choose.
     """
-    if not _in_float32_by_onednn(x, matrix):
+    # In this order: under a compiler a size is a symbol, and what is asked of it a reason to compile anew.
+    if torch.compiler.is_compiling() or x.numel() * matrix.shape[1] < _SMALL or not _in_float32_by_onednn(x, matrix):
         return x @ matrix
     if torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad):
         return _Product.apply(x, matrix)
@@ -34,7 +35,7 @@ def product(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float
 
 
 def _in_float32_by_onednn(x: Tensor, matrix: Tensor) -> bool:
-    if _is_traced() or x.numel() * matrix.shape[1] < _SMALL or not onednn_is_faster():
+    if _is_traced() or not onednn_is_faster():
         return False
     if x.dtype != torch.float32 or matrix.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
@@ -42,11 +43,9 @@ def _in_float32_by_onednn(x: Tensor, matrix: Tensor) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether a compiler, a transform (``torch.func``) or a mode such as ``FlopCounterMode`` follows what is computed,
-    which know torch's own products.
+    """Whether a transform (``torch.func``) or a mode such as ``FlopCounterMode`` follows what is computed, which know
+    torch's own products.
     """
-    if torch.compiler.is_compiling():
-        return True
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 

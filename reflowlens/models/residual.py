@@ -247,7 +247,7 @@ class ResidualModel(HookedModel):
             resid = asked.input.clone()  # a hook that writes in place leaves the caller's stream alone
         else:
             resid = self.embed_tokens(asked.input, weights, asked.places.positions)
-        for block in self.blocks[asked.start : asked.stop]:
+        for block in list(self.blocks)[asked.start : asked.stop]:  # of a ModuleList a slice is a module, made anew
             resid = block(resid, asked.places, past)
         return resid
 
