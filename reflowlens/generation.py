@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any, Literal, cast
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from tqdm import tqdm
 
 from reflowlens.arguments import integer, is_one_of, random_seed, real, whole_number
@@ -105,32 +107,53 @@ def generate(
     progress = verbose if progress is None else progress
 
     tokens = F.pad(prompts, (0, max_new_tokens), value=model.tokenizer.eot_token or 0)
-    starts = torch.tensor(lengths, device=tokens.device)
-    ends = starts + max_new_tokens  # of each row, one after its last token; earlier once it has drawn a stop token
+    starts, n_vocab = torch.tensor(lengths, device=tokens.device), model.tokenizer.n_vocab
+    # Of each row, one after its last token, earlier once it has drawn a stop token. Rows are kept count of in Python: a
+    # tensor of them would be asked several times a step.
+    ends = [length + max_new_tokens for length in lengths]
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(tokens))]
     past = model.make_cache(len(tokens), next(model.parameters()).dtype) if use_past_kv_cache else None
     read, end = 0, min(lengths)
     shown = sys.stderr.isatty() if progress is None else progress
-    with tqdm(total=tokens.shape[1] - end, unit="token", disable=not shown) as bar:
-        while (ends > end).any():
+    bar = tqdm(total=tokens.shape[1] - end, unit="token", disable=not shown)
+    # Faster than passes without gradients, but no backward pass may ever read a tensor of it.
+    unseen = torch.inference_mode() if forward is model and _passes_unseen(model) else contextlib.nullcontext()
+    with bar, unseen:
+        while max(ends) > end:
             with growing_text(ready=starts <= end):
-                logits = forward(tokens[:, read:end], _newest, past_kv_cache=past)[:, : model.tokenizer.n_vocab]
+                logits = forward(tokens[:, read:end], _newest, past_kv_cache=past)[:, :n_vocab]
             # Rows still inside their prompt draw nothing, so that they stay as if alone.
-            drawing = ((starts <= end) & (end < ends)).nonzero().squeeze(1)
-            logits = logits if len(drawing) == len(logits) else logits[drawing]
-            drawn = sample(logits, temperature, top_k, top_p, [generators[row] for row in drawing.tolist()])
-            tokens[drawing, end] = drawn = drawn.to(tokens.device)
-            ends[drawing[torch.isin(drawn, stops)]] = end + 1
+            drawing = [row for row, length in enumerate(lengths) if length <= end < ends[row]]
+            every = len(drawing) == len(tokens)
+            drawn = sample(
+                logits if every else logits[drawing], temperature, top_k, top_p, [generators[row] for row in drawing]
+            )
+            tokens[slice(None) if every else drawing, end] = drawn.to(tokens.device)
+            for row, token in zip(drawing, drawn.tolist(), strict=True):
+                if token in stops:
+                    ends[row] = end + 1
             read, end = (end if past is not None else 0), end + 1
             bar.update()
 
-    tokens = tokens[:, : int(ends.max())]
-    result = tokens if return_type == "tokens" else _texts(model, input, tokens, ends.tolist())
+    tokens = tokens[:, : max(ends)]
+    result = tokens if return_type == "tokens" else _texts(model, input, tokens, ends)
     if not return_cache:
         return result
     _, cache = model.run_with_cache(tokens, names_filter=names_filter)
-    cache.lengths = ends.tolist()
+    cache.lengths = ends
     return result, cache
+
+
+def _passes_unseen(model: HookedModel) -> bool:
+    """Whether nobody can keep a tensor of a pass: no hook is attached, and no module is somebody's own."""
+    if _has_any_global_hook():
+        return False
+    for module in model.modules():
+        is_own = type(module) is nn.ModuleList or type(module).__module__.startswith("reflowlens.")
+        is_seen = module._forward_hooks or module._forward_pre_hooks or getattr(module, "keep", None) is not None
+        if is_seen or not is_own or "forward" in vars(module):  # one put in place of the class's
+            return False
+    return True
 
 
 def _newest(readout: Readout) -> Float[Tensor, "batch d_vocab"]:
@@ -175,7 +198,8 @@ def sample(
         logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, float("-inf"))
     # One uniform number per row against the cumulated probabilities: `torch.multinomial` would draw one per token.
@@ -223,7 +247,7 @@ def _own_tokens(model: HookedModel, input: TextInput, attention_mask: Tensor) ->
 
 def _stop_ids(
     model: HookedModel, stop_at_eos: bool, eos: int | Iterable[int] | None, stop_token: str | int | None
-) -> Int[Tensor, " stop"]:
+) -> set[int]:
     one = eos is None or isinstance(eos, str) or integer(eos) is not None
     ends: list[Any] = [eos] if one else list(cast("Iterable[Any]", eos))
     given = {"stop_token": [stop_token], "eos_token_id": ends}
@@ -236,4 +260,4 @@ def _stop_ids(
                     f"{name} must be a token's text or its id, 0 to {model.cfg.d_vocab - 1}, got {token!r}"
                 )
             ids.append(stop)
-    return torch.tensor([i for i in ids if i is not None], dtype=torch.long, device=model.cfg.device)
+    return {i for i in ids if i is not None}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import reflowlens as rl
+from reflowlens import generation
 from reflowlens.errors import ReflowlensError
 from reflowlens.generation import sample
 from tests.reflowlens.models.test_bdh import random_bdh
@@ -254,6 +255,95 @@ def test_graphs_of_many_passes_keep_no_room_for_positions_to_come():
             model(token[None], past_kv_cache=past)
     assert saved
     assert room not in saved
+
+
+@pytest.fixture
+def modes(monkeypatch) -> list[bool]:
+    """For each step that is generated whether it ran in inference mode."""
+    modes, newest = [], generation._newest
+
+    def noted(readout):
+        modes.append(torch.is_inference_mode_enabled())
+        return newest(readout)
+
+    monkeypatch.setattr(generation, "_newest", noted)
+    return modes
+
+
+@pytest.mark.parametrize("name", [*NAMES, "bdh"])
+def test_a_model_that_has_generated_is_trained_as_one_that_has_not(name, modes):
+    """Its steps run in inference mode, of which no tensor may be kept: a backward pass could not read it."""
+    model, fresh = (random_bdh() if name == "bdh" else random_model(name) for _ in range(2))
+    model.generate(PROMPTS, 3)
+    assert modes
+    assert all(modes)
+    for each in (model, fresh):
+        each("The cap", return_type="loss").backward()
+    for (key, parameter), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), key
+
+
+def _torch_hook(model, keep):
+    return model.blocks[0].mlp.register_forward_hook(lambda module, given, out: keep(out))
+
+
+def _global_hook(model, keep):
+    return torch.nn.modules.module.register_module_forward_hook(lambda module, given, out: keep(out))
+
+
+def _own_module(model, keep):
+    class Noting(type(model.blocks[0].mlp)):
+        def forward(self, x):
+            out = super().forward(x)
+            keep(out)
+            return out
+
+    model.blocks[0].mlp.__class__ = Noting
+
+
+def _own_forward(model, keep):
+    mlp = model.blocks[0].mlp
+    forward = mlp.forward
+
+    def noting(x):
+        out = forward(x)
+        keep(out)
+        return out
+
+    mlp.forward = noting
+
+
+def _kept_point(model, keep):
+    vars(model.blocks[0].mlp.hook_post)["keep"] = lambda x, point: keep(x)
+
+
+def _hook(model, keep):
+    model.add_hook("blocks.0.mlp.hook_post", lambda x, hook: keep(x))
+
+
+@pytest.mark.parametrize("attach", [_hook, _kept_point, _torch_hook, _global_hook, _own_module, _own_forward])
+def test_what_somebody_keeps_of_a_step_may_enter_a_backward_pass(attach, modes):
+    model, kept = random_model("reflow"), []
+    expected = model.generate("The", 3)
+    modes.clear()
+    handle = attach(model, lambda x: kept.append(x) if isinstance(x, torch.Tensor) else None)
+    try:
+        assert model.generate("The", 3) == expected
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert modes == [False] * 3
+    assert kept
+    for x in kept:
+        weight = torch.ones_like(x, requires_grad=True)
+        (weight * x).sum().backward()
+        assert torch.equal(weight.grad, x)
+
+
+def test_what_is_generated_in_the_caller_s_inference_mode_is_the_same(tiny_models):
+    with torch.inference_mode():
+        within = tiny_models["reflow"].generate(PROMPTS, 4)
+    assert within == tiny_models["reflow"].generate(PROMPTS, 4)
 
 
 def test_a_compiled_model_writes_the_same_and_is_compiled_once_for_all_lengths(tiny_models):
