@@ -6,25 +6,28 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from pretraining.stopping import INTERRUPTED
 from reflowlens.errors import ReflowlensError
 
 
 def start(
     description: str,
     add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     arguments: Sequence[str] | None,
 ) -> None:
     """What torchrun starts: a command that ends with one line where it fails or is interrupted."""
     parser = argparse.ArgumentParser(description=description)
     add_arguments(parser)
     try:
-        run(parser.parse_args(arguments))
+        status = run(parser.parse_args(arguments))
     except ReflowlensError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = INTERRUPTED
+    if status:
+        sys.exit(status)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,14 +55,14 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
-def run_distillation(options: argparse.Namespace) -> None:
-    """Train a student as :func:`run` trains a model; a dry run counts the student alone.
+def run_distillation(options: argparse.Namespace) -> int | None:
+    """Train a student as :func:`run` trains a model, with its exit status; a dry run counts the student alone.
 
     Raises:
         ReflowlensError: as of :func:`run`, or the teacher does not fit the student.
     """
     options.set.append(f"distillation.teacher={options.teacher}")
-    run(options)
+    return run(options)
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,8 +113,11 @@ def run_study(options: argparse.Namespace) -> None:
         print(by_arm(found).to_string(float_format="{:.4f}".format))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int | None:
     """Train, or with ``--dry-run`` print what that would cost.
+
+    Returns:
+        The exit status, where it is not 0: of a run that was stopped and saved, 130.
 
     Raises:
         ReflowlensError: the configuration or an option is not as it should be, or the run fails.
@@ -133,9 +139,11 @@ def run(options: argparse.Namespace) -> None:
         from pretraining.estimate import estimate
 
         print(estimate(cfg, **{name: value for name, value in plan.items() if value is not None}))
-        return
+        return None
+    from pretraining.state import is_last
     from pretraining.train import train
 
     folder = train(cfg, resume=options.resume, progress=True)
     if is_first_process():
         print(folder)
+    return None if is_last(folder, cfg) else INTERRUPTED

@@ -41,6 +41,11 @@ def newest_checkpoint(out: Path) -> Path:
     return complete[-1]
 
 
+def is_last(checkpoint: Path, cfg: TrainConfig) -> bool:
+    """Whether a checkpoint is that of its run's last step: a run that was stopped has an earlier one."""
+    return checkpoint.name == f"step_{cfg.run.steps:07d}"
+
+
 def start_fresh(out: Path) -> int:
     """The first step of a new run: 0.
 

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+INTERRUPTED = 130  # exit status of a command that was asked to stop and did
+
 
 class StopRequests:
     """Called, it says whether somebody asked to stop.

@@ -38,6 +38,7 @@ import pandas as pd
 
 from pretraining.command import add_study_arguments, run_study, start
 from pretraining.config import TrainConfig, load_config, read_toml
+from pretraining.state import is_last
 from pretraining.train import train
 from reflowlens.arguments import whole_number
 from reflowlens.errors import ReflowlensError, nearest
@@ -131,7 +132,7 @@ def train_study(runs: Sequence[Run], *, progress: bool | None = None) -> pd.Data
         print(f"run {number} of {len(runs)}: {run.arm}, seed {run.seed} ({run.folder})", file=sys.stderr)
         last = train(run.cfg, resume=any(run.folder.glob("step_*")), progress=progress)
         write_table(runs)
-        if last.name != f"step_{run.cfg.run.steps:07d}":
+        if not is_last(last, run.cfg):
             raise KeyboardInterrupt
     return table(runs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from pretraining.stopping import INTERRUPTED
 from reflowlens.errors import ReflowlensError
 
 
@@ -21,8 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in run.out")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int | None:
     """Train.
+
+    Returns:
+        The exit status, where it is not 0: of a run that was stopped and saved, 130.
 
     Raises:
         ReflowlensError: the configuration or an option is not as it should be, or the run fails.
@@ -37,7 +41,9 @@ def run(options: argparse.Namespace) -> None:
             raise SystemExit(1) from None
         raise
     from pretraining.dictionaries.train import train_dictionaries
+    from reflowlens.dictionaries.files import dictionary_manifest
 
     folders = train_dictionaries(cfg, resume=options.resume, progress=True)
     if is_first_process():
         print(*folders, sep="\n")
+    return INTERRUPTED if dictionary_manifest(folders[0])["step"] < cfg.run.steps else None

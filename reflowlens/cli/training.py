@@ -129,8 +129,9 @@ def _add_finetune(commands: Commands) -> None:
     add_device(parser)
 
 
-def _finetune(options: argparse.Namespace) -> None:
+def _finetune(options: argparse.Namespace) -> int | None:
     from pretraining.finetune import FinetuneConfig, finetune
+    from pretraining.stopping import INTERRUPTED
 
     cfg = FinetuneConfig(
         epochs=options.epochs,
@@ -146,6 +147,7 @@ def _finetune(options: argparse.Namespace) -> None:
     )
     if tuned.last.step < tuned.last.steps:
         print(f"stopped at step {tuned.last.step} of {tuned.last.steps}; saved in {tuned.folder}", file=sys.stderr)
-        return
+        return INTERRUPTED
     print(f"held-out completion loss {tuned.val_losses[0]:.4f} -> {tuned.val_losses[-1]:.4f} nats a token")
     print(tuned.folder)
+    return None

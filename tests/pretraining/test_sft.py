@@ -316,9 +316,8 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_one_line(
 
     monkeypatch.setattr(pretraining.finetune, "completion_loss", interrupted)
     handler = signal.getsignal(signal.SIGINT)
-    assert (
-        main(["finetune", str(base), str(data), "--out", str(out), "--batch-size", "2", "--val-fraction", "0.3"]) == 0
-    )
+    asked = ["finetune", str(base), str(data), "--out", str(out), "--batch-size", "2", "--val-fraction", "0.3"]
+    assert main(asked) == 130
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -27,6 +27,7 @@ from pretraining.evaluate import evaluate, evaluate_model
 from pretraining.state import newest_checkpoint
 from pretraining.token_files import open_tokens
 from pretraining.train import train
+from reflowlens import cli
 from reflowlens.checkpoints import load_model, read_manifest, write_folder
 from reflowlens.errors import ReflowlensError
 from reflowlens.models import build_model
@@ -383,6 +384,29 @@ def test_ctrl_c_saves_and_stops(
     assert folder.name == "step_0000008"
     assert load_model(folder).cfg == cfg.model
     same_files(train(cfg, resume=True), uninterrupted(cfg))
+
+
+def test_a_command_that_was_asked_to_stop_ends_with_status_130(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a study and a report do, and what torchrun starts; a run that goes on and comes to its end has status 0."""
+    config, log, at = str(write()), train_module.Log.write, 8
+
+    def press(self: Any, step: int, record: dict[str, float]) -> None:
+        log(self, step, record)
+        if step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_module.Log, "write", press)
+    assert cli.main(["train", config]) == 130
+    printed = capsys.readouterr()
+    assert printed.out.strip().endswith("step_0000008")
+    assert printed.err.splitlines()[-1] == "stopped at step 8 of 24; continue with --resume"
+    at = 16
+    with pytest.raises(SystemExit) as ended:
+        train_module.main([config, "--resume"])
+    assert ended.value.code == 130
+    assert cli.main(["train", config, "--resume"]) == 0
 
 
 def test_a_second_ctrl_c_interrupts(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pretraining.dictionaries.config import DictionarySpec, list_runs, load_run
 from pretraining.dictionaries.learner import Learner
 from pretraining.dictionaries.state import STATE
 from pretraining.dictionaries.train import train_dictionaries
+from reflowlens import cli
 from reflowlens.checkpoints import load_model, save_model
 from reflowlens.dictionaries.files import dictionary_manifest, load_dictionary
 from reflowlens.errors import ReflowlensError
@@ -185,7 +186,8 @@ def test_a_killed_run_goes_on_bit_for_bit(write: Callable[..., Path]) -> None:
 def test_ctrl_c_saves_and_stops(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg, whole = load_run(write("plt")), load_run(write("plt", out="whole"))
+    config = write("plt")
+    cfg, whole = load_run(config), load_run(write("plt", out="whole"))
     step = Learner.step
 
     def interrupted(self: Learner, *args: Any, **kwargs: Any) -> Any:
@@ -195,9 +197,9 @@ def test_ctrl_c_saves_and_stops(
 
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "step", interrupted)
-        train_dictionaries(cfg)
+        assert cli.main(["dictionary", "train", str(config)]) == 130
     assert "stopped at step 5 of 12; continue with --resume" in capsys.readouterr().err
-    train_dictionaries(cfg, resume=True)
+    assert cli.main(["dictionary", "train", str(config), "--resume"]) == 0
     train_dictionaries(whole)
     same_run(cfg.run.out, whole.run.out)
 
