@@ -22,7 +22,7 @@ from reflowlens.models import MODEL_CLASSES, check_memory, moved, parameter_shap
 from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import only_finite
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.storage.folders import MANIFEST, check_replaceable, write_folder, write_tensors
+from reflowlens.storage.folders import MANIFEST, check_replaceable, check_same_model, write_folder, write_tensors
 from reflowlens.storage.model_hash import model_hash as model_hash
 from reflowlens.storage.opening import (
     as_path,
@@ -166,6 +166,7 @@ def save_model(
     manifest: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Write a checkpoint folder; an earlier one is replaced when the new one is complete.
 
@@ -174,20 +175,25 @@ def save_model(
         model: a hooked model, compiled or not.
         manifest: further entries of ``manifest.json``, such as tokens seen, losses, or the command that made it.
         dtype: type in which weights are stored, e.g. ``torch.float16``; None: as they are.
+        overwrite: False replaces a checkpoint of the same weights alone.
 
     Returns:
         The folder.
 
     Raises:
         ReflowlensError: a weight is not finite (in ``dtype``) or is pruned, the folder holds something other than a
-            checkpoint, the disk is full or the folder cannot be written; then nothing has changed.
+            checkpoint, or than one that may be replaced, the disk is full or the folder cannot be written; then nothing
+            has changed.
 
     Example: ``load_model(save_model("out/model", model))``
     """
     folder = as_path(folder)
     model = hooked_model(model)
     check_replaceable(folder, (WEIGHTS, MANIFEST))
-    weights = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in all_parameters(model).items()}
+    parameters = all_parameters(model)
+    if not overwrite:
+        check_same_model(folder, WEIGHTS, parameters)
+    weights = {name: p.to("cpu", dtype or p.dtype).contiguous() for name, p in parameters.items()}
     for name, tensor in weights.items():
         if not only_finite(tensor):
             raise ReflowlensError(f"{name} holds values that are not finite in {tensor.dtype}: the model is not saved")

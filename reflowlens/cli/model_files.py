@@ -32,6 +32,11 @@ def _add_export(commands: Commands) -> None:
         action="store_true",
         help="take weights that are not those their manifest was written with; what is written then opens everywhere",
     )
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace another model that the folder holds")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -43,10 +48,10 @@ def _export(options: argparse.Namespace) -> None:
     if options.format == "hf":
         from reflowlens.conversion import export_hf
 
-        print(export_hf(model, options.out, dtype=dtype))
+        print(export_hf(model, options.out, dtype=dtype, overwrite=options.overwrite))
         return
     facts = {k: v for k, v in read_manifest(options.model).items() if k not in ("format", "config", "weights_sha256")}
-    print(save_model(options.out, model, facts, dtype=dtype))
+    print(save_model(options.out, model, facts, dtype=dtype, overwrite=options.overwrite))
 
 
 def _add_import(commands: Commands) -> None:
@@ -67,6 +72,7 @@ def _add_import(commands: Commands) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "float16", "bfloat16"], help="of the weights (default: as stored)"
     )
+    _add_overwrite(parser)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -78,7 +84,9 @@ def _import(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with warnings.catch_warnings(record=True) as told:
-        out = import_model(options.source, options.out, options.source_format, dtype=dtype, **chosen)
+        out = import_model(
+            options.source, options.out, options.source_format, overwrite=options.overwrite, dtype=dtype, **chosen
+        )
     for warning in told:
         print(warning.message, file=sys.stderr)
     print(out)

@@ -22,19 +22,26 @@ __all__ = ["export_hf", "import_hf", "import_model", "import_nanogpt"]
 
 
 def import_model(
-    source: str | Path, out: str | Path, source_format: Literal["hf", "nanogpt"] | None = None, **options: Any
+    source: str | Path,
+    out: str | Path,
+    source_format: Literal["hf", "nanogpt"] | None = None,
+    *,
+    overwrite: bool = True,
+    **options: Any,
 ) -> Path:
     """Import a model and write it as a checkpoint folder, whose manifest says where it came from.
 
     Args:
         source_format: ``hf`` or ``nanogpt``; default: ``hf`` for a folder, ``nanogpt`` for a file.
+        overwrite: False replaces a checkpoint of the same weights alone.
         options: of :func:`import_hf` or :func:`import_nanogpt`.
 
     Returns:
         ``out``, which :func:`reflowlens.load_model` opens.
 
     Raises:
-        ReflowlensError: the source cannot be imported, or ``out`` holds something else or cannot be written.
+        ReflowlensError: the source cannot be imported, or ``out`` holds something else, or what may not be replaced, or
+            cannot be written.
 
     Example: ``import_model("SmolLM2-135M", "out/smollm", dtype=None)``
     """
@@ -48,4 +55,4 @@ def import_model(
     model = import_hf(source, **options) if chosen == "hf" else import_nanogpt(source, **options)
     files = [source / CONFIG, *weight_files(source)] if chosen == "hf" else [source]
     origin = {"format": chosen, "source": str(source), "sha256": {file.name: file_hash(file) for file in files}}
-    return save_model(out, model, {"imported_from": origin})
+    return save_model(out, model, {"imported_from": origin}, overwrite=overwrite)

@@ -29,7 +29,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
 from reflowlens.models.numerics import only_finite
 from reflowlens.models.unwrapping import hooked_model
-from reflowlens.storage.folders import check_replaceable, write_folder, write_tensors
+from reflowlens.storage.folders import check_replaceable, check_same_model, write_folder, write_tensors
 from reflowlens.storage.opening import (
     as_path,
     holds_file,
@@ -52,7 +52,9 @@ _OF_OTHERS = {
 }
 
 
-def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def export_hf(
+    model: HookedModel, folder: str | Path, dtype: torch.dtype | None = None, *, overwrite: bool = True
+) -> Path:
     """Write a model as a folder that ``transformers.AutoModelForCausalLM`` and ``AutoTokenizer`` open, with its logits.
 
     An imported model goes back to its class. Others with rotary positions become a ``LlamaForCausalLM`` (a reFlow with
@@ -63,10 +65,12 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     Args:
         folder: where to write; an earlier export there is replaced when the new one is complete.
         dtype: of the stored weights; default: the model's own.
+        overwrite: False replaces an export of the same weights alone.
 
     Raises:
         ReflowlensError: transformers has no architecture that computes what this model computes, a weight is not finite
-            in ``dtype`` or is pruned, the folder holds something else, or it cannot be written.
+            in ``dtype`` or is pruned, the folder holds something else, or what may not be replaced, or it cannot be
+            written.
 
     Example: ``export_hf(load_model("reflow-nano"), "reflow-nano-hf")``
     """
@@ -76,10 +80,10 @@ def export_hf(model: HookedModel, folder: str | Path, dtype: torch.dtype | None 
     family = _family_of(model.cfg)
     cfg = family.as_family(dataclasses.replace(model.cfg, n_ctx=model.cfg.original_n_ctx or model.cfg.n_ctx))
     dtype = dtype or next(model.parameters()).dtype
-    tensors = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in to_theirs(family.layout(cfg), _merged(model), cfg).items()
-    }
+    exact = to_theirs(family.layout(cfg), _merged(model), cfg)
+    if not overwrite:
+        check_same_model(folder, WEIGHTS, exact)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in exact.items()}
     for name, tensor in tensors.items():
         if not only_finite(tensor):
             raise ReflowlensError(f"{name} holds values that are not finite in {dtype}: the model is not exported")

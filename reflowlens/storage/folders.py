@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from reflowlens.errors import ReflowlensError
+from reflowlens.storage.opening import open_safetensors
 
 MANIFEST = "manifest.json"
 
@@ -27,6 +29,30 @@ def check_replaceable(folder: Path, files: tuple[str, ...], kind: str = "checkpo
         raise ReflowlensError(
             f"{folder} holds other files and no {kind} to replace ({', '.join(files)}): choose a new folder"
         )
+
+
+def check_same_model(folder: Path, file: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise if a folder holds the weights of another model than these, whatever type they are stored in.
+
+    Args:
+        file: the safetensors file in which the folder's weights would be.
+        weights: before they are rounded to a type.
+    """
+    if not (folder / file).is_file():
+        return
+    stored = open_safetensors(folder / file)
+    shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118 # it is no mapping
+    for name in sorted({*shapes, *weights}):
+        has_shape = name in weights and shapes.get(name) == list(weights[name].shape)
+        if not has_shape or not _rounds_to(weights[name], stored.get_tensor(name)):
+            raise ReflowlensError(
+                f"{folder} holds another model ({sum(map(math.prod, shapes.values())):,} weights; {name} differs): "
+                "choose another folder, or replace it with --overwrite"
+            )
+
+
+def _rounds_to(weight: Tensor, stored: Tensor) -> bool:
+    return bool((weight.to("cpu", stored.dtype) == stored).all())
 
 
 def check_makeable(folder: Path) -> None:

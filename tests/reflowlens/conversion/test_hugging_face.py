@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -576,6 +578,32 @@ def test_export_and_import_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", ["reflowlens", "hf"])
+def test_the_command_line_replaces_an_export_of_the_same_model_alone(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In whatever type it was stored; another seed's or another shape's takes ``--overwrite``."""
+    cfg = tiny_config("reflow_lite")
+    one, seed, shape = (str(tmp_path / name) for name in ("one", "seed", "shape"))
+    for path, model in ((one, build_model(cfg, seed=1)), (seed, build_model(cfg, seed=2))):
+        save_model(path, model)
+    save_model(shape, build_model(dataclasses.replace(cfg, n_layers=1)))
+    asked, out = ["--format", format], str(tmp_path / "out")
+    for dtype in ("float32", "bfloat16", "float16", "float32"):
+        assert main(["export", one, out, *asked, "--dtype", dtype]) == 0
+    held = {path.name: path.read_bytes() for path in Path(out).iterdir()}
+    for other in (seed, shape):
+        capsys.readouterr()
+        assert main(["export", other, out, *asked]) == 2
+        said = capsys.readouterr().err
+        assert re.search(r"out holds another model \([\d,]+ weights; \S+ differs\): choose another folder, or", said)
+        assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == held
+    assert main(["export", shape, out, *asked, "--overwrite"]) == 0
+    if format == "hf":
+        assert main(["import", out, one]) == 2
+        assert main(["import", out, one, "--overwrite"]) == 0
 
 
 def test_a_compiled_model_is_exported_with_its_own_weights(tmp_path: Path) -> None:
