@@ -69,8 +69,9 @@ def load_model(
             safetensors file written by :func:`save_model`, or a packed one (:func:`reflowlens.packing.pack_model`).
         device: where to put it.
         dtype: floating-point type of its weights, however they are stored.
-        verify: check the weights against the SHA-256 that the ``manifest.json`` beside them records, if it does; False
-            opens weights that were changed since.
+        verify: check the weights against the SHA-256, and their configuration against the one, that the
+            ``manifest.json`` beside them records, if it does; False opens weights that were changed since, with the
+            configuration that their own file states.
 
     Raises:
         ReflowlensError: there is no such model, the file is corrupt or not the one its manifest was written with, was
@@ -87,14 +88,12 @@ def load_model(
         return model_from_weights(cfg, each, device=device, dtype=dtype)
     with unchanged([path]):
         file = open_safetensors(path)
-        cfg = ModelConfig.from_dict(stated_config(path, file.metadata() or {}, FORMAT))
+        config = stated_config(path, file.metadata() or {}, FORMAT)
+        cfg = ModelConfig.from_dict(config)
         stored = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         _check_fit(path, cfg, stored)
-        if verify and not is_as_written(path):
-            raise ReflowlensError(
-                f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or "
-                "take it as it is: load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
-            )
+        if verify:
+            _check_as_recorded(path, config)
         _open_tokenizer(path, cfg)
         # The largest first: while it is there twice, the model is hardly there at all.
         names = sorted(stored, key=lambda name: math.prod(stored[name].get_shape()), reverse=True)
@@ -123,6 +122,25 @@ def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     cfg, weights = read_packed_file(path, "model", configured)
     return cfg, {name: _finite(path, name, tensor) for name, tensor in weights.items()}
+
+
+def _check_as_recorded(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless a weights file and the configuration in it are those of the manifest beside it, if there is one."""
+    how = "load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
+    if not is_as_written(path):
+        raise ReflowlensError(
+            f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or "
+            f"take it as it is: {how}"
+        )
+    recorded = read_manifest(path).get("config", config)
+    fields = recorded if isinstance(recorded, dict) else {}
+    for name in (*config, *fields):
+        ours, theirs = config.get(name), fields.get(name)
+        if ours != theirs:
+            raise ReflowlensError(
+                f"{path} states {name}={ours!r}, and {MANIFEST} beside it {name}={theirs!r}: one was edited; put it "
+                f"back, or go by the weights file: {how}"
+            )
 
 
 def is_as_written(path: Path) -> bool:

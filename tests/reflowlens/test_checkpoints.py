@@ -452,6 +452,26 @@ def test_only_a_recorded_hash_is_held_against_a_file(saved: Path, tmp_path: Path
     assert same_weights(load_model(alone), opened)
 
 
+def test_a_manifest_of_another_configuration_is_refused(saved: Path, tmp_path: Path) -> None:
+    """Whichever of the two was edited, a tokenizer with as many tokens would read other texts."""
+    manifest = json.loads((saved / "manifest.json").read_text())
+    edited = manifest["config"] | {"tokenizer_name": "gpt2_1k"}
+    for config, name in ((edited, "tokenizer_name"), ({}, "architecture"), (7, "architecture")):
+        (saved / "manifest.json").write_text(json.dumps(manifest | {"config": config}))
+        with pytest.raises(
+            ReflowlensError, match=rf"states {name}=.* and manifest\.json beside it {name}=.*verify=False"
+        ):
+            load_model(saved)
+        assert load_model(saved, verify=False).cfg.tokenizer_name == "bytes"
+    again = str(tmp_path / "again")
+    assert main(["export", str(saved), again]) == 2
+    assert main(["export", str(saved), again, "--no-verify"]) == 0
+    assert load_model(again).cfg.tokenizer_name == "bytes"
+    del manifest["config"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    assert load_model(saved).cfg.tokenizer_name == "bytes"
+
+
 def test_a_file_is_hashed_a_piece_at_a_time(tmp_path: Path) -> None:
     data = bytes(range(256)) * 20_000  # several pieces
     (tmp_path / "file").write_bytes(data)
