@@ -126,11 +126,10 @@ def read_packed_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 def _check_as_recorded(path: Path, config: Mapping[str, Any]) -> None:
     """Raise unless a weights file and the configuration in it are those of the manifest beside it, if there is one."""
-    how = "load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
     if not is_as_written(path):
         raise ReflowlensError(
             f"{path} is not the file that {MANIFEST} was written with (its SHA-256 differs): fetch it again, or "
-            f"take it as it is: {how}"
+            "take it as it is: load_model(..., verify=False), or reflowlens export OLD NEW --no-verify"
         )
     recorded = read_manifest(path).get("config", config)
     fields = recorded if isinstance(recorded, dict) else {}
@@ -139,7 +138,8 @@ def _check_as_recorded(path: Path, config: Mapping[str, Any]) -> None:
         if ours != theirs:
             raise ReflowlensError(
                 f"{path} states {name}={ours!r}, and {MANIFEST} beside it {name}={theirs!r}: one was edited; put it "
-                f"back, or go by the weights file: {how}"
+                "back, or go by the weights file: load_model(..., verify=False), or reflowlens export OLD NEW "
+                "--no-verify"
             )
 
 

@@ -46,7 +46,8 @@ class Prompts:
             results are told apart by; every further column a role.
 
     Raises:
-        ReflowlensError: a column is missing, or a row of one is empty or of another kind.
+        ReflowlensError: a column is missing, or a row of one is empty or of another kind; or two groups are written
+            alike, such as 1 and "1".
 
     Example:
         >>> prompts = Prompts.of([{"clean": "Sky is", "answer": " blue"}, {"clean": "Grass is", "answer": " green"}])
@@ -74,6 +75,8 @@ class Prompts:
             rows = list(enumerate(frame[name])) if name in names else []
             for row, value in sorted(rows, key=lambda each: not _is_missing(each[1])):  # which made integers floats
                 _check(name, row, value)
+        if "group" in names:
+            group_names(frame["group"].tolist())
         object.__setattr__(self, "frame", frame)
 
     @classmethod
@@ -308,6 +311,25 @@ def _place(row: int, position: Any, length: int) -> int:
     if not -length <= index < length:
         raise ReflowlensError(f"row {row}: there is no position {index}, the prompt has {length} tokens")
     return index % length
+
+
+def group_names(groups: Iterable[Any]) -> list[str]:
+    """Groups as tables and figures write them.
+
+    Raises:
+        ReflowlensError: two are written alike, a number and its text for example, and would share a row.
+
+    >>> group_names(["Europe", 7, "Europe"])
+    ['Europe', '7', 'Europe']
+    """
+    named, written = list(groups), dict[str, Any]()
+    for group in named:
+        other = written.setdefault(str(group), group)
+        if not _is_missing(group) and other != group:  # what is missing is unlike itself
+            raise ReflowlensError(
+                f"groups {other!r} and {group!r} are written alike: make them one group, or write one otherwise"
+            )
+    return list(map(str, named))
 
 
 def _check(column: str, row: int, value: Any) -> None:

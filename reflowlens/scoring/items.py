@@ -18,6 +18,7 @@ from reflowlens.arguments import integer
 from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
 from reflowlens.models.unwrapping import hooked_model
+from reflowlens.prompts import group_names
 from reflowlens.scoring.score import Scores, score
 
 _PLAIN: dict[str, Any] = {"split_special_tokens": True}
@@ -155,7 +156,8 @@ def frame_of(
     """Rows as a frame with the columns that are needed, and ``group``, "all" where there is none.
 
     Raises:
-        ReflowlensError: they are no rows, a column is missing, or a value is of another kind or empty.
+        ReflowlensError: they are no rows, a column is missing, a value is of another kind or empty, or two groups are
+            written alike.
     """
     if hasattr(rows, "to_pandas"):  # of the datasets package
         rows = rows.to_pandas()
@@ -173,7 +175,7 @@ def frame_of(
         for i, value in enumerate(frame[name]):
             if not isinstance(value, kind) or value in ("", []):
                 raise ReflowlensError(f"{what}, row {i}: {name!r} is {value!r}")
-    return frame.assign(group=frame["group"].astype(str) if "group" in frame else "all")
+    return frame.assign(group=group_names(frame["group"].tolist()) if "group" in frame else "all")
 
 
 def _plain(value: Any) -> Any:

@@ -94,6 +94,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a gap": (lambda m: rl.Prompts.of([TEXT, TEXT | {"corrupted": "x"}]), "row 0, column 'corrupted'"),
     "no token": (lambda m: rl.Prompts.of([TEXT | {"answer": 1.5}]), "row 0, column 'answer'.*1.5"),
     "no group": (lambda m: rl.Prompts.of([TEXT | {"group": None}]), "row 0, column 'group'"),
+    "groups written alike": (
+        lambda m: rl.Prompts.of([TEXT | {"group": 1}, TEXT | {"group": "1"}]),
+        "groups 1 and '1' are written alike",
+    ),
     "no row": (lambda m: rl.Prompts.of([]), "there are no prompts"),
     "a text as row": (lambda m: rl.Prompts.of(["x"]), "row 0: a prompt is a dict"),
     "an absent column": (lambda m: PROMPTS.select([0]).positions(m, "object"), "no column 'object'.*'subject'"),

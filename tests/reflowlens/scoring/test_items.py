@@ -88,6 +88,10 @@ def test_other_kinds_of_rows_and_blimps_own_names():
             lambda m: score_choices(m, [{"question": "q", "choices": ["a"], "answer": 0}]),
             "row 0: two texts to choose from are needed at least",
         ),
+        (
+            lambda m: score_pairs(m, [{"good": "a", "bad": "b", "group": name} for name in (1, "1")]),
+            "groups 1 and '1' are written alike",
+        ),
         (lambda m: score_last_words(m, ["word"]), "a passage needs a word before its last: 'word'"),
         (lambda m: score_last_words(m, []), "no passage to predict the last word of"),
     ],
