@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from reflowlens.models.products import product
+
 MAX_ROWS = 32_768
 MAX_ENTRIES = 2**23  # of the rows together: an iteration costs as much as there are, times the width
 TOLERANCE = 1e-4
@@ -118,8 +120,8 @@ def _ascend(scaled: Float[Tensor, "row S"], tolerance: float) -> Float[Tensor, "
 def _criterion_and_gradient(
     scaled: Float[Tensor, "row S"], rotation: Float[Tensor, "S S"]
 ) -> tuple[float, Float[Tensor, "S S"]]:
-    turned = scaled @ rotation
+    turned = product(scaled, rotation)
     squares = turned.square()
     means = squares.mean(dim=0)
     value = squares.square().mean(dim=0).sub_(means.square()).mean()
-    return float(value), scaled.T @ squares.sub_(means).mul_(turned) / len(scaled)
+    return float(value), product(scaled.T, squares.sub_(means).mul_(turned)) / len(scaled)

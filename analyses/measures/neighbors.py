@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analyses.statistics.draws import derive_rng
 from reflowlens.errors import ReflowlensError
+from reflowlens.models.products import product
 from reflowlens.tokenizers.base import Tokenizer
 
 BLOCK = 32  # queries at a time: scores over GPT-2's 50,257 tokens are 6 MB, which a cache can hold
@@ -59,7 +60,7 @@ def cosine_neighbors(
     found = []
     for start in range(0, len(queries), BLOCK):
         block = slice(start, start + BLOCK)
-        cosines = (unit_rows(queries[block]).to(unit) @ unit.T).masked_fill(~allowed, -torch.inf)
+        cosines = product(unit_rows(queries[block]).to(unit), unit.T).masked_fill(~allowed, -torch.inf)
         if exclude is not None:
             cosines.scatter_(1, exclude[block], -torch.inf)
         found.append(cosines.topk(k, dim=1))

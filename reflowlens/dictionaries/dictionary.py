@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reflowlens.dictionaries.config import WITH_THRESHOLD, DictionaryConfig
+from reflowlens.models.products import product
 
 if TYPE_CHECKING:
     from reflowlens.models.base import HookedModel
@@ -44,7 +45,7 @@ class DictionaryLayer(nn.Module):
         self.W_skip = nn.Parameter(torch.empty(cfg.d_out, cfg.d_in)) if cfg.skip else None
 
     def preactivations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
-        return x @ self.W_enc.T + self.b_enc
+        return product(x, self.W_enc.T) + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
         """The features' activations, not negative, as they are outside of training."""
@@ -61,7 +62,7 @@ class DictionaryLayer(nn.Module):
 
     def write(self, features: Float[Tensor, "*batch feature"], ahead: int = 0) -> Float[Tensor, "*batch d_out"]:
         """What the features add ``ahead`` layers after their own, without a bias."""
-        return features @ self.W_dec[:, ahead]
+        return product(features, self.W_dec[:, ahead])
 
     def constant(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What is written whatever the features are: the bias and, of what is read, the skip."""

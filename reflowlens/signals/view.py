@@ -18,6 +18,7 @@ from reflowlens.models.base import HookedModel
 from reflowlens.models.loss import capped
 from reflowlens.models.numerics import without_autocast
 from reflowlens.models.parts import Norm, plus
+from reflowlens.models.products import product
 from reflowlens.tokenizers.targets import target_ids
 
 
@@ -114,7 +115,7 @@ class SignalView:
         check_vectors("a residual stream", resid, "d_model", self.basis.shape[1])
         with without_autocast(self.basis):
             x = resid.to(self.basis.dtype)
-            return (x if self.norm is None else self.norm(x, hooked=False)) @ self.basis.T
+            return product(x if self.norm is None else self.norm(x, hooked=False), self.basis.T)
 
     def logits(self, signals: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch d_vocab"]:
         """The logits R a of readout coordinates a, with the readout's bias and its cap.
@@ -127,7 +128,7 @@ class SignalView:
         rows = self.logit_rows
         check_vectors("a readout", signals, "S", rows.shape[1])
         with without_autocast(rows):
-            return capped(plus(signals @ rows.T, self.bias), self.cap)
+            return capped(plus(product(signals, rows.T), self.bias), self.cap)
 
     def bias_of(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """What the readout adds to some tokens' logits whatever the signals are; 0 where it has no bias."""
@@ -155,7 +156,7 @@ class SignalView:
         """
         check_vectors("a recipe", recipe_vector, "S", self.n_signals)
         with without_autocast(self.basis):
-            return recipe_vector @ self.basis
+            return product(recipe_vector, self.basis)
 
     def contributions(
         self, resid: Float[Tensor, "*batch d_model"], target: str | int | Int[Tensor, "*batch"]
@@ -194,7 +195,7 @@ class SignalView:
     ) -> Float[Tensor, "*part batch S"]:
         """The readout of a part of the streams ``at``, under their final norm's divisor and without its bias: linear,
         so that parts add up."""
-        return self.normed(part, scale) @ self.basis.T
+        return product(self.normed(part, scale), self.basis.T)
 
     def readout_of_bias(
         self, scale: Float[Tensor, "batch 1"], at: Float[Tensor, "batch d_model"]
@@ -210,7 +211,7 @@ class SignalView:
         Here the component along B_s; of a dictionary what its feature writes.
         """
         directions = F.normalize(self.basis, dim=-1)
-        return stream.to(directions.dtype) @ directions.T, directions
+        return product(stream.to(directions.dtype), directions.T), directions
 
     def normed(self, x: Float[Tensor, "*batch d_model"], scale: Tensor | float) -> Float[Tensor, "*batch d"]:
         """A vector as the final norm passes it on under a given divisor: centred where it centres, and weighted."""
@@ -224,7 +225,7 @@ class SignalView:
         return zero if self.norm is None else plus(zero, self.norm.b)
 
     def _rotated(self, A: Float[Tensor, "S S"]) -> SignalView:
-        return dataclasses.replace(self, name="rotated", recipe=self.recipe @ A, basis=A.T @ self.basis)
+        return dataclasses.replace(self, name="rotated", recipe=product(self.recipe, A), basis=A.T @ self.basis)
 
     def check_is_prediction(self) -> None:
         """Raise unless the logits of the stream that it reads are the model's."""

@@ -23,6 +23,7 @@ from analyses.statistics.draws import derive_seed
 from analyses.words.lexicon import Analogy, Lexicon, single_token_analogies
 from reflowlens.errors import ReflowlensError
 from reflowlens.models.base import HookedModel
+from reflowlens.models.products import product
 from reflowlens.signals import SignalView, rotate
 from reflowlens.tokenizers.base import Tokenizer
 
@@ -85,7 +86,7 @@ def _both(weights: str, view: SignalView) -> Iterator[tuple[str, str, Float[Tens
     recipe = view.recipe[: view.n_tokens]
     yield weights, "R", recipe
     if view.name != "identity":
-        yield weights, "E", recipe @ view.basis
+        yield weights, "E", product(recipe, view.basis)
 
 
 def rank_all(
@@ -148,7 +149,7 @@ def analogy_ranks(
     words, places = ids[:, :3].unique(return_inverse=True)
     unit = unit_rows(rows)
     # Every rule combines the cosines of a, b and c, so that one matrix product over the distinct words serves them all.
-    cosines = unit[words] @ unit.T
+    cosines = product(unit[words], unit.T)
     lengths = rows[words].to(unit).norm(dim=1)
     blocks = [
         _block_ranks(cosines, lengths, places[start : start + BLOCK], ids[start : start + BLOCK], candidates)

@@ -35,6 +35,7 @@ from reflowlens.circuits.attribution.linear.ways import Ways, Within, dense
 from reflowlens.models.components import Block
 from reflowlens.models.decoder import Decoder
 from reflowlens.models.parts import Norm
+from reflowlens.models.products import product
 
 _MOST_AHEAD = 2**25  # numbers
 
@@ -88,11 +89,11 @@ class FrozenAttention:
     def back(self, gradient: Float[Tensor, "pos target d_model"]) -> tuple[Tensor, Float[Tensor, " target"]]:
         """From ``resid_mid`` to ``resid_pre``, the way around attention included."""
         n = len(gradient)
-        z = gradient @ self.W_O.flatten(0, 1).T
+        z = product(gradient, self.W_O.flatten(0, 1).T)
         z = rearrange(z, "query target (head d_head) -> head query (target d_head)", head=len(self.W_O))
         v = self._scaled_pattern[:, :n, :n].mT @ z
         v = rearrange(v, "head key (target d_head) -> (key target) (head d_head)", target=gradient.shape[1])
-        stream = torch.addmm(gradient.flatten(0, 1), v, self._values_back.flatten(0, 1)).view_as(gradient)
+        stream = gradient + product(v, self._values_back.flatten(0, 1)).view_as(gradient)
         return stream, self.of_biases(gradient)
 
     def back_from(self, gradient: Float[Tensor, "target d_model"], positions: Int[Tensor, " target"]) -> Entered:
