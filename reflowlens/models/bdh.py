@@ -33,6 +33,7 @@ from reflowlens.models.numerics import weighted_sum, wide
 from reflowlens.models.parts import HookPoint, Norm, is_hooked
 from reflowlens.models.past import ReadPositions
 from reflowlens.models.places import Places, Positions
+from reflowlens.models.products import products
 from reflowlens.models.residual import Embed, OwnUnembed, ResidualModel
 
 _NEURONS = ("batch", "pos", "head", "neuron")
@@ -153,10 +154,13 @@ class Neurons(nn.Module):
         if isinstance(positions, slice):
             positions = torch.arange(positions.start, positions.stop, device=x.device)[None]
         phase = (positions[..., None].float() * self.frequency).frac() * (2 * torch.pi)
-        cos, sin = phase.cos(), phase.sin()
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = even * cos - odd * sin, odd * cos + even * sin  # 16-bit neurons times float32 are float32
-        return torch.stack([part.to(x.dtype) for part in turned], dim=-1).flatten(-2)
+        cos, sin, pairs = phase.cos(), phase.sin(), wide(x).unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # which makes one pass of these, and knows no complex numbers
+            even, odd = pairs.unbind(-1)
+            turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+        else:
+            turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+        return turned.flatten(-2).to(x.dtype)
 
 
 class Level(nn.Module):
@@ -239,7 +243,7 @@ def per_head(
     In memory the heads stay outermost, as the matrix products leave them: whatever follows keeps that order, and
     nothing as large as the neurons is ever copied into another (an einsum would, and copy the weights for each byte).
     """
-    out = rearrange(x, "batch pos head rows -> head (batch pos) rows") @ weight
+    out = products(rearrange(x, "batch pos head rows -> head (batch pos) rows"), weight)
     return rearrange(out, "head (batch pos) columns -> batch pos head columns", batch=len(x))
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reflowlens.models.numerics import weighted_sum
+from reflowlens.models.products import products
 
 
 class Alikeness(torch.autograd.Function):
@@ -27,12 +28,12 @@ class Alikeness(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Float[Tensor, "*batch pos neuron"]) -> Float[Tensor, "*batch pos pos"]:
         ctx.save_for_backward(q)
-        return q @ q.mT
+        return products(q, q.mT)
 
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, "*batch pos pos"]) -> Float[Tensor, "*batch pos neuron"]:
         (q,) = ctx.saved_tensors
-        return (gradient + gradient.mT).to(q.dtype) @ q
+        return products((gradient + gradient.mT).to(q.dtype), q)
 
 
 def attend_in_chunks(
@@ -52,12 +53,12 @@ def attend_in_chunks(
     parts = []
     for here, values in zip(q.split(chunk, dim=2), x[:, None].split(chunk, dim=2), strict=True):
         if state is None:
-            out = weighted_sum((here @ here.mT).tril(-1), values)
+            out = weighted_sum(products(here, here.mT).tril(-1), values)
             state = x.new_zeros(*q.shape[:2], q.shape[3], x.shape[2])
         else:
-            out = here @ state.to(here.dtype)
+            out = products(here, state.to(here.dtype))
             if here.shape[2] > 1:  # one position, as where text is generated, has none of its own chunk before it
-                out = out + weighted_sum((here @ here.mT).tril(-1), values)
+                out = out + weighted_sum(products(here, here.mT).tril(-1), values)
         parts.append(out)
         state = remembered(state, here, values.expand(-1, q.shape[1], -1, -1))
     assert state is not None  # a text has one position at least

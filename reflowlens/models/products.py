@@ -34,6 +34,25 @@ def product(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float
     return _by_onednn(x, matrix)
 
 
+def products(
+    x: Float[Tensor, "*#batch row k"], matrices: Float[Tensor, "*#batch k n"]
+) -> Float[Tensor, "*batch row n"]:
+    """``x @ matrices``: one product after the other where :func:`product` is faster than all of them at once."""
+    batch = torch.broadcast_shapes(x.shape[:-2], matrices.shape[:-2])
+    if 0 in batch or not _in_float32_by_onednn(_first(x), _first(matrices)):
+        return x @ matrices
+    pairs = zip(*(_stacked(factor, batch).unbind() for factor in (x, matrices)), strict=True)
+    return torch.stack([product(own, matrix) for own, matrix in pairs]).unflatten(0, batch)
+
+
+def _first(factor: Float[Tensor, "*batch row column"]) -> Float[Tensor, "row column"]:
+    return factor[(0,) * (factor.ndim - 2)]
+
+
+def _stacked(factor: Float[Tensor, "*#batch row column"], batch: torch.Size) -> Float[Tensor, "each row column"]:
+    return factor.expand(*batch, -1, -1).flatten(0, -3)
+
+
 def _in_float32_by_onednn(x: Tensor, matrix: Tensor) -> bool:
     if _is_traced() or not onednn_is_faster():
         return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from reflowlens.models.linear_attention import attend_in_chunks, chunks_are_cheaper, remembered
 from reflowlens.models.numerics import weighted_sum
 from reflowlens.models.places import Places, Positions
+from reflowlens.models.products import products
 from reflowlens.sweeps.block_stages import BlockStages
 from reflowlens.sweeps.suffixes import Layout, is_anything_hooked, only
 
@@ -115,12 +116,12 @@ class StateBefore:
         d_model, out = x.shape[-1], x.new_empty(*q.shape[:3], x.shape[-1])
         for state, tokens in self.groups(q.dtype):
             rows, values = q[0][:, tokens], x[0][tokens]
-            before = (rows.flatten(1, 2) @ state).unflatten(1, tokens.shape)
+            before = products(rows.flatten(1, 2), state).unflatten(1, tokens.shape)
             each = rows.transpose(0, 1)
             if chunks_are_cheaper(tokens.shape[1], q.shape[3], d_model):
                 within = attend_in_chunks(each, values, chunk=d_model)[0]
             else:
-                within = weighted_sum((each @ each.mT).tril(-1), values[:, None])
+                within = weighted_sum(products(each, each.mT).tril(-1), values[:, None])
             out[0][:, tokens] = before + within.transpose(0, 1)
         return out
 
@@ -174,7 +175,7 @@ class Suffixes:
             mine = number[tokens[:, asking]]
             queries = q[0][:, mine]
             is_earlier = torch.arange(tokens.shape[1], device=asking.device) < asking[:, None]
-            scores = (queries @ self.keys[:, tokens].mT).where(is_earlier, 0.0)
-            found = (queries.flatten(1, 2) @ state).unflatten(1, mine.shape)
+            scores = products(queries, self.keys[:, tokens].mT).where(is_earlier, 0.0)
+            found = products(queries.flatten(1, 2), state).unflatten(1, mine.shape)
             out[0][:, mine] = found + weighted_sum(scores, self.values[tokens])
         return out
