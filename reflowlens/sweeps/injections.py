@@ -79,27 +79,54 @@ class Injections:
         return torch.stack([rms(self.unsteered(layer)) for layer in self.layers])
 
     def final(
-        self, layer: int, prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
+        self, layer: int | Int[Tensor, " row"], prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
     ) -> Float[Tensor, "row d_model"]:
-        """The stream that each row ends in at its last position: a prompt of these with a change added at a layer."""
-        rows = max(1, _AT_ONCE // self.streams[0][0].numel())
-        parts = zip(prompt.split(rows), change.split(rows), strict=True)
-        return torch.cat([self._run(layer, some, added) for some, added in parts])
+        """The stream that each row ends in at its last position: a prompt of these with a change added at a layer.
+
+        Args:
+            layer: one for all rows, or one a row.
+        """
+        layers = torch.as_tensor(layer, device=prompt.device).expand(len(prompt))
+        run = self._run_whole if self.model.stages == "whole" else self._run
+        final = torch.empty_like(change, dtype=self.streams[0].dtype)
+        for rows in layers.argsort(stable=True).split(max(1, _AT_ONCE // self.streams[0][0].numel())):
+            final[rows] = run(layers[rows], prompt[rows], change[rows])
+        return final
 
     @torch.no_grad()
-    def _run(self, layer: int, prompt: Tensor, change: Tensor) -> Float[Tensor, "row d_model"]:
-        layout, stream = self._layout(prompt), self.streams[layer]
-        row, position = layout.row, layout.position
-        if self.model.stages == "whole":
-            return self._run_whole(layer, prompt, layout, change)
-        resid = stream[prompt[row], position] + change.to(stream)[row]
-        entering = Packed(layout, torch.arange(len(prompt), device=prompt.device), resid[None])
-        packed = self._unsteered.finish({self._unsteered.first_stage(layer): [entering]})
-        return packed.resid[0, position == self.last[prompt[row]]]
-
-    def _run_whole(
-        self, layer: int, prompt: Tensor, layout: Layout, change: Float[Tensor, "row d_model"]
+    def _run(
+        self, layers: Int[Tensor, " row"], prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
     ) -> Float[Tensor, "row d_model"]:
+        entering: dict[int, list[Packed]] = {}
+        for layer in layers.unique().tolist():
+            cell = (layers == layer).nonzero()[:, 0]
+            layout, stream = self._layout(prompt[cell]), self.streams[layer]
+            unsteered = layout.of_prompts(stream)
+            rows = Packed(layout, cell, unsteered + change.to(stream)[cell[layout.row]])
+            entering[self._unsteered.first_stage(layer)] = [rows]
+        position = torch.arange(self.tokens.shape[1], device=prompt.device)
+        is_last = position == self.last[:, None]
+        packed = self._unsteered.finish(entering, is_read=is_last)
+        ends = is_last[packed.token_prompt, packed.layout.position]
+        final = torch.empty_like(change, dtype=packed.resid.dtype)
+        final[packed.cell[packed.layout.row[ends]]] = packed.resid[0, ends]
+        return final
+
+    @torch.no_grad()
+    def _run_whole(
+        self, layers: Int[Tensor, " row"], prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
+    ) -> Float[Tensor, "row d_model"]:
+        final = torch.empty_like(change, dtype=self.streams[0].dtype)
+        for layer in layers.unique().tolist():
+            here = layers == layer
+            final[here] = self._run_whole_at(layer, prompt[here], change[here])
+        return final
+
+    def _run_whole_at(
+        self, layer: int, prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
+    ) -> Float[Tensor, "row d_model"]:
+        layout = self._layout(prompt)
+
         def add(x: Float[Tensor, "row pos d_model"], hook: Any) -> Tensor:
             x = x.clone()
             x[layout.row, layout.position] += change.to(x)[layout.row]

@@ -210,11 +210,12 @@ class DecoderStages:
         block = self._block(stage // self.per_block)
         if is_anything_hooked(block):  # what is edited in a block is whole suffixes
             return only(asked, self._all(stage, resid, layout, cache, None))
-        if asked is None or not layout.are_ends(asked):
+        if asked is None or not layout.one_of_each_row(asked) or block.attn.window is not None:
             return only(asked, self._all(stage, resid, layout, cache, differs))
         _, keys, values = self._of_layer(block.attn.layer, cache)
-        past = LastQueries(_kept(layout, differs), keys, values, only(differs, resid), block)
-        return self._mixing(block)(only(asked, resid), Places(layout.position[None, asked]), past)
+        position = layout.position[asked]
+        past = LastQueries(position, _kept(layout, differs), keys, values, only(differs, resid), block)
+        return self._mixing(block)(only(asked, resid), Places(position[None]), past)
 
     def _all(
         self,

@@ -8,7 +8,7 @@ of the unpatched run. So is what a suffix has in common with that run where the 
 a patched position's change to those behind it, only that position is computed.
 
 The blocks run as they are, hook points included: a point's activation is then the packed one. In the last block only
-what is read later asks, where that is each row's last position and nothing is attached (:class:`LastQueries`).
+what is read later asks, where that is one position of each row and nothing is attached (:class:`LastQueries`).
 """
 
 from __future__ import annotations
@@ -70,10 +70,13 @@ class Layout:
         """With some of the tokens only."""
         return Layout(self.prompt, self.row[keep], self.position[keep], self.n_positions)
 
-    def are_ends(self, tokens: Bool[Tensor, " token"]) -> bool:
-        """Whether these are the last position of every row, and nothing else."""
-        is_end = self.position == self.n_positions - 1
-        return torch.equal(tokens, is_end) and int(is_end.sum()) == self.n_rows
+    def one_of_each_row(self, tokens: Bool[Tensor, " token"]) -> bool:
+        """Whether these are one token of every row."""
+        return torch.equal(self.row[tokens], torch.arange(self.n_rows, device=tokens.device))
+
+    def behind(self, first: int) -> Layout:
+        """The same tokens where the positions before the first of them are left out of all rows."""
+        return Layout(self.prompt, self.row, self.position - first, self.n_positions - first)
 
     # A list of single numbers selects whole stretches of memory, in a fourth of the time of indices of several axes.
 
@@ -124,21 +127,31 @@ class PrefixKeysValues:
         v: Float[Tensor, "1 differing kv_head d_head"],
     ) -> Float[Tensor, "1 token head d_head"]:
         """Attention of each row's suffix to its prefix and itself."""
-        of_rows = zip((self.queries, self.keys, self.values), (q, k, v), strict=True)
-        queries, keys, values = (self.differing.over(unpatched, own) for unpatched, own in of_rows)
-        return self.layout.of_rows(attn.mix(queries, keys, values, mask=None))
+        keys, values = self.differing.over(self.keys, k), self.differing.over(self.values, v)
+        first = self._first_query(attn)
+        queries = self.differing.behind(first).over(self.queries[:, first:], q)
+        return self.layout.behind(first).of_rows(attn.mix(queries, keys, values, mask=None))
+
+    def _first_query(self, attn: Attention) -> int:
+        """The position from which on queries are mixed, the first that is any row's own. Where this is in the first
+        half, 0, as a causal kernel skips what no query may look at; and where somebody sees the whole square of scores.
+        """
+        first, half = int(self.layout.position.min()), self.layout.n_positions // 2
+        return 0 if first < half or is_hooked(attn.hook_attn_scores, attn.hook_pattern) else first
 
 
 @dataclass(frozen=True)
 class LastQueries:
-    """What the last position of each row attends to, keys and values of its prefix and of its suffix.
+    """What one position of each row attends to, keys and values of its prefix and of its suffix.
 
     Args:
+        position: that of each row.
         differing: the tokens of the suffixes whose stream is not the unpatched run's.
         keys, values: of the unpatched run in the block's layer.
         resid: what the block reads of the differing tokens.
     """
 
+    position: Int[Tensor, " row"]
     differing: Layout
     keys: Float[Tensor, "prompt pos kv_head d_head"]
     values: Float[Tensor, "prompt pos kv_head d_head"]
@@ -150,7 +163,14 @@ class LastQueries:
     ) -> Float[Tensor, "1 row head d_head"]:
         k, v = attn.keys_values(self.resid, self.block.ln1, self.differing.position[None])
         keys, values = self.differing.over(self.keys, k), self.differing.over(self.values, v)
-        return attn.mix(q.transpose(0, 1), keys, values, mask=None).transpose(0, 1)
+        return attn.mix(q.transpose(0, 1), keys, values, self._mask()).transpose(0, 1)
+
+    def _mask(self) -> Bool[Tensor, "row 1 1 pos"] | None:
+        """The keys that each row's position may look at; None where it is the last of all."""
+        place = torch.arange(self.differing.n_positions, device=self.position.device)
+        if bool((self.position == place[-1]).all()):
+            return None
+        return (place <= self.position[:, None])[:, None, None]
 
 
 def only(

@@ -64,18 +64,14 @@ class Setup:
 
     def reached(self, problems: NDArray[np.int64], strengths: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Whether the concept's token is the most probable one."""
-        hits = np.zeros(len(problems), dtype=bool)
         alpha = strengths * self.alpha_of_one[problems]
         targets = torch.tensor([self.view.model.to_single_token(f" {word}") for word in self.words])
-        for layer in np.unique(self.layer[problems]):
-            here = np.flatnonzero(self.layer[problems] == layer)
-            concept, prompt = (torch.from_numpy(x[problems[here]]) for x in (self.concept, self.prompt))
-            change = torch.from_numpy(alpha[here]).to(self.written)[:, None] * self.written[concept]
-            ends = self.runs.final(int(layer), prompt.to(change.device), change)
-            rows = ends.split(max(1, _LOGITS_AT_ONCE // len(self.view.recipe)))
-            top = torch.cat([self.view.logits(self.view.readout(some)).argmax(dim=-1) for some in rows])
-            hits[here] = (top.cpu() == targets[concept]).numpy()
-        return hits
+        concept, layer, prompt = (torch.from_numpy(x[problems]) for x in (self.concept, self.layer, self.prompt))
+        change = torch.from_numpy(alpha).to(self.written)[:, None] * self.written[concept]
+        ends = self.runs.final(layer, prompt.to(change.device), change)
+        rows = ends.split(max(1, _LOGITS_AT_ONCE // len(self.view.recipe)))
+        top = [self.view.logits(self.view.readout(some)).argmax(dim=-1) for some in rows]
+        return (torch.cat(top).cpu() == targets[concept]).numpy()
 
     def solve(self, limit: float, tolerance: float, check: bool) -> tuple[Critical, NDArray[np.bool_]]:
         """Critical strengths; and by problem whether success is lost at a larger one, if that is checked."""

@@ -28,6 +28,17 @@ def test_injections_equal_whole_passes(model, where):
             torch.testing.assert_close(actual[i], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_several_layers_are_those_of_each_layer(model):
+    runs = Injections(model, ["a cat a dog", "a b"])
+    generator = torch.Generator().manual_seed(0)
+    changes = torch.randn(8, model.cfg.d_model, generator=generator)
+    prompt, layer = torch.arange(8) % 2, torch.randint(len(runs.layers), (8,), generator=generator)
+    together = runs.final(layer, prompt, changes)
+    for row in range(8):
+        alone = runs.final(int(layer[row]), prompt[row : row + 1], changes[row : row + 1])
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-5, atol=1e-5)
+
+
 def test_hooks_and_prompts_without_the_token_are_errors(model):
     with pytest.raises(ReflowlensError, match="'a cat' has no token 'd' to steer from"):
         Injections(model, ["a cat"], "d")

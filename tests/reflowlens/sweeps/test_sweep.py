@@ -214,23 +214,25 @@ def test_cells_that_change_nothing_are_the_baseline_and_are_not_run(
     assert min(int(start.min()) for start in suffixes) >= 4
 
 
-def test_in_the_last_block_only_what_is_read_asks(model: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the position that is read is not every prompt's last."""
+@pytest.mark.parametrize(("position", "queries"), [("last", {1}), (-2, {1}), ("all", set())])
+def test_in_the_last_block_only_what_is_read_asks(
+    position: str | int, queries: set[int], model: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless more than one position of a row is read."""
     asked: list[int] = []
     mix = LastQueries.mix
-    monkeypatch.setattr(
-        LastQueries, "mix", lambda self, attn, q, k, v: asked.append(q.shape[1]) or mix(self, attn, q, k, v)
-    )
+
+    def watched(self: LastQueries, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = mix(self, attn, q, k, v)
+        asked.append(q.shape[1] // out.shape[1])
+        return out
+
+    monkeypatch.setattr(LastQueries, "mix", watched)
     clean, corrupted = pair(model)
-    metric = metrics.logit_diff(A, B)
-    last = rl.sweep(model, clean, corrupted, "resid_pre", metric)
-    assert asked
-    assert_close(last.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", metric))
-    asked.clear()
-    before = dataclasses.replace(metric, position=-2)
-    actual = rl.sweep(model, clean, corrupted, "resid_pre", before)
-    assert not asked
-    assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", before))
+    metric = dataclasses.replace(metrics.logit_diff(A, B), position=position)
+    actual = rl.sweep(model, clean, corrupted, "resid_pre", metric)
+    assert set(asked) == queries
+    assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", metric))
 
 
 @pytest.mark.parametrize(("point", "projected", "fed"), [("resid_pre", [3, 15], [15, 3]), ("z", [3], [3, 3])])
@@ -245,9 +247,12 @@ def test_where_a_row_enters_only_what_differs_is_computed(
     setup = prepare_sweep(model, clean, corrupted, cells)
     runs = PackedRuns(setup.cells.cells, Reader(model, metric, setup.prompts))  # type: ignore[arg-type]
     tokens: dict[str, list[int]] = {"projected": [], "fed": []}
-    mix, mlp_written = PrefixKeysValues.mix, Block.mlp_written
+    mix, mix_last, mlp_written = PrefixKeysValues.mix, LastQueries.mix, Block.mlp_written
     monkeypatch.setattr(
-        PrefixKeysValues, "mix", lambda *args: tokens["projected"].append(args[2].shape[1]) or mix(*args)
+        PrefixKeysValues, "mix", lambda *args: tokens["projected"].append(args[3].shape[1]) or mix(*args)
+    )
+    monkeypatch.setattr(
+        LastQueries, "mix", lambda *args: tokens["projected"].append(args[0].resid.shape[1]) or mix_last(*args)
     )
     monkeypatch.setattr(
         Block, "mlp_written", lambda *args: tokens["fed"].append(args[1].shape[1]) or mlp_written(*args)
