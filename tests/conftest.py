@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import platform
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-import torch
-from torch import Tensor
+# Matrices this small are slower on several threads, NumPy's as torch's, much slower on a busy machine; processes that
+# tests start read this too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.support.shapes import check_shapes
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from tests.support.shapes import check_shapes  # noqa: E402
 
 gc.disable()  # until everything is imported: what imports make stays
 check_shapes("reflowlens", "analyses")  # before anything imports them
@@ -53,12 +58,6 @@ def pytest_collection_finish() -> None:
 def _is_exact(function: Callable[..., None]) -> bool:
     source = inspect.getsource(function)
     return any(sign in source for sign in _EXACT)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Tensors this small are slower on several threads, much slower on a busy machine."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

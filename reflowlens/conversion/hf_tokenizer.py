@@ -10,7 +10,7 @@ from reflowlens.errors import ReflowlensError
 from reflowlens.tokenizers.base import END_OF_TEXT, Tokenizer
 from reflowlens.tokenizers.by_name import get_tokenizer
 from reflowlens.tokenizers.file import CHAT_TEMPLATE, TOKENIZER, FileTokenizer, open_tokenizer, write_tokenizer_config
-from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, gpt2_byte_symbols, packaged_merges, packaged_ranks
+from reflowlens.tokenizers.ranks import TOKENIZER_NAMES, gpt2_byte_symbols, n_merges, packaged_merges, packaged_ranks
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
@@ -99,8 +99,10 @@ def _packaged_name(tokenizer: FileTokenizer) -> str | None:
         return None
     vocabulary = model["vocab"] | {token["content"]: token["id"] for token in fields.get("added_tokens", [])}
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    names = (name for name in TOKENIZER_NAMES if merges == packaged_merges(name) and vocabulary == _vocabulary(name))
-    return next(names, None)
+    for name in TOKENIZER_NAMES:
+        if len(merges) == n_merges(name) and merges == packaged_merges(name) and vocabulary == _vocabulary(name):
+            return name
+    return None
 
 
 def _vocabulary(name: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # numpy and tiktoken take longer to import than the rest of t
 
 TOKENIZER_NAMES = ("gpt2", "gpt2_16k", "gpt2_1k", "bytes")
 
-_N_RANKS = {"gpt2": 50_256, "gpt2_16k": 16_640, "gpt2_1k": 1_023}
+_N_RANKS = {"gpt2": 50_256, "gpt2_16k": 16_640, "gpt2_1k": 1_023, "bytes": 256}
 # GPT-2's word pattern; possessive quantifiers (++) change no match and keep long runs from overflowing the regex stack.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # With no merges the pieces do not matter: short ones are quick.
@@ -72,11 +72,15 @@ def packaged_ranks(name: str) -> dict[bytes, int]:
     return {token: rank for rank, token in enumerate(tokens)}
 
 
+def n_merges(name: str) -> int:
+    """How many merges a packaged tokenizer has, which is known without reading them."""
+    return _N_RANKS[name] - 256
+
+
 def packaged_merges(name: str) -> list[tuple[str, str]]:
     """The two symbols that each merge joins, in the order of `vocab.bpe`."""
-    if name == "bytes":
+    if not (count := n_merges(name)):
         return []
-    count = _N_RANKS[name] - 256
     text = (resources.files("reflowlens") / "assets/gpt2_bpe/vocab.bpe").read_text(encoding="utf-8")
     # split("\n"), not splitlines(): some byte symbols (U+0085) count as line ends for the latter.
     pairs = [line.split(" ") for line in text.split("\n")[1 : 1 + count]]

@@ -183,12 +183,12 @@ def directions_of(model: HookedModel) -> dict[str, rl.DirectionAt]:
 
 def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> np.ndarray:
     """The edges of one target by autograd, in the order of a graph's nodes."""
-    leaf = {name[0]: product for name, product in edges.items() if len(name) == 1}
-    nothing = torch.tensor(0.0)
+    of = {name: product.numpy() for name, product in edges.items()}  # single elements are read sooner than of tensors
+    leaf = {name[0]: product for name, product in of.items() if len(name) == 1}
     where = {
-        "rest": lambda node: nothing,
-        "logit": lambda node: nothing,
-        "direction": lambda node: nothing,
+        "rest": lambda node: 0.0,
+        "logit": lambda node: 0.0,
+        "direction": lambda node: 0.0,
         "bias": lambda node: leaf["bias"][node.layer],
         "embedding": lambda node: leaf["embedding"][node.pos],
         "position": lambda node: leaf["position"][node.pos],
@@ -196,12 +196,12 @@ def expected_row(nodes: list[Any], edges: dict[tuple[Any, ...], Tensor]) -> np.n
         "token_value": lambda node: leaf["token_value"][node.pos],
         "signal": lambda node: leaf["signal"][node.pos, node.feature],
         "readout": lambda node: leaf["readout"][0, -1, node.feature],
-        "error": lambda node: edges["error", node.layer][node.pos],
-        "feature": lambda node: edges["unit", node.layer][node.pos, node.feature],
-        "neuron": lambda node: edges["unit", node.layer][node.pos, node.feature],
-        "head": lambda node: edges["head", node.layer][node.pos, node.feature],
+        "error": lambda node: of["error", node.layer][node.pos],
+        "feature": lambda node: of["unit", node.layer][node.pos, node.feature],
+        "neuron": lambda node: of["unit", node.layer][node.pos, node.feature],
+        "head": lambda node: of["head", node.layer][node.pos, node.feature],
     }
-    return torch.stack([where[node.kind](node) for node in nodes]).numpy()
+    return np.array([where[node.kind](node) for node in nodes], dtype=np.float32)
 
 
 def targets_of(nodes: list[Any], frozen: Frozen, directions: Mapping[str, rl.DirectionAt]) -> dict[int, Tensor]:

@@ -24,6 +24,7 @@ from reflowlens.signals import random_rotation, signal_view
 from tests.support.planted import LEXICON, one_signal_model
 
 POINT = "blocks.3.hook_resid_post"
+FEW = dataclasses.replace(LEXICON, factual=LEXICON.factual[::4])  # what is planted shows in every prompt
 
 
 def dictionary_along(axes: torch.Tensor, kept: int = 32) -> Dictionary:
@@ -47,13 +48,13 @@ def model() -> HookedModel:
 @pytest.fixture(scope="module")
 def ablated(model):
     return causal_ablation(
-        model, lexicon=LEXICON, view=signal_view(model, dictionary_along(torch.eye(32))), rotations=4
+        model, lexicon=FEW, view=signal_view(model, dictionary_along(torch.eye(32))), rotations=4
     )
 
 
 def test_the_planted_feature_is_found_as_the_signal_is(model, ablated):
     """Feature 0 is signal 0, which carries every prediction; its error is nothing."""
-    native = causal_ablation(model, lexicon=LEXICON, rotations=4)
+    native = causal_ablation(model, lexicon=FEW, rotations=4)
     assert set(ablated.frames["prompts"].query("basis == 'native'")["worst_signal"]) == {0}
     for metric in ("remaining_after_one", "probability_before"):
         assert ablated.metrics[metric] == pytest.approx(native.metrics[metric], rel=1e-3)
@@ -65,21 +66,21 @@ def test_the_planted_feature_is_found_as_the_signal_is(model, ablated):
 
 def test_a_rotated_dictionary_finds_no_such_feature(model, ablated):
     view = signal_view(model, dictionary_along(random_rotation(32, 5)))
-    found = causal_ablation(model, lexicon=LEXICON, view=view, rotations=4)
+    found = causal_ablation(model, lexicon=FEW, view=view, rotations=4)
     assert found.metrics["remaining_after_one"] > 10 * ablated.metrics["remaining_after_one"]
 
 
 def test_what_a_dictionary_lacks_is_its_error_and_stays(model):
     """Without the feature that predicts, the logit is in the error, which no removal takes."""
     axes = torch.eye(32).roll(-1, dims=0)  # signal 0 is the last
-    found = causal_ablation(model, lexicon=LEXICON, view=signal_view(model, dictionary_along(axes, 31)), rotations=4)
+    found = causal_ablation(model, lexicon=FEW, view=signal_view(model, dictionary_along(axes, 31)), rotations=4)
     assert found.metrics["error_share"] > 0.9
     assert found.metrics["remaining_after_one"] > 0.5
 
 
 def test_signal_flow_loses_nothing(model):
     view = signal_view(model, dictionary_along(torch.eye(32), kept=24))
-    result = signal_flow(model, lexicon=LEXICON, view=view, rotations=2)
+    result = signal_flow(model, lexicon=FEW, view=view, rotations=2)
     assert result.metrics["sum_error"] < 1e-5
     assert result.metrics["split_error"] < 1e-5
     assert result.controls["sum_error"]["rotated_basis"] < 1e-5
@@ -92,7 +93,7 @@ def test_recipes_are_as_sparse_as_they_were_made(model):
     dictionary = Dictionary(sparse).requires_grad_(False)
     dictionary.load_state_dict(dictionary_along(torch.eye(32)).state_dict())
     result = sparsity_profile(
-        model, "absolute", 1e-6, lexicon=LEXICON, view=signal_view(model, dictionary), rotations=2
+        model, "absolute", 1e-6, lexicon=FEW, view=signal_view(model, dictionary), rotations=2
     )
     assert result.metrics["active_signals"] == pytest.approx(2, abs=0.01)
     assert result.controls["active_signals"]["rotated_basis"] > 60

@@ -34,10 +34,10 @@ def teacher() -> HookedModel:
 
 @pytest.fixture(scope="module")
 def lexicon() -> Lexicon:
-    """A third of the packaged one's prompts and carriers: what is planted shows in a few."""
+    """A sixth of the packaged one's prompts and carriers: what is planted shows in a few."""
     whole = load_lexicon()
-    sentiment = dataclasses.replace(whole.sentiment, prompts=whole.sentiment.prompts[:20])
-    return dataclasses.replace(whole, factual=whole.factual[:30], sentiment=sentiment)
+    sentiment = dataclasses.replace(whole.sentiment, prompts=whole.sentiment.prompts[:10])
+    return dataclasses.replace(whole, factual=whole.factual[:15], sentiment=sentiment)
 
 
 def without_last_block(teacher: HookedModel) -> HookedModel:
