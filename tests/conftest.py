@@ -12,11 +12,11 @@ from pathlib import Path
 # tests start read this too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import pytest
+import torch
+from torch import Tensor
 
-from tests.support.shapes import check_shapes  # noqa: E402
+from tests.support.shapes import check_shapes
 
 gc.disable()  # until everything is imported: what imports make stays
 check_shapes("reflowlens", "analyses")  # before anything imports them
@@ -49,9 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is collected from here on, and never among the million objects of the imported modules."""
+    """Garbage is collected from here on, seldom, and never among the million objects of the imported modules."""
     gc.freeze()
     gc.enable()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @cache  # a source is found anew at every call, some milliseconds, and most functions have several cases

@@ -67,9 +67,9 @@ def test_some_layers_show_what_all_layers_show_there(closing):
 
 def test_untrained_models_are_measured_as_the_model_is():
     model = turning_model()
-    result = concept_inception(model, WORDS[:4], lexicon=LEXICON, quick=True)
+    result = concept_inception(model, WORDS[:2], lexicon=LEXICON, quick=True)
     draws = {
-        name: concept_inception(untrained_model(model, 0, number), WORDS[:4], lexicon=LEXICON, quick=True)
+        name: concept_inception(untrained_model(model, 0, number), WORDS[:2], lexicon=LEXICON, quick=True)
         for number, name in enumerate(UNTRAINED[:QUICK_UNTRAINED], start=1)
     }
 
@@ -138,7 +138,8 @@ def test_the_same_seed_gives_the_same_frames():
 
 
 def test_what_is_several_tokens_is_skipped_and_named():
-    result = concept_inception(heavy_model(), [*WORDS[:2], "Constantinople"], lexicon=LEXICON, quick=True)
+    model = build_model(of_architecture("reflow", n_layers=1))
+    result = concept_inception(model, [*WORDS[:2], "Constantinople"], lexicon=LEXICON, quick=True)
     assert result.params["concepts"] == WORDS[:2]
     assert "Constantinople" in result.notes[0]
 

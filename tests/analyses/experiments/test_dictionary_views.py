@@ -47,9 +47,7 @@ def model() -> HookedModel:
 
 @pytest.fixture(scope="module")
 def ablated(model):
-    return causal_ablation(
-        model, lexicon=FEW, view=signal_view(model, dictionary_along(torch.eye(32))), rotations=4
-    )
+    return causal_ablation(model, lexicon=FEW, view=signal_view(model, dictionary_along(torch.eye(32))), rotations=4)
 
 
 def test_the_planted_feature_is_found_as_the_signal_is(model, ablated):
@@ -92,9 +90,7 @@ def test_recipes_are_as_sparse_as_they_were_made(model):
     sparse = dataclasses.replace(dictionary_along(torch.eye(32)).cfg, activation="topk", k=2)
     dictionary = Dictionary(sparse).requires_grad_(False)
     dictionary.load_state_dict(dictionary_along(torch.eye(32)).state_dict())
-    result = sparsity_profile(
-        model, "absolute", 1e-6, lexicon=FEW, view=signal_view(model, dictionary), rotations=2
-    )
+    result = sparsity_profile(model, "absolute", 1e-6, lexicon=FEW, view=signal_view(model, dictionary), rotations=2)
     assert result.metrics["active_signals"] == pytest.approx(2, abs=0.01)
     assert result.controls["active_signals"]["rotated_basis"] > 60
     assert 0 < result.metrics["error_share"] < 1

@@ -153,7 +153,7 @@ def test_every_grid_of_a_sweep_is_of_whole_passes_of_prompts_as_alone(grid):
     assert model.stages == "whole"
     with features_for(model, grid):
         found = rl.sweep(model, None, PROMPTS, [rl.Scale("ttt.hook_delta", 0.5)], metric, progress=False)
-        pairs = [(text(6, 1), text(6, 2)), (text(6, 3), text(6, 4))]
+        pairs = [(text(5, 1), text(5, 2)), (text(5, 3), text(5, 4))]  # a mini-batch and a token
         clean, corrupted = (torch.stack(each) for each in zip(*pairs, strict=True))
         together = rl.sweep(model, clean, corrupted, grid, metric, progress=False)
         alone = [rl.sweep(model, *(x[None] for x in pair), grid, metric, progress=False) for pair in pairs]
