@@ -49,9 +49,14 @@ def code(notebook: NotebookNode) -> list[str]:
 
 # Nothing of the one before: neither names nor settings of libraries. %reset collects garbage; what is imported is none.
 AFRESH = """\
+import gc
+if not gc.get_freeze_count():
+    gc.disable()
+    import pandas, reflowlens.models
+    gc.freeze()
+    gc.enable()
 %reset -f
-import gc, os, pandas, reflowlens.models, torch
-if not gc.get_freeze_count(): gc.freeze()
+import os, pandas, torch
 os.chdir({folder!r})
 torch.set_grad_enabled(True)
 pandas.reset_option("^display")

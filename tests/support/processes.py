@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -12,9 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# torch._dynamo takes more than a second: DistributedDataParallel imports it.
-_PRELOADED = ["pretraining.train", "reflowlens.models", "tests.support.launched", "tests.support.tiny", "torch._dynamo"]
-multiprocessing.set_forkserver_preload(_PRELOADED)
+multiprocessing.set_forkserver_preload(["tests.support.imported"])
 
 
 def exit_code(function: Callable[..., Any], *arguments: Any) -> int | None:
@@ -58,5 +55,4 @@ def _of_two(rank: int, port: int, function: Callable[..., Any], *arguments: Any)
 
 def _on_one_thread(function: Callable[..., Any], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # what the server imported: every group of processes that ends collects garbage
     function(*arguments)
