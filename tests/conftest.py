@@ -49,10 +49,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Garbage is collected from here on, seldom, and never among the million objects of the imported modules."""
+    """Garbage is collected from here on, and never among the million objects of the imported modules."""
     gc.freeze()
     gc.enable()
-    gc.set_threshold(20_000, 20, 50)
 
 
 @cache  # a source is found anew at every call, some milliseconds, and most functions have several cases
