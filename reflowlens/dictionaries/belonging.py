@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from reflowlens.dictionaries.dictionary import Dictionary
 from reflowlens.errors import ReflowlensError, nearest
 from reflowlens.models.base import HookedModel
+from reflowlens.models.numerics import wide
 from reflowlens.models.unwrapping import hooked_model
 from reflowlens.storage.model_hash import model_hash
+
+_State: TypeAlias = "tuple[tuple[int, int, float], ...]"
+_HASHES: WeakKeyDictionary[HookedModel, tuple[_State, str]] = WeakKeyDictionary()
 
 
 def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = False) -> HookedModel:
@@ -37,13 +42,26 @@ def check_belongs(dictionary: Dictionary, model: Any, *, other_model: bool = Fal
                     f"{_of(dictionary)} expects activations [batch, pos, {width}] at {point}; one token of this model "
                     f"has {shape} there"
                 )
-    if not other_model and cfg.model_hash and model_hash(model) != cfg.model_hash:
+    if not other_model and cfg.model_hash and (own := _hash_of(model)) != cfg.model_hash:
         raise ReflowlensError(
             f"{_of(dictionary)} was trained on a model of other weights (hash {cfg.model_hash[:12]}…, this one has "
-            f"{model_hash(model)[:12]}…; edits and other types of numbers count): load that model, or use this one on "
+            f"{own[:12]}…; edits and other types of numbers count): load that model, or use this one on "
             "purpose: other_model=True"
         )
     return model
+
+
+def _hash_of(model: HookedModel) -> str:
+    """The model's hash, remembered until its weights are others: of a billion it takes seconds, and every graph asks.
+
+    What is written past torch's count of changes (``weight.data``) shows in the sums.
+    """
+    weights = model.state_dict().values()
+    state = tuple((x.data_ptr(), 0 if x.is_inference() else x._version, float(wide(x).sum())) for x in weights)
+    known = _HASHES.get(model)
+    if known is None or known[0] != state:
+        _HASHES[model] = known = state, model_hash(model)
+    return known[1]
 
 
 def check_device(model: HookedModel, dictionary: Dictionary) -> None:

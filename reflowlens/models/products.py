@@ -18,6 +18,7 @@ _PLAIN = (Tensor, nn.Parameter)  # other kinds of tensors have products of their
 _SCHEMA = (
     "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 )
+_MANY = 2**10  # rows, from which on a product takes longer than making its kernel
 _SMALL = 2**20  # multiplications, below which a call of oneDNN takes longer than one of MKL
 
 
@@ -26,8 +27,7 @@ def product(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float
 
     Under autocast and in a compiled graph the product is torch's own, of the types and kernels that these choose.
     """
-    # In this order: under a compiler a size is a symbol, and what is asked of it a reason to compile anew.
-    if torch.compiler.is_compiling() or x.numel() * matrix.shape[1] < _SMALL or not _in_float32_by_onednn(x, matrix):
+    if torch.compiler.is_compiling() or not _takes_onednn(x, matrix):
         return x @ matrix
     if torch.is_grad_enabled() and (x.requires_grad or matrix.requires_grad):
         return _Product.apply(x, matrix)
@@ -38,9 +38,11 @@ def products(
     x: Float[Tensor, "*#batch row k"], matrices: Float[Tensor, "*#batch k n"]
 ) -> Float[Tensor, "*batch row n"]:
     """``x @ matrices``: one product after the other where :func:`product` is faster than all of them at once."""
-    batch = torch.broadcast_shapes(x.shape[:-2], matrices.shape[:-2])
-    if 0 in batch or not _in_float32_by_onednn(_first(x), _first(matrices)):
+    if torch.compiler.is_compiling() or 0 in (*x.shape, *matrices.shape):
         return x @ matrices
+    if not _takes_onednn(_first(x), _first(matrices)):
+        return x @ matrices
+    batch = torch.broadcast_shapes(x.shape[:-2], matrices.shape[:-2])
     pairs = zip(*(_stacked(factor, batch).unbind() for factor in (x, matrices)), strict=True)
     return torch.stack([product(own, matrix) for own, matrix in pairs]).unflatten(0, batch)
 
@@ -53,12 +55,15 @@ def _stacked(factor: Float[Tensor, "*#batch row column"], batch: torch.Size) -> 
     return factor.expand(*batch, -1, -1).flatten(0, -3)
 
 
-def _in_float32_by_onednn(x: Tensor, matrix: Tensor) -> bool:
-    if _is_traced() or not onednn_is_faster():
+def _takes_onednn(x: Tensor, matrix: Tensor) -> bool:
+    """Not to be asked under a compiler: to it a size is a symbol, and what is asked of one a reason to compile anew."""
+    if x.numel() * matrix.shape[1] < _SMALL or _is_traced() or not onednn_is_faster():
         return False
     if x.dtype != torch.float32 or matrix.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return x.is_cpu and matrix.is_cpu and type(x) in _PLAIN and type(matrix) in _PLAIN
+    if not (x.is_cpu and matrix.is_cpu and type(x) in _PLAIN and type(matrix) in _PLAIN):
+        return False
+    return matrix.is_contiguous() or matrix.mT.is_contiguous()  # oneDNN takes a thousand times as long for part of one
 
 
 def _is_traced() -> bool:
@@ -86,8 +91,27 @@ def _operation_is_known() -> bool:
     return str(getattr(getattr(operation, "default", None), "_schema", None)) == _SCHEMA
 
 
-def _by_onednn(x: Tensor, matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")
+def _by_onednn(x: Float[Tensor, "*batch k"], matrix: Float[Tensor, "k n"]) -> Float[Tensor, "*batch n"]:
+    """The product, of few different numbers of rows: oneDNN makes a kernel for each, and keeps it."""
+    n_rows = x.numel() // x.shape[-1]
+    rounded = _rounded_up(n_rows)
+    if rounded == n_rows:
+        return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")
+    rows = x.new_zeros(rounded, x.shape[-1])
+    rows[:n_rows] = _rows(x)
+    out = torch.ops.mkldnn._linear_pointwise(rows, matrix.T, None, "none", [], "")
+    return out[:n_rows].view(*x.shape[:-1], -1)
+
+
+def _rounded_up(n_rows: int) -> int:
+    """A number of rows at most a sixteenth larger, of which there are sixteen between a power of two and the next; of
+    many rows the number itself.
+
+    >>> [_rounded_up(n) for n in (5, 32, 33, 1000, 1100)]
+    [5, 32, 34, 1024, 1100]
+    """
+    step = 1 << max(n_rows.bit_length() - 5, 0)
+    return n_rows if n_rows > _MANY else -(-n_rows // step) * step
 
 
 class _Product(torch.autograd.Function):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reflowlens.dictionaries import files
+from reflowlens.dictionaries import belonging, files
 from reflowlens.dictionaries.belonging import check_belongs
 from reflowlens.dictionaries.config import DictionaryConfig
 from reflowlens.dictionaries.dictionary import Dictionary
@@ -112,6 +112,25 @@ def test_a_dictionary_belongs_to_its_model_alone(tmp_path: Path) -> None:
         load_dictionary(folder, model=other)
     assert load_dictionary(folder, model=other, other_model=True).cfg == own
     assert check_belongs(random_dictionary(PLT), torch.compile(other)) is other  # it says of no model that it is its
+
+
+def test_weights_are_hashed_again_once_they_are_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hashed = random_model("gpt2_new"), list[int]()
+    own = random_dictionary(dataclasses.replace(PLT, model_hash=model_hash(model)))
+    monkeypatch.setattr(belonging, "model_hash", lambda model: hashed.append(1) or model_hash(model))
+    for _ in range(3):
+        check_belongs(own, model)
+    assert len(hashed) == 1
+    weight = next(model.parameters())
+    for write in (lambda: weight[0, 0].add_(1.0), lambda: weight.data[0, 0].add_(1.0)):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            write()
+        with pytest.raises(ReflowlensError, match="of other weights"):
+            check_belongs(own, model)
+        with torch.no_grad():
+            weight.copy_(before)
+        check_belongs(own, model)
 
 
 def test_hook_points_and_widths_must_be_there_in_any_case() -> None:

@@ -52,7 +52,8 @@ def test_products_of_every_layout(by_onednn: list[tuple[int, ...]], shape: tuple
     x, matrix = torch.randn(shape, generator=generator), torch.randn(shape[-1], 29, generator=generator)
     for left, right in ((LAYOUTS[layout](x), matrix), (x, LAYOUTS[layout](matrix))):
         assert_close(product(left, right), (left.double() @ right.double()).float())
-    assert by_onednn == [(*shape, 29)] * 2
+    is_dense = layout in ("as it is", "columns first")  # oneDNN is slow with part of a matrix
+    assert by_onednn == [(*shape, 29)] * (1 + is_dense)
 
 
 @pytest.mark.parametrize(("left", "right"), [((3, 5, 8), (3, 8, 7)), ((1, 5, 8), (3, 8, 7)), ((2, 1, 5, 8), (3, 8, 7))])
