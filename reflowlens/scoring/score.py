@@ -150,7 +150,7 @@ def score(
             (:func:`reflowlens.scoring.windows.sliding_windows`); by default a text longer than ``n_ctx`` is an error.
         stride: tokens by which a window moves on; default: the window.
         batch: texts, or windows, that are read at once; default: as many as ``memory`` holds.
-        memory: bytes that a batch may take; default: half of a GPU's free memory, on a CPU 64 MiB but 1,024 tokens at
+        memory: bytes that a batch may take; default: half of a GPU's free memory, on a CPU 32 MiB but 1,024 tokens at
             least.
         progress: show a bar; by default on a terminal.
 

@@ -20,7 +20,7 @@ from reflowlens.out_of_memory import is_out_of_memory
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 _FIRST_BATCH = 16
-_CPU_BUDGET = 2**26  # larger batches leave the processor's cache and become slower
+_CPU_BUDGET = 2**25  # what is larger leaves the processor's cache, and goes back to the system after each batch
 
 
 def in_batches(
@@ -72,7 +72,7 @@ def items_within(budget: float | None, device: torch.device, item_bytes: float) 
     """How many items fit a budget in bytes, one at least.
 
     Args:
-        budget: default: half a GPU's free memory, or a quarter of the free memory of the machine, at most 64 MiB.
+        budget: default: half a GPU's free memory, or a quarter of the free memory of the machine, at most 32 MiB.
     """
     check_budget(budget)
     return max(1, int((budget or _default_budget(device)) / max(item_bytes, 1)))
