@@ -20,7 +20,8 @@ from tests.support import ROOT
 from tests.support.tiny import random_model, random_tokens
 
 DOCS = ROOT / "docs"
-PAGES = ["index.md", "tutorial.md", *sorted(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))]
+HOW_TO = sorted(f"how-to/{path.name}" for path in (DOCS / "how-to").glob("*.md"))
+PAGES = ["index.md", "tutorial.md", "speed.md", *HOW_TO]
 NO_RUN = "# no-run"
 LONG = {
     "how-to/compare.md": [pytest.mark.slow, pytest.mark.by_hand],
