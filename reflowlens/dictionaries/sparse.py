@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reflowlens.models.products import product
+
 _POSITIONS_AT_ONCE = 512  # whose pre-activations of all features are held
 
 
@@ -152,7 +154,7 @@ class _Gather(torch.autograd.Function):
 def _candidates(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values and places of each position's k largest pre-activations, some positions at a time."""
     x, rows, b = x.to(dtype), W_enc.to(dtype).T, b_enc.to(dtype)
-    chunks = [torch.addmm(b, part, rows).topk(k, dim=1, sorted=False) for part in x.split(_POSITIONS_AT_ONCE)]
+    chunks = [product(part, rows).add_(b).topk(k, dim=1, sorted=False) for part in x.split(_POSITIONS_AT_ONCE)]
     return torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
 
 
