@@ -210,7 +210,7 @@ class DecoderStages:
         block = self._block(stage // self.per_block)
         if is_anything_hooked(block):  # what is edited in a block is whole suffixes
             return only(asked, self._all(stage, resid, layout, cache, None))
-        if asked is None or not layout.one_of_each_row(asked) or block.attn.window is not None:
+        if asked is None or not self._asks_once(block, layout, asked):
             return only(asked, self._all(stage, resid, layout, cache, differs))
         _, keys, values = self._of_layer(block.attn.layer, cache)
         position = layout.position[asked]
@@ -251,6 +251,11 @@ class DecoderStages:
         if differs is None:
             return run(resid, places, past)
         return resid + block.attention_written(only(differs, resid), places, past)
+
+    def _asks_once(self, block: Block, layout: Layout, asked: Bool[Tensor, " token"]) -> bool:
+        """Whether one position of each row asks: the last where the layer has a window, which is counted from there."""
+        ends = layout.position[asked] == layout.n_positions - 1
+        return layout.one_of_each_row(asked) and (block.attn.window is None or bool(ends.all()))
 
     def _of_layer(self, layer: int, cache: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the unpatched run."""

@@ -35,7 +35,7 @@ from reflowlens.sweeps.setup import prepare_sweep
 from reflowlens.sweeps.suffixes import LastQueries, Layout, PrefixKeysValues
 from tests.support.dictionaries import features_for
 from tests.support.processes import two_processes
-from tests.support.tiny import FACTORED, NAMES, assert_close, in_turn, random_model, random_tokens
+from tests.support.tiny import FACTORED, NAMES, assert_close, in_turn, random_model, random_tokens, tiny_config
 
 A, B = 65, 66
 TRANSFORMER_LENS: dict[str, Any] = {
@@ -233,6 +233,20 @@ def test_in_the_last_block_only_what_is_read_asks(
     actual = rl.sweep(model, clean, corrupted, "resid_pre", metric)
     assert set(asked) == queries
     assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, "resid_pre", metric))
+
+
+@pytest.mark.parametrize(("position", "asks"), [("last", True), (-2, False)])
+@pytest.mark.parametrize("grid", ["resid_pre", "attn_head_out_by_pos"])
+def test_a_window_is_counted_from_the_position_that_asks(
+    grid: str, position: str | int, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, mix = random_model(tiny_config("llama_untied", window_size=2)), list[int](), LastQueries.mix
+    monkeypatch.setattr(LastQueries, "mix", lambda *args: asked.append(1) or mix(*args))
+    clean, corrupted = pair(model)
+    metric = dataclasses.replace(metrics.logit_diff(A, B), position=position)
+    actual = rl.sweep(model, clean, corrupted, grid, metric)
+    assert bool(asked) == asks
+    assert_close(actual.values.reshape(-1, 3), whole(model, clean, corrupted, grid, metric))
 
 
 @pytest.mark.parametrize(("point", "projected", "fed"), [("resid_pre", [3, 15], [15, 3]), ("z", [3], [3, 3])])
