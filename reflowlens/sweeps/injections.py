@@ -88,7 +88,8 @@ class Injections:
         """
         layers = torch.as_tensor(layer, device=prompt.device).expand(len(prompt))
         run = self._run_whole if self.model.stages == "whole" else self._run
-        final = torch.empty_like(change, dtype=self.streams[0].dtype)
+        change = change.to(self.streams[0])
+        final = torch.empty_like(change)
         for rows in layers.argsort(stable=True).split(max(1, _AT_ONCE // self.streams[0][0].numel())):
             final[rows] = run(layers[rows], prompt[rows], change[rows])
         return final
@@ -100,15 +101,15 @@ class Injections:
         entering: dict[int, list[Packed]] = {}
         for layer in layers.unique().tolist():
             cell = (layers == layer).nonzero()[:, 0]
-            layout, stream = self._layout(prompt[cell]), self.streams[layer]
-            unsteered = layout.of_prompts(stream)
-            rows = Packed(layout, cell, unsteered + change.to(stream)[cell[layout.row]])
+            layout = self._layout(prompt[cell])
+            unsteered = layout.of_prompts(self.streams[layer])
+            rows = Packed(layout, cell, unsteered + change[cell[layout.row]])
             entering[self._unsteered.first_stage(layer)] = [rows]
         position = torch.arange(self.tokens.shape[1], device=prompt.device)
         is_last = position == self.last[:, None]
         packed = self._unsteered.finish(entering, is_read=is_last)
         ends = is_last[packed.token_prompt, packed.layout.position]
-        final = torch.empty_like(change, dtype=packed.resid.dtype)
+        final = torch.empty_like(change)
         final[packed.cell[packed.layout.row[ends]]] = packed.resid[0, ends]
         return final
 
@@ -116,7 +117,7 @@ class Injections:
     def _run_whole(
         self, layers: Int[Tensor, " row"], prompt: Int[Tensor, " row"], change: Float[Tensor, "row d_model"]
     ) -> Float[Tensor, "row d_model"]:
-        final = torch.empty_like(change, dtype=self.streams[0].dtype)
+        final = torch.empty_like(change)
         for layer in layers.unique().tolist():
             here = layers == layer
             final[here] = self._run_whole_at(layer, prompt[here], change[here])
